@@ -1,0 +1,210 @@
+"""Low-rank adaptation (LoRA) as plain pytrees, and the one layer that reads them.
+
+Source: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021, arXiv 2106.09685, eq. 3.
+
+We write ``x @ W + s * (x @ a) @ b`` with ``a [in, rank]`` and ``b [rank, out]``. Papers write ``W + s B A`` for the
+transpose: their A is our ``a.T``, their B is our ``b.T``.
+
+An *adapter* is a nested dict at the same paths as ``params`` whose leaves are either
+
+* ``LoRA``: a low-rank update of that kernel, or
+* an array: the difference to a parameter that is trained in full (the head, usually).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+Adapter = dict[str, Any]
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class LoRA:
+    """One low-rank update ``scale * a @ b``; leading axes (layers, clients) are batch axes.
+
+    ``scale`` is static: it is part of the tree structure, so trees with different scales cannot be mixed.
+    """
+
+    a: Array  # [..., in, rank]
+    b: Array  # [..., rank, out]
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+
+
+def is_lora(x: Any) -> bool:
+    return isinstance(x, LoRA)
+
+
+class Dense(nn.Module):
+    """``nn.Dense`` that adds the low-rank update found at its kernel's path in the ``lora`` collection, if any."""
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.has_variable("lora", "kernel"):
+            lora = self.get_variable("lora", "kernel")
+            # (x a) b, never x (a b): the kernel stays shared by all clients under vmap.
+            y += lora.scale * ((x @ lora.a.astype(x.dtype)) @ lora.b.astype(x.dtype))
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros_init(), (self.features,)).astype(x.dtype)
+        return y
+
+
+def new(
+    key: Array,
+    params: Params,
+    rank: int,
+    *,
+    targets: str | Sequence[str],
+    full: str | Sequence[str] = (),
+    scale: float = 1.0,
+) -> Adapter:
+    """A fresh adapter: ``a`` uniform in +-1/sqrt(in) (as PEFT), ``b = 0``, full differences 0.
+
+    Args:
+      key: typed PRNG key; each kernel folds in its own name, so adding a target changes no other.
+      params: the frozen parameters; kernels are ``[..., in, out]``, leading axes are layers.
+      rank: number of columns of ``a``; at most ``min(in, out)`` of every target.
+      targets: regular expression(s), searched in slash-joined names such as ``blocks/attn/query/kernel``.
+      full: regular expression(s) of the parameters to train in full.
+      scale: static factor ``s`` of the update, one for all clients and ranks.
+
+    Raises:
+      ValueError: an expression matches nothing, a target is not a matrix, or the rank does not fit.
+    """
+    flat = flatten_dict(params, sep="/")
+    adapter = {name: jnp.zeros_like(flat[name]) for name in select(params, full)}
+    for name in select(params, targets):
+        shape = flat[name].shape
+        if len(shape) < 2:
+            raise ValueError(f"target {name!r} has shape {shape}; low-rank adaptation needs a kernel [..., in, out]")
+        if not 1 <= rank <= min(shape[-2:]):
+            raise ValueError(
+                f"rank {rank} does not fit {name!r} of shape {shape}: choose a rank from 1 to {min(shape[-2:])}"
+            )
+        *layers, n_in, n_out = shape
+        adapter[name] = LoRA(jnp.zeros((*layers, n_in, rank)), jnp.zeros((*layers, rank, n_out)), scale)
+    return restart(key, unflatten_dict(adapter, sep="/"))
+
+
+def restart(key: Array, adapter: Adapter) -> Adapter:
+    """The adapter with every ``a`` drawn anew and every ``b`` at zero; full differences stay."""
+
+    def draw(name: str, x: LoRA) -> LoRA:
+        a = jax.random.uniform(jax.random.fold_in(key, _stable_hash(name)), x.a.shape, x.a.dtype, -1.0, 1.0)
+        return LoRA(a / math.sqrt(x.a.shape[-2]), jnp.zeros_like(x.b), x.scale)
+
+    flat = flatten_dict(adapter, sep="/")
+    return unflatten_dict({name: draw(name, x) if is_lora(x) else x for name, x in flat.items()}, sep="/")
+
+
+def select(params: Params, patterns: str | Sequence[str]) -> list[str]:
+    """Names of the parameters in which any of ``patterns`` is found; a pattern that finds none is an error."""
+    names = list(flatten_dict(params, sep="/"))
+    chosen: set[str] = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        try:
+            found = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        if not found:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:5]
+            raise ValueError(f"no parameter matches {pattern!r}; near names: {', '.join(near)}")
+        chosen |= found
+    return [name for name in names if name in chosen]
+
+
+def variables(base: Params, adapter: Adapter) -> dict[str, Params]:
+    """The linen variables of ``base`` with ``adapter``: full differences added, low-rank leaves in ``lora``."""
+    low_rank, full = split(adapter)
+    return {"params": add(base, full), "lora": low_rank}
+
+
+def merge(base: Params, adapter: Adapter) -> Params:
+    """``base`` with the whole adapter folded in, for export and for tests (forms ``in x out``)."""
+    return add(base, jax.tree.map(lambda x: delta(x) if is_lora(x) else x, adapter, is_leaf=is_lora))
+
+
+def delta(lora: LoRA) -> Array:
+    """``scale * a @ b``, dense ``[..., in, out]``."""
+    return lora.scale * (lora.a @ lora.b)
+
+
+def zero_deltas(adapter: Adapter) -> Params:
+    """Zeros ``[..., in, out]`` at the path of each adapted kernel: where a dense residual starts."""
+    return tree_map(lambda x: jnp.zeros_like(delta(x)), split(adapter)[0])
+
+
+def add(base: Params, differences: Params) -> Params:
+    """``base`` plus differences at some of its paths; all other leaves are the very same arrays."""
+    flat = dict(flatten_dict(base, sep="/"))
+    for name, difference in flatten_dict(differences, sep="/").items():
+        flat[name] = flat[name] + difference
+    return unflatten_dict(flat, sep="/")
+
+
+def split(adapter: Adapter) -> tuple[Adapter, Adapter]:
+    """The adapter's low-rank leaves and its full differences, as two trees."""
+    flat = flatten_dict(adapter, sep="/")
+    low_rank = {name: x for name, x in flat.items() if is_lora(x)}
+    full = {name: x for name, x in flat.items() if not is_lora(x)}
+    return unflatten_dict(low_rank, sep="/"), unflatten_dict(full, sep="/")
+
+
+def tree_map(f: Callable, *adapters: Adapter, full: Callable | None = None) -> Adapter:
+    """Map ``f`` over ``LoRA`` leaves and ``full`` over the others (``None``: keep the first tree's)."""
+    full = full or (lambda x, *rest: x)
+    return jax.tree.map(lambda *xs: (f if is_lora(xs[0]) else full)(*xs), *adapters, is_leaf=is_lora)
+
+
+def low_rank_leaves(adapter: Adapter) -> list[LoRA]:
+    return [x for x in jax.tree.leaves(adapter, is_leaf=is_lora) if is_lora(x)]
+
+
+def max_rank(adapter: Adapter) -> int:
+    return max(x.a.shape[-1] for x in low_rank_leaves(adapter))
+
+
+def cut(adapter: Adapter, rank: int) -> Adapter:
+    """The adapter a client of a smaller rank holds: the first ``rank`` columns of ``a`` and rows of ``b``."""
+    return tree_map(lambda x: LoRA(x.a[..., :rank], x.b[..., :rank, :], x.scale), adapter)
+
+
+def rank_mask(adapter: Adapter, ranks: Array) -> Adapter:
+    """0/1 masks for clients of several ranks, ``[C, ...]``, broadcastable against stacked adapters.
+
+    Args:
+      adapter: one adapter, without the client axis.
+      ranks: ``[C]`` integers; client ``c`` may move the first ``ranks[c]`` columns of ``a`` and rows of ``b``.
+    """
+
+    def low_rank(x: LoRA) -> LoRA:
+        live = (jnp.arange(x.a.shape[-1]) < ranks[:, None]).astype(x.a.dtype)  # [C, rank]
+        lead = (live.shape[0],) + (1,) * (x.a.ndim - 2)
+        return LoRA(live.reshape(*lead, 1, -1), live.reshape(*lead, -1, 1), x.scale)
+
+    return tree_map(low_rank, adapter, full=lambda x: jnp.ones((ranks.shape[0],) + (1,) * x.ndim, x.dtype))
+
+
+def _stable_hash(name: str) -> int:
+    """A 31-bit hash that does not change between processes (Python's own does)."""
+    value = 0
+    for byte in name.encode():
+        value = (value * 131 + byte) % (2**31 - 1)
+    return value

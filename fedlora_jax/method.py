@@ -1,0 +1,128 @@
+"""The contract of a federated LoRA method: a few pure functions over one server state.
+
+Letters used in every einsum of the library: ``c`` client, ``i`` in, ``r`` rank, ``o`` out; ``...`` are layers.
+A leading ``C`` axis means stacked clients; inside a function of one client it is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedlora_jax import lora
+from fedlora_jax.lora import Adapter, Params
+
+State = Any
+Memory = Any
+
+
+class Cohort(NamedTuple):
+    """The clients of one round, stacked."""
+
+    ids: Array  # [C] row of each client in the population; -1 for nobody in particular
+    weights: Array  # [C] p_c; make_round scales them to sum to one
+    ranks: Array  # [C] columns of a (rows of b) each client may use
+    signatures: Array  # [C, m] what the server knows of each client's data; m may be 0
+    memory: Memory = ()  # [C, ...] what each client keeps between rounds
+    batches: Any = ()  # [C, T, B, ...] data of T local steps
+
+
+class Dispatch(NamedTuple):
+    """What leaves the server. Row ``c`` of it is the model of client ``c``, for training and for evaluation."""
+
+    base: Params  # shared by all clients, no client axis
+    adapter: Adapter  # [C, ...] where local training starts
+    mask: Adapter  # [C, ...] 1 where an entry may move, 0 where it may not; broadcastable against adapter
+    anchor: Any  # [C, ...] whatever penalty compares with
+
+
+class Traffic(NamedTuple):
+    """Trees whose arrays are what one client sends and receives in a round; only their sizes are read."""
+
+    up: Any
+    down: Any
+
+
+class About(NamedTuple):
+    """One row of the table of methods."""
+
+    name: str
+    paper: str  # authors, venue or year
+    arxiv: str
+    trains: str
+    travels: str
+    exact: str  # is the new server model the mean of the clients' models?
+
+
+def no_penalty(adapter: Adapter, anchor: Any) -> Array:
+    return jnp.zeros(())
+
+
+def no_memory(adapter: Adapter) -> Memory:
+    return ()
+
+
+def keep_memory(memory: Memory, sent: Adapter, received: Adapter) -> Memory:
+    return memory
+
+
+def same_both_ways(own: Adapter, cohort: list[Adapter]) -> Traffic:
+    return Traffic(up=own, down=own)
+
+
+class Method(NamedTuple):
+    """A federated LoRA method. Hyper-parameters are closed over; everything that learns is in the state.
+
+    Attributes:
+      init: ``(key, adapter) -> state`` from a fresh adapter (``lora.new``).
+      dispatch: ``(base, state, cohort) -> Dispatch``. Also defines what is evaluated.
+      aggregate: ``(base, state, cohort, sent, received) -> state``; ``received`` is the adapters ``[C, ...]``
+        after local training.
+      penalty: ``(adapter, anchor) -> scalar`` added to one client's local loss.
+      init_client: ``(adapter) -> memory`` of a client that never took part.
+      remember: ``(memory, sent adapter, received adapter) -> memory``, on one client, after its local steps.
+      traffic: ``(own, cohort) -> Traffic`` for one client that holds the adapter ``own`` in a cohort whose
+        members hold the adapters ``cohort``.
+    """
+
+    init: Callable[[Array, Adapter], State]
+    dispatch: Callable[[Params, State, Cohort], Dispatch]
+    aggregate: Callable[[Params, State, Cohort, Dispatch, Adapter], State]
+    penalty: Callable[[Adapter, Any], Array] = no_penalty
+    init_client: Callable[[Adapter], Memory] = no_memory
+    remember: Callable[[Memory, Adapter, Adapter], Memory] = keep_memory
+    traffic: Callable[[Adapter, list[Adapter]], Traffic] = same_both_ways
+
+
+def mean(stacked: Any, weights: Array) -> Any:
+    """``sum_c p_c x_c`` of every array of a stacked tree (on an adapter: the mean of the *factors*)."""
+    return jax.tree.map(
+        lambda x: jnp.einsum("c,c...->...", weights.astype(x.dtype), x, precision="highest"), stacked
+    )
+
+
+def broadcast(base: Params, adapter: Adapter, cohort: Cohort) -> Dispatch:
+    """Send one adapter to every client, cut to its rank; everything within the rank may move."""
+    mask = lora.rank_mask(adapter, cohort.ranks)
+    rows = jax.tree.map(lambda x, m: x * m, adapter, mask)
+    return Dispatch(base, rows, mask, anchor=rows)
+
+
+def average_client(cohort: Cohort) -> Cohort:
+    """A cohort of one client that is nobody in particular: mean signature and memory, the largest rank.
+
+    What a method dispatches to it is the method's global model.
+    """
+    weights = cohort.weights / jnp.maximum(cohort.weights.sum(), 1e-12)
+    one = lambda x: mean(x, weights)[None] if jnp.issubdtype(x.dtype, jnp.floating) else x[:1]
+    return Cohort(
+        ids=jnp.full((1,), -1),
+        weights=jnp.ones((1,)),
+        ranks=cohort.ranks.max(keepdims=True),
+        signatures=one(cohort.signatures),
+        memory=jax.tree.map(one, cohort.memory),
+    )

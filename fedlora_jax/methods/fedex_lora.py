@@ -1,0 +1,58 @@
+"""FedEx-LoRA: *Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models*, Singhal et al., ACL 2025,
+arXiv 2410.09432.
+
+    a = abar        b = bbar        W_res += s (sum_c p_c a_c b_c - abar bbar)
+
+What the mean of factors misses goes into a dense residual [in, out] that every client adds to its base. Factors and
+head travel both ways; the residual travels down, factored or dense, whichever is smaller.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedlora_jax import lora, product
+from fedlora_jax.lora import Adapter, LoRA, Params
+from fedlora_jax.method import About, Method, Traffic, broadcast, mean
+
+ABOUT = About("FedEx-LoRA", "Singhal et al. ACL 2025", "2410.09432", "a, b, head", "a, b, head; residual down", "yes")
+
+
+class FedExState(NamedTuple):
+    """adapter: as FedIT's. residual: [.., in, out] at each adapted kernel, scale included."""
+
+    adapter: Adapter
+    residual: Params
+
+
+def fedex_lora() -> Method:
+    def init(key, adapter):
+        return FedExState(adapter, lora.zero_deltas(adapter))
+
+    def dispatch(base, state, cohort):
+        return broadcast(lora.add(base, state.residual), state.adapter, cohort)
+
+    def aggregate(base, state, cohort, sent, received):
+        p = cohort.weights
+        adapter = mean(received, p)
+
+        def missed(x: LoRA, center: LoRA) -> jax.Array:
+            return lora.delta(product.total(LoRA(x.a - center.a, x.b - center.b, x.scale), p))
+
+        low_rank, _ = lora.split(received)
+        missing = lora.tree_map(missed, low_rank, lora.split(adapter)[0])
+        return FedExState(adapter, jax.tree.map(jnp.add, state.residual, missing))
+
+    def traffic(own, cohort):
+        def residual(x: LoRA):
+            rank, dense = (len(cohort) - 1) * x.a.shape[-1], lora.delta(x)
+            factored = jnp.zeros((*dense.shape[:-2], rank, sum(dense.shape[-2:])))
+            return factored if factored.size < dense.size else dense
+
+        return Traffic(up=own, down=(own, lora.tree_map(residual, lora.split(own)[0])))
+
+    return Method(init, dispatch, aggregate, traffic=traffic)
+

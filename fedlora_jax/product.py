@@ -1,0 +1,259 @@
+"""Algebra in product space: sums of low-rank products, kept factored.
+
+A sum ``sum_c p_c a_c b_c`` of C products of rank r is itself a ``LoRA`` of rank ``C r`` (``total``). Inner products,
+norms and cosines come from r x r Gram matrices and truncation from a core of the stacked factors; no function here
+forms ``in x out`` unless that is the smaller of the two.
+
+Every matrix statement is per layer: leading axes of ``a`` and ``b`` are batch axes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_batching import sequential_vmap
+
+from fedlora_jax.lora import LoRA
+
+Split = Literal["left", "right", "balanced"]
+
+_DEAD = 1e-6  # singular values below this share of the largest count as zero
+_matmul = partial(jnp.matmul, precision="highest")  # accelerators would otherwise round float32 factors to TF32
+
+
+def total(stacked: LoRA, weights: Array) -> LoRA:
+    """``sum_c weights_c a_c b_c`` as one wide product: ``a [..., in, C r]``, ``b [..., C r, out]``.
+
+    Args:
+      stacked: ``a [C, ..., in, r]``, ``b [C, ..., r, out]``.
+      weights: ``[C]``, or ``[C, ...]`` where layers weigh clients differently. They go into ``a`` whole: their square
+        root has no derivative at zero.
+    """
+    weights = weights.astype(stacked.a.dtype)
+    weights = weights.reshape(*weights.shape, *(1,) * (stacked.a.ndim - weights.ndim))
+    a = jnp.moveaxis(weights * stacked.a, 0, -2)  # [..., in, C, r]
+    b = jnp.moveaxis(stacked.b, 0, -3)  # [..., C, r, out]
+    return LoRA(a.reshape(*a.shape[:-2], -1), b.reshape(*b.shape[:-3], -1, b.shape[-1]), stacked.scale)
+
+
+def plus(x: LoRA, y: LoRA, sign: float = 1.0) -> LoRA:
+    """``x + sign * y`` as a product whose rank is the sum of both."""
+    return LoRA(jnp.concatenate([x.a, sign * y.a], -1), jnp.concatenate([x.b, y.b], -2), _common_scale(x, y))
+
+
+def difference(x: LoRA, y: LoRA) -> LoRA:
+    """``x - y`` for two products of equal rank, as ``(a - a') b + a' (b - b')``: no cancellation when they are near."""
+    a = jnp.concatenate([x.a - y.a, y.a], -1)
+    b = jnp.concatenate([x.b, x.b - y.b], -2)
+    return LoRA(a, b, _common_scale(x, y))
+
+
+def inner(x: LoRA, y: LoRA) -> Array:
+    """Frobenius inner product ``<x, y> = <a^T a', b b'^T>`` of each layer, ``[...]``."""
+    _common_scale(x, y)
+    gram_a, gram_b = _matmul(x.a.mT, y.a), _matmul(x.b, y.b.mT)
+    return x.scale * y.scale * jnp.sum(gram_a * gram_b, (-2, -1))
+
+
+def norm(x: LoRA) -> Array:
+    """Frobenius norm of each layer, ``[...]``; zero with a zero gradient where the product is zero."""
+    n_in, rank, n_out = *x.a.shape[-2:], x.b.shape[-1]
+    if rank * (n_in + n_out) > n_in * n_out:  # a product this wide is smaller when formed
+        square = x.scale**2 * jnp.sum(_matmul(x.a, x.b) ** 2, (-2, -1))
+    else:
+        square = inner(x, x)
+    return safe_sqrt(square)
+
+
+def cosine(x: LoRA, y: LoRA, eps: float = 1e-12) -> Array:
+    """Cosine of each layer, ``[...]``; 0 where one of them is zero."""
+    return inner(x, y) / jnp.maximum(norm(x) * norm(y), eps)
+
+
+def participation(x: LoRA, eps: float = 1e-30) -> Array:
+    """Participation ratio ``(sum S^2)^2 / sum S^4`` of each layer: a smooth effective rank without an SVD."""
+    k = _matmul(_matmul(x.a.mT, x.a), _matmul(x.b, x.b.mT))
+    trace = jnp.trace(k, axis1=-2, axis2=-1)
+    return trace**2 / jnp.maximum(jnp.sum(k * k.mT, (-2, -1)), eps)
+
+
+def safe_sqrt(x: Array) -> Array:
+    """Square root whose value and derivative are 0 at (and below) zero."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def truncate(x: LoRA, rank: int, *, split: Split = "balanced", like: LoRA | None = None) -> LoRA:
+    """Best approximation of ``x`` by a product of ``rank`` (the truncated SVD ``U S V^T``), as factors.
+
+    Args:
+      x: a product, usually wide (``total``).
+      rank: at most ``min(in, out)``.
+      split: ``left`` ``(U, S V^T)``, ``right`` ``(U S, V^T)`` or ``balanced`` ``(U sqrt(S), sqrt(S) V^T)``.
+      like: a product of the same rank. Factors are defined up to a rotation; with ``like`` they are rotated as near to
+        its factors as possible (orthogonal Procrustes), so that they move continuously from round to round, and
+        directions in which the truncation is zero continue with ``like``'s ``a`` and can be trained. Without it
+        column ``i`` belongs to the i-th singular value, so the first ``k`` columns are the truncation to rank ``k``.
+
+    The derivative uses only the gaps between kept and dropped singular values: it is finite where ``x = 0``, where
+    clients coincide and where singular values repeat. Directions at a gap below 1e-6 are left out, and where ``x = 0``
+    it is zero. Without ``like`` the derivative is that of the product; the factors' own rotation is not followed.
+    """
+    n_in, n_out = x.a.shape[-2], x.b.shape[-1]
+    if not 1 <= rank <= min(n_in, n_out):
+        raise ValueError(f"cannot truncate [{n_in}, {n_out}] to rank {rank}: choose 1 to {min(n_in, n_out)}")
+    if like is not None and (_common_scale(x, like), like.a.shape[-1]) != (x.scale, rank):
+        raise ValueError(f"like has rank {like.a.shape[-1]}, the truncation has rank {rank}: they must agree")
+    a, b = _at_least(x.a, rank, -1), _at_least(x.b, rank, -2)
+    one_layer = partial(_truncate, rank, split)
+    for _ in range(a.ndim - 2):
+        one_layer = jax.vmap(one_layer)
+    reference = None if like is None else (like.a, like.b)
+    return LoRA(*one_layer((a, b), reference), x.scale)
+
+
+def _common_scale(x: LoRA, y: LoRA) -> float:
+    if x.scale != y.scale:
+        raise ValueError(f"products of scale {x.scale} and {y.scale} cannot be combined: use one scale for all clients")
+    return x.scale
+
+
+def _at_least(x: Array, size: int, axis: int) -> Array:
+    missing = size - x.shape[axis]
+    if missing <= 0:
+        return x
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, missing)
+    return jnp.pad(x, pad)
+
+
+@sequential_vmap
+def _svd(a: Array, b: Array) -> tuple[Array, Array, Array]:
+    """All triplets ``U [in, k], S [k], V [out, k]`` of ``a @ b`` from its factors, ``k = min(q, in, out)``.
+
+    Mapped one layer after another even under ``vmap``: batched QR whose results feed batched products can hang for
+    ever on CPU (jaxlib 0.10.2), and LAPACK takes a batch one matrix at a time anyway.
+    """
+    with jax.default_matmul_precision("highest"):
+        left, core_left = (jnp.eye(a.shape[0], dtype=a.dtype), a) if a.shape[0] <= a.shape[1] else jnp.linalg.qr(a)
+        right, core_right = (
+            (jnp.eye(b.shape[1], dtype=b.dtype), b.T) if b.shape[1] <= b.shape[0] else jnp.linalg.qr(b.T)
+        )
+        u, s, vt = jnp.linalg.svd(core_left @ core_right.T, full_matrices=False)
+        return left @ u, s, right @ vt.T
+
+
+@sequential_vmap
+def _rotation(overlap: Array) -> Array:
+    """The orthogonal ``R`` that maximises ``trace(R^T overlap)``."""
+    x, _, yt = jnp.linalg.svd(overlap)
+    return _matmul(x, yt)
+
+
+@sequential_vmap
+def _eigh(x: Array) -> tuple[Array, Array]:
+    return tuple(jnp.linalg.eigh(x))  # type: ignore[return-value]
+
+
+def _inverse(x: Array, largest: Array, tolerance: float = _DEAD) -> Array:
+    """``1 / x``, and 0 where ``x`` is at most ``tolerance * largest``."""
+    alive = x > tolerance * largest
+    return jnp.where(alive, 1.0 / jnp.where(alive, x, 1.0), 0.0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _truncate(rank: int, split: Split, factors: tuple, reference: tuple | None) -> tuple[Array, Array]:
+    u, s, v = _svd(*factors)
+    a, b = _split(split, u[:, :rank], s[:rank], v[:, :rank])
+    if reference is None:
+        return a, b
+    rotation, dead = _gauge(split, s[:rank], a, b, reference)
+    return _matmul(a, rotation) + _matmul(reference[0], dead), _matmul(rotation.T, b)
+
+
+@_truncate.defjvp
+def _truncate_jvp(rank: int, split: Split, primals: tuple, tangents: tuple):
+    """``(dM, d reference) -> (da, db)``, exact for the product and, with a reference, for the factors."""
+    ((a_in, b_in), reference), ((da_in, db_in), d_reference) = primals, tangents
+    u_all, s_all, v_all = _svd(a_in, b_in)
+    u, s, v = u_all[:, :rank], s_all[:rank], v_all[:, :rank]
+    u_drop, s_drop, v_drop = u_all[:, rank:], s_all[rank:], v_all[:, rank:]
+
+    # dM seen from the kept singular vectors; dM itself is never formed.
+    left = _matmul(_matmul(u.T, da_in), b_in) + _matmul(_matmul(u.T, a_in), db_in)  # U^T dM  [r, out]
+    right = _matmul(da_in, _matmul(b_in, v)) + _matmul(a_in, _matmul(db_in, v))  # dM V    [in, r]
+    k = _matmul(left, v)
+    e, f = _matmul(left, v_drop), _matmul(u_drop.T, right)
+    gap = _inverse(s[:, None] ** 2 - s_drop**2, s[0] ** 2)
+    x = s_drop * (s[:, None] * f.T + s_drop * e) * gap
+    y = s_drop * (s[:, None] * e + s_drop * f.T) * gap
+    e_out = left - _matmul(k, v.T) + _matmul(x, v_drop.T)
+    f_out = right - _matmul(u, k) + _matmul(u_drop, y.T)
+
+    a, b = _split(split, u, s, v)
+    da, db = _split_tangents(split, u, s, v, k, e_out, f_out)
+    if reference is None:
+        return (a, b), (da, db)
+    rotation, dead = _gauge(split, s, a, b, reference)
+    a, b = _matmul(a, rotation), _matmul(rotation.T, b)
+    da, db = _gauge_tangents((a, b), (_matmul(da, rotation), _matmul(rotation.T, db)), reference, d_reference)
+    return (a + _matmul(reference[0], dead), b), (da + _matmul(d_reference[0], dead), db)
+
+
+def _split(split: Split, u: Array, s: Array, v: Array) -> tuple[Array, Array]:
+    match split:
+        case "left":
+            return u, s[:, None] * v.T
+        case "right":
+            return u * s, v.T
+        case "balanced":
+            root = jnp.where(_is_dead(s), 0.0, jnp.sqrt(s))
+            return u * root, root[:, None] * v.T
+    raise ValueError(f"split must be 'left', 'right' or 'balanced', got {split!r}")
+
+
+def _split_tangents(split: Split, u, s, v, k, e_out, f_out) -> tuple[Array, Array]:
+    inverse = _inverse(s, s[0])
+    match split:
+        case "left":
+            return f_out * inverse, _matmul(k, v.T) + e_out
+        case "right":
+            return _matmul(u, k) + f_out, inverse[:, None] * e_out
+    inverse_root = jnp.sqrt(inverse)
+    inverse_sum = _inverse(s[:, None] + s, s[0])
+    p = (k * s + k.T * s[:, None]) * inverse_sum / 2
+    q = p - (k - k.T) * s * inverse_sum
+    da = (_matmul(u, p) + f_out) * inverse_root
+    db = inverse_root[:, None] * (_matmul(q.T, v.T) + e_out)
+    return da, db
+
+
+def _is_dead(s: Array) -> Array:
+    return s <= _DEAD * s[0]
+
+
+def _gauge(split: Split, s: Array, a: Array, b: Array, reference: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Rotation towards the reference, and the projector on the directions dead after it.
+
+    Only the balanced split has dead directions (a zero column of ``a`` and a zero row of ``b``). They take over the
+    reference's ``a``; their rows of ``b`` are zero, so the product does not change.
+    """
+    ref_a, ref_b = reference
+    rotation = _rotation(_matmul(a.T, ref_a) + _matmul(b, ref_b.T))
+    dead = jnp.where(_is_dead(s) & (split == "balanced"), 1.0, 0.0).astype(a.dtype)
+    return rotation, _matmul(rotation.T * dead, rotation)
+
+
+def _gauge_tangents(factors, d_factors, reference, d_reference) -> tuple[Array, Array]:
+    """Follow the Procrustes rotation: solve ``W P + P W = N - N^T`` for the antisymmetric ``W``."""
+    (a, b), (da, db), (ref_a, ref_b), (dref_a, dref_b) = factors, d_factors, reference, d_reference
+    p = _matmul(a.T, ref_a) + _matmul(b, ref_b.T)
+    n = _matmul(da.T, ref_a) + _matmul(db, ref_b.T) + _matmul(a.T, dref_a) + _matmul(b, dref_b.T)
+    w, basis = _eigh((p + p.T) / 2)
+    inverse = _inverse(w[:, None] + w, jnp.abs(w).max())
+    turn = _matmul(basis, _matmul(_matmul(basis.T, _matmul(n - n.T, basis)) * inverse, basis.T))
+    return da + _matmul(a, turn), db - _matmul(turn, b)

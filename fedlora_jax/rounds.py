@@ -1,0 +1,200 @@
+"""One federated round as one pure function, its evaluation twin, and the loop over rounds.
+
+Nothing here is jitted: the caller jits, scans, vmaps, shards, checkpoints or differentiates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fedlora_jax import diagnostics
+from fedlora_jax.clients import Population, sample_batches, sample_ids
+from fedlora_jax.diagnostics import Aggregation
+from fedlora_jax.lora import Adapter, Params
+from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client
+
+LossFn = Callable[[Params, Adapter, Any, Array], Array]  # (base, adapter, batch, key) -> scalar
+MetricFn = Callable[[Params, Adapter, Any], Any]  # (base, adapter, examples) -> scores of these examples
+
+
+class Info(NamedTuple):
+    """What one round reports."""
+
+    ids: Array  # [C] who took part
+    loss: Array  # [C] each client's task loss (penalties left out), mean over its local steps
+    aggregation: Aggregation
+
+
+class Run(NamedTuple):
+    """All that a run carries from round to round."""
+
+    state: State
+    memory: Memory  # [N, ...] one row per client of the population
+    round: Array  # rounds done
+
+
+class Scores(NamedTuple):
+    """Each client's scores on its own examples, ``[C, ...]``."""
+
+    before: Any  # with the model as dispatched
+    after: Any  # after local steps from there; None where the cohort brought no batches
+
+
+def make_local(method: Method, loss_fn: LossFn, optimizer: optax.GradientTransformation) -> Callable:
+    """Local training of one client: ``(base, adapter, mask, anchor, batches [T, ...], key) -> (adapter, losses [T])``.
+
+    The optimizer starts afresh. The mask is put on gradients, so that clipping by norm sees what is trained, and on
+    updates, so that weight decay and momentum cannot move what is frozen.
+    """
+
+    def local(base: Params, adapter: Adapter, mask: Adapter, anchor: Any, batches: Any, key: Array):
+        def step(carry, inputs):
+            adapter, opt_state = carry
+            t, batch = inputs
+
+            def objective(adapter):
+                task = loss_fn(base, adapter, batch, jax.random.fold_in(key, t))
+                return task + method.penalty(adapter, anchor), task
+
+            grads, task = jax.grad(objective, has_aux=True)(adapter)
+            updates, opt_state = optimizer.update(_masked(grads, mask), opt_state, adapter)
+            return (optax.apply_updates(adapter, _masked(updates, mask)), opt_state), task
+
+        steps = jax.tree.leaves(batches)[0].shape[0]
+        (adapter, _), losses = jax.lax.scan(step, (adapter, optimizer.init(adapter)), (jnp.arange(steps), batches))
+        return adapter, losses
+
+    return local
+
+
+def make_round(
+    method: Method, loss_fn: LossFn, optimizer: optax.GradientTransformation, *, chunk: int | None = None
+) -> Callable[[Params, State, Cohort, Array], tuple[State, Memory, Info]]:
+    """``round_fn(base, state, cohort, key) -> (state, memory [C, ...], info)``: dispatch, local steps, aggregation.
+
+    Args:
+      method: what is sent and how it is put together again.
+      loss_fn: ``(base, adapter, batch, key) -> scalar`` mean task loss of one client's batch.
+      optimizer: any optax transformation; each client starts it afresh each round.
+      chunk: clients trained at once (vmapped); chunks follow one another. Must divide the cohort; ``None``: all at
+        once. Results do not depend on it, memory and speed do.
+    """
+    local = make_local(method, loss_fn, optimizer)
+
+    def round_fn(base: Params, state: State, cohort: Cohort, key: Array) -> tuple[State, Memory, Info]:
+        cohort = cohort._replace(weights=cohort.weights / jnp.maximum(cohort.weights.sum(), 1e-12))
+        sent = method.dispatch(base, state, cohort)
+
+        def client(row):
+            id_, adapter, mask, anchor, memory, batches = row
+            received, losses = local(sent.base, adapter, mask, anchor, batches, jax.random.fold_in(key, id_))
+            return received, method.remember(memory, adapter, received), losses.mean()
+
+        rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.memory, cohort.batches)
+        received, memory, loss = map_clients(client, rows, chunk)
+        new_state = method.aggregate(base, state, cohort, sent, received)
+        after = method.dispatch(base, new_state, average_client(cohort))
+        return new_state, memory, Info(
+            cohort.ids, loss, diagnostics.measure(sent, received, cohort.weights, after)
+        )
+
+    return round_fn
+
+
+def make_evaluate(
+    method: Method,
+    metric_fn: MetricFn,
+    loss_fn: LossFn | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    chunk: int | None = None,
+) -> Callable[[Params, State, Cohort, Any, Array], Scores]:
+    """``evaluate(base, state, cohort, examples [C, ...], key) -> Scores``.
+
+    Client ``c``'s model is row ``c`` of what the method dispatches to the cohort: the same path as in training, so a
+    cohort of ``average_client`` gives the global model and a cohort of clients never seen gives theirs. If the cohort
+    brings batches (then ``loss_fn`` and ``optimizer`` are needed) models are also scored after local steps on them.
+    """
+    local = make_local(method, loss_fn, optimizer) if loss_fn is not None and optimizer is not None else None
+
+    def evaluate(base: Params, state: State, cohort: Cohort, examples: Any, key: Array) -> Scores:
+        sent: Dispatch = method.dispatch(base, state, cohort)
+        tune = len(jax.tree.leaves(cohort.batches)) > 0
+        if tune and local is None:
+            raise ValueError("the cohort brings batches for local steps: make_evaluate needs loss_fn and optimizer")
+
+        def client(row):
+            id_, adapter, mask, anchor, batches, examples = row
+            before = metric_fn(sent.base, adapter, examples)
+            if not tune:
+                return Scores(before, None)
+            tuned, _ = local(sent.base, adapter, mask, anchor, batches, jax.random.fold_in(key, id_))
+            return Scores(before, metric_fn(sent.base, tuned, examples))
+
+        rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.batches, examples)
+        return map_clients(client, rows, chunk)
+
+    return evaluate
+
+
+def map_clients(f: Callable, rows: Any, chunk: int | None) -> Any:
+    """``vmap(f)`` over the leading axis, at most ``chunk`` clients at once."""
+    clients = jax.tree.leaves(rows)[0].shape[0]
+    if chunk is None or chunk == clients:
+        return jax.vmap(f)(rows)
+    if not 1 <= chunk <= clients or clients % chunk:
+        fits = [c for c in range(1, clients + 1) if clients % c == 0]
+        raise ValueError(f"chunk {chunk} does not divide a cohort of {clients} clients: choose one of {fits}")
+    stacked = jax.tree.map(lambda x: x.reshape(clients // chunk, chunk, *x.shape[1:]), rows)
+    out = jax.lax.map(jax.vmap(f), stacked)
+    return jax.tree.map(lambda x: x.reshape(clients, *x.shape[2:]), out)
+
+
+def start(method: Method, key: Array, adapter: Adapter, clients: int) -> Run:
+    """The state of a run before its first round, for a population of ``clients``."""
+    row = method.init_client(adapter)
+    memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)).copy(), row)
+    return Run(method.init(key, adapter), memory, jnp.zeros((), jnp.int32))
+
+
+def make_step(
+    round_fn: Callable, *, participants: int, steps: int, batch: int, smallest: int
+) -> Callable[[Params, Any, Population, Run, Array], tuple[Run, Info]]:
+    """``step(base, data, population, run, key) -> (run, info)``: a whole round, sampling included.
+
+    Args:
+      round_fn: from ``make_round``.
+      participants: clients per round.
+      steps, batch: local steps ``T`` and batch size ``B``.
+      smallest: images of the smallest client (static: it bounds how many epochs ``T * B`` images can be).
+    """
+
+    def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
+        who, train = jax.random.split(jax.random.fold_in(key, run.round))
+        ids = sample_ids(who, population.sizes.shape[0], participants)
+        batches = sample_batches(train, data, population, ids, steps, batch, smallest)
+        cohort = population.cohort(ids, run.memory, batches)
+        state, memory, info = round_fn(base, run.state, cohort, train)
+        kept = jax.tree.map(lambda rows, new: rows.at[ids].set(new), run.memory, memory)
+        return Run(state, kept, run.round + 1), info
+
+    return step
+
+
+def scan_rounds(step: Callable, rounds: int) -> Callable:
+    """``rounds`` steps as one scan: the same arguments, ``info`` stacked ``[rounds, ...]``."""
+
+    def many(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
+        return jax.lax.scan(lambda run, _: step(base, data, population, run, key), run, length=rounds)
+
+    return many
+
+
+def _masked(tree: Adapter, mask: Adapter) -> Adapter:
+    return jax.tree.map(lambda x, m: x * m.astype(x.dtype), tree, mask)

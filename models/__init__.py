@@ -1,0 +1,1 @@
+"""Vision models whose dense layers read LoRA adapters."""
