@@ -160,7 +160,8 @@ def start(method: Method, key: Array, adapter: Adapter, clients: int) -> Run:
     """The state of a run before its first round, for a population of ``clients``."""
     row = method.init_client(adapter)
     memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)).copy(), row)
-    return Run(method.init(key, adapter), memory, jnp.zeros((), jnp.int32))
+    state = jax.tree.map(jnp.copy, method.init(key, adapter))  # its own arrays: a run may be donated, arguments may not
+    return Run(state, memory, jnp.zeros((), jnp.int32))
 
 
 def make_step(

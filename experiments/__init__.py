@@ -1,0 +1,1 @@
+"""Command line, data, recording and figures. Run from a clone: ``python -m experiments --help``."""

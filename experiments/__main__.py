@@ -1,0 +1,29 @@
+"""``python -m experiments COMMAND``."""
+
+from __future__ import annotations
+
+from experiments.cli import fail, parse
+
+
+def main() -> None:
+    command, config = parse()
+    if command == "methods":
+        from experiments.methods import table
+
+        print(table())
+        return
+    from experiments.compare import Plan  # after parsing: --help and typing errors need no jax
+
+    assert config is not None
+    try:
+        plan = Plan(command, config)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    try:
+        plan.execute()
+    except FloatingPointError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

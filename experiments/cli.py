@@ -1,0 +1,99 @@
+"""The command line, made from the dataclass of options: types, defaults and help have one home, ``config.py``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from experiments.config import Config
+
+_EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (see {self.prog} --help)")
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
+    """The command and its options (``None`` for ``methods``, which has none)."""
+    parser = _Parser(
+        prog="python -m experiments",
+        description="Federated LoRA fine-tuning: run methods side by side, every round one compiled program.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, text in (
+        ("compare", "run several methods on the same seeds, clients and batches; the main job"),
+        ("run", "run one method"),
+    ):
+        add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), single=name == "run")
+    commands.add_parser("methods", help="the table of methods: name, paper, what travels, exact or not")
+    given = vars(parser.parse_args(arguments))
+    command = given.pop("command")
+    if command == "methods":
+        return command, None
+    if command == "run":
+        given["methods"] = (given.pop("method"),)
+    return command, Config(**given)
+
+
+def add_options(parser: argparse.ArgumentParser, single: bool) -> None:
+    """One option for each field of ``Config``; ``run`` has ``--method`` in place of ``--methods``."""
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if field.name == "methods" and single:
+            parser.add_argument("--method", required=True, metavar="NAME", help="the method, by file name")
+        elif hints[field.name] is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            shown = "" if field.default is None else f" (default: {_show(field.default)})"
+            kind, metavar = _converter(field.name, hints[field.name])
+            parser.add_argument(
+                flag, type=kind, default=field.default, metavar=metavar, help=(text + shown).replace("%", "%%")
+            )
+
+
+def _show(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _converter(name: str, hint: Any) -> tuple[Callable[[str], Any], str]:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        convert = _seeds if name == "seeds" else _list_of(kind)
+        return convert, "N[,N...]" if kind is int else "A[,B...]"
+    return hint, {int: "N", float: "X", str: "TEXT"}[hint]
+
+
+def _list_of(kind: type) -> Callable[[str], tuple]:
+    def convert(text: str) -> tuple:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+
+    convert.__name__ = f"comma-separated {kind.__name__}"  # argparse names it in its error
+    return convert
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    values = _list_of(int)(text)
+    return tuple(range(values[0])) if len(values) == 1 and "," not in text else values
+
+
+_seeds.__name__ = "count or comma-separated int"

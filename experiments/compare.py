@@ -1,0 +1,135 @@
+"""The main job: run methods side by side on the same seeds, clients and batches, and record what happened."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments import methods, problem, programs, record, report, summary
+from experiments.config import Config, check
+from experiments.problem import Problem
+from experiments.programs import Programs
+from experiments.rows import Rows, holdings
+from fedlora_jax.method import Method
+from fedlora_jax.rounds import Info, Run
+
+
+class Plan:
+    """A run that has been checked: all programs are traced, nothing is compiled or written yet."""
+
+    def __init__(self, command: str, config: Config):
+        check(config)
+        self.command, self.config = command, config
+        self.folder = Path(config.out or f"runs/{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        for name in config.methods:
+            methods.about(name)  # a misspelt name is refused before data are loaded
+        self.problem = problem.build(config)
+        self.about = {
+            "command": command,
+            "config": config.identity(),
+            "record": self.problem.record,
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+            "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
+        }
+        record.check_folder(self.folder, self.about, config.resume)
+        self.methods = {name: Trial(config, self.problem, name) for name in config.methods}
+
+    def execute(self) -> Path:
+        """Run, write, print. Returns the report's path."""
+        config = self.config
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not config.resume:
+            record.write_json(self.folder / "config.json", self.about)
+        stores = {name: record.Checkpoints(self.folder, name) for name in self.methods}
+        done = {name: store.latest() for name, store in stores.items()}
+        metrics = record.Metrics(self.folder)
+        metrics.keep(done)
+        left = sum(config.rounds - rounds for rounds in done.values())
+        timings = {}
+        with tqdm(total=left * len(config.seeds), unit="round", smoothing=0.1, dynamic_ncols=True) as bar:
+            for name, trial in self.methods.items():
+                timings[name] = trial.run(done[name], stores[name], metrics, bar)
+                stores[name].close()
+        return self._finish(metrics.read(), timings)
+
+    def _finish(self, rows: list[dict[str, Any]], timings: dict[str, dict[str, float | None]]) -> Path:
+        entries = {}
+        for name in self.methods:
+            entry = summary.summarise([row for row in rows if row["method"] == name], self.config.target)
+            entries[name] = {"about": methods.about(name)._asdict(), **entry, **timings[name]}
+        result = {
+            "schema": 1,
+            **self.about,
+            "date": f"{datetime.date.today()}",
+            "methods": entries,
+            "paired": summary.paired(entries),
+        }
+        record.write_json(self.folder / "summary.json", result)
+        path = report.write(self.folder, result, rows, holdings(self.config, self.problem))
+        seeds = len(self.config.seeds)
+        print(f"\n{summary.table(result)}\n")
+        print(f"accuracies in %, mean over the last five rounds and 95 % interval over {seeds} seed{'s' * (seeds > 1)};")
+        print("+steps: after one round of local steps; bias: share of the mean update that the server got wrong")
+        print(f"\nreport: {path}")
+        return path
+
+
+class Trial:
+    """One method of a comparison."""
+
+    def __init__(self, config: Config, problem: Problem, name: str):
+        self.config, self.problem, self.name = config, problem, name
+        facts = {
+            "participants": config.clients_per_round or config.clients,
+            "signature_size": problem.clients.population.signatures.shape[-1],
+            "population": config.clients,
+        }
+        self.method: Method = methods.build(name, **facts)
+        self.rows = Rows(config, problem, name, self.method)
+        self.programs: Programs = programs.make(config, problem, self.method)
+        run = jax.eval_shape(self.programs.start, problem.adapters, problem.keys)
+        # Tracing finds every mistake of shapes and options, before anything compiles.
+        self.lowered = self.programs.train.lower(problem.base, problem.train, problem.clients, run, problem.keys)
+
+    def run(self, done: int, store: record.Checkpoints, metrics: record.Metrics, bar: tqdm) -> dict[str, float | None]:
+        """Rounds after ``done``; rows and checkpoints as they come. Returns timings."""
+        config, p = self.config, self.problem
+        if done == config.rounds:
+            return {"seconds_per_round": None, "compile_seconds": None}
+        bar.set_description(f"{self.name}: compiling")
+        begin = time.perf_counter()
+        train = self.lowered.compile()
+        compile_seconds = time.perf_counter() - begin
+        bar.set_description(self.name)
+
+        run: Run = self.programs.start(p.adapters, p.keys)
+        if done:
+            run = store.restore(run)
+        seconds = []
+        for end in range(done + config.eval_every, config.rounds + 1, config.eval_every):
+            begin = time.perf_counter()
+            run, info = jax.block_until_ready(train(p.base, p.train, p.clients, run, p.keys))
+            seconds.append((time.perf_counter() - begin) / (config.eval_every * len(config.seeds)))
+            self._check_moved(info, end)
+            last_ones = end > config.rounds - summary.WINDOW
+            score = self.programs.tuned if last_ones else self.programs.evaluate
+            scores = jax.device_get(score(p.base, p.train, p.test, p.clients, run, p.keys))
+            metrics.append(self.rows.of_block(end, jax.device_get(info), scores))
+            if end % config.checkpoint_every == 0 or end == config.rounds:
+                store.save(end, run)
+            bar.update(config.eval_every * len(config.seeds))
+        return {"seconds_per_round": float(np.median(seconds)), "compile_seconds": compile_seconds}
+
+    def _check_moved(self, info: Info, end: int) -> None:
+        if not np.isfinite(info.loss).all():
+            raise FloatingPointError(f"{self.name}: the loss became infinite by round {end}; try a smaller --lr")
+        if not (np.asarray(info.aggregation.update) > 0).all():
+            raise FloatingPointError(f"{self.name}: no adapter moved by round {end}; is --lr too small?")

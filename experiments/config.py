@@ -1,0 +1,89 @@
+"""What a user can set: frozen dataclasses, the only place where a default lives."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One comparison of methods on one data set; the same seeds, clients and batches for every method."""
+
+    methods: tuple[str, ...] = option(
+        ("fedit", "lora_fair", "hyperlora"), "methods by file name, comma-separated; 'python -m experiments methods'"
+    )
+    data: str = option("digits", "'digits' (built in) or the path of a .npz file")
+    image_size: int | None = option(None, "resize images to this side (default: as they are)")
+    weights: str = option("nano", "'nano' (built in) or the path of a timm-named .npz or .safetensors file")
+    targets: tuple[str, ...] = option(
+        ("attn/(query|value)/kernel",), "regular expressions, comma-separated: kernels that get low-rank adapters"
+    )
+    full: tuple[str, ...] = option(("^head/",), "regular expressions, comma-separated: parameters trained in full")
+    clients: int = option(18, "clients that train")
+    clients_per_round: int | None = option(None, "clients drawn each round (default: all)")
+    holdout_clients: int = option(6, "further clients with data of their own that never train: the unseen ones")
+    partition: str = option(
+        "domain_dirichlet:1.0", "iid, dirichlet:ALPHA, classes:N, domain or domain_dirichlet:ALPHA"
+    )
+    minimum: int = option(10, "training images of the smallest client, at least")
+    rank: tuple[int, ...] = option((4,), "rank of the adapters; a list (4,8,16) is dealt out to clients at random")
+    scale: float = option(2.0, "factor s of every low-rank update, the same for all clients and ranks")
+    rounds: int = option(20, "rounds")
+    local_steps: int = option(5, "local optimizer steps per round")
+    batch: int = option(16, "images per local step")
+    optimizer: str = option("sgd", "local optimizer: sgd, momentum (0.9), adam or adamw; fresh each round")
+    lr: float = option(0.3, "local learning rate")
+    seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "seeds: a count (5 means 0..4) or a list (3,7)")
+    target: float = option(0.7, "global accuracy for rounds_to_target")
+    eval_every: int = option(1, "rounds between evaluations; the last round is always evaluated")
+    chunk: int | None = option(None, "clients trained at once; must divide the cohort (default: chosen by device)")
+    seeds_at_once: int | None = option(None, "seeds run side by side; must divide their number (default: by device)")
+    checkpoint_every: int = option(10, "rounds between checkpoints, a multiple of --eval-every")
+    out: str | None = option(None, "folder to write (default: runs/ and the time)")
+    resume: bool = option(False, "go on with the run in --out from its last checkpoint")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results: everything but where they are written and how fast they are computed."""
+        free = {"out", "resume", "checkpoint_every"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+
+def check(config: Config) -> None:
+    """Refuse what can be seen to be wrong without looking at data or weights."""
+    for name in ("clients", "rounds", "local_steps", "batch", "eval_every", "checkpoint_every", "minimum"):
+        _at_least(config, name, 1)
+    _at_least(config, "holdout_clients", 0)
+    for name in ("clients_per_round", "chunk", "seeds_at_once", "image_size"):
+        if getattr(config, name) is not None:
+            _at_least(config, name, 1)
+    if not config.lr > 0 or config.lr == float("inf"):
+        raise ValueError(f"--lr must be above 0 and finite, got {config.lr:g}")
+    if not 0 < abs(config.scale) < float("inf"):
+        raise ValueError(f"--scale must be finite and not 0, got {config.scale:g}")
+    if not 0 < config.target <= 1:
+        raise ValueError(f"--target is an accuracy above 0, at most 1; got {config.target:g}")
+    if not config.rank or min(config.rank) < 1:
+        raise ValueError(f"--rank must be at least 1, got {','.join(map(str, config.rank))}")
+    if len(set(config.methods)) < len(config.methods) or not config.methods:
+        raise ValueError(f"--methods must name each method once, got {','.join(config.methods)}")
+    if len(set(config.seeds)) < len(config.seeds) or not config.seeds or min(config.seeds) < 0:
+        raise ValueError(f"--seeds must be different numbers from 0 up, got {','.join(map(str, config.seeds))}")
+    if config.clients_per_round is not None and config.clients_per_round > config.clients:
+        raise ValueError(f"--clients-per-round {config.clients_per_round} is more than --clients {config.clients}")
+    if config.rounds % config.eval_every:
+        raise ValueError(f"--eval-every {config.eval_every} does not divide --rounds {config.rounds}")
+    if config.checkpoint_every % config.eval_every:
+        raise ValueError(f"--checkpoint-every {config.checkpoint_every} is no multiple of --eval-every")
+    if config.seeds_at_once is not None and len(config.seeds) % config.seeds_at_once:
+        raise ValueError(f"--seeds-at-once {config.seeds_at_once} does not divide {len(config.seeds)} seeds")
+
+
+def _at_least(config: Config, name: str, least: int) -> None:
+    if getattr(config, name) < least:
+        raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")

@@ -1,0 +1,121 @@
+"""Labelled images with domains and a fixed train/test split, from a ``.npz`` file or built in.
+
+The contract of a file (no pickles): ``x`` uint8 ``[N, H, W, 3]``, ``y`` integer ``[N]``, ``classes [n_classes]``, and
+where they exist ``domain`` integer ``[N]``, ``domains [n_domains]``, ``split [N]`` (0 train, 1 test).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+
+class Images(NamedTuple):
+    """One data set; arrays on the host."""
+
+    name: str
+    x: np.ndarray  # uint8 [N, H, W, 3]
+    y: np.ndarray  # int32 [N]
+    domain: np.ndarray  # int32 [N]; all 0 where the file has no domains
+    test: np.ndarray  # bool [N]
+    classes: tuple[str, ...]
+    domains: tuple[str, ...]  # ("all",) where the file has none
+
+    @property
+    def has_domains(self) -> bool:
+        return len(self.domains) > 1
+
+    def fingerprint(self) -> str:
+        """A hash of everything in it."""
+        digest = hashlib.sha256()
+        for array in (self.x, self.y, self.domain, self.test):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load(source: str, image_size: int | None = None, test_share: float = 0.2) -> Images:
+    """``digits`` (built in) or the path of a ``.npz`` file.
+
+    Args:
+      source: name or path.
+      image_size: resize to this side, bicubic; ``None`` keeps the size.
+      test_share: where the file has no split, this share of each class (and domain) is set apart for testing, drawn
+        with a fixed seed.
+
+    Raises:
+      ValueError: the file is missing, damaged, or breaks the contract; the message says where.
+    """
+    if source == "digits":
+        from experiments.digits import digits
+
+        arrays, name = digits(), "digits"
+    else:
+        arrays, name = _read(source), Path(source).stem
+    images = _checked(name, arrays, test_share)
+    return images if image_size is None else images._replace(x=_resized(images.x, image_size))
+
+
+def _read(source: str) -> dict[str, np.ndarray]:
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"no data {source!r}: expected 'digits' or the path of a .npz file")
+    try:
+        with path.open("rb") as file:
+            return dict(np.load(file, allow_pickle=False))
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{source} is not a readable .npz file (damaged, truncated or pickled): {error}") from None
+
+
+def _checked(name: str, arrays: dict[str, np.ndarray], test_share: float) -> Images:
+    missing = [key for key in ("x", "y", "classes") if key not in arrays]
+    if missing:
+        raise ValueError(f"{name} lacks the array(s) {', '.join(missing)}; it has {', '.join(arrays) or 'none'}")
+    x, y, classes = arrays["x"], arrays["y"], tuple(map(str, arrays["classes"]))
+    if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
+        raise ValueError(f"{name}: x holds NaN or infinite values; expected uint8 images")
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not x.size:
+        raise ValueError(f"{name}: x is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W, 3] with N > 0")
+    domains = tuple(map(str, arrays["domains"])) if "domains" in arrays else ("all",)
+    if ("domain" in arrays) != ("domains" in arrays):
+        raise ValueError(f"{name} has only one of the arrays domain and domains; expected both or neither")
+    domain = arrays.get("domain", np.zeros(len(x), np.int32))
+    split = arrays.get("split")
+    for key, values, count in (("y", y, len(classes)), ("domain", domain, len(domains)), ("split", split, 2)):
+        if values is None:
+            continue
+        if values.shape != (len(x),) or not np.issubdtype(values.dtype, np.integer):
+            raise ValueError(f"{name}: {key} is {values.dtype} {list(values.shape)}; expected integers [{len(x)}]")
+        if values.min() < 0 or values.max() >= count:
+            raise ValueError(f"{name}: {key} runs from {values.min()} to {values.max()}; expected 0 to {count - 1}")
+    y, domain = y.astype(np.int32), domain.astype(np.int32)
+    if split is None:
+        test = _split(domain * len(classes) + y, test_share)
+    else:
+        test = split.astype(bool)
+    for j, label in enumerate(domains):
+        for part, where in (("training", ~test), ("test", test)):
+            if not (domain[where] == j).any():
+                raise ValueError(f"{name}: domain {label!r} has no {part} images")
+    return Images(name, x, y, domain, test, classes, domains)
+
+
+def _split(cells: np.ndarray, share: float) -> np.ndarray:
+    rng, test = np.random.default_rng(0), np.zeros(len(cells), bool)
+    for cell in np.unique(cells):
+        members = rng.permutation(np.flatnonzero(cells == cell))
+        test[members[: round(share * len(members))]] = True
+    return test
+
+
+def _resized(x: np.ndarray, size: int) -> np.ndarray:
+    if x.shape[1:3] == (size, size):
+        return x
+    resize = jax.jit(lambda part: jax.image.resize(part.astype(np.float32), (*part.shape[:1], size, size, 3), "bicubic"))
+    parts = [np.asarray(resize(part)) for part in np.array_split(x, max(1, len(x) // 512))]
+    return np.clip(np.round(np.concatenate(parts)), 0, 255).astype(np.uint8)

@@ -1,0 +1,187 @@
+"""Everything a run needs before its first round, for all seeds: model, clients, adapters. No federated logic."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from experiments import data
+from experiments.config import Config
+from experiments.data import Images
+from fedlora_jax import lora, partition, signatures
+from fedlora_jax.clients import Population
+from fedlora_jax.lora import Adapter, Params
+from models.pretrained import Pretrained, load_vit
+
+NANO = Path(__file__).parent / "data" / "nano_glyphs.npz"
+
+
+class Clients(NamedTuple):
+    """All clients, the training ones first, then the unseen ones (in ``Problem`` with a leading axis of seeds)."""
+
+    population: Population  # [N + K]
+    test_rows: Array  # [N + K, m] rows of each client's test images, padded at the end
+    test_counts: Array  # [N + K] how many of them are the client's
+
+    def training(self, count: int) -> Population:
+        return jax.tree.map(lambda x: x[:count], self.population)
+
+
+class Problem(NamedTuple):
+    """A data set on a model, split over clients for each seed."""
+
+    images: Images
+    pretrained: Pretrained
+    base: Params
+    train: tuple[Array, Array]  # x [n, H, W, 3] uint8, y [n]
+    test: tuple[Array, Array, Array]  # x, y, domain
+    clients: Clients  # every array with a leading axis of seeds
+    adapters: Adapter  # [seeds, ...]
+    keys: Array  # [seeds]
+    smallest: int  # training images of the smallest client over all seeds
+    loss_fn: Callable
+    correct_fn: Callable  # (base, adapter, (x, y)) -> 1 where the prediction is right, [n]
+    record: dict[str, Any]  # what identifies it, for config.json
+
+
+def build(config: Config) -> Problem:
+    images = data.load(config.data, config.image_size)
+    pretrained = load_vit(NANO if config.weights == "nano" else config.weights, len(images.classes), _side(images))
+    base = pretrained.params
+    loss_fn, correct_fn = objectives(pretrained)
+    train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
+    features = _features(pretrained, images.x[train_rows])
+    made = [_clients(config, images, train_rows, test_rows, seed) for seed in config.seeds]
+    stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
+    keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
+    new = lambda key: lora.new(
+        key, base, max(config.rank), targets=config.targets, full=config.full, scale=config.scale
+    )
+    digest = hashlib.sha256(b"".join(part.tobytes() for parts, tests, _ in made for part in (*parts, *tests)))
+    return Problem(
+        images=images,
+        pretrained=pretrained,
+        base=base,
+        train=(jnp.asarray(images.x[train_rows]), jnp.asarray(images.y[train_rows])),
+        test=tuple(jnp.asarray(a[test_rows]) for a in (images.x, images.y, images.domain)),  # type: ignore[arg-type]
+        clients=stacked,
+        adapters=jax.vmap(new)(keys),
+        keys=keys,
+        smallest=min(len(part) for parts, _, _ in made for part in parts),
+        loss_fn=loss_fn,
+        correct_fn=correct_fn,
+        record={
+            "data_hash": images.fingerprint(),
+            "weights": pretrained.name,
+            "weights_hash": _hash_tree(base),
+            "partition_hash": digest.hexdigest()[:16],
+            "adapted": sorted(lora.select(base, config.targets)),
+            "trained_in_full": sorted(lora.select(base, config.full)),
+        },
+    )
+
+
+def objectives(pretrained: Pretrained) -> tuple[Callable, Callable]:
+    """Cross-entropy of a batch, and which predictions are right, for images as uint8."""
+    model, mean, std = pretrained.model, pretrained.mean, pretrained.std
+    from models.vit import normalise
+
+    def logits(base: Params, adapter: Adapter, x: Array) -> Array:
+        return model.apply(lora.variables(base, adapter), normalise(x, mean, std))[0]  # type: ignore[index]
+
+    def loss_fn(base, adapter, batch, key):
+        x, y = batch
+        return optax.softmax_cross_entropy_with_integer_labels(logits(base, adapter, x), y).mean()
+
+    def correct_fn(base, adapter, examples):
+        one = lambda xy: (logits(base, adapter, xy[0][None])[0].argmax(-1) == xy[1]).astype(jnp.float32)
+        return jax.lax.map(one, examples, batch_size=256)  # bounds memory whatever the number of examples
+
+    return loss_fn, correct_fn
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    makers = {
+        "sgd": optax.sgd,
+        "momentum": lambda lr: optax.sgd(lr, momentum=0.9),
+        "adam": optax.adam,
+        "adamw": optax.adamw,
+    }
+    if config.optimizer not in makers:
+        raise ValueError(f"unknown optimizer {config.optimizer!r}: expected {', '.join(makers)}")
+    return makers[config.optimizer](config.lr)
+
+
+def _side(images: Images) -> int:
+    height, width = images.x.shape[1:3]
+    if height != width:
+        raise ValueError(f"{images.name} has images of {height} x {width}: use --image-size to make them square")
+    return height
+
+
+def _features(pretrained: Pretrained, x: np.ndarray) -> np.ndarray:
+    from models.vit import normalise
+
+    model = pretrained.model
+    apply = jax.jit(
+        lambda params, x: model.apply({"params": params}, normalise(x, pretrained.mean, pretrained.std))[1]["features"]
+    )
+    size = min(256, len(x))  # one shape, so one compilation: the last batch starts earlier
+    starts = [min(i, len(x) - size) for i in range(0, len(x), size)]
+    out = np.zeros((len(x), model.width), np.float32)
+    for i in starts:
+        out[i : i + size] = apply(pretrained.params, x[i : i + size])
+    return out
+
+
+def _clients(config: Config, images: Images, train: np.ndarray, test: np.ndarray, seed: int):
+    """Rows (of the training and of the test images) and rank of every client of one seed."""
+    rng = np.random.default_rng([seed, 1])
+    total = config.clients + config.holdout_clients
+    domains = images.domain[train] if images.has_domains else None
+    parts = partition.split(config.partition, images.y[train], domains, total, rng, config.minimum)
+    cell = images.domain * len(images.classes) + images.y
+    tests = partition.matching_tests(parts, cell[train], cell[test], rng)
+    ranks = rng.permutation(np.resize(config.rank, total))
+    return parts, tests, ranks
+
+
+def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray, classes: int) -> Clients:
+    """Pad every client of every seed to a common size, and describe each by its signature."""
+    widest = max(len(part) for parts, _, _ in made for part in parts)
+    widest_test = max(1, *(len(own) for _, tests, _ in made for own in tests))
+    rows = np.stack([_padded(parts, widest) for parts, _, _ in made])
+    sizes = np.array([[len(part) for part in parts] for parts, _, _ in made])
+    tests = np.stack([_padded(own, widest_test) for _, own, _ in made])
+    counts = np.array([[len(own) for own in tests] for _, tests, _ in made])
+    ranks = np.stack([ranks for _, _, ranks in made])
+    describe = lambda r, s: _signatures(jnp.asarray(features), jnp.asarray(labels), r, s, config.clients, classes)
+    population = Population(*map(jnp.asarray, (rows, sizes, ranks, jax.vmap(describe)(rows, sizes))))
+    return Clients(population, jnp.asarray(tests), jnp.asarray(counts))
+
+
+def _padded(parts: list[np.ndarray], width: int) -> np.ndarray:
+    return np.stack([np.concatenate([part, np.zeros(width - len(part), int)]) for part in parts]).astype(np.int32)
+
+
+def _signatures(features: Array, labels: Array, rows: Array, sizes: Array, training: int, classes: int) -> Array:
+    """Signatures of all clients, standardised over the training ones alone."""
+    one = lambda r, size: signatures.moments(features[r], labels[r], jnp.arange(r.shape[0]) < size, classes)
+    moments = jax.vmap(one)(rows, sizes)
+    stats = signatures.standard(jax.tree.map(lambda x: x[:training], moments))
+    return signatures.signatures(moments, stats)
+
+
+def _hash_tree(tree: Any) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,109 @@
+"""The compiled programs of a run: rounds, and evaluation, each for all seeds at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from experiments.config import Config
+from experiments.problem import Clients, Problem, make_optimizer
+from fedlora_jax import lora, rounds
+from fedlora_jax.clients import sample_batches
+from fedlora_jax.lora import Adapter
+from fedlora_jax.method import Method, average_client
+from fedlora_jax.rounds import Run
+
+
+class Scores(NamedTuple):
+    """Accuracies after a block of rounds; clients are the training ones, then the unseen ones."""
+
+    correct: Array  # [n_test] 1 where the global model is right
+    personal: Array  # [N + K] each client's model, as dispatched, on the client's own test images
+    tuned: Array | None  # [N + K] the same after local steps, where they were asked for
+
+
+class Programs(NamedTuple):
+    """Jitted functions; leading axis of seeds on runs, clients and keys."""
+
+    start: Callable  # (adapters, keys) -> runs
+    train: Callable  # (base, train, clients, runs, keys) -> (runs, info [seeds, rounds, ...]); donates runs
+    evaluate: Callable  # (base, train, test, clients, runs, keys) -> Scores
+    tuned: Callable  # the same, with local steps before scoring once more
+
+
+def make(config: Config, problem: Problem, method: Method) -> Programs:
+    participants = config.clients_per_round or config.clients
+    chunk, seeds_at_once = _layout(config, participants)
+    optimizer = make_optimizer(config)
+    round_fn = rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk)
+    step = rounds.make_step(
+        round_fn,
+        participants=participants,
+        steps=config.local_steps,
+        batch=config.batch,
+        smallest=problem.smallest,
+    )
+    block = rounds.scan_rounds(step, config.eval_every)
+    score = rounds.make_evaluate(method, problem.correct_fn, problem.loss_fn, optimizer)
+
+    def start(adapters: Adapter, keys: Array) -> Run:
+        return jax.vmap(lambda adapter, key: rounds.start(method, key, adapter, config.clients))(adapters, keys)
+
+    def train(base, train, clients: Clients, runs: Run, keys: Array):
+        one = lambda row: block(base, train, row[0].training(config.clients), row[1], row[2])
+        return rounds.map_clients(one, (clients, runs, keys), seeds_at_once)
+
+    def evaluate(tune: bool, base, train, test, clients: Clients, runs: Run, keys: Array) -> Scores:
+        x, y, _ = test
+
+        def one(row) -> Scores:
+            clients, run, key = row
+            key = jax.random.fold_in(jax.random.fold_in(key, run.round), 1)
+            training = clients.training(config.clients).cohort(jnp.arange(config.clients), run.memory)
+            whole = score(base, run.state, average_client(training), (x[None], y[None]), key).before[0]
+            everybody = jnp.arange(config.clients + config.holdout_clients)
+            fresh = rounds.start(method, key, jax.tree.map(lambda a: a[0], problem.adapters), config.holdout_clients)
+            memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh.memory)
+            batches = ()
+            if tune:
+                batches = sample_batches(
+                    key, train, clients.population, everybody, config.local_steps, config.batch, problem.smallest
+                )
+            cohort = clients.population.cohort(everybody, memory, batches)
+            scores = score(base, run.state, cohort, (x[clients.test_rows], y[clients.test_rows]), key)
+            counts = clients.test_counts
+            valid = jnp.arange(clients.test_rows.shape[1]) < counts[:, None]
+            share = lambda correct: jnp.sum(correct * valid, 1) / counts  # nan for a client without test images
+            return Scores(whole, *jax.tree.map(share, scores))
+
+        return rounds.map_clients(one, (clients, runs, keys), seeds_at_once)
+
+    plain = lambda *arguments: evaluate(False, *arguments)
+    tuned = lambda *arguments: evaluate(True, *arguments)
+    return Programs(jax.jit(start), jax.jit(train, donate_argnums=3), jax.jit(plain), jax.jit(tuned))
+
+
+def _layout(config: Config, participants: int) -> tuple[int | None, int]:
+    """How many clients and seeds run side by side: everything on an accelerator, little on a CPU's caches."""
+    seeds = len(config.seeds)
+    if jax.default_backend() != "cpu":
+        return config.chunk, config.seeds_at_once or seeds
+    if config.chunk is not None:
+        return config.chunk, config.seeds_at_once or 1
+    fits = [size for size in range(1, participants + 1) if participants % size == 0 and size <= 8]
+    return fits[-1], config.seeds_at_once or 1
+
+
+def traffic_bytes(method: Method, adapter: Adapter, ranks: tuple[int, ...]) -> tuple[int, int]:
+    """Bytes that a cohort of clients with these ranks sends and receives in one round, all clients together."""
+    shapes = {rank: jax.eval_shape(lambda r=rank: lora.cut(adapter, r)) for rank in set(ranks)}
+    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    per_rank: dict[int, Any] = {
+        rank: jax.eval_shape(method.traffic, own, [shapes[r] for r in ranks]) for rank, own in shapes.items()
+    }
+    return sum(size(per_rank[r].up) for r in ranks), sum(size(per_rank[r].down) for r in ranks)

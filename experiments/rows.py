@@ -1,0 +1,100 @@
+"""From what the programs return to rows of ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import programs
+from experiments.config import Config
+from experiments.problem import Problem
+from experiments.programs import Scores
+from experiments.record import number
+from fedlora_jax.method import Method
+from fedlora_jax.rounds import Info
+
+
+class Rows:
+    """Makes the rows of one method."""
+
+    def __init__(self, config: Config, problem: Problem, name: str, method: Method):
+        self._config, self._name, self._method = config, name, method
+        self._domain, self._domains = np.asarray(problem.test[2]), problem.images.domains
+        self._ranks = np.asarray(problem.clients.population.ranks)
+        self._adapter = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
+        self._traffic: dict[tuple[int, ...], tuple[int, int]] = {}
+
+    def of_block(self, end: int, info: Info, scores: Scores) -> list[dict[str, Any]]:
+        """One row per round and seed of the block of rounds that ends with ``end``, where the scores were taken."""
+        block, rows = info.loss.shape[1], []
+        for t in range(block):
+            for s, seed in enumerate(self._config.seeds):
+                row: dict[str, Any] = {"method": self._name, "seed": seed, "round": end - block + t + 1}
+                row["clients"] = info.ids[s, t].tolist()
+                row["loss"] = float(info.loss[s, t].mean())
+                row |= {key: float(x[s, t]) for key, x in info.aggregation._asdict().items()}
+                row["bytes_up"], row["bytes_down"] = self._bytes(s, info.ids[s, t])
+                if t == block - 1:
+                    row |= self._accuracies(jax.tree.map(lambda x, s=s: x[s], scores), end == self._config.rounds)
+                rows.append(row)
+        return rows
+
+    def _bytes(self, s: int, ids: np.ndarray) -> tuple[int, int]:
+        ranks = tuple(sorted(self._ranks[s, ids].tolist()))
+        if ranks not in self._traffic:
+            self._traffic[ranks] = programs.traffic_bytes(self._method, self._adapter, ranks)
+        return self._traffic[ranks]
+
+    def _accuracies(self, scores: Scores, final: bool) -> dict[str, Any]:
+        n = self._config.clients
+        per_domain = {name: float(scores.correct[self._domain == j].mean()) for j, name in enumerate(self._domains)}
+        row: dict[str, Any] = {
+            "global_accuracy": float(np.mean(list(per_domain.values()))),
+            "pooled_accuracy": float(scores.correct.mean()),
+            "per_domain": per_domain,
+            "personal_std": number(np.std(_known(scores.personal[:n]))),
+        }
+        for suffix, accuracy in (("", scores.personal), ("_tuned", scores.tuned)):
+            if accuracy is None:
+                continue
+            row[f"personal_accuracy{suffix}"] = number(_mean(accuracy[:n]))
+            row[f"worst10_accuracy{suffix}"] = number(_worst(accuracy[:n]))
+            row[f"unseen_accuracy{suffix}"] = number(_mean(accuracy[n:]))
+            if final:
+                row[f"client_accuracies{suffix}"] = [number(x) for x in accuracy[:n]]
+        return row
+
+
+def holdings(config: Config, problem: Problem) -> dict[str, Any]:
+    """Training images of each client of the first seed, by domain and class."""
+    images, population = problem.images, jax.device_get(problem.clients.population)
+    domain, y = images.domain[~images.test], images.y[~images.test]
+    counts = np.zeros((population.sizes.shape[1], len(images.domains), len(images.classes)), int)
+    for client, (rows, size) in enumerate(zip(population.rows[0], population.sizes[0], strict=True)):
+        np.add.at(counts[client], (domain[rows[:size]], y[rows[:size]]), 1)
+    return {
+        "counts": counts,
+        "training": config.clients,
+        "domains": list(images.domains),
+        "classes": list(images.classes),
+        "seed": config.seeds[0],
+    }
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    """Clients without test images have no accuracy."""
+    return values[np.isfinite(values)]
+
+
+def _mean(values: np.ndarray) -> float:
+    known = _known(values)
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _worst(values: np.ndarray) -> float:
+    """Mean over the lowest tenth of clients, at least one."""
+    known = np.sort(_known(values))
+    return float(known[: max(1, math.ceil(len(known) / 10))].mean()) if len(known) else math.nan

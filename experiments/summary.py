@@ -1,0 +1,138 @@
+"""``summary.json``: what a run ends with, from the rows of ``metrics.jsonl`` alone.
+
+Schema 1. For each method and each measure ``{"last": S, "last5": S}`` with
+``S = {"mean", "std", "ci95": [low, high] or null, "seeds": [...]}``: the last round, and the mean over the evaluated
+rounds among the last five. Intervals are 95 % t-intervals over seeds. There is no best round: picking one on test
+data would be selection.
+
+    global_accuracy            the global model on all test images, mean over domains
+    pooled_accuracy            the same, mean over images
+    per_domain                 {domain: ...}
+    personal_accuracy          each training client's model, as dispatched, on its own test images; mean over clients
+    worst10_accuracy           mean over the tenth of clients where it is lowest
+    unseen_accuracy            as personal, clients that never trained
+    *_tuned                    the same after the local steps of one round on the client's own training images
+    bias, bias_share           |server's model - mean of clients' models|, absolute and as a share of the mean update
+    rounds_to_target           first evaluated round with global_accuracy >= target; null where it was not reached
+    bytes_up, bytes_down       per client and round (mean), and in total, for one seed
+    seconds_per_round          wall time of one round of one seed; null where nothing was run
+    compile_seconds            of the program of rounds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+MEASURES = (
+    "global_accuracy",
+    "pooled_accuracy",
+    "personal_accuracy",
+    "worst10_accuracy",
+    "unseen_accuracy",
+    "personal_accuracy_tuned",
+    "worst10_accuracy_tuned",
+    "unseen_accuracy_tuned",
+    "bias",
+    "bias_share",
+)
+WINDOW = 5
+
+
+def spread(values: Iterable[float | None]) -> dict[str, Any]:
+    """Mean, deviation and 95 % t-interval over seeds; ``None`` where a seed has no value."""
+    seeds = list(values)
+    known = np.array([v for v in seeds if v is not None], float)
+    if len(known) < len(seeds) or not len(seeds):
+        return {"mean": None, "std": None, "ci95": None, "seeds": seeds}
+    mean, n = float(known.mean()), len(known)
+    if n == 1:
+        return {"mean": mean, "std": None, "ci95": None, "seeds": seeds}
+    std = float(known.std(ddof=1))
+    half = float(stats.t.ppf(0.975, n - 1)) * std / n**0.5
+    return {"mean": mean, "std": std, "ci95": [mean - half, mean + half], "seeds": seeds}
+
+
+def summarise(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
+    """One method's entry, timings and descriptions left out."""
+    seeds = sorted({row["seed"] for row in rows})
+    by_seed = [sorted((r for r in rows if r["seed"] == seed), key=lambda r: r["round"]) for seed in seeds]
+    entry: dict[str, Any] = {name: _both(by_seed, lambda r, n=name: r.get(n)) for name in MEASURES}
+    domains = by_seed[0][-1]["per_domain"]
+    entry["per_domain"] = {d: _both(by_seed, lambda r, d=d: r["per_domain"][d] if "per_domain" in r else None)
+                           for d in domains}  # fmt: skip
+    reached = [next((r["round"] for r in own if r.get("global_accuracy", 0) >= target), None) for own in by_seed]
+    entry["rounds_to_target"] = {"target": target, "mean": spread(reached)["mean"], "seeds": reached}
+    for way in ("bytes_up", "bytes_down"):
+        total = sum(row[way] for row in by_seed[0])
+        entry[way] = {"per_client_round": round(total / sum(len(r["clients"]) for r in by_seed[0])), "total": total}
+    return entry
+
+
+def paired(entries: dict[str, Any], measure: str = "global_accuracy") -> dict[str, Any]:
+    """Differences to the first method, seed by seed (the same clients, starts and batches), last five rounds."""
+    baseline, *others = entries
+    reference = entries[baseline][measure]["last5"]["seeds"]
+    differences = {}
+    for name in others:
+        own = entries[name][measure]["last5"]["seeds"]
+        result = spread([x - y if None not in (x, y) else None for x, y in zip(own, reference, strict=True)])
+        differences[name] = {"baseline": baseline, "metric": measure, **result}
+    return differences
+
+
+def _both(by_seed: list[list[dict[str, Any]]], read) -> dict[str, Any]:
+    end = by_seed[0][-1]["round"]
+    last = [read(own[-1]) for own in by_seed]
+    window = [[read(r) for r in own if r["round"] > end - WINDOW] for own in by_seed]
+    return {"last": spread(last), "last5": spread(map(_mean, window))}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The terminal's table: last five rounds, mean and half-width of the 95 % interval, in per cent."""
+    columns = (
+        ("global", "global_accuracy"),
+        ("personal", "personal_accuracy"),
+        ("+steps", "personal_accuracy_tuned"),
+        ("worst 10%", "worst10_accuracy"),
+        ("unseen", "unseen_accuracy"),
+        ("+steps", "unseen_accuracy_tuned"),
+    )
+    header = ["method", *(title for title, _ in columns), "vs first", "bias", "KiB up", "s/round"]
+    rows = [header]
+    for name, entry in summary["methods"].items():
+        difference = summary["paired"].get(name)
+        seconds = entry["seconds_per_round"]
+        rows.append(
+            [
+                name,
+                *(_percent(entry[key]["last5"]) for _, key in columns),
+                _percent(difference, signed=True) if difference else "",
+                _share(entry["bias_share"]["last5"]["mean"]),
+                f"{entry['bytes_up']['per_client_round'] / 1024:.1f}",
+                "-" if seconds is None else f"{seconds:.3f}",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    line = lambda row: "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def _percent(value: dict[str, Any], signed: bool = False) -> str:
+    if value["mean"] is None:
+        return "-"
+    mean = f"{100 * value['mean']:{'+' if signed else ''}.1f}"
+    return mean if value["ci95"] is None else f"{mean} ±{50 * (value['ci95'][1] - value['ci95'][0]):.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"

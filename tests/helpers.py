@@ -1,0 +1,183 @@
+"""The table of all methods, and one tiny problem with stacked and single non-square kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from numpy.linalg import norm
+
+from fedlora_jax import lora
+from fedlora_jax.clients import Population
+from fedlora_jax.method import Cohort, Method, average_client
+from fedlora_jax.methods.fedex_lora import fedex_lora
+from fedlora_jax.methods.fedit import fedit
+from fedlora_jax.methods.ffa_lora import ffa_lora
+from fedlora_jax.methods.flexlora import flexlora
+from fedlora_jax.methods.flora import flora
+from fedlora_jax.methods.hyperlora import hyperlora
+from fedlora_jax.methods.lora_fair import lora_fair
+from fedlora_jax.rounds import make_local
+
+CLIENTS, STEPS, BATCH, RANK, SCALE, SIGNATURE = 4, 2, 3, 2, 0.7, 5
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "fedit": fedit,
+    "ffa_lora": ffa_lora,
+    "flora": flora,
+    "flexlora": flexlora,
+    "flexlora_balanced": lambda: flexlora(split="balanced", gauge=True),
+    "fedex_lora": fedex_lora,
+    "lora_fair": lora_fair,
+    "lora_fair_ridge": lambda: lora_fair(solver="ridge"),
+    "hyperlora": lambda: hyperlora(participants=CLIENTS, signature_size=SIGNATURE, warmup=0),
+}
+
+
+def float64():
+    """A context in which arrays are float64."""
+    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+
+# What a method is before its server has learned anything: then it may promise more.
+UNLEARNED = METHODS | {
+    "hyperlora": lambda: hyperlora(participants=CLIENTS, signature_size=SIGNATURE, warmup=10**6),
+}
+
+# A large epsilon: Adam as smooth as SGD, so that rounding errors stay rounding errors.
+OPTIMIZER = optax.adamw(0.02, eps=0.01, weight_decay=0.1)
+
+
+class Problem(NamedTuple):
+    base: lora.Params
+    adapter: lora.Adapter
+
+
+def problem(seed: int = 0, rank: int = RANK) -> Problem:
+    """Two stacked layers 6 -> 4 and back through one 4 -> 6, a head trained in full, a bias nobody trains."""
+    draw = np.random.default_rng(seed).normal
+    shapes = {"blocks/kernel": (2, 6, 4), "blocks/bias": (2, 4), "mix/kernel": (4, 6), "head/kernel": (6, 3)}
+    base = unflatten_dict({k: jnp.asarray(draw(size=s) / s[-2] ** 0.5) for k, s in shapes.items()}, sep="/")
+    adapter = lora.new(jax.random.key(seed), base, rank, targets=["blocks/kernel", "mix"], full="head", scale=SCALE)
+    return Problem(base, adapter)
+
+
+def logits(base: lora.Params, adapter: lora.Adapter, x: jax.Array) -> jax.Array:
+    variables = lora.variables(base, adapter)
+
+    def linear(name: str, x: jax.Array, layer: Any = ...) -> jax.Array:
+        update = variables["lora"][name]["kernel"]
+        w, a, b = variables["params"][name]["kernel"][layer], update.a[layer], update.b[layer]
+        return x @ w + update.scale * ((x @ a) @ b)
+
+    for layer in range(2):
+        h = jnp.tanh(linear("blocks", x, layer) + variables["params"]["blocks"]["bias"][layer])
+        x = x + linear("mix", h)
+    return x @ variables["params"]["head"]["kernel"]
+
+
+def loss_fn(base: lora.Params, adapter: lora.Adapter, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+    """Cross-entropy on noisy inputs; the noise shows which keys arrive."""
+    x = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
+    return optax.softmax_cross_entropy_with_integer_labels(logits(base, adapter, x), batch["y"]).mean()
+
+
+def cohort(seed: int = 0, clients: int = CLIENTS, steps: int = STEPS, weights=None, ranks=None, rank=RANK) -> Cohort:
+    rng = np.random.default_rng(seed)
+    return Cohort(
+        ids=jnp.arange(10, 10 + clients),
+        weights=jnp.asarray(rng.uniform(1, 3, clients) if weights is None else weights, float),
+        ranks=jnp.asarray([rank] * clients if ranks is None else ranks),
+        signatures=jnp.asarray(rng.normal(size=(clients, SIGNATURE))),
+        batches={
+            "x": jnp.asarray(rng.normal(size=(clients, steps, BATCH, 6))),
+            "y": jnp.asarray(rng.integers(0, 3, (clients, steps, BATCH))),
+        },
+    )
+
+
+def examples(seed: int = 0, count: int = 40) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    return {"x": jnp.asarray(rng.normal(size=(count, 6))), "y": jnp.asarray(rng.integers(0, 3, count))}
+
+
+def population(sizes=(5, 9, 3, 7, 4), seed: int = 0, ranks=None) -> Population:
+    """Clients that hold consecutive rows of ``examples``, padded with row 0."""
+    sizes, ends = np.asarray(sizes), np.cumsum(sizes)
+    rows = np.zeros((len(sizes), sizes.max()), int)
+    for row, size, end in zip(rows, sizes, ends, strict=True):
+        row[:size] = np.arange(end - size, end)
+    signatures = np.random.default_rng(seed).normal(size=(len(sizes), SIGNATURE))
+    ranks = [RANK] * len(sizes) if ranks is None else ranks
+    return Population(*(jnp.asarray(x) for x in (rows, sizes, ranks, signatures)))
+
+
+def take(rows: Any, index: Any) -> Any:
+    """The same rows of every array of a tree with a leading client axis."""
+    return jax.tree.map(lambda x: x[index], rows)
+
+
+def normalised(c: Cohort) -> Cohort:
+    return c._replace(weights=c.weights / c.weights.sum())
+
+
+def nudged(tree: Any, seed: int = 1, size: float = 0.3) -> Any:
+    """The tree with noise on its float arrays."""
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    noisy = [x + size * rng.normal(size=x.shape).astype(x.dtype) if is_float(x) else x for x in leaves]
+    return treedef.unflatten(noisy)
+
+
+def is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def effective(method: Method, base: lora.Params, state: Any, c: Cohort) -> dict[str, np.ndarray]:
+    """The weights of the server's model: what an average client would compute with, by name."""
+    sent = method.dispatch(base, state, average_client(c))
+    return weights_of(sent.base, take(sent.adapter, 0))
+
+
+def weights_of(base: lora.Params, adapter: lora.Adapter) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x) for name, x in flatten_dict(lora.merge(base, adapter), sep="/").items()}
+
+
+def mean_weights(base: lora.Params, adapters: lora.Adapter, weights: jax.Array) -> dict[str, np.ndarray]:
+    """The mean of the clients' merged weights: what an exact server holds."""
+    rows = [weights_of(base, take(adapters, c)) for c in range(len(weights))]
+    return {k: sum(np.float64(w) * row[k] for w, row in zip(weights, rows, strict=True)) for k in rows[0]}
+
+
+def assert_near(x: Any, y: Any, rel: float = 1e-5) -> None:
+    """Two trees agree: every pair of arrays differs by at most ``rel`` of the second's norm."""
+    jax.tree.map(lambda u, v: _assert_near(u, v, rel), x, y)
+
+
+def _assert_near(u: Any, v: Any, rel: float) -> None:
+    if jnp.issubdtype(jnp.asarray(v).dtype, jax.dtypes.prng_key):
+        u, v = jax.random.key_data(u), jax.random.key_data(v)
+    u, v = np.asarray(u, np.float64), np.asarray(v, np.float64)
+    assert u.shape == v.shape
+    assert np.isfinite(v).all()
+    assert norm(u - v) <= rel * norm(v) + 1e-30, f"relative error {norm(u - v) / norm(v)}"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _train(penalty: Callable, sent: Any, c: Cohort, key: jax.Array) -> tuple[lora.Adapter, jax.Array]:
+    local = make_local(fedit()._replace(penalty=penalty), loss_fn, OPTIMIZER)
+
+    def one(id_, *row):
+        return local(sent.base, *row, jax.random.fold_in(key, id_))
+
+    return jax.vmap(one)(c.ids, sent.adapter, sent.mask, sent.anchor, c.batches)
+
+
+def train(method: Method, sent: Any, c: Cohort, key: jax.Array) -> tuple[lora.Adapter, jax.Array]:
+    """Every client's local steps: adapters and losses ``[C, T]``. Compiled once for all methods."""
+    return _train(method.penalty, sent, c, key)
