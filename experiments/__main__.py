@@ -12,11 +12,11 @@ def main() -> None:
 
         print(table())
         return
-    from experiments.compare import Plan  # after parsing: --help and typing errors need no jax
+    from experiments import bounds, compare  # after parsing: --help and typing errors need no jax
 
     assert config is not None
     try:
-        plan = Plan(command, config)
+        plan = bounds.Plan(config) if command == "bounds" else compare.Plan(command, config)
     except (ValueError, OSError) as error:
         fail(str(error))
     try:

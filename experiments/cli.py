@@ -40,8 +40,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
     for name, text in (
         ("compare", "run several methods on the same seeds, clients and batches; the main job"),
         ("run", "run one method"),
+        ("bounds", "what needs no federation: zero-shot, linear probe, local-only and centralised tuning"),
     ):
-        add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), single=name == "run")
+        add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
     commands.add_parser("methods", help="the table of methods: name, paper, what travels, exact or not")
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
@@ -52,12 +53,17 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
     return command, Config(**given)
 
 
-def add_options(parser: argparse.ArgumentParser, single: bool) -> None:
-    """One option for each field of ``Config``; ``run`` has ``--method`` in place of ``--methods``."""
+_NOT_FOR_BOUNDS = {"methods", "out", "resume", "target", "eval_every", "checkpoint_every", "chunk", "seeds_at_once"}
+
+
+def add_options(parser: argparse.ArgumentParser, command: str) -> None:
+    """One option for each field of ``Config``; ``run`` has ``--method``, ``bounds`` only what it depends on."""
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        if field.name == "methods" and single:
+        if command == "bounds" and field.name in _NOT_FOR_BOUNDS:
+            continue
+        if field.name == "methods" and command == "run":
             parser.add_argument("--method", required=True, metavar="NAME", help="the method, by file name")
         elif hints[field.name] is bool:
             parser.add_argument(flag, action="store_true", help=text)

@@ -27,11 +27,16 @@ class Plan:
 
     def __init__(self, command: str, config: Config):
         check(config)
-        self.command, self.config = command, config
-        self.folder = Path(config.out or f"runs/{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         for name in config.methods:
             methods.about(name)  # a misspelt name is refused before data are loaded
+        self.command, self.config = command, config
+        self.folder = Path(config.out or f"runs/{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        record.check_folder(self.folder, config.resume)
+        if config.resume:
+            record.check_same(self.folder, "config", config.identity())
         self.problem = problem.build(config)
+        if config.resume:
+            record.check_same(self.folder, "record", self.problem.record)
         self.about = {
             "command": command,
             "config": config.identity(),
@@ -39,8 +44,7 @@ class Plan:
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
             "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
         }
-        record.check_folder(self.folder, self.about, config.resume)
-        self.methods = {name: Trial(config, self.problem, name) for name in config.methods}
+        self.trials = {name: Trial(config, self.problem, name) for name in config.methods}
 
     def execute(self) -> Path:
         """Run, write, print. Returns the report's path."""
@@ -48,21 +52,21 @@ class Plan:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not config.resume:
             record.write_json(self.folder / "config.json", self.about)
-        stores = {name: record.Checkpoints(self.folder, name) for name in self.methods}
+        stores = {name: record.Checkpoints(self.folder, name) for name in self.trials}
         done = {name: store.latest() for name, store in stores.items()}
         metrics = record.Metrics(self.folder)
         metrics.keep(done)
         left = sum(config.rounds - rounds for rounds in done.values())
         timings = {}
         with tqdm(total=left * len(config.seeds), unit="round", smoothing=0.1, dynamic_ncols=True) as bar:
-            for name, trial in self.methods.items():
+            for name, trial in self.trials.items():
                 timings[name] = trial.run(done[name], stores[name], metrics, bar)
                 stores[name].close()
         return self._finish(metrics.read(), timings)
 
     def _finish(self, rows: list[dict[str, Any]], timings: dict[str, dict[str, float | None]]) -> Path:
         entries = {}
-        for name in self.methods:
+        for name in self.trials:
             entry = summary.summarise([row for row in rows if row["method"] == name], self.config.target)
             entries[name] = {"about": methods.about(name)._asdict(), **entry, **timings[name]}
         result = {
@@ -76,7 +80,9 @@ class Plan:
         path = report.write(self.folder, result, rows, holdings(self.config, self.problem))
         seeds = len(self.config.seeds)
         print(f"\n{summary.table(result)}\n")
-        print(f"accuracies in %, mean over the last five rounds and 95 % interval over {seeds} seed{'s' * (seeds > 1)};")
+        print(
+            f"accuracies in %, mean over the last five rounds and 95 % interval over {seeds} seed{'s' * (seeds > 1)};"
+        )
         print("+steps: after one round of local steps; bias: share of the mean update that the server got wrong")
         print(f"\nreport: {path}")
         return path

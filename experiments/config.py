@@ -28,9 +28,7 @@ class Config:
     clients: int = option(18, "clients that train")
     clients_per_round: int | None = option(None, "clients drawn each round (default: all)")
     holdout_clients: int = option(6, "further clients with data of their own that never train: the unseen ones")
-    partition: str = option(
-        "domain_dirichlet:1.0", "iid, dirichlet:ALPHA, classes:N, domain or domain_dirichlet:ALPHA"
-    )
+    partition: str = option("domain_dirichlet:1.0", "iid, dirichlet:ALPHA, classes:N, domain or domain_dirichlet:ALPHA")
     minimum: int = option(10, "training images of the smallest client, at least")
     rank: tuple[int, ...] = option((4,), "rank of the adapters; a list (4,8,16) is dealt out to clients at random")
     scale: float = option(2.0, "factor s of every low-rank update, the same for all clients and ranks")
@@ -76,6 +74,9 @@ def check(config: Config) -> None:
         raise ValueError(f"--seeds must be different numbers from 0 up, got {','.join(map(str, config.seeds))}")
     if config.clients_per_round is not None and config.clients_per_round > config.clients:
         raise ValueError(f"--clients-per-round {config.clients_per_round} is more than --clients {config.clients}")
+    cohort = config.clients_per_round or config.clients
+    if config.chunk is not None and cohort % config.chunk:
+        raise ValueError(f"--chunk {config.chunk} does not divide the {cohort} clients of a round")
     if config.rounds % config.eval_every:
         raise ValueError(f"--eval-every {config.eval_every} does not divide --rounds {config.rounds}")
     if config.checkpoint_every % config.eval_every:

@@ -116,6 +116,8 @@ def _split(cells: np.ndarray, share: float) -> np.ndarray:
 def _resized(x: np.ndarray, size: int) -> np.ndarray:
     if x.shape[1:3] == (size, size):
         return x
-    resize = jax.jit(lambda part: jax.image.resize(part.astype(np.float32), (*part.shape[:1], size, size, 3), "bicubic"))
+    resize = jax.jit(
+        lambda part: jax.image.resize(part.astype(np.float32), (*part.shape[:1], size, size, 3), "bicubic")
+    )
     parts = [np.asarray(resize(part)) for part in np.array_split(x, max(1, len(x) // 512))]
     return np.clip(np.round(np.concatenate(parts)), 0, 255).astype(np.uint8)

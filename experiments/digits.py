@@ -2,7 +2,7 @@
 
 ``sklearn.datasets.load_digits`` ships 1797 scans of 8 x 8 (E. Alpaydin and C. Kaynak, *Optical Recognition of
 Handwritten Digits*, UCI 1998, CC BY 4.0). Every one of them is drawn exactly once, in one domain and one split, so no
-handwriting is seen both in training and in testing, nor by two clients. All is fixed: the digit's index seeds its image.
+handwriting is seen both in training and in testing, or by two clients. The digit's index seeds its image.
 
 ``python -m experiments.digits PATH.png`` draws ten images of each domain.
 """
@@ -29,7 +29,7 @@ Draw = Callable[[np.ndarray, Generator], np.ndarray]  # digit [8, 8] in 0..1 -> 
 def digits() -> dict[str, np.ndarray]:
     """All images in the arrays of the ``.npz`` contract (``x, y, domain, split, classes, domains``).
 
-    ``source`` ``[N]`` is the index of each image's digit in ``load_digits``: a permutation-free ``0 .. N - 1``.
+    ``source`` ``[N]`` is the index in ``load_digits`` of the digit an image was drawn from.
     """
     bunch = load_digits()
     scans, y = bunch.images / 16.0, bunch.target.astype(np.int32)  # type: ignore[union-attr]
@@ -72,7 +72,7 @@ def chalk(digit: np.ndarray, rng: Generator) -> np.ndarray:
     wiped = ndimage.gaussian_filter(rng.normal(size=(CANVAS, CANVAS)), (1, 6))
     board = np.array([[0.13, 0.28, 0.22], [0.17, 0.19, 0.22]])[rng.integers(2)] + 0.45 * wiped[..., None]
     dust = ndimage.gaussian_filter(rng.random((CANVAS, CANVAS)), 0.8)
-    broken = np.clip(0.5 + 4 * (dust - 0.45), 0, 1)
+    broken = np.clip(0.75 + 3 * (dust - 0.5), 0.3, 1)
     stick = np.array([[0.95, 0.95, 0.92], [0.95, 0.88, 0.55], [0.95, 0.70, 0.72]])[rng.integers(3)]
     return _paint(board, stick, 0.9 * broken * _crisp(_pose(digit, rng, turn=(-12, 12))))
 
@@ -106,7 +106,7 @@ def photo(digit: np.ndarray, rng: Generator) -> np.ndarray:
     scene = _paint(wall, np.clip(wall.mean() + sign * np.array([0.4, 0.38, 0.33]), 0, 1), _crisp(_pose(digit, rng)))
     angle = rng.uniform(0, 2 * np.pi)
     scene = scene * (0.85 + 0.3 * (np.cos(angle) * row + np.sin(angle) * column))[..., None]
-    return ndimage.gaussian_filter(scene, (1.2, 1.2, 0)) + rng.normal(0, 0.08, scene.shape)
+    return ndimage.gaussian_filter(scene, (1.0, 1.0, 0)) + rng.normal(0, 0.08, scene.shape)
 
 
 def blueprint(digit: np.ndarray, rng: Generator) -> np.ndarray:

@@ -37,17 +37,17 @@ NO_DIGITS = ("cmex", "cmsy", "LastResort", "STIXNonUni", "STIXSiz", "DejaVuSansD
 GRID = 48  # side of a glyph's distance field
 BOX = 36  # height of the glyph in it
 MEAN = STD = (0.5, 0.5, 0.5)
-STEPS, BATCH, PEAK, DECAY, SMOOTHING = 5000, 64, 3e-3, 0.05, 0.0
+STEPS, BATCH, PEAK, DECAY = 5000, 64, 2e-3, 0.3
+DENSE = {"attn.qkv": "attn/qkv", "attn.proj": "attn/out", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}  # timm's, ours
 SCAN = 200  # steps in one call of the compiled program
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT, help="file to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
     options = parser.parse_args()
     train, held_out = fields()
-    params = pretrain(train, options.steps)
+    params = pretrain(train)
     save(options.out, params)
     print(f"wrote {options.out} ({options.out.stat().st_size / 2**20:.2f} MB)")
     report(params, held_out)
@@ -63,7 +63,7 @@ def fields() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _field(path: Path, character: str) -> np.ndarray:
-    """Distance to the glyph's edge in units of its height, positive inside; the glyph centred, 3/4 of the field high."""
+    """Distance to the glyph's edge in units of its height, positive inside; centred, 3/4 of the field high."""
     font = FT2Font(str(path))
     font.set_size(200, 72)
     font.set_text(character)
@@ -110,20 +110,20 @@ def batch(key: Array, glyphs: Array, size: int) -> tuple[Array, Array]:
     return normalise(255 * images, MEAN, STD), label
 
 
-def pretrain(glyphs: np.ndarray, steps: int) -> dict[str, Any]:
-    """All parameters by AdamW with a warm-up and a cosine, a fixed seed."""
+def pretrain(glyphs: np.ndarray, steps: int = STEPS) -> dict[str, Any]:
+    """The nano ViT, all of it trained, by AdamW with a warm-up and a cosine; ``steps`` a multiple of ``SCAN``."""
     model = vit("nano/4", 10)
     init_key, data_key = jax.random.split(jax.random.key(0))
     params = model.init(init_key, jnp.zeros((1, SIDE, SIDE, 3)))["params"]
+    params["pos"] = params["pos"].at[1:].set(positions(*params["pos"][1:].shape))
     rate = optax.warmup_cosine_decay_schedule(0.0, PEAK, steps // 20, steps)
     matrices = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", tree)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=DECAY, mask=matrices))
+    optimizer = optax.adamw(rate, weight_decay=DECAY, mask=matrices)
     glyphs = jnp.asarray(glyphs, jnp.float32)
 
     def loss_fn(params, key):
         x, y = batch(key, glyphs, BATCH)
-        labels = optax.smooth_labels(jax.nn.one_hot(y, 10), SMOOTHING)
-        return optax.softmax_cross_entropy(model.apply({"params": params}, x)[0], labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, x)[0], y).mean()
 
     def step(carry, i):
         params, opt_state = carry
@@ -139,6 +139,13 @@ def pretrain(glyphs: np.ndarray, steps: int) -> dict[str, Any]:
             bar.set_postfix(loss=f"{losses.mean():.3f}")
             bar.update(SCAN)
     return carry[0]
+
+
+def positions(tokens: int, width: int) -> Array:
+    """Sines and cosines of row and column, ``[tokens, width]``: a start from which learning is about twice as fast."""
+    place = jnp.mgrid[: round(tokens**0.5), : round(tokens**0.5)].reshape(2, -1, 1)
+    angle = 2 * place / 100.0 ** (jnp.arange(width // 4) / (width // 4))
+    return 0.5 * jnp.concatenate([*jnp.sin(angle), *jnp.cos(angle)], -1)
 
 
 def to_timm(params: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -164,7 +171,12 @@ def to_timm(params: dict[str, Any]) -> dict[str, np.ndarray]:
         for norm in ("norm1", "norm2"):
             arrays[f"blocks.{i}.{norm}.weight"] = p[f"blocks/{norm}/scale"][i]
             arrays[f"blocks.{i}.{norm}.bias"] = p[f"blocks/{norm}/bias"][i]
-        for theirs, ours in {"attn.qkv": "attn/qkv", "attn.proj": "attn/out", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}.items():
+        for theirs, ours in {
+            "attn.qkv": "attn/qkv",
+            "attn.proj": "attn/out",
+            "mlp.fc1": "mlp/fc1",
+            "mlp.fc2": "mlp/fc2",
+        }.items():
             arrays[f"blocks.{i}.{theirs}.weight"] = p[f"blocks/{ours}/kernel"][i].T
             arrays[f"blocks.{i}.{theirs}.bias"] = p[f"blocks/{ours}/bias"][i]
     return {name: np.ascontiguousarray(value) for name, value in arrays.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from fedlora_jax import lora, partition, signatures
 from fedlora_jax.clients import Population
 from fedlora_jax.lora import Adapter, Params
 from models.pretrained import Pretrained, load_vit
+from models.vit import normalise
 
 NANO = Path(__file__).parent / "data" / "nano_glyphs.npz"
 
@@ -53,18 +55,22 @@ class Problem(NamedTuple):
 
 
 def build(config: Config) -> Problem:
+    # Everything that can be refused is looked at on the host first; only then does anything compile.
+    make_optimizer(config)
     images = data.load(config.data, config.image_size)
     pretrained = load_vit(NANO if config.weights == "nano" else config.weights, len(images.classes), _side(images))
     base = pretrained.params
-    loss_fn, correct_fn = objectives(pretrained)
+    new = partial(
+        lora.new, params=base, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
+    )
+    jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
     train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
-    features = _features(pretrained, images.x[train_rows])
     made = [_clients(config, images, train_rows, test_rows, seed) for seed in config.seeds]
+
+    loss_fn, correct_fn = objectives(pretrained)
+    features = frozen_features(pretrained, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
-    new = lambda key: lora.new(
-        key, base, max(config.rank), targets=config.targets, full=config.full, scale=config.scale
-    )
     digest = hashlib.sha256(b"".join(part.tobytes() for parts, tests, _ in made for part in (*parts, *tests)))
     return Problem(
         images=images,
@@ -92,7 +98,6 @@ def build(config: Config) -> Problem:
 def objectives(pretrained: Pretrained) -> tuple[Callable, Callable]:
     """Cross-entropy of a batch, and which predictions are right, for images as uint8."""
     model, mean, std = pretrained.model, pretrained.mean, pretrained.std
-    from models.vit import normalise
 
     def logits(base: Params, adapter: Adapter, x: Array) -> Array:
         return model.apply(lora.variables(base, adapter), normalise(x, mean, std))[0]  # type: ignore[index]
@@ -127,9 +132,7 @@ def _side(images: Images) -> int:
     return height
 
 
-def _features(pretrained: Pretrained, x: np.ndarray) -> np.ndarray:
-    from models.vit import normalise
-
+def frozen_features(pretrained: Pretrained, x: np.ndarray) -> np.ndarray:
     model = pretrained.model
     apply = jax.jit(
         lambda params, x: model.apply({"params": params}, normalise(x, pretrained.mean, pretrained.std))[1]["features"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -101,9 +102,8 @@ def _layout(config: Config, participants: int) -> tuple[int | None, int]:
 
 def traffic_bytes(method: Method, adapter: Adapter, ranks: tuple[int, ...]) -> tuple[int, int]:
     """Bytes that a cohort of clients with these ranks sends and receives in one round, all clients together."""
-    shapes = {rank: jax.eval_shape(lambda r=rank: lora.cut(adapter, r)) for rank in set(ranks)}
+    shapes = {rank: jax.eval_shape(partial(lora.cut, rank=rank), adapter) for rank in set(ranks)}
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    per_rank: dict[int, Any] = {
-        rank: jax.eval_shape(method.traffic, own, [shapes[r] for r in ranks]) for rank, own in shapes.items()
-    }
+    cohort = [shapes[rank] for rank in ranks]
+    per_rank: dict[int, Any] = {rank: jax.eval_shape(method.traffic, own, cohort) for rank, own in shapes.items()}
     return sum(size(per_rank[r].up) for r in ranks), sum(size(per_rank[r].down) for r in ranks)

@@ -40,31 +40,35 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def check_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
-    """Refuse a folder that cannot be written, holds something else, or (to resume) another configuration."""
-    existing = folder / "config.json"
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuse a folder that cannot be written, holds something else, or has nothing to resume."""
     if resume:
-        if not existing.is_file():
+        if not (folder / "config.json").is_file():
             raise ValueError(f"nothing to resume in {folder}: it has no config.json")
-        try:
-            before = json.loads(existing.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot resume: {existing} is not readable: {error}") from None
-        changed = [
-            f"{key} was {_short(before.get(part, {}).get(key))}, is {_short(value)}"
-            for part in ("config", "record")
-            for key, value in json.loads(json.dumps(config[part])).items()
-            if before.get(part, {}).get(key) != value
-        ]
-        if changed:
-            raise ValueError(f"{folder} belongs to another configuration: {'; '.join(changed[:4])}")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: use --resume to go on with it, or another --out")
     parent = folder
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot write to {folder}: {parent} is {'not writable' if parent.is_dir() else 'not a folder'}")
+        raise ValueError(
+            f"cannot write to {folder}: {parent} is {'not writable' if parent.is_dir() else 'not a folder'}"
+        )
+
+
+def check_same(folder: Path, part: str, values: dict[str, Any]) -> None:
+    """Refuse to resume a run whose ``config`` or ``record`` (what ``part`` names) differs."""
+    try:
+        before = json.loads((folder / "config.json").read_text())[part]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot resume: {folder / 'config.json'} is not readable: {error}") from None
+    changed = [
+        f"{key} was {_short(before.get(key))}, is {_short(value)}"
+        for key, value in json.loads(json.dumps(values)).items()
+        if before.get(key) != value
+    ]
+    if changed:
+        raise ValueError(f"{folder} belongs to another configuration: {'; '.join(changed[:4])}")
 
 
 def _short(value: Any) -> str:

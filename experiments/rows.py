@@ -30,13 +30,14 @@ class Rows:
     def of_block(self, end: int, info: Info, scores: Scores) -> list[dict[str, Any]]:
         """One row per round and seed of the block of rounds that ends with ``end``, where the scores were taken."""
         block, rows = info.loss.shape[1], []
+        ids = np.asarray(info.ids)
         for t in range(block):
             for s, seed in enumerate(self._config.seeds):
                 row: dict[str, Any] = {"method": self._name, "seed": seed, "round": end - block + t + 1}
-                row["clients"] = info.ids[s, t].tolist()
+                row["clients"] = ids[s, t].tolist()
                 row["loss"] = float(info.loss[s, t].mean())
                 row |= {key: float(x[s, t]) for key, x in info.aggregation._asdict().items()}
-                row["bytes_up"], row["bytes_down"] = self._bytes(s, info.ids[s, t])
+                row["bytes_up"], row["bytes_down"] = self._bytes(s, ids[s, t])
                 if t == block - 1:
                     row |= self._accuracies(jax.tree.map(lambda x, s=s: x[s], scores), end == self._config.rounds)
                 rows.append(row)
@@ -55,11 +56,12 @@ class Rows:
             "global_accuracy": float(np.mean(list(per_domain.values()))),
             "pooled_accuracy": float(scores.correct.mean()),
             "per_domain": per_domain,
-            "personal_std": number(np.std(_known(scores.personal[:n]))),
+            "personal_std": number(np.std(_known(np.asarray(scores.personal)[:n]))),
         }
-        for suffix, accuracy in (("", scores.personal), ("_tuned", scores.tuned)):
-            if accuracy is None:
+        for suffix, values in (("", scores.personal), ("_tuned", scores.tuned)):
+            if values is None:
                 continue
+            accuracy = np.asarray(values)
             row[f"personal_accuracy{suffix}"] = number(_mean(accuracy[:n]))
             row[f"worst10_accuracy{suffix}"] = number(_worst(accuracy[:n]))
             row[f"unseen_accuracy{suffix}"] = number(_mean(accuracy[n:]))

@@ -114,20 +114,22 @@ def table(summary: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                *(_percent(entry[key]["last5"]) for _, key in columns),
-                _percent(difference, signed=True) if difference else "",
+                *(percent(entry[key]["last5"]) for _, key in columns),
+                percent(difference, signed=True) if difference else "",
                 _share(entry["bias_share"]["last5"]["mean"]),
                 f"{entry['bytes_up']['per_client_round'] / 1024:.1f}",
                 "-" if seconds is None else f"{seconds:.3f}",
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    line = lambda row: "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+    line = lambda row: "  ".join(
+        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+    )
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
 
 
-def _percent(value: dict[str, Any], signed: bool = False) -> str:
+def percent(value: dict[str, Any], signed: bool = False) -> str:
     if value["mean"] is None:
         return "-"
     mean = f"{100 * value['mean']:{'+' if signed else ''}.1f}"

@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from jax import Array
 
 from fedlora_jax import product
-from fedlora_jax.lora import LoRA, delta, is_lora
+from fedlora_jax.lora import LoRA, delta, flatten, is_lora
 from fedlora_jax.method import Dispatch, mean
 
 
@@ -39,8 +38,8 @@ def measure(sent: Dispatch, received, weights: Array, after: Dispatch) -> Aggreg
       weights: ``[C]``, summing to one.
       after: what the new state dispatches to one average client, ``[1, ...]``.
     """
-    old_base, new_base = flatten_dict(sent.base, sep="/"), flatten_dict(after.base, sep="/")
-    start, end, server = (flatten_dict(x, sep="/") for x in (sent.adapter, received, after.adapter))
+    old_base, new_base = flatten(sent.base), flatten(after.base)
+    start, end, server = (flatten(x) for x in (sent.adapter, received, after.adapter))
     squares = []
     for name, x in end.items():
         if not is_lora(x):

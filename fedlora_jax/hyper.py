@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from fedlora_jax import product
-from fedlora_jax.lora import Adapter, LoRA, is_lora
+from fedlora_jax.lora import Adapter, LoRA, flatten, is_lora, unflatten
 from fedlora_jax.method import mean
 
 
@@ -62,7 +61,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, adapter: Adapter) -> Layout:
-        flat = {name: x for name, x in flatten_dict(adapter, sep="/").items() if is_lora(x)}
+        flat = {name: x for name, x in flatten(adapter).items() if is_lora(x)}
         layers = tuple(x.a.shape[:-2] for x in flat.values())
         return cls(tuple(flat), layers, max(math.prod(shape) for shape in layers))
 
@@ -81,7 +80,7 @@ def init(key: Array, adapter: Adapter, signature_size: int, base_scale: float = 
 
     ``bases`` start small and random, not at zero: together with their zero coefficients they would never learn.
     """
-    layout, flat = Layout.of(adapter), flatten_dict(adapter, sep="/")
+    layout, flat = Layout.of(adapter), flatten(adapter)
     rank = flat[layout.names[0]].a.shape[-1]
     if any(flat[name].a.shape[-1] != rank for name in layout.names):
         raise ValueError("hyperlora needs one rank for all kernels; give clients smaller ranks by mask instead")
@@ -91,9 +90,8 @@ def init(key: Array, adapter: Adapter, signature_size: int, base_scale: float = 
     generator, synthesizer, corrector = _networks(rank)
     features = jnp.zeros((*at, signature_size + _FEATURES))
     bases = {
-        name: base_scale * jax.random.normal(
-            jax.random.fold_in(keys[1], i), (*layers, _BASES, rank, flat[name].b.shape[-1])
-        )
+        name: base_scale
+        * jax.random.normal(jax.random.fold_in(keys[1], i), (*layers, _BASES, rank, flat[name].b.shape[-1]))
         for i, (name, layers) in enumerate(zip(layout.names, layout.layers, strict=True))
     }
     per_layer = dict(zip(layout.names, layout.layers, strict=True))
@@ -110,11 +108,11 @@ def init(key: Array, adapter: Adapter, signature_size: int, base_scale: float = 
 def generate(theta: Theta, signatures: Array, adapter: Adapter) -> Adapter:
     """G: each client's start from its signature, ``[C, ...]``.
 
-        a_c = a (I + m_a)        b_c = (I + m_b) b + g sum_j coef_j v_j        m = tanh(.) / (2 r)
+    a_c = a (I + m_a)        b_c = (I + m_b) b + g sum_j coef_j v_j        m = tanh(.) / (2 r)
     """
-    layout, flat = Layout.of(adapter), flatten_dict(adapter, sep="/")
+    layout, flat = Layout.of(adapter), flatten(adapter)
     clients = signatures.shape[0]
-    rows = {name: jnp.broadcast_to(x, (clients, *x.shape)) for name, x in flat.items() if not is_lora(x)}
+    rows: Adapter = {name: jnp.broadcast_to(x, (clients, *x.shape)) for name, x in flat.items() if not is_lora(x)}
     for kernel, (name, layers) in enumerate(zip(layout.names, layout.layers, strict=True)):
         x, r = flat[name], flat[name].a.shape[-1]
         z = _per_layer(signatures, layers)
@@ -123,7 +121,7 @@ def generate(theta: Theta, signatures: Array, adapter: Adapter) -> Adapter:
         square = lambda y: 0.5 / r * jnp.tanh(y).reshape(*y.shape[:-1], r, r)  # noqa: B023
         novel = jnp.einsum("c...j,...jro->c...ro", nn.sigmoid(gate) * coef, theta.bases[name])
         rows[name] = LoRA(x.a + x.a @ square(mix_a), x.b + square(mix_b) @ x.b + novel, x.scale)
-    return unflatten_dict(rows, sep="/")
+    return unflatten(rows)
 
 
 def synthesize(theta: Theta, received: Adapter, weights: Array, signatures: Array, previous: Adapter) -> Adapter:
@@ -136,8 +134,8 @@ def synthesize(theta: Theta, received: Adapter, weights: Array, signatures: Arra
     Every feature is invariant to the clients' order and to the gauge of their factors.
     """
     layout = Layout.of(previous)
-    old, new = flatten_dict(previous, sep="/"), flatten_dict(received, sep="/")
-    out = {name: mean(x, weights) for name, x in new.items() if not is_lora(x)}
+    old, new = flatten(previous), flatten(received)
+    out: Adapter = {name: mean(x, weights) for name, x in new.items() if not is_lora(x)}
     for kernel, (name, layers) in enumerate(zip(layout.names, layout.layers, strict=True)):
         where = (kernel, len(layout.names), layout.depth, layers)
         x, ref = new[name], old[name]
@@ -151,7 +149,7 @@ def synthesize(theta: Theta, received: Adapter, weights: Array, signatures: Arra
         t = product.truncate(
             product.plus(product.total(x, (1 - beta) * w), kept), ref.a.shape[-1], split="balanced", like=ref
         )
-        t = t.replace(b=_gain(0.25 * jnp.tanh(theta.gains[name]), t.b))
+        t = LoRA(t.a, _gain(0.25 * jnp.tanh(theta.gains[name]), t.b), t.scale)
         p = weights.reshape(-1, *(1,) * (feat.ndim - 1))
         center = jnp.sum(p * feat, 0)
         spread = product.safe_sqrt(jnp.sum(p * (feat - center) ** 2, 0))
@@ -159,22 +157,30 @@ def synthesize(theta: Theta, received: Adapter, weights: Array, signatures: Arra
             corrector.apply(theta.corrector, jnp.concatenate([center, spread], -1), *where), -1, 0
         )
         out[name] = t.replace(b=t.b + _ridge(jnp.tanh(gamma), nn.softplus(lam), t, x, w))
-    return unflatten_dict(out, sep="/")
+    return unflatten(out)
 
 
 def features(x: LoRA, weights: Array, previous: LoRA) -> Array:
     """``[C, ..., 4]``: log norm (centred), cosine to the mean, cosine to the previous product, log effective rank."""
     m = product.total(x, weights)
-    one = jax.vmap(lambda y: jnp.stack(
-        [jnp.log(product.norm(y) + 1e-8), product.cosine(y, m), product.cosine(y, previous),
-         jnp.log(jnp.maximum(product.participation(y), 1.0))], -1))
+    one = jax.vmap(
+        lambda y: jnp.stack(
+            [
+                jnp.log(product.norm(y) + 1e-8),
+                product.cosine(y, m),
+                product.cosine(y, previous),
+                jnp.log(jnp.maximum(product.participation(y), 1.0)),
+            ],
+            -1,
+        )
+    )
     feat = one(x)
     return feat.at[..., 0].add(-jnp.einsum("c,c...->...", weights, feat[..., 0]))
 
 
 def _gain(coefficients: Array, b: Array) -> Array:
     gram = jnp.matmul(b, b.mT, precision="highest")
-    n = gram / jnp.maximum(jnp.trace(gram, axis1=-2, axis2=-1), 1e-30)[..., None, None]
+    n = gram / jnp.maximum(jnp.trace(gram, axis1=-2, axis2=-1), 1e-15)[..., None, None]  # 1e-15 squared is a float32
     c0, c1, c2 = jnp.moveaxis(coefficients[..., None, None], -3, 0)
     nb = n @ b
     return b + c0 * b + c1 * nb + c2 * (n @ nb)

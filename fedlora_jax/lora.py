@@ -19,18 +19,17 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax import struct, traverse_util
 from jax import Array
 
-Adapter = dict[str, Any]
-Params = dict[str, Any]
+Params = Any  # nested dict of arrays
+Adapter = Any  # nested dict of LoRA leaves and arrays
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class LoRA:
     """One low-rank update ``scale * a @ b``; leading axes (layers, clients) are batch axes.
 
@@ -39,7 +38,7 @@ class LoRA:
 
     a: Array  # [..., in, rank]
     b: Array  # [..., rank, out]
-    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    scale: float = struct.field(pytree_node=False, default=1.0)
 
 
 def is_lora(x: Any) -> bool:
@@ -88,8 +87,8 @@ def new(
     Raises:
       ValueError: an expression matches nothing, a target is not a matrix, or the rank does not fit.
     """
-    flat = flatten_dict(params, sep="/")
-    adapter = {name: jnp.zeros_like(flat[name]) for name in select(params, full)}
+    flat = flatten(params)
+    adapter: dict[str, Any] = {name: jnp.zeros_like(flat[name]) for name in select(params, full)}
     for name in select(params, targets):
         shape = flat[name].shape
         if len(shape) < 2:
@@ -100,7 +99,7 @@ def new(
             )
         *layers, n_in, n_out = shape
         adapter[name] = LoRA(jnp.zeros((*layers, n_in, rank)), jnp.zeros((*layers, rank, n_out)), scale)
-    return restart(key, unflatten_dict(adapter, sep="/"))
+    return restart(key, unflatten(adapter))
 
 
 def restart(key: Array, adapter: Adapter) -> Adapter:
@@ -110,13 +109,13 @@ def restart(key: Array, adapter: Adapter) -> Adapter:
         a = jax.random.uniform(jax.random.fold_in(key, _stable_hash(name)), x.a.shape, x.a.dtype, -1.0, 1.0)
         return LoRA(a / math.sqrt(x.a.shape[-2]), jnp.zeros_like(x.b), x.scale)
 
-    flat = flatten_dict(adapter, sep="/")
-    return unflatten_dict({name: draw(name, x) if is_lora(x) else x for name, x in flat.items()}, sep="/")
+    flat = flatten(adapter)
+    return unflatten({name: draw(name, x) if is_lora(x) else x for name, x in flat.items()})
 
 
 def select(params: Params, patterns: str | Sequence[str]) -> list[str]:
     """Names of the parameters in which any of ``patterns`` is found; a pattern that finds none is an error."""
-    names = list(flatten_dict(params, sep="/"))
+    names = list(flatten(params))
     chosen: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         try:
@@ -153,18 +152,27 @@ def zero_deltas(adapter: Adapter) -> Params:
 
 def add(base: Params, differences: Params) -> Params:
     """``base`` plus differences at some of its paths; all other leaves are the very same arrays."""
-    flat = dict(flatten_dict(base, sep="/"))
-    for name, difference in flatten_dict(differences, sep="/").items():
+    flat = flatten(base)
+    for name, difference in flatten(differences).items():
         flat[name] = flat[name] + difference
-    return unflatten_dict(flat, sep="/")
+    return unflatten(flat)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of a nested dict (``LoRA`` is one) by slash-joined name, such as ``blocks/attn/query/kernel``."""
+    return dict(traverse_util.flatten_dict(tree, sep="/"))  # type: ignore[arg-type]
+
+
+def unflatten(flat: dict[str, Any]) -> Any:
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def split(adapter: Adapter) -> tuple[Adapter, Adapter]:
     """The adapter's low-rank leaves and its full differences, as two trees."""
-    flat = flatten_dict(adapter, sep="/")
+    flat = flatten(adapter)
     low_rank = {name: x for name, x in flat.items() if is_lora(x)}
     full = {name: x for name, x in flat.items() if not is_lora(x)}
-    return unflatten_dict(low_rank, sep="/"), unflatten_dict(full, sep="/")
+    return unflatten(low_rank), unflatten(full)
 
 
 def tree_map(f: Callable, *adapters: Adapter, full: Callable | None = None) -> Adapter:

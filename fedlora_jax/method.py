@@ -100,9 +100,7 @@ class Method(NamedTuple):
 
 def mean(stacked: Any, weights: Array) -> Any:
     """``sum_c p_c x_c`` of every array of a stacked tree (on an adapter: the mean of the *factors*)."""
-    return jax.tree.map(
-        lambda x: jnp.einsum("c,c...->...", weights.astype(x.dtype), x, precision="highest"), stacked
-    )
+    return jax.tree.map(lambda x: jnp.einsum("c,c...->...", weights.astype(x.dtype), x, precision="highest"), stacked)
 
 
 def broadcast(base: Params, adapter: Adapter, cohort: Cohort) -> Dispatch:

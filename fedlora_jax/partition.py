@@ -39,7 +39,9 @@ def parse(text: str) -> Partition:
     except ValueError:
         raise ValueError(f"partition {text!r}: {found[2]!r} is not a number") from None
     if value <= 0 or (kind == "classes" and value != int(value)):
-        raise ValueError(f"partition {text!r}: its number must be {'a whole number ' if kind == 'classes' else ''}above 0")
+        raise ValueError(
+            f"partition {text!r}: its number must be {'a whole number ' if kind == 'classes' else ''}above 0"
+        )
     return Partition(kind, value)
 
 

@@ -74,16 +74,16 @@ def cosine(x: LoRA, y: LoRA, eps: float = 1e-12) -> Array:
     return inner(x, y) / jnp.maximum(norm(x) * norm(y), eps)
 
 
-def participation(x: LoRA, eps: float = 1e-30) -> Array:
-    """Participation ratio ``(sum S^2)^2 / sum S^4`` of each layer: a smooth effective rank without an SVD."""
+def participation(x: LoRA, eps: float = 1e-15) -> Array:
+    """Participation ratio ``(sum S^2)^2 / sum S^4`` of each layer: a smooth effective rank without an SVD; 0 at zero."""
     k = _matmul(_matmul(x.a.mT, x.a), _matmul(x.b, x.b.mT))
-    trace = jnp.trace(k, axis1=-2, axis2=-1)
-    return trace**2 / jnp.maximum(jnp.sum(k * k.mT, (-2, -1)), eps)
+    k /= jnp.maximum(jnp.trace(k, axis1=-2, axis2=-1), eps)[..., None, None]  # fourth powers would underflow
+    return jnp.trace(k, axis1=-2, axis2=-1) ** 2 / jnp.maximum(jnp.sum(k * k.mT, (-2, -1)), eps)
 
 
 def safe_sqrt(x: Array) -> Array:
-    """Square root whose value and derivative are 0 at (and below) zero."""
-    positive = x > 0
+    """Square root whose value and derivative are 0 at (and below) zero; NaN stays NaN."""
+    positive = ~(x <= 0)
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
@@ -100,8 +100,9 @@ def truncate(x: LoRA, rank: int, *, split: Split = "balanced", like: LoRA | None
         column ``i`` belongs to the i-th singular value, so the first ``k`` columns are the truncation to rank ``k``.
 
     The derivative uses only the gaps between kept and dropped singular values: it is finite where ``x = 0``, where
-    clients coincide and where singular values repeat. Directions at a gap below 1e-6 are left out, and where ``x = 0``
-    it is zero. Without ``like`` the derivative is that of the product; the factors' own rotation is not followed.
+    clients coincide and where singular values repeat. Directions at a gap below 1e-6 of the largest singular value are
+    left out. Where ``x = 0`` no derivative exists: the balanced one is zero, the others are finite and depend on the
+    bases. Without ``like`` the derivative is that of the product; the factors' own rotation is not followed.
     """
     n_in, n_out = x.a.shape[-2], x.b.shape[-1]
     if not 1 <= rank <= min(n_in, n_out):
@@ -188,7 +189,7 @@ def _truncate_jvp(rank: int, split: Split, primals: tuple, tangents: tuple):
     right = _matmul(da_in, _matmul(b_in, v)) + _matmul(a_in, _matmul(db_in, v))  # dM V    [in, r]
     k = _matmul(left, v)
     e, f = _matmul(left, v_drop), _matmul(u_drop.T, right)
-    gap = _inverse(s[:, None] ** 2 - s_drop**2, s[0] ** 2)
+    gap = _inverse(s[:, None] - s_drop, s[0]) * _inverse(s[:, None] + s_drop, s[0])
     x = s_drop * (s[:, None] * f.T + s_drop * e) * gap
     y = s_drop * (s[:, None] * e + s_drop * f.T) * gap
     e_out = left - _matmul(k, v.T) + _matmul(x, v_drop.T)
@@ -200,8 +201,12 @@ def _truncate_jvp(rank: int, split: Split, primals: tuple, tangents: tuple):
         return (a, b), (da, db)
     rotation, dead = _gauge(split, s, a, b, reference)
     a, b = _matmul(a, rotation), _matmul(rotation.T, b)
-    da, db = _gauge_tangents((a, b), (_matmul(da, rotation), _matmul(rotation.T, db)), reference, d_reference)
-    return (a + _matmul(reference[0], dead), b), (da + _matmul(d_reference[0], dead), db)
+    da, db = _matmul(da, rotation), _matmul(rotation.T, db)
+    turn = _turn((a, b), (da, db), reference, d_reference)
+    d_dead = _matmul(dead, turn) - _matmul(turn, dead)
+    da, db = da + _matmul(a, turn), db - _matmul(turn, b)
+    da = da + _matmul(d_reference[0], dead) + _matmul(reference[0], d_dead)
+    return (a + _matmul(reference[0], dead), b), (da, db)
 
 
 def _split(split: Split, u: Array, s: Array, v: Array) -> tuple[Array, Array]:
@@ -226,6 +231,9 @@ def _split_tangents(split: Split, u, s, v, k, e_out, f_out) -> tuple[Array, Arra
     inverse_root = jnp.sqrt(inverse)
     inverse_sum = _inverse(s[:, None] + s, s[0])
     p = (k * s + k.T * s[:, None]) * inverse_sum / 2
+    p = jnp.where(
+        _is_dead(s)[:, None], k, p
+    )  # what leaves a dead direction of U is all in a: there is no b to share it
     q = p - (k - k.T) * s * inverse_sum
     da = (_matmul(u, p) + f_out) * inverse_root
     db = inverse_root[:, None] * (_matmul(q.T, v.T) + e_out)
@@ -248,12 +256,11 @@ def _gauge(split: Split, s: Array, a: Array, b: Array, reference: tuple[Array, A
     return rotation, _matmul(rotation.T * dead, rotation)
 
 
-def _gauge_tangents(factors, d_factors, reference, d_reference) -> tuple[Array, Array]:
-    """Follow the Procrustes rotation: solve ``W P + P W = N - N^T`` for the antisymmetric ``W``."""
+def _turn(factors, d_factors, reference, d_reference) -> Array:
+    """How the Procrustes rotation ``R`` follows, ``dR = R W``: solve ``W P + P W = N - N^T``, ``W`` antisymmetric."""
     (a, b), (da, db), (ref_a, ref_b), (dref_a, dref_b) = factors, d_factors, reference, d_reference
     p = _matmul(a.T, ref_a) + _matmul(b, ref_b.T)
     n = _matmul(da.T, ref_a) + _matmul(db, ref_b.T) + _matmul(a.T, dref_a) + _matmul(b, dref_b.T)
     w, basis = _eigh((p + p.T) / 2)
     inverse = _inverse(w[:, None] + w, jnp.abs(w).max())
-    turn = _matmul(basis, _matmul(_matmul(basis.T, _matmul(n - n.T, basis)) * inverse, basis.T))
-    return da + _matmul(a, turn), db - _matmul(turn, b)
+    return _matmul(basis, _matmul(_matmul(basis.T, _matmul(n - n.T, basis)) * inverse, basis.T))

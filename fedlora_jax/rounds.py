@@ -100,9 +100,7 @@ def make_round(
         received, memory, loss = map_clients(client, rows, chunk)
         new_state = method.aggregate(base, state, cohort, sent, received)
         after = method.dispatch(base, new_state, average_client(cohort))
-        return new_state, memory, Info(
-            cohort.ids, loss, diagnostics.measure(sent, received, cohort.weights, after)
-        )
+        return new_state, memory, Info(cohort.ids, loss, diagnostics.measure(sent, received, cohort.weights, after))
 
     return round_fn
 
@@ -132,7 +130,7 @@ def make_evaluate(
         def client(row):
             id_, adapter, mask, anchor, batches, examples = row
             before = metric_fn(sent.base, adapter, examples)
-            if not tune:
+            if not tune or local is None:
                 return Scores(before, None)
             tuned, _ = local(sent.base, adapter, mask, anchor, batches, jax.random.fold_in(key, id_))
             return Scores(before, metric_fn(sent.base, tuned, examples))

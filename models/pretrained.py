@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from fedlora_jax.lora import unflatten
 from models.vit import ViT
 
 
@@ -110,7 +110,7 @@ def _build(arrays, meta, name, classes, image_size, heads, options) -> Pretraine
         "embed": {"kernel": conv.transpose(2, 3, 1, 0).reshape(-1, width), "bias": arrays["patch_embed.proj.bias"]},
         "cls": arrays["cls_token"][0],
         "pos": resize_positions(arrays["pos_embed"][0], _grid(image_size, patch)),
-        "blocks": unflatten_dict(blocks, sep="/"),
+        "blocks": unflatten(blocks),
         "norm": {"scale": arrays["norm.weight"], "bias": arrays["norm.bias"]},
         "head": _head(arrays, classes, width),
     }
@@ -141,7 +141,9 @@ def _head(arrays: dict[str, np.ndarray], classes: int | None, width: int) -> dic
 
 def _grid(image_size: int | None, patch: int) -> int | None:
     if image_size is not None and image_size % patch:
-        raise ValueError(f"images of side {image_size} cannot be cut into patches of {patch}: use a multiple of {patch}")
+        raise ValueError(
+            f"images of side {image_size} cannot be cut into patches of {patch}: use a multiple of {patch}"
+        )
     return None if image_size is None else image_size // patch
 
 

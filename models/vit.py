@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from fedlora_jax.lora import Dense
 
@@ -121,11 +122,13 @@ def vit(variant: str, classes: int, **options: Any) -> ViT:
     """A ViT by name, such as ``Ti/16``: a size of ``SIZES``, a slash, the patch size."""
     size, _, patch = variant.partition("/")
     if size not in SIZES or not patch.isdigit():
-        raise ValueError(f"unknown ViT {variant!r}: expected SIZE/PATCH with SIZE one of {', '.join(SIZES)}, e.g. Ti/16")
+        raise ValueError(
+            f"unknown ViT {variant!r}: expected SIZE/PATCH with SIZE one of {', '.join(SIZES)}, e.g. Ti/16"
+        )
     width, depth, heads, mlp_width = SIZES[size]
     return ViT(classes, int(patch), width, depth, heads, mlp_width, **options)
 
 
-def normalise(images: Array, mean: Array, std: Array) -> Array:
+def normalise(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> Array:
     """uint8 images to floats: ``(x / 255 - mean) / std`` per channel."""
-    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+    return (jnp.asarray(images, jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)

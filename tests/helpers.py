@@ -50,7 +50,7 @@ UNLEARNED = METHODS | {
 }
 
 # A large epsilon: Adam as smooth as SGD, so that rounding errors stay rounding errors.
-OPTIMIZER = optax.adamw(0.02, eps=0.01, weight_decay=0.1)
+OPTIMIZER = optax.adamw(0.02, eps=0.01, eps_root=1e-4, weight_decay=0.1)
 
 
 class Problem(NamedTuple):

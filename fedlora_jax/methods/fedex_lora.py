@@ -55,4 +55,3 @@ def fedex_lora() -> Method:
         return Traffic(up=own, down=(own, lora.tree_map(residual, lora.split(own)[0])))
 
     return Method(init, dispatch, aggregate, traffic=traffic)
-

@@ -83,12 +83,14 @@ def hyperlora(
         return Dispatch(base, rows, mask, anchor=rows)
 
     def aggregate(base, state, cohort, sent, received):
-        theta, meta = learn(state, cohort, sent.adapter, received)
+        # Whoever differentiates a round takes what theta learned in it as given.
+        updates, meta = learn(*jax.lax.stop_gradient((state, cohort, sent.adapter, received)))
+        theta = optax.apply_updates(state.theta, updates)
         uploads = Uploads(received, cohort.weights, cohort.signatures, state.adapter)
         return HyperLoRAState(hyper.synthesize(theta, *uploads), theta, meta, uploads, state.round + 1)
 
     def learn(state, cohort, started, received):
-        """One step of theta against the displacement; theta stays as it is during warm-up."""
+        """One step against the displacement: what to add to theta (nothing during warm-up)."""
 
         def starts(theta):
             return hyper.generate(theta, cohort.signatures, hyper.synthesize(theta, *state.last))
@@ -100,7 +102,7 @@ def hyperlora(
         updates, meta = tx.update(grads, state.meta, state.theta)
         learning = state.round >= warmup
         keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(learning, x, y), new, old)
-        return keep(optax.apply_updates(state.theta, updates), state.theta), keep(meta, state.meta)
+        return keep(updates, jax.tree.map(jnp.zeros_like, updates)), keep(meta, state.meta)
 
     def traffic(own, cohort):
         return Traffic(up=(own, jnp.zeros(signature_size)), down=own)

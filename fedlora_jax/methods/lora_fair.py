@@ -81,4 +81,3 @@ def cosine(g: Array, y: Array, bbar: Array, m: Array, lam: float, steps: int, lr
         return d - lr * grad, None
 
     return jax.lax.scan(step, jnp.zeros_like(bbar), length=steps)[0]
-

@@ -1,0 +1,96 @@
+"""Between which bounds every method lies: zero-shot and a linear probe below, local-only beside, centralised above."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from tqdm import tqdm
+
+from experiments import problem, summary
+from experiments.config import Config, check
+from experiments.problem import Clients, Problem, frozen_features, make_optimizer
+from fedlora_jax import rounds
+from fedlora_jax.clients import Population, sample_batches
+from fedlora_jax.methods.fedit import FedITState, fedit
+
+_CENTRAL_BATCH = 64
+
+
+class Plan:
+    """The same data, clients, adapters and seeds as ``compare``, without a federation."""
+
+    def __init__(self, config: Config):
+        check(config)
+        self.config, self.problem = config, problem.build(config)
+
+    def execute(self) -> dict[str, Any]:
+        config, p = self.config, self.problem
+        score = rounds.make_evaluate(fedit(), p.correct_fn, p.loss_fn, make_optimizer(config))
+        steps = config.rounds * config.local_steps
+        images = steps * config.batch * (config.clients_per_round or config.clients)
+        central_steps = max(1, images // _CENTRAL_BATCH)
+        local = jax.jit(lambda *row: _local(score, p, config, steps, *row))
+        central = jax.jit(lambda *row: _central(score, p, config, central_steps, *row))
+        results: dict[str, list[float]] = {"zero_shot": [], "linear_probe": [], "local_only": [], "centralised": []}
+        for s in tqdm(range(len(config.seeds)), unit="seed", dynamic_ncols=True):
+            seed = jax.tree.map(lambda x, s=s: x[s], (p.clients, p.adapters, p.keys))
+            frozen, tuned = central(*seed)
+            results["zero_shot"].append(_domain_mean(p, frozen))
+            results["centralised"].append(_domain_mean(p, tuned))
+            results["local_only"].append(float(np.nanmean(local(*seed))))
+        results["linear_probe"] = [_domain_mean(p, _probe(p))] * len(config.seeds)
+        entries = {name: summary.spread(values) for name, values in results.items()}
+        self._print(entries, steps, central_steps)
+        return entries
+
+    def _print(self, entries: dict[str, Any], steps: int, central_steps: int) -> None:
+        what = {
+            "zero_shot": "the frozen model, all test images",
+            "linear_probe": "logistic regression on frozen features of all training images, all test images",
+            "local_only": f"each client alone, {steps} steps of {self.config.batch}, own test images",
+            "centralised": f"all training images pooled, {central_steps} steps of {_CENTRAL_BATCH}, all test images",
+        }
+        print()
+        for name, entry in entries.items():
+            print(f"{name:<13} {summary.percent(entry):>10}  {what[name]}")
+        print(f"\naccuracies in %, mean and 95 % interval over {len(self.config.seeds)} seeds")
+
+
+def _local(score, p: Problem, config: Config, steps: int, clients: Clients, adapter, key):
+    """Accuracy of every training client on its own test images after training alone, ``[N]``."""
+    population, ids = clients.training(config.clients), jnp.arange(config.clients)
+    batches = sample_batches(key, p.train, population, ids, steps, config.batch, p.smallest)
+    rows = clients.test_rows[: config.clients]
+    cohort = population.cohort(ids, (), batches)
+    correct = score(p.base, FedITState(adapter), cohort, (p.test[0][rows], p.test[1][rows]), key).after
+    counts = clients.test_counts[: config.clients]
+    return jnp.sum(correct * (jnp.arange(rows.shape[1]) < counts[:, None]), 1) / counts
+
+
+def _central(score, p: Problem, config: Config, steps: int, clients: Clients, adapter, key):
+    """Which test images one client that holds everything gets right, before and after training, ``[n_test]``."""
+    size = p.train[1].shape[0]
+    everybody = Population(
+        jnp.arange(size)[None], jnp.full(1, size), jnp.full(1, max(config.rank)), clients.population.signatures[:1]
+    )
+    one = jnp.zeros(1, int)
+    batches = sample_batches(key, p.train, everybody, one, steps, _CENTRAL_BATCH, size)
+    cohort = everybody.cohort(one, (), batches)
+    scores = score(p.base, FedITState(adapter), cohort, (p.test[0][None], p.test[1][None]), key)
+    return scores.before[0], scores.after[0]
+
+
+def _probe(p: Problem) -> np.ndarray:
+    train, test = (frozen_features(p.pretrained, np.asarray(x)) for x in (p.train[0], p.test[0]))
+    scale = train.std(0) + 1e-6
+    model = LogisticRegression(max_iter=2000).fit(train / scale, np.asarray(p.train[1]))
+    return model.predict(test / scale) == np.asarray(p.test[1])
+
+
+def _domain_mean(p: Problem, correct) -> float:
+    domain, correct = np.asarray(p.test[2]), np.asarray(correct, float)
+    return float(np.mean([correct[domain == j].mean() for j in range(len(p.images.domains))]))

@@ -1,0 +1,307 @@
+"""The figures of a report: one fixed colour per method, in the order of the summary, safe for colour-blind readers.
+
+Each function returns a ``Figure``, or ``None`` where the run has no data for it. Lines and bars are means over seeds,
+bands and whiskers 95 % t-intervals (none with one seed); accuracies are in per cent.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from experiments.summary import WINDOW, spread
+
+METHODS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")  # Okabe and Ito
+DOMAINS = ("#332288", "#DDCC77", "#117733", "#CC6677", "#88CCEE", "#882255", "#999933", "#AA4499", "#44AA99")  # Tol
+MARKERS, DASHES, HATCHES = "os^Dv<>P", ("-", "--", ":", "-."), ("", "///", "...", "xxx")
+GREY, FAINT = "#444444", "#f0f0f0"
+ROUNDING = 1e-4  # a bias share below this is float32 rounding
+_TITLE: dict[str, Any] = {"fontsize": 12, "weight": "bold"}
+_LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
+
+
+class Look(NamedTuple):
+    """How a method is drawn, in every figure."""
+
+    label: str
+    colour: str
+    marker: str
+    dash: str
+    hatch: str
+
+
+Looks, Rows = Mapping[str, Look], list[dict[str, Any]]
+Lines = dict[str, np.ndarray]  # of each method [4, points]: x, mean over seeds, ends of the interval
+
+
+def draw(summary: dict[str, Any], rows: Rows, holdings: dict[str, Any]) -> dict[str, Figure]:
+    """All figures for which there are data, by the name of their file."""
+    looks = looks_of(summary)
+    figures = {
+        "curves": curves(looks, rows, summary["config"].get("target")),
+        "accuracies": accuracies(looks, summary),
+        "domains": domains(looks, summary),
+        "bias": bias(looks, rows),
+        "clients": clients(looks, rows),
+        "traffic": traffic(looks, rows),
+        "holdings": held(holdings),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names of classes may be in any script
+        figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def looks_of(summary: dict[str, Any]) -> dict[str, Look]:
+    looks = {}
+    for i, (name, entry) in enumerate(summary["methods"].items()):
+        turn, j = i // len(METHODS) % len(DASHES), i % len(METHODS)
+        looks[name] = Look(_plain(entry["about"]["name"]), METHODS[j], MARKERS[j], DASHES[turn], HATCHES[turn])
+    return looks
+
+
+def curves(looks: Looks, rows: Rows, target: float | None = None) -> Figure | None:
+    """Global accuracy against round."""
+    if not (lines := _over_rounds(looks, rows, "global_accuracy", 100)):
+        return None
+    figure, axes = _lines(looks, lines, "Global accuracy after each round", "round", "global accuracy (%)")
+    if target is not None and axes.get_ylim()[1] > 100 * target:
+        axes.axhline(100 * target, color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
+        _note(axes, f"target {100 * target:g} %", (0.01, 100 * target), ha="left", va="bottom")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def traffic(looks: Looks, rows: Rows) -> Figure | None:
+    """Global accuracy against all that the clients of one seed have sent and received until then."""
+    if not (lines := _over_rounds(looks, rows, "global_accuracy", 100)):
+        return None
+    for name, line in lines.items():
+        line[0] = _moved(rows, name)[line[0].astype(int) - 1]
+    x = "sent and received so far, all clients of one seed (MiB)"
+    figure, axes = _lines(looks, lines, "Global accuracy for the traffic it took", x, "global accuracy (%)")
+    ends = [line[0, -1] for line in lines.values()]
+    if 0 < 6 * min(ends) < max(ends):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    return figure
+
+
+def bias(looks: Looks, rows: Rows) -> Figure | None:
+    """The server's error of aggregation against round; logarithmic where methods differ by orders of magnitude."""
+    if not (lines := _over_rounds(looks, rows, "bias_share")):
+        return None
+    every, named = np.concatenate([line[1] for line in lines.values()]), dict(looks)
+    top, logarithmic = every.max(), every.max() > 30 * every.min()
+    floor = 10 ** np.floor(np.log10(every[every > 0].min()) - 0.5) if logarithmic else 0.0  # where zeros are drawn
+    for name, line in lines.items():
+        note = " (exactly 0)" if line[1].max() == 0 else " (exact)" if line[1].max() < ROUNDING else ""
+        named[name] = looks[name]._replace(label=looks[name].label + note)
+        if logarithmic:  # an interval that reaches 0 has no place on the axis
+            line[1] = np.maximum(line[1], floor)
+            line[2:, line[2] <= floor] = np.nan
+    title, y = "What the server misses of the mean of its clients", "bias, as a share of the mean update"
+    figure, axes = _lines(named, lines, title, "round", y)
+    axes.set_ylim(floor / 1.5, 3 * top if logarithmic else 1.15 * top or 1)
+    if logarithmic:
+        axes.set_yscale("log")
+    if logarithmic and every.min() < ROUNDING:
+        axes.axhspan(floor / 1.5, ROUNDING, color=FAINT, zorder=0)
+        _note(axes, "exact: only float32 rounding is left", (0.99, 0.8 * ROUNDING), ha="right", va="top")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def accuracies(looks: Looks, summary: dict[str, Any]) -> Figure | None:
+    """Global, personal, worst tenth and unseen, before and after local steps; the last five rounds."""
+    keys = {"global": "global_accuracy"}
+    for title, key in (("personal", "personal"), ("worst 10 %", "worst10"), ("unseen", "unseen")):
+        keys |= {title: f"{key}_accuracy", f"{title},\nlocal steps": f"{key}_accuracy_tuned"}
+    groups = [(title, {m: e[key]["last5"] for m, e in summary["methods"].items()}) for title, key in keys.items()]
+    return _bars(looks, groups, f"Accuracies, mean of the last {WINDOW} rounds", "accuracy (%)")
+
+
+def domains(looks: Looks, summary: dict[str, Any]) -> Figure | None:
+    """The global model on each domain, the last five rounds; ``None`` with a single domain."""
+    methods = summary["methods"]
+    names = list(next(iter(methods.values()))["per_domain"])
+    groups = [(_plain(d, 16), {m: e["per_domain"][d]["last5"] for m, e in methods.items()}) for d in names]
+    title = f"Global model on each domain, mean of the last {WINDOW} rounds"
+    return _bars(looks, groups, title, "accuracy (%)") if len(names) > 1 else None
+
+
+def clients(looks: Looks, rows: Rows) -> Figure | None:
+    """Sorted accuracies of the training clients after the final round, all seeds together."""
+    panels = {"as dispatched": "client_accuracies", "after local steps": "client_accuracies_tuned"}
+    values = {title: {name: _final(rows, name, key) for name in looks} for title, key in panels.items()}
+    values = {title: own for title, own in values.items() if any(map(len, own.values()))}
+    if not values:
+        return None
+    figure = Figure((7.2, 4.3), 150, layout="constrained")
+    figure.suptitle("Accuracy of each training client after the final round", **_TITLE, x=0.015, ha="left")
+    grid = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    for axes, (title, own) in zip(grid, values.items(), strict=True):
+        _dress(axes, "", "clients of all seeds, worst to best (%)", "accuracy (%)" if axes is grid[0] else "")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.axvspan(0, 10, color=FAINT, zorder=0)
+        axes.text(5, 101, "worst\n10 %", ha="center", va="top", fontsize=7, color=GREY)
+        for name, accuracy in own.items():
+            x = 100 * (np.arange(len(accuracy)) + 0.5) / max(1, len(accuracy))
+            axes.plot(x, accuracy, **_stroke(looks, name, len(x)))
+        axes.set(xlim=(0, 100), ylim=(0, 102))
+    return _legend(figure, looks, looks)
+
+
+def held(holdings: dict[str, Any]) -> Figure | None:
+    """Training images of each client by class (across) and domain (colour); the area of a dot is their number."""
+    counts, names, training = np.asarray(holdings["counts"]), holdings["domains"], holdings["training"]
+    n, _, width = counts.shape
+    if not counts.sum():
+        return None
+    order = sorted(range(n), key=lambda i: (i >= training, counts[i].sum(1).argmax(), i))
+    rings = counts[order].cumsum(1)  # [clients, domains, classes]: within one dot, the first domain innermost
+    step = float(np.clip(9 / n, 0.02, 0.26))  # inches from one client to the next
+    figure, axes = _new("Who holds what", "class", "client", 2 + step * n)
+    colours = DOMAINS if len(names) <= len(DOMAINS) else matplotlib.colormaps["turbo"](np.linspace(0, 1, len(names)))
+    widest = max(4, 68 * min(step, 5.4 / width))  # points
+    for j in reversed(range(len(names))):
+        y, x = np.nonzero(counts[order][:, j])
+        axes.scatter(x, y, np.maximum(1.5, widest**2 * rings[y, j, x] / rings.max()), color=colours[j], linewidths=0)
+    shown, classes = range(0, n, -(-n // 60)), range(0, width, -(-width // 40))
+    labels = [f"{order[y]}, unseen" if order[y] >= training else f"{order[y]}" for y in shown]
+    texts = [_plain(holdings["classes"][c], 16) for c in classes]
+    font = 8 if n <= 40 else 6
+    axes.set_yticks(shown, labels, fontsize=font)
+    axes.set_xticks(classes, texts, fontsize=8, rotation=90 if sum(map(len, texts)) > 70 else 0)
+    axes.set(xlim=(-0.6, width - 0.4), ylim=(n - 0.4, -0.6))
+    axes.grid(False)
+    if training < n:
+        axes.axhspan(training - 0.5, n - 0.4, color=FAINT, zorder=0)
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(shown, [f"{rings[y, -1].sum()}" for y in shown], fontsize=font)
+    right.tick_params(length=0)
+    right.set_ylabel("training images", fontsize=10)
+    right.spines[:].set_visible(False)
+    several = "; rings: several domains" if ((counts > 0).sum(1) > 1).any() else ""
+    subtitle = f"seed {holdings['seed']}; largest dot: {rings.max()} images{several}"
+    axes.set_title(subtitle, loc="right", fontsize=8, color=GREY)
+    figure.legend(handles=[Patch(color=colours[j], label=_plain(d)) for j, d in enumerate(names)], **_LEGEND)
+    return figure
+
+
+def _over_rounds(looks: Looks, rows: Rows, key: str, scale: float = 1.0) -> Lines:
+    """One measure of each method that has it, at the rounds where every seed has it."""
+    lines = {}
+    for name in looks:
+        by_round: dict[int, list[float | None]] = {}
+        for row in rows:
+            if row["method"] == name and key in row:
+                by_round.setdefault(row["round"], []).append(row[key])
+        points = [(r, spread(by_round[r])) for r in sorted(by_round)]
+        table = [(r, s["mean"], *(s["ci95"] or (s["mean"], s["mean"]))) for r, s in points if s["mean"] is not None]
+        if table:
+            lines[name] = np.array(table, float).T * [[1], [scale], [scale], [scale]]
+    return lines
+
+
+def _moved(rows: Rows, method: str) -> np.ndarray:
+    """MiB up and down until the end of each round, mean over seeds. [rounds]"""
+    own = [row for row in rows if row["method"] == method]
+    moved = np.zeros(max(row["round"] for row in own))
+    for row in own:
+        moved[row["round"] - 1] += row["bytes_up"] + row["bytes_down"]
+    return moved.cumsum() / len({row["seed"] for row in own}) / 2**20
+
+
+def _final(rows: Rows, method: str, key: str) -> np.ndarray:
+    """Sorted; [clients of all seeds], without those that have no test images."""
+    found = [a for row in rows if row["method"] == method for a in row.get(key, ()) if a is not None]
+    return 100 * np.sort(np.array(found, float))
+
+
+def _plain(text: str, limit: int = 24) -> str:
+    """A name as matplotlib is to show it: short, on one line, no formula, not hidden for a leading underscore."""
+    text = " ".join(str(text).split())
+    text = (text if len(text) <= limit else text[: limit - 1] + "…").replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def _new(title: str, x: str, y: str, height: float = 4.3) -> tuple[Figure, Axes]:
+    figure = Figure((7.2, height), 150, layout="constrained")
+    return figure, _dress(figure.subplots(), title, x, y)
+
+
+def _dress(axes: Axes, title: str, x: str, y: str) -> Axes:
+    axes.set_title(title, loc="left", **_TITLE)
+    axes.set_xlabel(x, fontsize=10)
+    axes.set_ylabel(y, fontsize=10)
+    axes.tick_params(labelsize=9)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _stroke(looks: Looks, name: str, points: int) -> dict[str, Any]:
+    """A line's style; where lines coincide their markers do not."""
+    look, every = looks[name], max(1, -(-points // 12), min(len(looks), points // 3))
+    style = {"color": look.colour, "marker": look.marker, "linestyle": look.dash, "linewidth": 1.7, "markersize": 4}
+    return style | {"markevery": (list(looks).index(name) % every, every)}
+
+
+def _lines(looks: Looks, lines: Lines, title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure, axes = _new(title, x, y)
+    for name, (at, mean, low, high) in lines.items():
+        axes.plot(at, mean, **_stroke(looks, name, len(mean)))
+        axes.fill_between(at, low, high, color=looks[name].colour, alpha=0.13, linewidth=0)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 100))
+    return _legend(figure, looks, lines), axes
+
+
+def _bars(looks: Looks, groups: list[tuple[str, dict[str, Any]]], title: str, x: str) -> Figure | None:
+    """Groups of bars, one for each method, from summaries over seeds; below each other, so that many stay legible."""
+    groups = [(label, own) for label, own in groups if any(s["mean"] is not None for s in own.values())]
+    if not groups:
+        return None
+    figure, axes = _new(title, x, "", 1.2 + len(groups) * (0.16 * len(looks) + 0.14))
+    thick = 0.16 / (0.16 + 0.14 / len(looks)) / len(looks)
+    for i, (name, look) in enumerate(looks.items()):
+        for g, (_, own) in enumerate(groups):
+            if own[name]["mean"] is None:
+                continue
+            y, mean = g + (i - (len(looks) - 1) / 2) * thick, 100 * own[name]["mean"]
+            axes.barh(y, mean, 0.88 * thick, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
+            if own[name]["ci95"] is not None:
+                low, high = np.clip(np.multiply(100, own[name]["ci95"]), 0, 100)
+                axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color="black", elinewidth=0.9, capsize=2)
+    axes.set_yticks(range(len(groups)), [label for label, _ in groups], fontsize=9)
+    axes.set(xlim=(0, None), ylim=(len(groups) - 0.5, -0.5))
+    axes.grid(axis="y", visible=False)
+    return _legend(figure, looks, looks, bars=True)
+
+
+def _legend(figure: Figure, looks: Looks, names: Collection[str], bars: bool = False) -> Figure:
+    patch = lambda look: Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label)
+    line = lambda name: Line2D([], [], label=looks[name].label, **_stroke(looks, name, 1))
+    figure.legend(handles=[patch(looks[name]) if bars else line(name) for name in names], **_LEGEND)
+    return figure
+
+
+def _note(axes: Axes, text: str, at: tuple[float, float], **more: Any) -> None:
+    axes.annotate(text, at, xycoords=("axes fraction", "data"), fontsize=8, color=GREY, **more)

@@ -1,0 +1,239 @@
+"""``report.html``: one page with everything a run found; it needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from experiments import figures
+from experiments.record import write_atomically
+
+ACCURACIES = {
+    "global": "global_accuracy",
+    "personal": "personal_accuracy",
+    "personal, local steps": "personal_accuracy_tuned",
+    "worst 10 %": "worst10_accuracy",
+    "unseen": "unseen_accuracy",
+    "unseen, local steps": "unseen_accuracy_tuned",
+}
+MEANING = (
+    "<b>Global</b>: the global model on all test images, mean over domains. <b>Personal</b>: the model that each "
+    "training client is sent, on that client's own test images, mean over clients. <b>Worst 10 %</b>: the same over "
+    "the tenth of clients where it is lowest. <b>Unseen</b>: the same for clients that never train. <b>Local "
+    "steps</b>: after one round's local steps on the client's own training images. <b>Bias share</b>: how far the "
+    "server's model is from the mean of its clients' models, as a share of the mean update."
+)
+CAPTIONS = {
+    "curves": "How fast each method rises, and where it settles.",
+    "accuracies": "What a method gains globally against what single clients, the worst served ones and unseen ones "
+    "get, and how much of a gap a few local steps close.",
+    "domains": "Whether a method gains everywhere or buys one domain with another.",
+    "bias": "Exact methods lie at zero or in the grey band of rounding; for the others, whether the error of "
+    "aggregation shrinks as training settles. (An interval that reaches zero is not drawn on a logarithmic axis.)",
+    "clients": "Fairness: the flatter a line and the higher its left end, the more evenly clients are served; clients "
+    "of all seeds together.",
+    "traffic": "Accuracy per byte: at the same height, the line further to the left has moved less.",
+    "holdings": "How unlike the clients are: what is empty in a row, its client has never seen. The number of images "
+    "sets the area of a dot, the domain its colour; clients on grey never train.",
+}
+STYLE = """
+:root{color-scheme:light dark;--ink:#1c1d21;--soft:#5b5e66;--page:#fff;--head:#f3f4f6;--line:#d8dade;--link:#0b5cad}
+@media(prefers-color-scheme:dark){:root{--ink:#e7e8ea;--soft:#a3a7b0;--page:#16181b;--head:#212429;--line:#3a3e45;
+--link:#8cb9ff}}
+body{margin:0 auto;max-width:62rem;padding:1rem;background:var(--page);color:var(--ink);
+font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.15rem;margin-top:2.2rem}
+a{color:var(--link)}small,figcaption,.note{color:var(--soft)}.note,figcaption{font-size:.9rem}
+.box{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
+table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
+th,td{padding:.4rem .65rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);font-weight:400}
+thead th{border-top:0;background:var(--head);vertical-align:bottom;white-space:normal;font-weight:600}
+th:first-child{text-align:left;position:sticky;left:0;background:var(--page);max-width:9rem;white-space:normal}
+thead th:first-child{background:var(--head)}
+.words :is(th,td){text-align:left;vertical-align:top}.words td{white-space:normal}
+figure{margin:1.6rem 0}img{display:block;max-width:100%;height:auto;margin:auto;background:#fff;border-radius:6px}
+figcaption{margin-top:.4rem}details{margin-top:2.2rem}summary{font-size:1.15rem;font-weight:600;cursor:pointer}
+"""
+
+
+class Html(str):
+    """Text that needs no escaping any more."""
+
+
+def write(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]], holdings: dict[str, Any]) -> Path:
+    """Write the figures and the page into ``folder``, each file whole or not at all.
+
+    Args:
+      folder: an existing folder.
+      summary: as in ``summary.json``.
+      rows: all rows of ``metrics.jsonl``.
+      holdings: ``counts`` integer ``[clients, domains, classes]``, training images of the first seed; ``training``,
+        the number of clients that train (the first ones); the names of ``domains`` and ``classes``; ``seed``.
+
+    Returns:
+      The path of ``report.html``.
+    """
+    images = {name: figures.png(figure) for name, figure in figures.draw(summary, rows, holdings).items()}
+    for name, image in images.items():
+        write_atomically(folder / f"{name}.png", image)
+    path = folder / "report.html"
+    write_atomically(path, _page(summary, holdings, images).encode("utf-8", "xmlcharrefreplace"))
+    return path
+
+
+def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, bytes]) -> str:
+    methods, config = summary["methods"], summary["config"]
+    names = [entry["about"]["name"] for entry in methods.values()]
+    data = Path(config["data"]).name
+    what = names[0] if len(names) == 1 else f"{len(names)} methods"
+    title = escape(f"{summary['command']}: {what} on {data}")
+    parts = [
+        f"<h1>{title}</h1>",
+        f"<p>{escape(_sentence(config, holdings, names, data))}</p>",
+        "<h2>Results</h2>",
+        _headline(summary),
+        f'<p class="note">{_statistics(summary)} {MEANING}</p>',
+        "<h2>Figures</h2>",
+        *(_figure(name, image) for name, image in images.items()),
+        *(["<h2>Global model on each domain</h2>", _domains(summary)] if len(holdings["domains"]) > 1 else []),
+        "<h2>Methods</h2>",
+        _methods(methods),
+        _record(summary),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';img-src data:;'
+        "style-src 'unsafe-inline'\">"
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def _sentence(config: dict[str, Any], holdings: dict[str, Any], names: list[str], data: str) -> str:
+    cohort, unseen, seeds = config["clients_per_round"], config["holdout_clients"], config["seeds"]
+    domains, classes = len(holdings["domains"]), len(holdings["classes"])
+    return (
+        f"{', '.join(names)} on {data} ({f'{domains} domains, ' if domains > 1 else ''}{classes} classes): "
+        f"{_count(config['clients'], 'training client')}, {cohort or 'all'} of them in every round, and "
+        f"{_count(unseen, 'unseen client')} that never train{'s' * (unseen == 1)}; data split by "
+        f"{config['partition']}; {_count(config['rounds'], 'round')} of {_count(config['local_steps'], 'local step')}; "
+        f"{_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
+        + ("; the same clients, starts and batches for every method." if len(names) > 1 else ".")
+    )
+
+
+def _statistics(summary: dict[str, Any]) -> str:
+    seeds = len(summary["config"]["seeds"])
+    some = " (those that were evaluated)" if summary["config"]["eval_every"] > 1 else ""
+    spread = f"mean and 95 % t-interval over {seeds} seeds" if seeds > 1 else "mean; one seed, so there is no interval"
+    paired = " Differences are in percentage points of global accuracy, paired by seed." if summary["paired"] else ""
+    return f"<b>Last five rounds{some}, {spread}.</b> Accuracies in %.{paired}"
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    methods, paired = summary["methods"], summary["paired"]
+    first = next(iter(methods.values()))
+    target = f"{100 * first['rounds_to_target']['target']:g}"
+    header = ["method", *ACCURACIES, *([f"difference to {first['about']['name']}"] if paired else []),
+              f"rounds to {target} % global", "up, per client and round", "bias share, %", "seconds per round"]  # fmt: skip
+    table = []
+    for name, entry in methods.items():
+        row = [entry["about"]["name"], *(_percent(entry[key]["last5"]) for key in ACCURACIES.values())]
+        if paired:
+            row.append(_percent(paired[name], "+") if name in paired else "–")
+        seconds = entry["seconds_per_round"]
+        row += [_reached(entry["rounds_to_target"]), _bytes(entry["bytes_up"]["per_client_round"])]
+        row += [_percent(entry["bias_share"]["last5"]), "–" if seconds is None else f"{seconds:.3g}"]
+        table.append(row)
+    return _table(header, table)
+
+
+def _domains(summary: dict[str, Any]) -> str:
+    methods = summary["methods"].values()
+    names = list(next(iter(methods))["per_domain"])
+    table = [[e["about"]["name"], *(_percent(e["per_domain"][d]["last5"]) for d in names)] for e in methods]
+    return _table(["method", *names], table) + f'<p class="note">{_statistics(summary | {"paired": {}})}</p>'
+
+
+def _methods(methods: dict[str, Any]) -> str:
+    header = ["method", "paper", "trains", "travels", "exact", "up", "down", "compile, s"]
+    table = []
+    for entry in methods.values():
+        about, seconds = entry["about"], entry["compile_seconds"]
+        table.append([about["name"], _paper(about), about["trains"], about["travels"], about["exact"],
+                      *(_bytes(entry[way]["per_client_round"]) for way in ("bytes_up", "bytes_down")),
+                      "–" if seconds is None else f"{seconds:.1f}"])  # fmt: skip
+    note = "Exact: is the server's new model the mean of its clients' models? Up, down: per client and round."
+    return _table(header, table, "words") + f'<p class="note">{note}</p>'
+
+
+def _paper(about: dict[str, str]) -> str:
+    number = about["arxiv"]
+    if not re.fullmatch(r"[\w.-]+(/\d+)?", number, re.ASCII):
+        return about["paper"]
+    return Html(f'{escape(about["paper"])} <a href="https://arxiv.org/abs/{number}">arXiv:{number}</a>')
+
+
+def _record(summary: dict[str, Any]) -> str:
+    show = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    groups = {"options": summary["config"], "record": summary["record"], "versions": summary["versions"]}
+    groups["run"] = {key: summary[key] for key in ("command", "device", "date", "schema")}
+    table = [[key, group, show(value)] for group, own in groups.items() for key, value in own.items()]
+    return f"<details><summary>Record</summary>{_table(['name', 'of', 'value'], table, 'words')}</details>"
+
+
+def _figure(name: str, image: bytes) -> str:
+    source = base64.b64encode(image).decode()
+    return (
+        f'<figure><img src="data:image/png;base64,{source}" alt="{name}: {escape(CAPTIONS[name])}">'
+        f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>"
+    )
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "numbers") -> str:
+    cell = lambda value: value if isinstance(value, Html) else escape(value)
+    head = "".join(f'<th scope="col">{cell(title)}</th>' for title in header)
+    body = "\n".join(
+        f'<tr><th scope="row">{cell(first)}</th>{"".join(f"<td>{cell(value)}</td>" for value in rest)}</tr>'
+        for first, *rest in rows
+    )
+    return f'<div class="box" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def _percent(spread: dict[str, Any], sign: str = "") -> str:
+    """Mean and half the interval, in per cent."""
+    if spread["mean"] is None:
+        return "–"
+    mean = 100 * spread["mean"]
+    if 0 < abs(mean) < 0.05 and not sign:
+        return "< 0.05"
+    text = f"{mean:{sign}.1f}".replace("-", "−")
+    return (
+        text
+        if spread["ci95"] is None
+        else Html(f"{text} <small>± {50 * (spread['ci95'][1] - spread['ci95'][0]):.1f}</small>")
+    )
+
+
+def _reached(rounds: dict[str, Any]) -> str:
+    if rounds["mean"] is not None:
+        return f"{rounds['mean']:.1f}"
+    number = sum(r is not None for r in rounds["seeds"])
+    return f"{number} of {len(rounds['seeds'])} seeds" if number else "not reached"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}" if number < 100 else f"{number:.0f} {unit}"
+        number /= 1024
+    return f"{number:.3g} GiB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'s' * (number != 1)}"

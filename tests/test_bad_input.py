@@ -1,0 +1,198 @@
+"""Bad input: exit code 2, one clear line, nothing written, before anything compiles."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--clients 4 --holdout-clients 0 --minimum 2 --rounds 2 --seeds 1 --local-steps 1 --batch 4".split()
+
+
+def good_arrays(n: int = 96) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.integers(0, 256, (n, 16, 16, 3), np.uint8),
+        "y": np.arange(n) % 3,
+        "domain": np.arange(n) // 3 % 2,
+        "split": (np.arange(n) // 6 % 4 == 0).astype(int),
+        "classes": np.array(["a", "b", "c"]),
+        "domains": np.array(["left", "right"]),
+    }
+
+
+def change(**changes):
+    """A data file like the good one but for these arrays (``None``: left out)."""
+
+    def write(path: Path) -> None:
+        arrays = good_arrays() | changes
+        np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+
+    return write
+
+
+def cut_in_half(path: Path) -> None:
+    change()(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def pickled(path: Path) -> None:
+    np.savez(path, **(good_arrays() | {"classes": np.array(["a", None, {}], dtype=object)}))
+
+
+x = good_arrays()["x"]
+float_x = x.astype(np.float32)
+float_x[5, 3, 3, 0] = np.nan
+
+DATA_FILES = {
+    "truncated data": (cut_in_half, "damaged"),
+    "pickled data": (pickled, "pickled"),
+    "NaN images": (change(x=float_x), "NaN"),
+    "images as floats": (change(x=x / 255), "expected uint8"),
+    "grey images": (change(x=x[..., :1]), "expected uint8"),
+    "no images": (change(x=x[:0], y=np.arange(0), domain=np.arange(0), split=np.arange(0)), "N > 0"),
+    "oblong images": (change(x=x[:, :12]), "--image-size"),
+    "no labels": (change(y=None), "lacks the array(s) y"),
+    "labels out of range": (change(y=np.arange(96) % 4), "y runs from 0 to 3; expected 0 to 2"),
+    "negative labels": (change(y=np.arange(96) % 3 - 1), "y runs from -1"),
+    "labels as floats": (change(y=np.ones(96)), "expected integers"),
+    "too few labels": (change(y=np.zeros(95, int)), "expected integers [96]"),
+    "empty domain": (change(domain=np.zeros(96, int)), "'right' has no training images"),
+    "domain without test images": (change(split=np.zeros(96, int)), "no test images"),
+    "domain without names": (change(domains=None), "only one of the arrays"),
+    "split of three": (change(split=np.arange(96) % 3), "split runs from 0 to 2"),
+}
+
+OPTIONS = {
+    "no command": ("", "required"),
+    "unknown command": ("dance", "dance"),
+    "unknown option": ("compare --rank 4 --colour red", "--colour"),
+    "unknown method": ("compare --methods fedit,fed_it", "did you mean fedit"),
+    "method twice": ("compare --methods fedit,fedit", "once"),
+    "run without a method": ("run", "--method"),
+    "rank 0": ("run --method fedit --rank 0", "--rank must be at least 1"),
+    "rank that is no number": ("run --method fedit --rank four", "'four'"),
+    "rank larger than the layer": ("run --method fedit --rank 65", "choose a rank from 1 to 64"),
+    "one of the ranks too large": ("run --method fedit --rank 4,128", "choose a rank from 1 to 64"),
+    "chunk that does not divide": ("run --method fedit --chunk 3", "--chunk 3 does not divide"),
+    "chunk 0": ("run --method fedit --chunk 0", "--chunk must be at least 1"),
+    "no clients": ("run --method fedit --clients 0", "--clients must be at least 1"),
+    "more clients than images": ("run --method fedit --clients 200", "200 clients"),
+    "more clients per round than clients": ("run --method fedit --clients-per-round 5", "more than --clients 4"),
+    "negative holdout": ("run --method fedit --holdout-clients -1", "--holdout-clients must be at least 0"),
+    "minimum out of reach": ("run --method fedit --minimum 50", "at least 50"),
+    "no rounds": ("run --method fedit --rounds 0", "--rounds must be at least 1"),
+    "no steps": ("run --method fedit --local-steps 0", "--local-steps must be at least 1"),
+    "batch 0": ("run --method fedit --batch 0", "--batch must be at least 1"),
+    "learning rate 0": ("run --method fedit --lr 0", "--lr must be above 0"),
+    "learning rate nan": ("run --method fedit --lr nan", "--lr must be above 0"),
+    "scale 0": ("run --method fedit --scale 0", "--scale"),
+    "unknown optimizer": ("run --method fedit --optimizer lion", "sgd, momentum, adam, adamw"),
+    "unknown partition": ("run --method fedit --partition banana", "unknown partition"),
+    "partition without its number": ("run --method fedit --partition dirichlet", "lacks its number"),
+    "alpha 0": ("run --method fedit --partition dirichlet:0", "above 0"),
+    "more classes than there are": ("run --method fedit --partition classes:9", "more classes"),
+    "targets that match nothing": ("run --method fedit --targets attn/qvery", "near names"),
+    "a broken regular expression": ("run --method fedit --targets attn/(", "regular expression"),
+    "a target that is a vector": ("run --method fedit --targets norm/scale", "kernel"),
+    "seed twice": ("run --method fedit --seeds 1,1", "--seeds"),
+    "no seeds": ("run --method fedit --seeds 0", "--seeds"),
+    "target above 1": ("run --method fedit --target 70", "--target"),
+    "eval-every that does not divide": ("run --method fedit --rounds 4 --eval-every 3", "--eval-every 3"),
+    "image size between patches": ("run --method fedit --image-size 18", "multiple"),
+    "no such data": ("run --method fedit --data nowhere.npz", "no data 'nowhere.npz'"),
+    "no such weights": ("run --method fedit --weights nowhere.npz", "no weight file"),
+    "weights of an unknown kind": ("run --method fedit --weights README.md", "expected a .npz"),
+    "weights that hold something else": ("run --method fedit --weights {data}", "not a ViT"),
+    "truncated weights": ("run --method fedit --weights {cut}", "truncated"),
+    "out below a file": ("run --method fedit --out {data}/deeper", "not a folder"),
+    "out that holds something": ("run --method fedit --out {full}", "not empty"),
+    "nothing to resume": ("run --method fedit --resume", "nothing to resume"),
+    "resume of another run": ("run --method fedit --resume --out {other}", "rounds was 7, is 2"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("input")
+    change()(folder / "data.npz")
+    cut_in_half(folder / "cut.npz")
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.txt").write_text("precious")
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text(json.dumps({"config": {"rounds": 7}, "record": {}}))
+    return {"data": folder / "data.npz", "cut": folder / "cut.npz", "full": folder / "full", "other": folder / "other"}
+
+
+@pytest.fixture
+def compilations():
+    """Counts what XLA compiles while the test runs."""
+    seen: list[str] = []
+    listen = lambda event, duration, **_: seen.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def refused(arguments: list[str], capsys, monkeypatch) -> str:
+    monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    output = capsys.readouterr()
+    assert not output.out
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options(case, places, tmp_path, capsys, monkeypatch, compilations):
+    text, reason = OPTIONS[case]
+    own = text.format(**places).split()
+    out = tmp_path / "out"
+    if own[:1] in (["run"], ["compare"]):
+        defaults = [*SMALL, "--data", str(places["data"]), "--partition", "iid", "--out", str(out)]
+        own = [own[0], *defaults, *own[1:]]  # the case's own options come last and win
+    assert reason in refused(own, capsys, monkeypatch)
+    assert not out.exists()
+    assert not compilations
+    assert [p.name for p in places["full"].iterdir()] == ["thesis.txt"]
+    assert [p.name for p in places["other"].iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("case", DATA_FILES)
+def test_data_files(case, tmp_path, capsys, monkeypatch, compilations):
+    write, reason = DATA_FILES[case]
+    write(tmp_path / "data.npz")
+    arguments = ["run", "--method", "fedit", *SMALL, "--data", str(tmp_path / "data.npz")]
+    message = refused([*arguments, "--out", str(tmp_path / "out")], capsys, monkeypatch)
+    assert reason in message
+    assert not (tmp_path / "out").exists()
+    assert not compilations
+
+
+def test_a_domain_partition_needs_domains(tmp_path, capsys, monkeypatch):
+    change(domain=None, domains=None)(tmp_path / "data.npz")
+    arguments = ["run", "--method", "fedit", *SMALL, "--data", str(tmp_path / "data.npz"), "--partition", "domain"]
+    assert "needs data with domains" in refused([*arguments, "--out", str(tmp_path / "out")], capsys, monkeypatch)
+
+
+def test_as_a_process_there_is_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", "run", "--method", "fedlt", "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: {done.stderr[len('error: '):].strip()}\n"
+    assert "did you mean fedit" in done.stderr
+    assert not (tmp_path / "out").exists()

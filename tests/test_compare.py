@@ -1,0 +1,92 @@
+"""A small comparison from the command line to its files: what is written, and what it must not depend on."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.__main__ import main
+from experiments.summary import MEASURES
+
+OPTIONS = (
+    "--clients 6 --holdout-clients 2 --partition domain_dirichlet:2.0 --rounds 2 --seeds 2 --local-steps 2 --batch 4 "
+    "--rank 2,4 --minimum 5"
+).split()
+
+
+def run(monkeypatch, out, *more: str) -> tuple[dict, list[dict]]:
+    monkeypatch.setattr(sys, "argv", ["experiments", *more, *OPTIONS, "--out", str(out)])
+    main()
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((out / "summary.json").read_text()), rows
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        out = tmp_path_factory.mktemp("runs") / "pair"
+        return out, *run(monkeypatch, out, "compare", "--methods", "fedit,flora", "--clients-per-round", "4")
+
+
+def test_the_folder_holds_what_is_promised(compared):
+    out, summary, rows = compared
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "metrics.jsonl", "summary.json", "report.html", "checkpoints", "curves.png"} <= names
+    assert not any(name.startswith(".") for name in names)
+    assert [(r["method"], r["round"], r["seed"]) for r in rows] == [
+        (m, r, s) for m in ("fedit", "flora") for r in (1, 2) for s in (0, 1)
+    ]
+    assert summary["schema"] == 1
+    for entry in summary["methods"].values():
+        for name in MEASURES:
+            assert len(entry[name]["last"]["seeds"]) == len(entry[name]["last5"]["seeds"]) == 2
+            assert entry[name]["last"]["mean"] is not None
+        assert entry["seconds_per_round"] > 0
+        assert entry["compile_seconds"] > 0
+    assert set(summary["paired"]) == {"flora"}
+
+
+def test_methods_are_paired(compared):
+    """The same clients in the same rounds, and, as both start from the same adapters, the same first losses."""
+    _, _, rows = compared
+    by_method = {m: [r for r in rows if r["method"] == m] for m in ("fedit", "flora")}
+    for one, two in zip(by_method["fedit"], by_method["flora"], strict=True):
+        assert one["clients"] == two["clients"]
+        assert len(set(one["clients"])) == 4
+        if one["round"] == 1:
+            np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-5)
+    assert len({tuple(r["clients"]) for r in by_method["fedit"]}) > 1
+
+
+def test_bytes_are_those_of_the_arrays_that_move(compared):
+    """By hand: rank r on query and value of 4 blocks of width 64, and a head of 650 numbers, in float32."""
+    _, summary, rows = compared
+    adapter = lambda rank: 4 * (4 * 2 * rank * (64 + 64) + 650)
+    ups = {adapter(2) * k + adapter(4) * (4 - k) for k in range(5)}
+    for row in rows:
+        assert row["bytes_up"] in ups
+        ranks = (row["bytes_up"] // 4 - 4 * 650) // (4 * 2 * 128)  # their sum over the cohort
+        down = row["bytes_up"] if row["method"] == "fedit" else 4 * 4 * (4 * 2 * 128 * ranks + 650)
+        assert row["bytes_down"] == down
+    entry = summary["methods"]["fedit"]
+    assert entry["bytes_up"]["total"] == sum(r["bytes_up"] for r in rows if r["method"] == "fedit" and r["seed"] == 0)
+
+
+def test_exact_methods_are_reported_exact(compared):
+    _, summary, _ = compared
+    assert summary["methods"]["flora"]["bias_share"]["last5"]["mean"] < 1e-4
+    assert summary["methods"]["fedit"]["bias_share"]["last5"]["mean"] > 1e-3
+
+
+@pytest.mark.long
+def test_layout_changes_no_result(compared, tmp_path, monkeypatch):
+    _, _, rows = compared
+    layout = "--chunk 2 --seeds-at-once 2 --eval-every 2 --checkpoint-every 2 --clients-per-round 4".split()
+    _, other = run(monkeypatch, tmp_path / "other", "run", "--method", "fedit", *layout)
+    for one, two in zip([r for r in rows if r["method"] == "fedit"], other, strict=True):
+        assert one["clients"] == two["clients"]
+        for name in ("loss", "update", "bias"):
+            np.testing.assert_allclose(one[name], two[name], rtol=1e-4)
+    assert "global_accuracy" not in other[0]
+    assert abs(other[-1]["global_accuracy"] - rows[3]["global_accuracy"]) < 0.01

@@ -1,0 +1,51 @@
+"""The summary's statistics against SciPy, and its rules: last and last five, paired by seed, never a best round."""
+
+import numpy as np
+from scipy import stats
+
+from experiments.summary import paired, spread, summarise
+
+
+def rows(method: str = "fedit", shift: float = 0.0, seeds: int = 4, rounds: int = 8) -> list[dict]:
+    rng = np.random.default_rng(0)
+    out = []
+    for seed in range(seeds):
+        for r in range(1, rounds + 1):
+            accuracy = 0.1 * r + 0.01 * rng.normal() + shift
+            out.append(
+                {"method": method, "seed": seed, "round": r, "clients": [0, 1], "bias": 0.5, "bias_share": 0.1,
+                 "bytes_up": 200, "bytes_down": 300, "global_accuracy": accuracy, "pooled_accuracy": accuracy,
+                 "per_domain": {"a": accuracy}, "personal_accuracy": accuracy, "worst10_accuracy": 0.0,
+                 "unseen_accuracy": None}
+            )  # fmt: skip
+    return out
+
+
+def test_intervals_are_t_intervals():
+    values = [0.7, 0.8, 0.75, 0.71]
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    np.testing.assert_allclose(spread(values)["ci95"], [low, high])
+    assert spread([0.5])["ci95"] is None
+    assert spread([0.5, None]) == {"mean": None, "std": None, "ci95": None, "seeds": [0.5, None]}
+
+
+def test_last_round_and_mean_of_the_last_five():
+    data = rows()
+    entry = summarise(data, target=0.45)
+    own = [r["global_accuracy"] for r in data if r["seed"] == 0]
+    assert entry["global_accuracy"]["last"]["seeds"][0] == own[-1]
+    np.testing.assert_allclose(entry["global_accuracy"]["last5"]["seeds"][0], np.mean(own[-5:]))
+    assert entry["rounds_to_target"]["seeds"] == [
+        next(r["round"] for r in data if r["seed"] == s and r["global_accuracy"] >= 0.45) for s in range(4)
+    ]
+    assert entry["unseen_accuracy"]["last"]["mean"] is None
+    assert entry["bytes_up"] == {"per_client_round": 100, "total": 1600}
+    assert summarise(data, target=0.99)["rounds_to_target"]["mean"] is None
+
+
+def test_differences_are_paired_by_seed():
+    entries = {name: summarise(rows(name, shift), 0.5) for name, shift in (("fedit", 0.0), ("better", 0.05))}
+    result = paired(entries)["better"]
+    np.testing.assert_allclose(result["seeds"], 0.05)  # the noise is shared, so it cancels
+    np.testing.assert_allclose(result["ci95"], [0.05, 0.05])
+    assert result["baseline"] == "fedit"
