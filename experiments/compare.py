@@ -125,9 +125,8 @@ class Trial:
             run, info = jax.block_until_ready(train(p.base, p.train, p.clients, run, p.keys))
             seconds.append((time.perf_counter() - begin) / (config.eval_every * len(config.seeds)))
             self._check_moved(info, end)
-            last_ones = end > config.rounds - summary.WINDOW
-            score = self.programs.tuned if last_ones else self.programs.evaluate
-            scores = jax.device_get(score(p.base, p.train, p.test, p.clients, run, p.keys))
+            tune = end > config.rounds - summary.WINDOW
+            scores = jax.device_get(self.programs.evaluate(p.base, p.train, p.test, p.clients, run, p.keys, tune))
             metrics.append(self.rows.of_block(end, jax.device_get(info), scores))
             if end % config.checkpoint_every == 0 or end == config.rounds:
                 store.save(end, run)

@@ -39,12 +39,11 @@ class Images(NamedTuple):
         return digest.hexdigest()[:16]
 
 
-def load(source: str, image_size: int | None = None, test_share: float = 0.2) -> Images:
+def load(source: str, test_share: float = 0.2) -> Images:
     """``digits`` (built in) or the path of a ``.npz`` file.
 
     Args:
       source: name or path.
-      image_size: resize to this side, bicubic; ``None`` keeps the size.
       test_share: where the file has no split, this share of each class (and domain) is set apart for testing, drawn
         with a fixed seed.
 
@@ -57,8 +56,7 @@ def load(source: str, image_size: int | None = None, test_share: float = 0.2) ->
         arrays, name = digits(), "digits"
     else:
         arrays, name = _read(source), Path(source).stem
-    images = _checked(name, arrays, test_share)
-    return images if image_size is None else images._replace(x=_resized(images.x, image_size))
+    return _checked(name, arrays, test_share)
 
 
 def _read(source: str) -> dict[str, np.ndarray]:
@@ -94,10 +92,7 @@ def _checked(name: str, arrays: dict[str, np.ndarray], test_share: float) -> Ima
         if values.min() < 0 or values.max() >= count:
             raise ValueError(f"{name}: {key} runs from {values.min()} to {values.max()}; expected 0 to {count - 1}")
     y, domain = y.astype(np.int32), domain.astype(np.int32)
-    if split is None:
-        test = _split(domain * len(classes) + y, test_share)
-    else:
-        test = split.astype(bool)
+    test = _split(domain * len(classes) + y, test_share) if split is None else split.astype(bool)
     for j, label in enumerate(domains):
         for part, where in (("training", ~test), ("test", test)):
             if not (domain[where] == j).any():
@@ -113,11 +108,10 @@ def _split(cells: np.ndarray, share: float) -> np.ndarray:
     return test
 
 
-def _resized(x: np.ndarray, size: int) -> np.ndarray:
-    if x.shape[1:3] == (size, size):
-        return x
-    resize = jax.jit(
-        lambda part: jax.image.resize(part.astype(np.float32), (*part.shape[:1], size, size, 3), "bicubic")
-    )
-    parts = [np.asarray(resize(part)) for part in np.array_split(x, max(1, len(x) // 512))]
-    return np.clip(np.round(np.concatenate(parts)), 0, 255).astype(np.uint8)
+def resized(images: Images, side: int) -> Images:
+    """Every image resized to ``side x side``, bicubic."""
+    if images.x.shape[1:3] == (side, side):
+        return images
+    resize = jax.jit(lambda x: jax.image.resize(x.astype(np.float32), (len(x), side, side, 3), "bicubic"))
+    parts = [np.asarray(resize(part)) for part in np.array_split(images.x, max(1, len(images.x) // 512))]
+    return images._replace(x=np.clip(np.round(np.concatenate(parts)), 0, 255).astype(np.uint8))

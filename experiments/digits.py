@@ -64,34 +64,34 @@ def ink(digit: np.ndarray, rng: Generator) -> np.ndarray:
     """A dark pen on paper of a warm white."""
     paper = np.array([0.96, 0.93, 0.85]) * rng.uniform(0.92, 1.0) + _grain(rng, 0.02)
     pen = np.array([[0.08, 0.10, 0.40], [0.10, 0.10, 0.12], [0.32, 0.10, 0.08]])[rng.integers(3)]
-    return _paint(paper, pen, _crisp(_pose(digit, rng, turn=(-8, 8))))
+    return _paint(paper, pen, _crisp(_pose(digit, rng)))
 
 
 def chalk(digit: np.ndarray, rng: Generator) -> np.ndarray:
     """Pale broken strokes on a dark board with wiped streaks."""
     wiped = ndimage.gaussian_filter(rng.normal(size=(CANVAS, CANVAS)), (1, 6))
-    board = np.array([[0.13, 0.28, 0.22], [0.17, 0.19, 0.22]])[rng.integers(2)] + 0.45 * wiped[..., None]
+    board = np.array([[0.13, 0.28, 0.22], [0.17, 0.19, 0.22]])[rng.integers(2)] + 0.3 * wiped[..., None]
     dust = ndimage.gaussian_filter(rng.random((CANVAS, CANVAS)), 0.8)
     broken = np.clip(0.75 + 3 * (dust - 0.5), 0.3, 1)
     stick = np.array([[0.95, 0.95, 0.92], [0.95, 0.88, 0.55], [0.95, 0.70, 0.72]])[rng.integers(3)]
-    return _paint(board, stick, 0.9 * broken * _crisp(_pose(digit, rng, turn=(-12, 12))))
+    return _paint(board, stick, 0.9 * broken * _crisp(_pose(digit, rng)))
 
 
 def outline(digit: np.ndarray, rng: Generator) -> np.ndarray:
     """Only the contour, in a felt pen on white; the body of the stroke stays empty."""
-    body = _pose(digit, rng, turn=(-10, 10), height=(13, 14.5))
-    contour = np.exp(-(((body - 0.4) / 0.2) ** 2))
+    body = _pose(digit, rng, height=(14, 14.5))
+    contour = np.exp(-(((body - 0.4) / 0.23) ** 2))
     return _paint(np.full((CANVAS, CANVAS, 3), 0.97), _hue(rng.random(), 0.9, 0.35), contour)
 
 
 def poster(digit: np.ndarray, rng: Generator) -> np.ndarray:
     """Two saturated inks of about the same lightness, one printed out of register, so that colour tells the shape."""
-    hue = rng.random()
+    hue = rng.choice([0.02, 0.14, 0.4, 0.62, 0.8])
     ground = np.broadcast_to(_hue(hue, 0.65, 0.75), (CANVAS, CANVAS, 3)) + _grain(rng, 0.02)
-    body = _crisp(_pose(digit, rng, turn=(-10, 10)))
+    body = _crisp(_pose(digit, rng))
     ghost = ndimage.shift(body, rng.uniform(-3, 3, 2), order=1)
     ground = _paint(ground, _hue(hue + 0.5, 0.5, 0.8), 0.4 * ghost)
-    return _paint(ground, _hue(hue + rng.uniform(0.3, 0.7), 0.75, 0.7), body)
+    return _paint(ground, _hue(hue + rng.choice([0.35, 0.65]), 0.75, 0.7), body)
 
 
 def photo(digit: np.ndarray, rng: Generator) -> np.ndarray:
@@ -103,10 +103,10 @@ def photo(digit: np.ndarray, rng: Generator) -> np.ndarray:
         bar = np.abs(np.cos(angle) * row + np.sin(angle) * column - offset) < rng.uniform(0.06, 0.16)
         wall = _paint(wall, rng.random(3), 0.8 * bar)
     sign = -1.0 if wall.mean() > 0.5 else 1.0
-    scene = _paint(wall, np.clip(wall.mean() + sign * np.array([0.4, 0.38, 0.33]), 0, 1), _crisp(_pose(digit, rng)))
+    scene = _paint(wall, np.clip(wall.mean() + sign * np.array([0.46, 0.44, 0.38]), 0, 1), _crisp(_pose(digit, rng)))
     angle = rng.uniform(0, 2 * np.pi)
     scene = scene * (0.85 + 0.3 * (np.cos(angle) * row + np.sin(angle) * column))[..., None]
-    return ndimage.gaussian_filter(scene, (1.0, 1.0, 0)) + rng.normal(0, 0.08, scene.shape)
+    return ndimage.gaussian_filter(scene, (1.0, 1.0, 0)) + rng.normal(0, 0.06, scene.shape)
 
 
 def blueprint(digit: np.ndarray, rng: Generator) -> np.ndarray:
@@ -116,7 +116,7 @@ def blueprint(digit: np.ndarray, rng: Generator) -> np.ndarray:
     lines[rng.integers(8) :: 8] = 1
     lines[:, rng.integers(8) :: 8] = 1
     sheet = _paint(sheet, np.array([0.55, 0.70, 0.95]), 0.6 * lines)
-    return _paint(sheet, np.array([0.92, 0.95, 1.0]), _crisp(_pose(digit, rng, turn=(25, 50))))
+    return _paint(sheet, np.array([0.92, 0.95, 1.0]), _crisp(_pose(digit, rng, turn=(38, 50))))
 
 
 DOMAINS: dict[str, Draw] = {d.__name__: d for d in (ink, chalk, outline, poster, photo, blueprint)}
@@ -140,12 +140,12 @@ def picture(path: str | Path) -> None:
 
 
 def _pose(
-    digit: np.ndarray, rng: Generator, turn: tuple[float, float] = (-10, 10), height: tuple[float, float] = (13, 15.5)
+    digit: np.ndarray, rng: Generator, turn: tuple[float, float] = (-6, 6), height: tuple[float, float] = (13.5, 15)
 ) -> np.ndarray:
     """The scan on a canvas, ``[32, 32]`` in 0..1: turned clockwise by degrees, ``height`` pixels of the final image."""
     angle, zoom = np.deg2rad(rng.uniform(*turn)), 8 / (CANVAS / SIDE * rng.uniform(*height))
     back = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    centre = (CANVAS - 1) / 2 + rng.uniform(-1.5, 1.5, 2)
+    centre = (CANVAS - 1) / 2 + rng.uniform(-1, 1, 2)
     body = ndimage.affine_transform(digit, back, 3.5 - back @ centre, (CANVAS, CANVAS), order=3, mode="grid-constant")
     return np.clip(body, 0, 1)
 

@@ -40,7 +40,8 @@ class Look(NamedTuple):
     hatch: str
 
 
-Looks, Rows = Mapping[str, Look], list[dict[str, Any]]
+Looks = Mapping[str, Look]
+Rows = list[dict[str, Any]]
 Lines = dict[str, np.ndarray]  # of each method [4, points]: x, mean over seeds, ends of the interval
 
 
@@ -82,7 +83,7 @@ def curves(looks: Looks, rows: Rows, target: float | None = None) -> Figure | No
     figure, axes = _lines(looks, lines, "Global accuracy after each round", "round", "global accuracy (%)")
     if target is not None and axes.get_ylim()[1] > 100 * target:
         axes.axhline(100 * target, color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
-        _note(axes, f"target {100 * target:g} %", (0.01, 100 * target), ha="left", va="bottom")
+        _note(axes, f"target {100 * target:g} %", 0.01, 100 * target, ha="left", va="bottom")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -122,7 +123,7 @@ def bias(looks: Looks, rows: Rows) -> Figure | None:
         axes.set_yscale("log")
     if logarithmic and every.min() < ROUNDING:
         axes.axhspan(floor / 1.5, ROUNDING, color=FAINT, zorder=0)
-        _note(axes, "exact: only float32 rounding is left", (0.99, 0.8 * ROUNDING), ha="right", va="top")
+        _note(axes, "exact: only float32 rounding is left", 0.99, 0.8 * ROUNDING, ha="right", va="top")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -197,9 +198,10 @@ def held(holdings: dict[str, Any]) -> Figure | None:
     right.tick_params(length=0)
     right.set_ylabel("training images", fontsize=10)
     right.spines[:].set_visible(False)
-    several = "; rings: several domains" if ((counts > 0).sum(1) > 1).any() else ""
-    subtitle = f"seed {holdings['seed']}; largest dot: {rings.max()} images{several}"
-    axes.set_title(subtitle, loc="right", fontsize=8, color=GREY)
+    several = "; a ring: one of several domains" if ((counts > 0).sum(1) > 1).any() else ""
+    axes.set_title(
+        f"seed {holdings['seed']}; largest dot: {rings.max()} images{several}", loc="right", fontsize=8, color=GREY
+    )
     figure.legend(handles=[Patch(color=colours[j], label=_plain(d)) for j, d in enumerate(names)], **_LEGEND)
     return figure
 
@@ -303,5 +305,5 @@ def _legend(figure: Figure, looks: Looks, names: Collection[str], bars: bool = F
     return figure
 
 
-def _note(axes: Axes, text: str, at: tuple[float, float], **more: Any) -> None:
-    axes.annotate(text, at, xycoords=("axes fraction", "data"), fontsize=8, color=GREY, **more)
+def _note(axes: Axes, text: str, across: float, y: float, **more: Any) -> None:
+    axes.text(across, y, text, transform=axes.get_yaxis_transform(), fontsize=8, color=GREY, **more)

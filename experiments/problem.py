@@ -57,8 +57,9 @@ class Problem(NamedTuple):
 def build(config: Config) -> Problem:
     # Everything that can be refused is looked at on the host first; only then does anything compile.
     make_optimizer(config)
-    images = data.load(config.data, config.image_size)
-    pretrained = load_vit(NANO if config.weights == "nano" else config.weights, len(images.classes), _side(images))
+    images = data.load(config.data)
+    side = config.image_size or _side(images)
+    pretrained = load_vit(NANO if config.weights == "nano" else config.weights, len(images.classes), side)
     base = pretrained.params
     new = partial(
         lora.new, params=base, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
@@ -67,6 +68,7 @@ def build(config: Config) -> Problem:
     train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
     made = [_clients(config, images, train_rows, test_rows, seed) for seed in config.seeds]
 
+    images, base = data.resized(images, side), jax.device_put(base)
     loss_fn, correct_fn = objectives(pretrained)
     features = frozen_features(pretrained, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
@@ -137,11 +139,12 @@ def frozen_features(pretrained: Pretrained, x: np.ndarray) -> np.ndarray:
     apply = jax.jit(
         lambda params, x: model.apply({"params": params}, normalise(x, pretrained.mean, pretrained.std))[1]["features"]
     )
+    params = jax.device_put(pretrained.params)
     size = min(256, len(x))  # one shape, so one compilation: the last batch starts earlier
     starts = [min(i, len(x) - size) for i in range(0, len(x), size)]
     out = np.zeros((len(x), model.width), np.float32)
     for i in starts:
-        out[i : i + size] = apply(pretrained.params, x[i : i + size])
+        out[i : i + size] = apply(params, x[i : i + size])
     return out
 
 

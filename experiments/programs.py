@@ -25,7 +25,7 @@ class Scores(NamedTuple):
 
     correct: Array  # [n_test] 1 where the global model is right
     personal: Array  # [N + K] each client's model, as dispatched, on the client's own test images
-    tuned: Array | None  # [N + K] the same after local steps, where they were asked for
+    tuned: Array  # [N + K] the same after local steps; nan where they were not asked for
 
 
 class Programs(NamedTuple):
@@ -33,8 +33,7 @@ class Programs(NamedTuple):
 
     start: Callable  # (adapters, keys) -> runs
     train: Callable  # (base, train, clients, runs, keys) -> (runs, info [seeds, rounds, ...]); donates runs
-    evaluate: Callable  # (base, train, test, clients, runs, keys) -> Scores
-    tuned: Callable  # the same, with local steps before scoring once more
+    evaluate: Callable  # (base, train, test, clients, runs, keys, tune) -> Scores; tune: also after local steps?
 
 
 def make(config: Config, problem: Problem, method: Method) -> Programs:
@@ -59,7 +58,7 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
         one = lambda row: block(base, train, row[0].training(config.clients), row[1], row[2])
         return rounds.map_clients(one, (clients, runs, keys), seeds_at_once)
 
-    def evaluate(tune: bool, base, train, test, clients: Clients, runs: Run, keys: Array) -> Scores:
+    def evaluate(base, train, test, clients: Clients, runs: Run, keys: Array, tune: Array) -> Scores:
         x, y, _ = test
 
         def one(row) -> Scores:
@@ -67,26 +66,29 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
             key = jax.random.fold_in(jax.random.fold_in(key, run.round), 1)
             training = clients.training(config.clients).cohort(jnp.arange(config.clients), run.memory)
             whole = score(base, run.state, average_client(training), (x[None], y[None]), key).before[0]
+
             everybody = jnp.arange(config.clients + config.holdout_clients)
             fresh = rounds.start(method, key, jax.tree.map(lambda a: a[0], problem.adapters), config.holdout_clients)
             memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh.memory)
-            batches = ()
-            if tune:
+            examples = (x[clients.test_rows], y[clients.test_rows])
+            valid = jnp.arange(clients.test_rows.shape[1]) < clients.test_counts[:, None]
+            # nan for a client without test images
+            share = lambda correct: jnp.sum(correct * valid, 1) / clients.test_counts
+
+            def tuned() -> Array:
                 batches = sample_batches(
                     key, train, clients.population, everybody, config.local_steps, config.batch, problem.smallest
                 )
-            cohort = clients.population.cohort(everybody, memory, batches)
-            scores = score(base, run.state, cohort, (x[clients.test_rows], y[clients.test_rows]), key)
-            counts = clients.test_counts
-            valid = jnp.arange(clients.test_rows.shape[1]) < counts[:, None]
-            share = lambda correct: jnp.sum(correct * valid, 1) / counts  # nan for a client without test images
-            return Scores(whole, *jax.tree.map(share, scores))
+                cohort = clients.population.cohort(everybody, memory, batches)
+                return share(score(base, run.state, cohort, examples, key).after)
+
+            as_sent = score(base, run.state, clients.population.cohort(everybody, memory), examples, key).before
+            personal = share(as_sent)
+            return Scores(whole, personal, jax.lax.cond(tune, tuned, lambda: jnp.full_like(personal, jnp.nan)))
 
         return rounds.map_clients(one, (clients, runs, keys), seeds_at_once)
 
-    plain = lambda *arguments: evaluate(False, *arguments)
-    tuned = lambda *arguments: evaluate(True, *arguments)
-    return Programs(jax.jit(start), jax.jit(train, donate_argnums=3), jax.jit(plain), jax.jit(tuned))
+    return Programs(jax.jit(start), jax.jit(train, donate_argnums=3), jax.jit(evaluate))
 
 
 def _layout(config: Config, participants: int) -> tuple[int | None, int]:

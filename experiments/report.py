@@ -17,7 +17,7 @@ ACCURACIES = {
     "global": "global_accuracy",
     "personal": "personal_accuracy",
     "personal, local steps": "personal_accuracy_tuned",
-    "worst 10 %": "worst10_accuracy",
+    "worst 10\u00a0%": "worst10_accuracy",
     "unseen": "unseen_accuracy",
     "unseen, local steps": "unseen_accuracy_tuned",
 }
@@ -28,6 +28,7 @@ MEANING = (
     "steps</b>: after one round's local steps on the client's own training images. <b>Bias share</b>: how far the "
     "server's model is from the mean of its clients' models, as a share of the mean update."
 )
+INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals."
 CAPTIONS = {
     "curves": "How fast each method rises, and where it settles.",
     "accuracies": "What a method gains globally against what single clients, the worst served ones and unseen ones "
@@ -45,7 +46,7 @@ STYLE = """
 :root{color-scheme:light dark;--ink:#1c1d21;--soft:#5b5e66;--page:#fff;--head:#f3f4f6;--line:#d8dade;--link:#0b5cad}
 @media(prefers-color-scheme:dark){:root{--ink:#e7e8ea;--soft:#a3a7b0;--page:#16181b;--head:#212429;--line:#3a3e45;
 --link:#8cb9ff}}
-body{margin:0 auto;max-width:62rem;padding:1rem;background:var(--page);color:var(--ink);
+body{margin:0 auto;max-width:68rem;padding:1rem;background:var(--page);color:var(--ink);
 font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.15rem;margin-top:2.2rem}
 a{color:var(--link)}small,figcaption,.note{color:var(--soft)}.note,figcaption{font-size:.9rem}
@@ -56,7 +57,8 @@ thead th{border-top:0;background:var(--head);vertical-align:bottom;white-space:n
 th:first-child{text-align:left;position:sticky;left:0;background:var(--page);max-width:9rem;white-space:normal}
 thead th:first-child{background:var(--head)}
 .words :is(th,td){text-align:left;vertical-align:top}.words td{white-space:normal}
-figure{margin:1.6rem 0}img{display:block;max-width:100%;height:auto;margin:auto;background:#fff;border-radius:6px}
+figure{margin:1.6rem 0;max-width:52rem}img{display:block;box-sizing:border-box;max-width:100%;height:auto;padding:.4rem;
+background:#fff;border-radius:6px}
 figcaption{margin-top:.4rem}details{margin-top:2.2rem}summary{font-size:1.15rem;font-weight:600;cursor:pointer}
 """
 
@@ -99,6 +101,7 @@ def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, b
         _headline(summary),
         f'<p class="note">{_statistics(summary)} {MEANING}</p>',
         "<h2>Figures</h2>",
+        f'<p class="note">{INTERVALS}</p>' if len(config["seeds"]) > 1 else "",
         *(_figure(name, image) for name, image in images.items()),
         *(["<h2>Global model on each domain</h2>", _domains(summary)] if len(holdings["domains"]) > 1 else []),
         "<h2>Methods</h2>",
@@ -120,8 +123,8 @@ def _sentence(config: dict[str, Any], holdings: dict[str, Any], names: list[str]
     return (
         f"{', '.join(names)} on {data} ({f'{domains} domains, ' if domains > 1 else ''}{classes} classes): "
         f"{_count(config['clients'], 'training client')}, {cohort or 'all'} of them in every round, and "
-        f"{_count(unseen, 'unseen client')} that never train{'s' * (unseen == 1)}; data split by "
-        f"{config['partition']}; {_count(config['rounds'], 'round')} of {_count(config['local_steps'], 'local step')}; "
+        f"{_count(unseen, 'unseen client')}; data split by {config['partition']}; "
+        f"{_count(config['rounds'], 'round')} of {_count(config['local_steps'], 'local step')}; "
         f"{_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
         + ("; the same clients, starts and batches for every method." if len(names) > 1 else ".")
     )
@@ -139,8 +142,8 @@ def _headline(summary: dict[str, Any]) -> str:
     methods, paired = summary["methods"], summary["paired"]
     first = next(iter(methods.values()))
     target = f"{100 * first['rounds_to_target']['target']:g}"
-    header = ["method", *ACCURACIES, *([f"difference to {first['about']['name']}"] if paired else []),
-              f"rounds to {target} % global", "up, per client and round", "bias share, %", "seconds per round"]  # fmt: skip
+    difference = [f"difference to {first['about']['name']}"] if paired else []
+    rest = (f"rounds to {target}\u00a0%", "up, per client and round", "bias share,\u00a0%", "seconds per round")
     table = []
     for name, entry in methods.items():
         row = [entry["about"]["name"], *(_percent(entry[key]["last5"]) for key in ACCURACIES.values())]
@@ -150,7 +153,7 @@ def _headline(summary: dict[str, Any]) -> str:
         row += [_reached(entry["rounds_to_target"]), _bytes(entry["bytes_up"]["per_client_round"])]
         row += [_percent(entry["bias_share"]["last5"]), "–" if seconds is None else f"{seconds:.3g}"]
         table.append(row)
-    return _table(header, table)
+    return _table(["method", *ACCURACIES, *difference, *rest], table)
 
 
 def _domains(summary: dict[str, Any]) -> str:
@@ -202,7 +205,8 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "nu
         f'<tr><th scope="row">{cell(first)}</th>{"".join(f"<td>{cell(value)}</td>" for value in rest)}</tr>'
         for first, *rest in rows
     )
-    return f'<div class="box" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    inner = f'<table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
+    return f'<div class="box" tabindex="0">{inner}</div>'  # it can be scrolled from the keyboard
 
 
 def _percent(spread: dict[str, Any], sign: str = "") -> str:
@@ -210,14 +214,13 @@ def _percent(spread: dict[str, Any], sign: str = "") -> str:
     if spread["mean"] is None:
         return "–"
     mean = 100 * spread["mean"]
-    if 0 < abs(mean) < 0.05 and not sign:
+    if 0 < mean < 0.05 and not sign:
         return "< 0.05"
     text = f"{mean:{sign}.1f}".replace("-", "−")
-    return (
-        text
-        if spread["ci95"] is None
-        else Html(f"{text} <small>± {50 * (spread['ci95'][1] - spread['ci95'][0]):.1f}</small>")
-    )
+    if spread["ci95"] is None:
+        return text
+    low, high = spread["ci95"]
+    return Html(f"{text} <small>± {50 * (high - low):.1f}</small>")
 
 
 def _reached(rounds: dict[str, Any]) -> str:

@@ -59,9 +59,9 @@ class Rows:
             "personal_std": number(np.std(_known(np.asarray(scores.personal)[:n]))),
         }
         for suffix, values in (("", scores.personal), ("_tuned", scores.tuned)):
-            if values is None:
-                continue
             accuracy = np.asarray(values)
+            if np.isnan(accuracy).all():
+                continue
             row[f"personal_accuracy{suffix}"] = number(_mean(accuracy[:n]))
             row[f"worst10_accuracy{suffix}"] = number(_worst(accuracy[:n]))
             row[f"unseen_accuracy{suffix}"] = number(_mean(accuracy[n:]))

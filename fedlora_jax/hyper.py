@@ -180,7 +180,8 @@ def features(x: LoRA, weights: Array, previous: LoRA) -> Array:
 
 def _gain(coefficients: Array, b: Array) -> Array:
     gram = jnp.matmul(b, b.mT, precision="highest")
-    n = gram / jnp.maximum(jnp.trace(gram, axis1=-2, axis2=-1), 1e-15)[..., None, None]  # 1e-15 squared is a float32
+    trace = jnp.trace(gram, axis1=-2, axis2=-1)
+    n = gram / jnp.maximum(trace, 1e-15)[..., None, None]  # the derivative squares this floor: it must not underflow
     c0, c1, c2 = jnp.moveaxis(coefficients[..., None, None], -3, 0)
     nb = n @ b
     return b + c0 * b + c1 * nb + c2 * (n @ nb)

@@ -231,9 +231,7 @@ def _split_tangents(split: Split, u, s, v, k, e_out, f_out) -> tuple[Array, Arra
     inverse_root = jnp.sqrt(inverse)
     inverse_sum = _inverse(s[:, None] + s, s[0])
     p = (k * s + k.T * s[:, None]) * inverse_sum / 2
-    p = jnp.where(
-        _is_dead(s)[:, None], k, p
-    )  # what leaves a dead direction of U is all in a: there is no b to share it
+    p = jnp.where(_is_dead(s)[:, None], k, p)  # a step into a dead direction of U is a's alone, q has b's
     q = p - (k - k.T) * s * inverse_sum
     da = (_matmul(u, p) + f_out) * inverse_root
     db = inverse_root[:, None] * (_matmul(q.T, v.T) + e_out)

@@ -23,7 +23,7 @@ from models.vit import ViT
 
 
 class Pretrained(NamedTuple):
-    """A model with its parameters and the normalisation of its images (per channel, of x / 255)."""
+    """A model with its parameters (on the host) and the normalisation of its images (per channel, of x / 255)."""
 
     model: ViT
     params: dict[str, Any]
@@ -124,7 +124,7 @@ def _build(arrays, meta, name, classes, image_size, heads, options) -> Pretraine
         epsilon=float(meta.get("ln_eps", 1e-6)),
         **options,
     )
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     side = patch * round((params["pos"].shape[0] - 1) ** 0.5)
     _check(model, params, (side, side, channels), name)
     stats = (np.asarray(meta.get(key, [0.5] * channels), np.float32) for key in ("mean", "std"))
@@ -161,7 +161,8 @@ def resize_positions(positions: np.ndarray, grid: int | None) -> np.ndarray:
 
 def _check(model: ViT, params: dict[str, Any], image: tuple[int, ...], name: str) -> None:
     """Every array has the shape the model would create."""
-    expected = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image), jnp.float32))["params"]
+    init = lambda key, x: model.init(key, x)["params"]
+    expected = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((1, *image), jnp.float32))
     shapes = lambda tree: {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     got, want = shapes(params), shapes(expected)
     wrong = [f"{key}: got {got.get(key)}, expected {want[key]}" for key in want if got.get(key) != want[key]]

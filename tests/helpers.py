@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.linalg import norm
 
-from fedlora_jax import lora
+from fedlora_jax import lora, rounds
 from fedlora_jax.clients import Population
 from fedlora_jax.method import Cohort, Method, average_client
 from fedlora_jax.methods.fedex_lora import fedex_lora
@@ -23,7 +23,6 @@ from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.hyperlora import hyperlora
 from fedlora_jax.methods.lora_fair import lora_fair
-from fedlora_jax.rounds import make_local
 
 CLIENTS, STEPS, BATCH, RANK, SCALE, SIGNATURE = 4, 2, 3, 2, 0.7, 5
 
@@ -44,6 +43,19 @@ def float64():
     """A context in which arrays are float64."""
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
 
+
+def _quick_options() -> dict[str, Any]:
+    """For tiny problems compilation is all the time there is: compile quickly, run slowly."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x, compiler_options=options)(0)
+    except jax.errors.JaxRuntimeError:  # newer versions have but one emitter
+        options.popitem()
+    return options
+
+
+jit = functools.partial(jax.jit, compiler_options=_quick_options())
+
 # What a method is before its server has learned anything: then it may promise more.
 UNLEARNED = METHODS | {
     "hyperlora": lambda: hyperlora(participants=CLIENTS, signature_size=SIGNATURE, warmup=10**6),
@@ -62,7 +74,7 @@ def problem(seed: int = 0, rank: int = RANK) -> Problem:
     """Two stacked layers 6 -> 4 and back through one 4 -> 6, a head trained in full, a bias nobody trains."""
     draw = np.random.default_rng(seed).normal
     shapes = {"blocks/kernel": (2, 6, 4), "blocks/bias": (2, 4), "mix/kernel": (4, 6), "head/kernel": (6, 3)}
-    base = unflatten_dict({k: jnp.asarray(draw(size=s) / s[-2] ** 0.5) for k, s in shapes.items()}, sep="/")
+    base = lora.unflatten({k: jnp.asarray(draw(size=s) / s[-2] ** 0.5) for k, s in shapes.items()})
     adapter = lora.new(jax.random.key(seed), base, rank, targets=["blocks/kernel", "mix"], full="head", scale=SCALE)
     return Problem(base, adapter)
 
@@ -117,6 +129,11 @@ def population(sizes=(5, 9, 3, 7, 4), seed: int = 0, ranks=None) -> Population:
     return Population(*(jnp.asarray(x) for x in (rows, sizes, ranks, signatures)))
 
 
+def copies(tree: Any, clients: int = CLIENTS) -> Any:
+    """The tree stacked with itself: every client holds the same."""
+    return jax.tree.map(lambda x: jnp.stack([x] * clients), tree)
+
+
 def take(rows: Any, index: Any) -> Any:
     """The same rows of every array of a tree with a leading client axis."""
     return jax.tree.map(lambda x: x[index], rows)
@@ -145,7 +162,7 @@ def effective(method: Method, base: lora.Params, state: Any, c: Cohort) -> dict[
 
 
 def weights_of(base: lora.Params, adapter: lora.Adapter) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x) for name, x in flatten_dict(lora.merge(base, adapter), sep="/").items()}
+    return {name: np.asarray(x) for name, x in lora.flatten(lora.merge(base, adapter)).items()}
 
 
 def mean_weights(base: lora.Params, adapters: lora.Adapter, weights: jax.Array) -> dict[str, np.ndarray]:
@@ -154,23 +171,23 @@ def mean_weights(base: lora.Params, adapters: lora.Adapter, weights: jax.Array) 
     return {k: sum(np.float64(w) * row[k] for w, row in zip(weights, rows, strict=True)) for k in rows[0]}
 
 
-def assert_near(x: Any, y: Any, rel: float = 1e-5) -> None:
-    """Two trees agree: every pair of arrays differs by at most ``rel`` of the second's norm."""
-    jax.tree.map(lambda u, v: _assert_near(u, v, rel), x, y)
+def assert_near(x: Any, y: Any, rel: float = 1e-5, floor: float = 1e-25) -> None:
+    """Two trees agree: every pair of arrays differs by at most ``rel`` of the second's norm (or of ``floor``)."""
+
+    def near(u: Any, v: Any) -> None:
+        if jnp.issubdtype(jnp.asarray(v).dtype, jax.dtypes.prng_key):
+            u, v = jax.random.key_data(u), jax.random.key_data(v)
+        u, v = np.asarray(u, np.float64), np.asarray(v, np.float64)
+        assert u.shape == v.shape
+        error, size = norm(u - v), max(norm(v), floor)
+        assert error <= rel * size, f"off by {error:.3g}, {error / size:.3g} of the expected norm"
+
+    jax.tree.map(near, x, y)
 
 
-def _assert_near(u: Any, v: Any, rel: float) -> None:
-    if jnp.issubdtype(jnp.asarray(v).dtype, jax.dtypes.prng_key):
-        u, v = jax.random.key_data(u), jax.random.key_data(v)
-    u, v = np.asarray(u, np.float64), np.asarray(v, np.float64)
-    assert u.shape == v.shape
-    assert np.isfinite(v).all()
-    assert norm(u - v) <= rel * norm(v) + 1e-30, f"relative error {norm(u - v) / norm(v)}"
-
-
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def _train(penalty: Callable, sent: Any, c: Cohort, key: jax.Array) -> tuple[lora.Adapter, jax.Array]:
-    local = make_local(fedit()._replace(penalty=penalty), loss_fn, OPTIMIZER)
+    local = rounds.make_local(fedit()._replace(penalty=penalty), loss_fn, OPTIMIZER)
 
     def one(id_, *row):
         return local(sent.base, *row, jax.random.fold_in(key, id_))
@@ -181,3 +198,32 @@ def _train(penalty: Callable, sent: Any, c: Cohort, key: jax.Array) -> tuple[lor
 def train(method: Method, sent: Any, c: Cohort, key: jax.Array) -> tuple[lora.Adapter, jax.Array]:
     """Every client's local steps: adapters and losses ``[C, T]``. Compiled once for all methods."""
     return _train(method.penalty, sent, c, key)
+
+
+KEY = jax.random.key(7)
+BASE, ADAPTER = problem()
+
+
+@functools.cache
+def compiled(name: str) -> SimpleNamespace:
+    """One method with its round compiled once, and the state after one round, when b is no longer 0."""
+    method, traces = METHODS[name](), []
+
+    def counted(*args):
+        traces.append(1)
+        return loss_fn(*args)
+
+    round_fn = rounds.make_round(method, counted, OPTIMIZER)
+    fast = jit(round_fn)
+    start = method.init(jax.random.key(1), ADAPTER)
+    state, _, _ = fast(BASE, start, cohort(), KEY)
+    return SimpleNamespace(
+        method=method, round_fn=round_fn, fast=fast, start=start, state=state, traces=traces, first=len(traces)
+    )
+
+
+@functools.cache
+def aggregation(name: str) -> tuple[Method, Any, Callable]:
+    """A method that has learned nothing, its first state, and its aggregation compiled."""
+    method = UNLEARNED[name]()
+    return method, method.init(jax.random.key(1), ADAPTER), jit(method.aggregate)

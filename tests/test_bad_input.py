@@ -114,7 +114,7 @@ OPTIONS = {
     "out below a file": ("run --method fedit --out {data}/deeper", "not a folder"),
     "out that holds something": ("run --method fedit --out {full}", "not empty"),
     "nothing to resume": ("run --method fedit --resume", "nothing to resume"),
-    "resume of another run": ("run --method fedit --resume --out {other}", "rounds was 7, is 2"),
+    "resume of another run": ("run --method fedit --resume --out {other}", "belongs to another configuration"),
 }
 
 

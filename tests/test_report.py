@@ -23,7 +23,8 @@ def make_rows(method, index, seeds, rounds=8, clients=10, unseen=True, every=1, 
         for r in range(1, rounds + 1):
             row = {"method": method, "seed": seed, "round": r, "clients": list(range(clients)), "loss": 1.0 / r,
                    "update": 0.3, "bias": 0.01, "bias_share": SHARES[index % 4] * rng.uniform(0.5, 1),
-                   "factor_bias": 0.01, "bytes_up": 40_000 * clients, "bytes_down": 40_000 * clients * (1 + index)}  # fmt: skip
+                   "factor_bias": 0.01, "bytes_up": 40_000 * clients,
+                   "bytes_down": 40_000 * clients * (1 + index)}  # fmt: skip
             if r % every == 0:
                 accuracy = 0.8 - 0.6 * np.exp(-(2 + index) * r / rounds) + 0.02 * rng.normal() + 0.01 * index
                 own = np.clip(accuracy + 0.15 * rng.normal(size=clients), 0, 1)
@@ -70,3 +71,151 @@ def make(names=("FedIT", "FLoRA"), seeds=3, classes=4, held=3, **options):
     holdings = {"counts": counts, "training": clients, "domains": domains,
                 "classes": [f"class {c}" for c in range(classes)], "seed": 0}  # fmt: skip
     return summary, rows, holdings
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text; fails where tags are not closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.words = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join("".join(self.words).split())
+
+
+def write(tmp_path, *run):
+    path = report.write(tmp_path, *run)
+    assert path == tmp_path / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def embedded(text):
+    return [base64.b64decode(code) for code in re.findall(r'src="data:image/png;base64,([^"]*)"', text)]
+
+
+def test_every_figure_is_a_file_and_in_the_page(tmp_path):
+    text = write(tmp_path, *make())
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(f"{name}.png" for name in FIGURES), "report.html"])
+    files = [(tmp_path / f"{name}.png").read_bytes() for name in FIGURES]
+    for file in files:
+        assert file.startswith(b"\x89PNG\r\n\x1a\n")
+        assert file.endswith(b"IEND\xaeB`\x82")
+    assert embedded(text) == files
+
+
+def test_the_page_loads_nothing(tmp_path):
+    text = write(tmp_path, *make())
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name == "src":
+            assert value.startswith("data:image/png;base64,")
+        if name == "href":
+            assert value == "https://arxiv.org/abs/2305.05644"
+    (style,) = re.findall(r"<style>(.*)</style>", text, re.DOTALL)
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_tables_hold_the_numbers_of_the_summary(tmp_path):
+    summary, rows, holdings = make()
+    text = Page(write(tmp_path, summary, rows, holdings)).text
+
+    def shown(spread, sign=""):
+        low, high = spread["ci95"]
+        return f"{100 * spread['mean']:{sign}.1f} ± {50 * (high - low):.1f}"
+
+    for entry in summary["methods"].values():
+        for key in report.ACCURACIES.values():
+            assert shown(entry[key]["last5"]) in text
+        for own in entry["per_domain"].values():
+            assert shown(own["last5"]) in text
+    assert shown(summary["paired"]["flora"], "+") in text
+    for piece in ("Last five rounds, mean and 95 % t-interval over 3 seeds", "39.1 KiB", "0.0512", "abc123",
+                  "10 training clients, all of them in every round, and 3 unseen clients"):  # fmt: skip
+        assert piece in text
+    assert "best" not in text.replace("worst to best", "").lower()
+
+
+def test_names_are_escaped(tmp_path):
+    hostile = '<script>alert("$x$ & _y")</script>'
+    summary, rows, holdings = make(names=(hostile, "_B$"), domains=(hostile[:20], "_<b>"))
+    summary["config"]["data"] = "<img src=x>.npz"
+    for entry in summary["methods"].values():
+        entry["about"] |= {"paper": "<i>", "arxiv": '"><script>', "trains": "<a&b>"}
+    holdings["classes"][0] = "<class> $\\frac$"
+    text = write(tmp_path, summary, rows, holdings)
+    page = Page(text)
+    assert "script" not in page.tags
+    assert text.count("<img") == len(FIGURES)
+    assert hostile in page.text
+    assert "<img src=x>.npz" in page.text
+    assert "<a&b>" in page.text
+
+
+def test_one_seed_has_no_intervals(tmp_path):
+    text = Page(write(tmp_path, *make(seeds=1))).text
+    assert "Last five rounds, mean; one seed, so there is no interval." in text
+    assert "±" not in text
+
+
+def test_missing_values_are_dashes(tmp_path):
+    run = make(held=0, every=4, seeds=2)
+    reached = {"target": 0.7, "mean": None, "seeds": [3, None]}
+    run[0]["methods"]["fedit"] |= {"seconds_per_round": None, "rounds_to_target": reached}
+    text = Page(write(tmp_path, *run)).text
+    assert "no unseen clients" in text
+    assert "–" in text
+    assert "1 of 2 seeds" in text
+    assert "those that were evaluated" in text
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_figures_without_data_are_left_out(tmp_path, seeds):
+    summary, rows, holdings = make(names=("FedIT",), seeds=seeds, domains=("all",), rounds=1)
+    for row in rows:
+        for key in ("client_accuracies", "client_accuracies_tuned", "bias_share"):
+            row.pop(key, None)
+    text = write(tmp_path, summary, rows, holdings)
+    assert sorted(p.stem for p in tmp_path.glob("*.png")) == ["accuracies", "curves", "holdings", "traffic"]
+    assert len(embedded(text)) == 4
+    assert "difference" not in Page(text).text
+
+
+def test_a_method_has_one_colour_and_colours_differ():
+    looks = figures.looks_of(make(names=[f"M{i}" for i in range(12)], seeds=1, rounds=1)[0])
+    assert len({(look.colour, look.dash) for look in looks.values()}) == 12
+    assert list(looks) == [f"m{i}" for i in range(12)]
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    assert write(tmp_path, *make()) == write(tmp_path, *make())
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-7, 0.3])
+def test_bias_of_any_size_is_drawn(share):
+    summary, rows, _ = make()
+    for row in rows:
+        row["bias_share"] = share
+    figure = figures.bias(figures.looks_of(summary), rows)
+    assert figure is not None
+    assert figures.png(figure)
+    assert figure.axes[0].get_yscale() == "linear"

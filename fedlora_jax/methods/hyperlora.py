@@ -48,7 +48,7 @@ class HyperLoRAState(NamedTuple):
 
 
 def hyperlora(
-    participants: int, signature_size: int, lr: float = 1e-3, lr_server: float = 3e-4, warmup: int = 3
+    participants: int, signature_size: int, lr: float = 3e-4, lr_server: float = 3e-4, warmup: int = 3
 ) -> Method:
     """HyperLoRA, trained online by displacement.
 
@@ -72,7 +72,7 @@ def hyperlora(
     def init(key, adapter):
         theta = hyper.init(key, adapter, signature_size)
         stack = lambda x: jnp.broadcast_to(x, (participants, *x.shape)) * 1
-        weights = jnp.full((participants,), 1 / participants)
+        weights = jnp.ones(participants) / participants  # not jnp.full: its weak type would compile round two anew
         last = Uploads(jax.tree.map(stack, adapter), weights, jnp.zeros((participants, signature_size)), adapter)
         return HyperLoRAState(adapter, theta, tx.init(theta), last, jnp.zeros((), jnp.int32))
 

@@ -34,7 +34,7 @@ def lora_fair(
       lam: weight of ``|d|^2``; as it grows the method becomes FedIT.
       solver: ``cosine``, S = 1 - cos, minimised by ``steps`` of gradient descent at ``lr``; ``ridge``, S = squared
         Frobenius distance, solved exactly.
-      steps, lr: of ``cosine`` only.
+      steps, lr: of ``cosine`` only; ``lr`` is the longest step, see there.
     """
     if lam < 0:
         raise ValueError(f"lam is the weight of a penalty: got {lam}, expected 0 or more")
@@ -63,12 +63,17 @@ def ridge(g: Array, y: Array, bbar: Array, lam: float) -> Array:
     return jnp.linalg.solve(g + lam * identity, y - g @ bbar)
 
 
-def cosine(g: Array, y: Array, bbar: Array, m: Array, lam: float, steps: int, lr: float) -> Array:
+def cosine(g: Array, y: Array, bbar: Array, m: Array, lam: float, steps: int, lr: float | Array) -> Array:
     """Descend ``1 - <Y, b'> / (m n) + lam |d|^2`` with ``b' = bbar + d``, ``n = |abar b'| = sqrt(<b', G b'>)``, from d = 0.
+
+    A step is ``lr``, and never more than ``1 / L`` with ``L = 2 tr(G) / n^2 + 2 lam`` a bound on the curvature at the
+    start: while b is small a longer one climbs, and leaves a b many times too large.
 
     Args:
       m: ``|M|`` of each layer, ``[...]``; where it or ``n`` is zero ``d`` stays 0.
     """
+    trace, n2 = jnp.trace(g, axis1=-2, axis2=-1), jnp.sum(bbar * (g @ bbar), (-2, -1))
+    lr = jnp.minimum(lr, n2 / jnp.maximum(2 * (trace + lam * n2), 1e-15))[..., None, None]
 
     def step(d: Array, _) -> tuple[Array, None]:
         b = bbar + d

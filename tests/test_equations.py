@@ -1,0 +1,339 @@
+"""Each method computes the equation it is named for, checked against dense float64 matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    ADAPTER,
+    BASE,
+    CLIENTS,
+    RANK,
+    SCALE,
+    SIGNATURE,
+    UNLEARNED,
+    aggregation,
+    assert_near,
+    cohort,
+    copies,
+    effective,
+    jit,
+    mean_weights,
+    normalised,
+    nudged,
+    take,
+    weights_of,
+)
+from numpy.linalg import norm
+
+from fedlora_jax import diagnostics, lora
+from fedlora_jax.lora import LoRA
+from fedlora_jax.method import average_client
+from fedlora_jax.methods import lora_fair as fair
+from fedlora_jax.methods.fedex_lora import fedex_lora
+from fedlora_jax.methods.fedit import fedit
+from fedlora_jax.methods.ffa_lora import ffa_lora
+from fedlora_jax.methods.flexlora import flexlora
+from fedlora_jax.methods.flora import flora
+from fedlora_jax.methods.lora_fair import lora_fair
+
+KERNELS = ["blocks/kernel", "mix/kernel"]
+
+
+def server(method):
+    """A state in the middle of a run: nothing in the adapter is zero."""
+    state = method.init(jax.random.key(1), ADAPTER)
+    return state._replace(adapter=nudged(ADAPTER, 0))
+
+
+def uploads(sent, seed=1, size=0.3):
+    """What clients send back: their starts, moved at random where the mask allows it."""
+    moved = nudged(sent.adapter, seed, size)
+    return jax.tree.map(lambda x, y, m: jnp.where(m > 0, y, x), sent.adapter, moved, sent.mask)
+
+
+def aggregated(method, c=None, size=0.3, aggregate=None):
+    c = normalised(cohort() if c is None else c)
+    state = server(method)
+    sent = method.dispatch(BASE, state, c)
+    received = uploads(sent, size=size)
+    return c, state, sent, received, (aggregate or jit(method.aggregate))(BASE, state, c, sent, received)
+
+
+def dense(x: LoRA) -> np.ndarray:
+    return np.asarray(x.a, np.float64) @ np.asarray(x.b, np.float64)
+
+
+def mean_product(x: LoRA, p) -> np.ndarray:
+    return np.tensordot(np.float64(p), dense(x), 1)
+
+
+def dense_truncation(m: np.ndarray, rank: int) -> np.ndarray:
+    u, s, vt = np.linalg.svd(m)
+    return (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
+
+
+def test_fedit_is_the_mean_of_factors():
+    c, _, _, received, new = aggregated(fedit())
+    means = jax.tree.map(lambda x: np.tensordot(np.float64(c.weights), np.float64(x), 1), received)
+    assert_near(new.adapter, means, 1e-6)
+
+
+def test_under_several_ranks_fedit_counts_what_is_missing_as_zero():
+    ranks = [1, 2, 1, 2]
+    c, _, _, received, new = aggregated(fedit(), cohort(ranks=ranks))
+    for name in KERNELS:
+        b = np.float64(lora.flatten(received)[name].b)
+        p = np.float64(c.weights) * (np.asarray(ranks) == 2)
+        assert_near(lora.flatten(new.adapter)[name].b[..., 1, :], np.tensordot(p, b[..., 1, :], 1), 1e-6)
+
+
+def test_ffa_never_touches_a_and_is_exact():
+    c, state, sent, received, new = aggregated(ffa_lora())
+    for old, x, y in zip(*map(lora.low_rank_leaves, (state.adapter, received, new.adapter)), strict=True):
+        np.testing.assert_array_equal(y.a, old.a)
+        for client in range(CLIENTS):
+            np.testing.assert_array_equal(x.a[client], old.a)
+    assert_near(effective(ffa_lora(), BASE, new, c), mean_weights(sent.base, received, c.weights), 1e-6)
+
+
+@pytest.mark.parametrize("ranks", [[2, 2, 2, 2], [1, 2, 1, 2]])
+def test_flora_merges_the_stack_and_starts_anew(ranks):
+    c, state, sent, received, new = aggregated(flora(), cohort(ranks=ranks))
+    for name in KERNELS:
+        merged = SCALE * mean_product(lora.flatten(received)[name], c.weights)
+        assert_near(lora.flatten(new.residual)[name], merged)
+        fresh, old = lora.flatten(new.adapter)[name], lora.flatten(state.adapter)[name]
+        assert not fresh.b.any()
+        assert (fresh.a != old.a).all()
+    assert_near(effective(flora(), BASE, new, c), mean_weights(sent.base, received, c.weights))
+
+
+@pytest.mark.parametrize("method", [flexlora(), flexlora("right"), flexlora("balanced", gauge=True)])
+def test_flexlora_is_the_truncated_svd_of_the_mean_product(method):
+    c, _, _, received, new = aggregated(method)
+    for name in KERNELS:
+        m = mean_product(lora.flatten(received)[name], c.weights)
+        assert norm(dense_truncation(m, RANK) - m) > 0.1 * norm(m)  # there is something to lose
+        assert_near(dense(lora.flatten(new.adapter)[name]), dense_truncation(m, RANK))
+
+
+def test_flexlora_gives_each_client_the_truncation_to_its_own_rank():
+    c, _, _, received, new = aggregated(flexlora(), cohort(ranks=[1, 2, 1, 2]))
+    sent = flexlora().dispatch(BASE, new, c)
+    for name in KERNELS:
+        m = mean_product(lora.flatten(received)[name], c.weights)
+        for client, rank in enumerate(c.ranks):
+            assert_near(dense(take(lora.flatten(sent.adapter)[name], client)), dense_truncation(m, int(rank)))
+
+
+@pytest.mark.parametrize("ranks", [[2, 2, 2, 2], [1, 2, 1, 2]])
+def test_fedex_is_exact(ranks):
+    c, _, sent, received, new = aggregated(fedex_lora(), cohort(ranks=ranks))
+    assert_near(effective(fedex_lora(), BASE, new, c), mean_weights(sent.base, received, c.weights))
+
+
+def test_a_transposed_residual_would_not_be_exact():
+    """The published code's error, which only a square layer lets pass."""
+    rng, p = np.random.default_rng(0), np.full(3, 1 / 3)
+    x = LoRA(jnp.asarray(rng.normal(size=(3, 5, 2))), jnp.asarray(rng.normal(size=(3, 2, 5))), SCALE)
+    adapter = {"kernel": x}
+    method, base = fedex_lora(), {"kernel": jnp.zeros((5, 5))}
+    c = cohort(clients=3)._replace(weights=jnp.asarray(p))
+    state = method.init(jax.random.key(0), take(adapter, 0))
+    new = method.aggregate(base, state, c, method.dispatch(base, state, c), adapter)
+    exact = SCALE * mean_product(x, p)
+    error = lambda residual: norm(residual + lora.delta(new.adapter["kernel"]) - exact) / norm(exact)
+    assert error(new.residual["kernel"]) < 1e-6
+    assert error(new.residual["kernel"].T) > 0.1
+    assert error(0) > 0.1
+
+
+# --- LoRA-FAIR
+
+SOLVERS = ["cosine", "ridge"]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_heavy_penalty_makes_lora_fair_fedit(solver):
+    _, _, _, _, new = aggregated(lora_fair(lam=1e7, solver=solver))
+    _, _, _, _, plain = aggregated(fedit())
+    assert_near(new.adapter, plain.adapter)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("case", ["one client", "identical clients", "a shared"])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_lora_fair_corrects_nothing_where_nothing_is_wrong(solver, case, size):
+    """Also for a small b, where a step of fixed length would throw it away."""
+    c = normalised(cohort(clients=1 if case == "one client" else CLIENTS))
+    method, rows = lora_fair(solver=solver), len(c.ids)
+    received = nudged(copies(nudged(ADAPTER), rows), 2)
+    if case == "identical clients":
+        received = jax.tree.map(lambda x: x.at[:].set(x[0]), received)
+    same_a = lambda x: jnp.broadcast_to(x.a[:1], x.a.shape) if case == "a shared" else x.a
+    received = lora.tree_map(lambda x: LoRA(same_a(x), size * x.b, x.scale), received)
+    state = server(method)
+    sent = method.dispatch(BASE, state, c)
+    new = jit(method.aggregate)(BASE, state, c, sent, received)
+    plain = fedit().aggregate(BASE, state, c, sent, received)
+    assert_near(new.adapter, plain.adapter, 1e-4)
+
+
+def averages(seed, size=1.0, lam=0.01, clients=4, n_in=7, n_out=5, rank=3):
+    """Dense float64 factors of a cohort and what LoRA-FAIR computes from them: ``(abar, bbar, M, G, Y)``."""
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(1, n_in, rank)) + 0.5 * rng.normal(size=(clients, n_in, rank))
+    b = size * (rng.normal(size=(1, rank, n_out)) + 0.5 * rng.normal(size=(clients, rank, n_out)))
+    p = rng.dirichlet(np.ones(clients))
+    abar, bbar = np.tensordot(p, a, 1), np.tensordot(p, b, 1)
+    m = np.tensordot(p, a @ b, 1)
+    return abar, bbar, m, abar.T @ abar, abar.T @ m
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.01, 1.0, 100.0])
+def test_ridge_is_dense_least_squares_and_never_worse_than_fedit(lam):
+    for seed in range(5):
+        abar, bbar, m, g, y = averages(seed)
+        d = fair.ridge(*map(jnp.float32, (g, y, bbar)), lam)
+        tall = np.vstack([abar, lam**0.5 * np.eye(3)])
+        rest = np.vstack([m - abar @ bbar, np.zeros((3, 5))])
+        assert_near(d, np.linalg.lstsq(tall, rest, rcond=None)[0], 1e-4)
+        assert norm(m - abar @ (bbar + d)) <= norm(m - abar @ bbar)
+
+
+def test_ridge_leaves_what_its_formula_says():
+    """|M - abar b'|^2 = |(I - P) E|^2 + sum_i (lam / (sigma_i^2 + lam))^2 |u_i^T E|^2."""
+    lam = 0.5
+    _, _, _, received, new = aggregated(lora_fair(lam=lam, solver="ridge"))
+    p = normalised(cohort()).weights
+    for name in KERNELS:
+        x, y = lora.flatten(received)[name], lora.flatten(new.adapter)[name]
+        m, abar = mean_product(x, p), np.tensordot(np.float64(p), np.float64(x.a), 1)
+        e = m - abar @ np.tensordot(np.float64(p), np.float64(x.b), 1)
+        u, s, _ = np.linalg.svd(abar, full_matrices=False)
+        inside = u.mT @ e
+        left = norm(e) ** 2 - norm(inside) ** 2 + norm((lam / (s**2 + lam))[..., None] * inside) ** 2
+        np.testing.assert_allclose(norm(m - dense(y)) ** 2, left, rtol=1e-4)
+
+
+def dense_objective(abar, bbar, m, lam):
+    def objective(d):
+        product = abar @ (bbar + d)
+        return 1 - jnp.sum(m * product) / (jnp.linalg.norm(m) * jnp.linalg.norm(product)) + lam * jnp.sum(d**2)
+
+    return objective
+
+
+def test_a_cosine_step_follows_the_gradient_of_the_dense_objective(x64):
+    lam = 0.3
+    abar, bbar, m, g, y = averages(0)
+    steps = [fair.cosine(g, y, bbar, norm(m), lam, steps, 1e-3) for steps in (1, 2)]
+    gradient = jax.grad(dense_objective(abar, bbar, m, lam))
+    assert_near(steps[0], -1e-3 * gradient(jnp.zeros_like(bbar)), 1e-10)
+    assert_near(steps[1] - steps[0], -1e-3 * gradient(steps[0]), 1e-8)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.05, 1e-3])
+@pytest.mark.parametrize("lam", [0.0, 0.01, 10.0])
+def test_the_cosine_objective_only_falls(x64, size, lam):
+    abar, bbar, m, g, y = averages(1, size)
+    objective = dense_objective(abar, bbar, m, lam)
+    solve = jit(fair.cosine, static_argnums=(4, 5, 6))
+    path = [objective(solve(g, y, bbar, norm(m), lam, steps, 0.01)) for steps in (0, 1, 2, 5, 20, 100, 1000)]
+    assert (np.diff(path) < 1e-12).all()
+    assert path[-1] < path[0] * (1 - 1e-6)
+
+
+def test_lora_fair_starts_where_b_is_zero():
+    """Before anything is trained M is zero and there is no cosine to improve."""
+    for solver in SOLVERS:
+        method = lora_fair(solver=solver)
+        state, c = method.init(jax.random.key(0), ADAPTER), normalised(cohort())
+        sent = method.dispatch(BASE, state, c)
+        assert_near(method.aggregate(BASE, state, c, sent, sent.adapter).adapter, ADAPTER, 1e-6)
+
+
+def test_lora_fair_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="weight of a penalty"):
+        lora_fair(lam=-1)
+    with pytest.raises(ValueError, match="must be 'cosine' or 'ridge'"):
+        lora_fair(solver="newton")
+
+
+# --- what a round reports
+
+
+measure = jit(diagnostics.measure)
+
+
+def measured(name, size=0.3):
+    method, _, aggregate = aggregation(name)
+    c, _, sent, received, new = aggregated(method, size=size, aggregate=aggregate)
+    after = method.dispatch(BASE, new, average_client(c))
+    return c, sent, received, after, measure(sent, received, c.weights, after)
+
+
+@pytest.mark.parametrize("name", UNLEARNED)
+def test_update_and_bias_are_norms_of_dense_differences(name):
+    c, sent, received, after, report = measured(name)
+    new = weights_of(after.base, take(after.adapter, 0))
+    ends = mean_weights(sent.base, received, c.weights)
+    starts = mean_weights(sent.base, sent.adapter, c.weights)
+    size = lambda x, y: norm([norm(x[k] - y[k]) for k in KERNELS])
+    assert_near(report.update, size(ends, starts))
+    bias = size(new, ends)
+    np.testing.assert_allclose(report.bias, bias, atol=2e-5 * float(report.update))
+    np.testing.assert_allclose(report.bias_share, bias / report.update, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["ffa_lora", "flora", "fedex_lora"])
+def test_exact_methods_report_no_bias(name):
+    *_, report = measured(name)
+    assert report.bias_share < 1e-5
+
+
+def test_fedit_reports_the_bias_of_a_mean_of_factors():
+    *_, report = measured("fedit")
+    assert_near(report.bias, report.factor_bias)
+    assert report.factor_bias > 0.01
+
+
+def test_the_bias_of_factors_is_exact_where_clients_hardly_move():
+    """It is centred first: for steps of 1e-3 a difference of products would have no digit left."""
+    c, _, received, _, report = measured("fedit", size=1e-3)
+    squares = 0
+    for name in KERNELS:
+        x = lora.flatten(received)[name]
+        a, b, p = (np.float64(y) for y in (x.a, x.b, c.weights))
+        a, b = a - np.tensordot(p, a, 1), b - np.tensordot(p, b, 1)
+        squares += norm(SCALE * np.tensordot(p, a @ b, 1)) ** 2
+    assert_near(report.factor_bias, squares**0.5, 1e-4)
+
+
+# --- what travels
+
+
+def test_counts_of_what_travels_are_the_formulas():
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    layers, n_in, n_out = 2, 6, 4
+    pa, pb, head = RANK * (layers * n_in + n_out), RANK * (layers * n_out + n_in), 18
+    p = pa + pb
+    expected = {
+        "fedit": (p + head, p + head),
+        "ffa_lora": (pb + head, pb + head),
+        "flora": (p + head, 4 * p + head),
+        "flexlora": (p + head, p + head),
+        "fedex_lora": (p + head, p + head + (layers + 1) * n_in * n_out),
+        "lora_fair": (p + head, p + head),
+        "hyperlora": (p + head + SIGNATURE, p + head),
+    }
+    for name, (up, down) in expected.items():
+        traffic = UNLEARNED[name]().traffic(ADAPTER, [ADAPTER] * 4)
+        assert (count(traffic.up), count(traffic.down)) == (up, down), name
+
+
+def test_a_residual_of_few_clients_travels_as_factors():
+    wide = {"kernel": LoRA(jnp.zeros((60, 2)), jnp.zeros((2, 50)))}
+    traffic = fedex_lora().traffic(wide, [wide] * 3)
+    assert sum(x.size for x in jax.tree.leaves(traffic.down)) == 2 * 110 + 2 * 2 * 110

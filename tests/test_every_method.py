@@ -1,0 +1,236 @@
+"""What every method must satisfy. A new method enters the table in ``helpers.py`` and passes this file as it is."""
+
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    ADAPTER,
+    BASE,
+    BATCH,
+    CLIENTS,
+    KEY,
+    METHODS,
+    OPTIMIZER,
+    STEPS,
+    aggregation,
+    assert_near,
+    cohort,
+    compiled,
+    effective,
+    examples,
+    is_float,
+    jit,
+    loss_fn,
+    mean_weights,
+    normalised,
+    nudged,
+    population,
+    take,
+    train,
+    weights_of,
+)
+
+import fedlora_jax.methods
+from fedlora_jax import lora, rounds
+from fedlora_jax.clients import sample_batches
+from fedlora_jax.method import About
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def test_every_module_of_methods_is_in_the_table():
+    for module in pkgutil.iter_modules(fedlora_jax.methods.__path__):
+        assert module.name in METHODS, f"add {module.name} to METHODS in tests/helpers.py"
+        about = getattr(pkgutil.resolve_name(f"fedlora_jax.methods.{module.name}"), "ABOUT")  # noqa: B009
+        assert isinstance(about, About)
+
+
+@every_method
+def test_a_round_keeps_the_structure_shapes_and_dtypes_of_the_state(name):
+    m = compiled(name)
+    signature = lambda x: (jax.tree.structure(x), [(y.shape, y.dtype) for y in jax.tree.leaves(x)])
+    assert signature(m.state) == signature(m.start)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(m.state) if is_float(x))
+
+
+@every_method
+def test_it_is_traced_once(name):
+    m = compiled(name)
+    m.fast(BASE, m.state, cohort(5), jax.random.key(9))
+    assert len(m.traces) == m.first
+
+
+@every_method
+def test_dispatch_gives_every_client_a_row_and_leaves_the_rest_of_the_base_alone(name):
+    m, c = compiled(name), cohort()
+    sent = m.method.dispatch(BASE, m.state, c)
+    for x, one in zip(jax.tree.leaves(sent.adapter), jax.tree.leaves(ADAPTER), strict=True):
+        assert x.shape == (CLIENTS, *one.shape)
+    jax.tree.map(lambda x, m: jnp.broadcast_shapes(x.shape, m.shape), sent.adapter, sent.mask)
+    assert sent.base["blocks"]["bias"] is BASE["blocks"]["bias"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "hyperlora"])  # takes a minute
+def test_jit_changes_nothing(name):
+    m, c = compiled(name), cohort(1)
+    state, _, info = m.fast(BASE, m.state, c, KEY)
+    with jax.disable_jit():
+        slow_state, _, slow_info = m.round_fn(BASE, m.state, c, KEY)
+    assert_near(effective(m.method, BASE, state, c), effective(m.method, BASE, slow_state, c))
+    assert_near(info.loss, slow_info.loss)
+
+
+@every_method
+def test_a_whole_run_is_a_loop_over_single_rounds(name):
+    """Seeds side by side, rounds scanned, clients in chunks, state donated: against one round after the other on
+    cohorts made by hand."""
+    m, data, clients = compiled(name), examples(), population((5, 9, 3, 7))
+    chunked = rounds.make_round(m.method, loss_fn, OPTIMIZER, chunk=2)
+    step = rounds.make_step(chunked, participants=CLIENTS, steps=STEPS, batch=BATCH, smallest=3)
+    seeds = jax.random.split(KEY, 2)
+    runs = jax.vmap(lambda key: rounds.start(m.method, key, ADAPTER, CLIENTS))(seeds)
+    program = jit(jax.vmap(rounds.scan_rounds(step, 2), (None, None, None, 0, 0)), donate_argnums=3)
+    runs, info = program(BASE, data, clients, runs, seeds)
+
+    for i, seed in enumerate(seeds):
+        state, losses = m.method.init(seed, ADAPTER), []
+        for t in range(2):
+            _, key = jax.random.split(jax.random.fold_in(seed, t))
+            batches = sample_batches(key, data, clients, jnp.arange(CLIENTS), STEPS, BATCH, 3)
+            c = clients.cohort(jnp.arange(CLIENTS), (), batches)
+            state, _, one = m.fast(BASE, state, c, key)
+            losses.append(one.loss)
+        assert runs.round[i] == 2
+        assert_near(info.loss[i], jnp.stack(losses))
+        assert_near(effective(m.method, BASE, take(runs.state, i), c), effective(m.method, BASE, state, c))
+
+
+@every_method
+def test_the_order_of_clients_does_not_matter(name):
+    m, c = compiled(name), cohort(1)
+    order = jnp.asarray([2, 0, 3, 1])
+    state, _, info = m.fast(BASE, m.state, c, KEY)
+    turned, _, turned_info = m.fast(BASE, m.state, take(c, order), KEY)
+    assert_near(effective(m.method, BASE, turned, c), effective(m.method, BASE, state, c))
+    assert_near(turned_info.loss, info.loss[order])
+    assert_near(turned_info.aggregation, info.aggregation, 1e-3, floor=1e-3)
+
+
+@every_method
+def test_a_client_of_weight_zero_changes_nothing(name):
+    m, c, other = compiled(name), cohort(1, weights=[1, 2, 3, 0]), cohort(2)
+    changed = c._replace(
+        ids=c.ids.at[3].set(99),
+        signatures=c.signatures.at[3].set(other.signatures[3]),
+        batches=jax.tree.map(lambda x, y: x.at[3].set(y[3]), c.batches, other.batches),
+    )
+    state, _, info = m.fast(BASE, m.state, c, KEY)
+    again, _, again_info = m.fast(BASE, m.state, changed, KEY)
+    assert_near(effective(m.method, BASE, again, c), effective(m.method, BASE, state, c), 1e-6)
+    assert_near(again_info.aggregation, info.aggregation, 1e-3, floor=1e-3)
+    assert again_info.loss[3] != info.loss[3]
+
+
+@every_method
+def test_identical_clients_are_a_fixed_point(name):
+    """The server's weights become theirs (FLoRA restarts its factors, and keeps the weights)."""
+    method, state, new_state = aggregation(name)
+    c = normalised(take(cohort(), jnp.zeros(CLIENTS, int)))
+    sent = method.dispatch(BASE, state, c)
+    received, _ = train(method, sent, c, KEY)
+    after = effective(method, BASE, new_state(BASE, state, c, sent, received), c)
+    assert_near(after, weights_of(sent.base, take(received, 0)))
+
+
+@every_method
+def test_one_client_is_plain_fine_tuning(name):
+    """The whole round against a loop written with optax alone."""
+    method, state, new_state = aggregation(name)
+    c = normalised(cohort(clients=1))
+    sent = method.dispatch(BASE, state, c)
+    received, losses = train(method, sent, c, KEY)
+
+    adapter, mask = take(sent.adapter, 0), take(sent.mask, 0)
+    moments = OPTIMIZER.init(adapter)
+    for t in range(STEPS):
+        key = jax.random.fold_in(jax.random.fold_in(KEY, c.ids[0]), t)
+        loss, grads = jax.value_and_grad(loss_fn, 1)(sent.base, adapter, take(c.batches, (0, t)), key)
+        grads = jax.tree.map(jnp.multiply, grads, mask)
+        updates, moments = OPTIMIZER.update(grads, moments, adapter)
+        adapter = optax.apply_updates(adapter, jax.tree.map(jnp.multiply, updates, mask))
+        assert_near(losses[0, t], loss)
+    after = effective(method, BASE, new_state(BASE, state, c, sent, received), c)
+    assert_near(after, weights_of(sent.base, adapter))
+
+
+@every_method
+def test_what_is_masked_never_moves_and_everything_else_does(name):
+    """Under AdamW with weight decay, for clients of ranks 1 and 2, from a state in which no entry is zero."""
+    m, c = compiled(name), normalised(cohort(1, ranks=[1, 2, 2, 1]))
+    sent = m.method.dispatch(BASE, nudged(m.state), c)
+    received, _ = train(m.method, sent, c, KEY)
+    for x, y, mask in zip(*map(jax.tree.leaves, (sent.adapter, received, sent.mask)), strict=True):
+        mask = np.broadcast_to(mask, x.shape).astype(bool)
+        np.testing.assert_array_equal(x[~mask], y[~mask])
+        assert ((x != y) == mask).mean() > 0.95
+    for x, rows in zip(*map(lora.low_rank_leaves, (received, sent.mask)), strict=True):
+        assert not x.a[..., 1][jnp.asarray([0, 3])].any(), "a client of rank 1 has one column"
+        assert rows.b[1:3].all(), "a client of full rank trains all of b"
+
+
+@every_method
+def test_a_cohort_of_several_ranks_is_aggregated(name):
+    """Nothing leaks out of the padding: a server of rank 2 fed by clients of rank 1 holds their mean at rank 1."""
+    m, c = compiled(name), cohort(1, ranks=[1, 2, 2, 1])
+    state, _, info = m.fast(BASE, m.state, c, KEY)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state, info)) if is_float(x))
+
+
+@every_method
+def test_a_round_has_finite_derivatives_at_the_start(name):
+    """At b = 0, where every run begins: of a loss after one round, in every float of the state before it."""
+    m, c = compiled(name), cohort(1)
+    leaves, treedef = jax.tree.flatten(m.start)
+    floats = [x for x in leaves if is_float(x)]
+
+    def after_one_round(floats):
+        rest = iter(floats)
+        start = treedef.unflatten([next(rest) if is_float(x) else x for x in leaves])
+        state, _, _ = m.round_fn(BASE, start, c, KEY)
+        sent = m.method.dispatch(BASE, state, c)
+        return sum(loss_fn(sent.base, take(sent.adapter, i), take(c.batches, (i, 0)), KEY) for i in range(CLIENTS))
+
+    grads = jit(jax.grad(after_one_round))(floats)
+    assert all(np.isfinite(g).all() for g in grads)
+    assert any(np.abs(g).max() > 1e-3 for g in grads)
+
+
+@every_method
+def test_the_reported_loss_leaves_the_penalty_out(name):
+    method, state, _ = aggregation(name)
+    c = cohort()
+    sent = method.dispatch(BASE, state, c)
+    _, losses = train(method, sent, c, KEY)
+    _, same = train(method._replace(penalty=_constant_penalty), sent, c, KEY)
+    assert_near(same, losses)
+
+
+def _constant_penalty(adapter, anchor):
+    return jnp.asarray(1e3)
+
+
+EXACT = ["ffa_lora", "flora", "fedex_lora"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_methods_hold_the_mean_of_the_clients_weights(name):
+    method, _, new_state = aggregation(name)
+    state, c = compiled(name).state, normalised(cohort(1))
+    sent = method.dispatch(BASE, state, c)
+    received, _ = train(method, sent, c, KEY)
+    after = effective(method, BASE, new_state(BASE, state, c, sent, received), c)
+    assert_near(after, mean_weights(sent.base, received, c.weights))
