@@ -32,7 +32,7 @@ class Programs(NamedTuple):
     """Jitted functions; leading axis of seeds on runs, clients and keys."""
 
     start: Callable  # (adapters, keys) -> runs
-    train: Callable  # (base, train, clients, runs, keys) -> (runs, info [seeds, rounds, ...]); donates runs
+    train: Any  # (base, train, clients, runs, keys) -> (runs, info [seeds, rounds, ...]); donates runs
     evaluate: Callable  # (base, train, test, clients, runs, keys, tune) -> Scores; tune: also after local steps?
 
 

@@ -1,8 +1,9 @@
 """The three learned parts of HyperLoRA as pure functions of their parameters, each with an exact neutral setting.
 
-*Amortizing Federated Adaptation: Hypernetwork Driven LoRA for Personalized Foundation Models*, Gupta, Shanker and Sethi,
-2026, arXiv 2606.06154, names the parts (generator G, synthesizer S, corrector C) and their roles. Their architectures
-are not public: what follows is our design, made so that at initialisation the whole is FlexLoRA with balanced factors.
+*Amortizing Federated Adaptation: Hypernetwork Driven LoRA for Personalized Foundation Models*, Gupta, Shanker and
+Sethi, 2026, arXiv 2606.06154, names the parts (generator G, synthesizer S, corrector C) and their roles. Their
+architectures are not public: what follows is our design, made so that at initialisation the whole is FlexLoRA with
+balanced factors.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, adapter: Adapter) -> Layout:
-        flat = {name: x for name, x in flatten(adapter).items() if is_lora(x)}
+        # In sorted order, as transformed trees are: a kernel's number must not depend on how a dict was built.
+        flat = {name: x for name, x in sorted(flatten(adapter).items()) if is_lora(x)}
         layers = tuple(x.a.shape[:-2] for x in flat.values())
         return cls(tuple(flat), layers, max(math.prod(shape) for shape in layers))
 
@@ -71,6 +73,7 @@ _FEATURES = 4
 
 
 def _networks(rank: int) -> tuple[Conditioned, Conditioned, Conditioned]:
+    """G, S and C; only G's output depends on the rank."""
     generator = Conditioned(outputs=2 * rank**2 + _BASES + 1, width=128, blocks=2)
     return generator, Conditioned(outputs=1, width=32, blocks=0), Conditioned(outputs=2, width=32, blocks=0)
 
@@ -117,7 +120,7 @@ def generate(theta: Theta, signatures: Array, adapter: Adapter) -> Adapter:
         x, r = flat[name], flat[name].a.shape[-1]
         z = _per_layer(signatures, layers)
         out = _networks(r)[0].apply(theta.generator, z, kernel, len(layout.names), layout.depth, layers)
-        mix_a, mix_b, coef, gate = jnp.split(out, [r * r, 2 * r * r, 2 * r * r + _BASES], -1)
+        mix_a, mix_b, coef, gate = jnp.split(jnp.asarray(out), [r * r, 2 * r * r, 2 * r * r + _BASES], -1)
         square = lambda y: 0.5 / r * jnp.tanh(y).reshape(*y.shape[:-1], r, r)  # noqa: B023
         novel = jnp.einsum("c...j,...jro->c...ro", nn.sigmoid(gate) * coef, theta.bases[name])
         rows[name] = LoRA(x.a + x.a @ square(mix_a), x.b + square(mix_b) @ x.b + novel, x.scale)
@@ -137,27 +140,38 @@ def synthesize(theta: Theta, received: Adapter, weights: Array, signatures: Arra
     old, new = flatten(previous), flatten(received)
     out: Adapter = {name: mean(x, weights) for name, x in new.items() if not is_lora(x)}
     for kernel, (name, layers) in enumerate(zip(layout.names, layout.layers, strict=True)):
-        where = (kernel, len(layout.names), layout.depth, layers)
-        x, ref = new[name], old[name]
-        _, synthesizer, corrector = _networks(ref.a.shape[-1])
-        feat = jax.lax.stop_gradient(features(x, weights, ref))  # [C, ..., 4]
-        context = jnp.concatenate([_per_layer(signatures, layers), feat], -1)
-        log_p = jnp.log(weights).reshape(-1, *(1,) * len(layers))
-        w = jax.nn.softmax(log_p + synthesizer.apply(theta.synthesizer, context, *where)[..., 0], 0)  # [C, ...]
-        beta = 0.5 * jnp.tanh(theta.memory[name])
-        kept = LoRA(beta[..., None, None] * ref.a, ref.b, ref.scale)
-        t = product.truncate(
-            product.plus(product.total(x, (1 - beta) * w), kept), ref.a.shape[-1], split="balanced", like=ref
-        )
-        t = LoRA(t.a, _gain(0.25 * jnp.tanh(theta.gains[name]), t.b), t.scale)
-        p = weights.reshape(-1, *(1,) * (feat.ndim - 1))
-        center = jnp.sum(p * feat, 0)
-        spread = product.safe_sqrt(jnp.sum(p * (feat - center) ** 2, 0))
-        gamma, lam = jnp.moveaxis(
-            corrector.apply(theta.corrector, jnp.concatenate([center, spread], -1), *where), -1, 0
-        )
-        out[name] = t.replace(b=t.b + _ridge(jnp.tanh(gamma), nn.softplus(lam), t, x, w))
+        x, before, where = new[name], old[name], (kernel, len(layout.names), layout.depth, layers)
+        feat = jax.lax.stop_gradient(features(x, weights, before))  # [C, ..., 4]
+        z = _per_layer(signatures, layers)
+        w = client_weights(theta, weights, jnp.concatenate([z, feat], -1), where)
+        t = _truncated(theta.memory[name], theta.gains[name], x, w, before)
+        out[name] = _corrected(theta, t, x, w, feat, weights, where)
     return unflatten(out)
+
+
+def client_weights(theta: Theta, weights: Array, context: Array, where: tuple) -> Array:
+    """``softmax(log p_c + alpha)`` over clients, ``[C, ...]`` for the layers of a kernel."""
+    layers = where[-1]
+    log_p = jnp.log(weights).reshape(-1, *(1,) * len(layers))
+    alpha = _networks(1)[1].apply(theta.synthesizer, context, *where)
+    return jax.nn.softmax(log_p + jnp.asarray(alpha)[..., 0], 0)
+
+
+def _truncated(memory: Array, gains: Array, x: LoRA, w: Array, before: LoRA) -> LoRA:
+    beta = 0.5 * jnp.tanh(memory)
+    kept = LoRA(beta[..., None, None] * before.a, before.b, before.scale)
+    mixed = product.plus(product.total(x, (1 - beta) * w), kept)
+    t = product.truncate(mixed, before.a.shape[-1], split="balanced", like=before)
+    return LoRA(t.a, _gain(0.25 * jnp.tanh(gains), t.b), t.scale)
+
+
+def _corrected(theta: Theta, t: LoRA, x: LoRA, w: Array, feat: Array, weights: Array, where: tuple) -> LoRA:
+    p = weights.reshape(-1, *(1,) * (feat.ndim - 1))
+    center = jnp.sum(p * feat, 0)
+    spread = product.safe_sqrt(jnp.sum(p * (feat - center) ** 2, 0))
+    gates = _networks(1)[2].apply(theta.corrector, jnp.concatenate([center, spread], -1), *where)
+    gamma, lam = jnp.moveaxis(jnp.asarray(gates), -1, 0)
+    return LoRA(t.a, t.b + _ridge(jnp.tanh(gamma), nn.softplus(lam), t, x, w), t.scale)
 
 
 def features(x: LoRA, weights: Array, previous: LoRA) -> Array:

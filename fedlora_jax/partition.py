@@ -179,8 +179,8 @@ def _classes(
         if not all(map(len, owned)):
             continue
         for name, owners in zip(names, owned, strict=True):
-            for owner, piece in zip(owners, np.array_split(rng.permutation(np.flatnonzero(labels == name)), len(owners)),
-                                    strict=True):  # fmt: skip
+            pieces = np.array_split(rng.permutation(np.flatnonzero(labels == name)), len(owners))
+            for owner, piece in zip(owners, pieces, strict=True):
                 bins[owner].append(piece)
         parts = [np.concatenate(pieces) for pieces in bins]
         if min(map(len, parts)) >= minimum:

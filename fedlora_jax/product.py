@@ -75,7 +75,7 @@ def cosine(x: LoRA, y: LoRA, eps: float = 1e-12) -> Array:
 
 
 def participation(x: LoRA, eps: float = 1e-15) -> Array:
-    """Participation ratio ``(sum S^2)^2 / sum S^4`` of each layer: a smooth effective rank without an SVD; 0 at zero."""
+    """Participation ratio ``(sum S^2)^2 / sum S^4`` of each layer: a smooth effective rank, 0 at zero."""
     k = _matmul(_matmul(x.a.mT, x.a), _matmul(x.b, x.b.mT))
     k /= jnp.maximum(jnp.trace(k, axis1=-2, axis2=-1), eps)[..., None, None]  # fourth powers would underflow
     return jnp.trace(k, axis1=-2, axis2=-1) ** 2 / jnp.maximum(jnp.sum(k * k.mT, (-2, -1)), eps)
@@ -114,7 +114,8 @@ def truncate(x: LoRA, rank: int, *, split: Split = "balanced", like: LoRA | None
     for _ in range(a.ndim - 2):
         one_layer = jax.vmap(one_layer)
     reference = None if like is None else (like.a, like.b)
-    return LoRA(*one_layer((a, b), reference), x.scale)
+    a, b = one_layer((a, b), reference)
+    return LoRA(a, b, x.scale)
 
 
 def _common_scale(x: LoRA, y: LoRA) -> float:

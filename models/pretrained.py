@@ -58,7 +58,7 @@ def load_vit(
         return _build(arrays, meta, Path(path).stem, classes, image_size, heads, options)
     except KeyError as error:
         raise ValueError(
-            f"{path} is not a ViT with timm names: no array {error.args[0]!r}; it has {', '.join(sorted(arrays)[:5])}, ..."
+            f"{path} is not a ViT with timm names: no array {error.args[0]!r}; it has {', '.join(sorted(arrays)[:3])}, ..."
         ) from None
     except (IndexError, TypeError) as error:
         raise ValueError(f"{path} does not hold the arrays of a ViT: {error}") from None
@@ -127,8 +127,8 @@ def _build(arrays, meta, name, classes, image_size, heads, options) -> Pretraine
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     side = patch * round((params["pos"].shape[0] - 1) ** 0.5)
     _check(model, params, (side, side, channels), name)
-    stats = (np.asarray(meta.get(key, [0.5] * channels), np.float32) for key in ("mean", "std"))
-    return Pretrained(model, params, *stats, name)
+    mean, std = (np.asarray(meta.get(key, [0.5] * channels), np.float32) for key in ("mean", "std"))
+    return Pretrained(model, params, mean, std, name)
 
 
 def _head(arrays: dict[str, np.ndarray], classes: int | None, width: int) -> dict[str, np.ndarray]:

@@ -135,7 +135,7 @@ def test_bad_files_are_refused_with_a_reason(tmp_path):
     with pytest.raises(ValueError, match="no weight file"):
         load_vit(tmp_path / "absent.npz")
     (tmp_path / "weights.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match="expected a .npz"):
+    with pytest.raises(ValueError, match=r"expected a \.npz"):
         load_vit(tmp_path / "weights.bin")
     np.savez(tmp_path / "ok.npz", meta=json.dumps({"heads": 2}), **timm_arrays())
     whole = (tmp_path / "ok.npz").read_bytes()

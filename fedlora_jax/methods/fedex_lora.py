@@ -1,5 +1,5 @@
-"""FedEx-LoRA: *Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models*, Singhal et al., ACL 2025,
-arXiv 2410.09432.
+"""FedEx-LoRA: *Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models*, Singhal et al., ACL
+2025, arXiv 2410.09432.
 
     a = abar        b = bbar        W_res += s (sum_c p_c a_c b_c - abar bbar)
 

@@ -1,5 +1,5 @@
-"""FlexLoRA: *Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources*, Bai et al.,
-NeurIPS 2024, arXiv 2402.11505.
+"""FlexLoRA: *Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources*, Bai et
+al., NeurIPS 2024, arXiv 2402.11505.
 
     M = sum_c p_c a_c b_c        (a, b) = factors of T_r(M)        client c gets T_{r_c}(M)
 

@@ -85,7 +85,7 @@ def hyperlora(
     def aggregate(base, state, cohort, sent, received):
         # Whoever differentiates a round takes what theta learned in it as given.
         updates, meta = learn(*jax.lax.stop_gradient((state, cohort, sent.adapter, received)))
-        theta = optax.apply_updates(state.theta, updates)
+        theta: Any = optax.apply_updates(state.theta, updates)
         uploads = Uploads(received, cohort.weights, cohort.signatures, state.adapter)
         return HyperLoRAState(hyper.synthesize(theta, *uploads), theta, meta, uploads, state.round + 1)
 

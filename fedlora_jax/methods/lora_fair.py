@@ -64,7 +64,9 @@ def ridge(g: Array, y: Array, bbar: Array, lam: float) -> Array:
 
 
 def cosine(g: Array, y: Array, bbar: Array, m: Array, lam: float, steps: int, lr: float | Array) -> Array:
-    """Descend ``1 - <Y, b'> / (m n) + lam |d|^2`` with ``b' = bbar + d``, ``n = |abar b'| = sqrt(<b', G b'>)``, from d = 0.
+    """Descend ``1 - <Y, b'> / (m n) + lam |d|^2`` from d = 0.
+
+    Here ``b' = bbar + d`` and ``n = |abar b'| = sqrt(<b', G b'>)``.
 
     A step is ``lr``, and never more than ``1 / L`` with ``L = 2 tr(G) / n^2 + 2 lam`` a bound on the curvature at the
     start: while b is small a longer one climbs, and leaves a b many times too large.

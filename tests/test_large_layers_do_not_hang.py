@@ -1,0 +1,66 @@
+"""Aggregation of real sizes ends. Batched QR inside a larger program has hung for ever on CPU (jaxlib 0.10.2).
+
+Each case runs in a process of its own under a time limit: 24 layers of 768 x 768, 32 clients, rank 16.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PREAMBLE = """
+import jax, jax.numpy as jnp
+from fedlora_jax import product
+from fedlora_jax.lora import LoRA
+from fedlora_jax.method import Cohort
+from fedlora_jax.methods.hyperlora import hyperlora
+from fedlora_jax.methods.lora_fair import lora_fair
+
+LAYERS, SIZE, CLIENTS, RANK = 24, 768, 32, 16
+p = jnp.ones(CLIENTS) / CLIENTS
+
+def factors(key, *lead):
+    a, b = jax.random.split(jax.random.key(key))
+    return LoRA(jax.random.normal(a, (*lead, LAYERS, SIZE, RANK)) / SIZE**0.5,
+                jax.random.normal(b, (*lead, LAYERS, RANK, SIZE)) / SIZE**0.5, 0.5)
+
+def aggregate(method):
+    adapter, received = {"kernel": factors(0)}, {"kernel": factors(1, CLIENTS)}
+    cohort = Cohort(jnp.arange(CLIENTS), p, jnp.full(CLIENTS, RANK), jnp.ones((CLIENTS, 4)))
+    state = method.init(jax.random.key(0), adapter)
+    sent = method.dispatch({}, state, cohort)
+    return jax.jit(method.aggregate)({}, state, cohort, sent, received).adapter
+"""
+
+CASES = {
+    "truncation and norm": """
+total = product.total(factors(0, CLIENTS), p)
+out = jax.jit(lambda x: (product.truncate(x, RANK, like=factors(2)), product.norm(x)))(total)
+""",
+    "derivative of truncation": """
+def loss(x):
+    y = product.truncate(product.total(x, p), RANK, like=factors(2))
+    return jnp.sum(y.a**2) + jnp.sum(jnp.sin(y.b))
+out = jax.jit(jax.grad(loss))(factors(0, CLIENTS))
+""",
+    "lora_fair": "out = aggregate(lora_fair(steps=20))",
+    "hyperlora": "out = aggregate(hyperlora(CLIENTS, 4, warmup=0))",
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+def test_it_ends(case):
+    check = "\nassert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(out)); print('finished')"
+    run = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + CASES[case] + check],
+        timeout=120,
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert "finished" in run.stdout, run.stderr[-2000:]
