@@ -13,6 +13,7 @@ import colorsys
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -31,8 +32,8 @@ def digits() -> dict[str, np.ndarray]:
 
     ``source`` ``[N]`` is the index in ``load_digits`` of the digit an image was drawn from.
     """
-    bunch = load_digits()
-    scans, y = bunch.images / 16.0, bunch.target.astype(np.int32)  # type: ignore[union-attr]
+    bunch: Any = load_digits()
+    scans, y = bunch.images / 16.0, bunch.target.astype(np.int32)
     domain, split = assign(y)
     draws = list(DOMAINS.values())
     x = [draws[d](scan, np.random.default_rng([i, d])) for i, (scan, d) in enumerate(zip(scans, domain, strict=True))]
@@ -116,7 +117,7 @@ def blueprint(digit: np.ndarray, rng: Generator) -> np.ndarray:
     lines[rng.integers(8) :: 8] = 1
     lines[:, rng.integers(8) :: 8] = 1
     sheet = _paint(sheet, np.array([0.55, 0.70, 0.95]), 0.6 * lines)
-    return _paint(sheet, np.array([0.92, 0.95, 1.0]), _crisp(_pose(digit, rng, turn=(38, 50))))
+    return _paint(sheet, np.array([0.92, 0.95, 1.0]), _crisp(_pose(digit, rng, turn=(47, 53))))
 
 
 DOMAINS: dict[str, Draw] = {d.__name__: d for d in (ink, chalk, outline, poster, photo, blueprint)}
@@ -140,13 +141,14 @@ def picture(path: str | Path) -> None:
 
 
 def _pose(
-    digit: np.ndarray, rng: Generator, turn: tuple[float, float] = (-6, 6), height: tuple[float, float] = (13.5, 15)
+    digit: np.ndarray, rng: Generator, turn: tuple[float, float] = (-3, 3), height: tuple[float, float] = (14, 15)
 ) -> np.ndarray:
     """The scan on a canvas, ``[32, 32]`` in 0..1: turned clockwise by degrees, ``height`` pixels of the final image."""
     angle, zoom = np.deg2rad(rng.uniform(*turn)), 8 / (CANVAS / SIDE * rng.uniform(*height))
     back = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    centre = (CANVAS - 1) / 2 + rng.uniform(-1, 1, 2)
-    body = ndimage.affine_transform(digit, back, 3.5 - back @ centre, (CANVAS, CANVAS), order=3, mode="grid-constant")
+    centre = (CANVAS - 1) / 2 + rng.uniform(-0.5, 0.5, 2)
+    offset: Any = 3.5 - back @ centre
+    body = ndimage.affine_transform(digit, back, offset, (CANVAS, CANVAS), order=3, mode="grid-constant")
     return np.clip(body, 0, 1)
 
 

@@ -1,8 +1,10 @@
 """Make ``experiments/data/nano_glyphs.npz``: a nano ViT that can read printed digits, and has seen no handwriting.
 
-``python -m experiments.pretrain [--out PATH]`` takes about three minutes on two CPU cores. The fonts are those that
+``python -m experiments.pretrain [--out PATH]`` takes about four minutes on two CPU cores. The fonts are those that
 matplotlib ships (DejaVu: Bitstream Vera licence; STIX: STIX Font Licence; cm*: BaKoMa Fonts Licence); every training
 image is drawn inside the jitted program from a glyph's signed distance field, in which stroke weight is an offset.
+Letters are learnt along with the digits, half of the images, and their outputs dropped in the end: features tune better
+so (centralised LoRA on the digits, cross-validated on their training split: 91 % against 88 %).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+import optax.contrib
 from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.scipy.ndimage import map_coordinates
@@ -34,16 +37,21 @@ HELD_OUT = ("DejaVuSerif-BoldItalic", "STIXGeneralBol", "cmss10")
 # Fonts of matplotlib without digits, or (cmex, cmsy, LastResort) with other signs in their places.
 NO_DIGITS = ("cmex", "cmsy", "LastResort", "STIXNonUni", "STIXSiz", "DejaVuSansDisplay", "DejaVuSerifDisplay")
 
+# Letters that differ from one another and from digits even when all are drawn at one height, none very wide.
+LETTERS = "ABCDEFGHJKLNPRSTUXYZ" + "abdefghnqrty"
+DIGITS = "0123456789"
+CHARACTERS = DIGITS + LETTERS
+
 GRID = 48  # side of a glyph's distance field
 BOX = 36  # height of the glyph in it
-MEAN = STD = (0.5, 0.5, 0.5)
-STEPS, BATCH, PEAK, DECAY = 5000, 64, 2e-3, 0.3
+MEAN = STD = np.full(3, 0.5, np.float32)
+STEPS, BATCH, PEAK, DECAY = 6000, 64, 1e-2, 0.1
 DENSE = {"attn.qkv": "attn/qkv", "attn.proj": "attn/out", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}  # timm's, ours
 SCAN = 200  # steps in one call of the compiled program
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.pretrain", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.pretrain", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT, help="file to write (default: %(default)s)")
     options = parser.parse_args()
     train, held_out = fields()
@@ -54,12 +62,11 @@ def main() -> None:
 
 
 def fields() -> tuple[np.ndarray, np.ndarray]:
-    """Signed distance fields of the digits in all fonts, ``[fonts, 10, 48, 48]``: for training, and held out."""
+    """Signed distance fields ``[fonts, characters, 48, 48]``: all characters for training, digits of held-out fonts."""
     paths = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf"))
     fonts = {path.stem: path for path in paths if not path.stem.startswith(NO_DIGITS)}
-    made = {name: np.stack([_field(path, str(digit)) for digit in range(10)]) for name, path in fonts.items()}
-    train = [made[name] for name in made if name not in HELD_OUT]
-    return np.stack(train), np.stack([made[name] for name in HELD_OUT])
+    stack = lambda names, signs: np.stack([[_field(fonts[name], sign) for sign in signs] for name in names])
+    return stack([name for name in fonts if name not in HELD_OUT], CHARACTERS), stack(HELD_OUT, DIGITS)
 
 
 def _field(path: Path, character: str) -> np.ndarray:
@@ -75,9 +82,11 @@ def _field(path: Path, character: str) -> np.ndarray:
     side = round(height * GRID / BOX)
     top, left = (side - height) // 2, (side - width) // 2
     canvas = np.pad(bitmap, ((top, side - height - top), (left, side - width - left)))
-    distance = ndimage.distance_transform_edt(canvas) - ndimage.distance_transform_edt(~canvas)
+    inside, outside = (np.asarray(ndimage.distance_transform_edt(part)) for part in (canvas, ~canvas))
     cells = (np.arange(GRID) + 0.5) * side / GRID - 0.5
-    return ndimage.map_coordinates(distance / height, np.meshgrid(cells, cells, indexing="ij"), order=1, mode="nearest")
+    return ndimage.map_coordinates(
+        (inside - outside) / height, np.meshgrid(cells, cells, indexing="ij"), order=1, mode="nearest"
+    )
 
 
 def draw(key: Array, field: Array) -> Array:
@@ -89,10 +98,10 @@ def draw(key: Array, field: Array) -> Array:
     size = uniform(11.0, 15.5) * jnp.stack([uniform(0.9, 1.1), uniform(0.8, 1.4)])
     pixel = (jnp.mgrid[:SIDE, :SIDE].reshape(2, -1) - (SIDE - 1) / 2 + uniform(-1.0, 1.0, (2, 1))) / size[:, None]
     rotation = jnp.array([[jnp.cos(turn), -jnp.sin(turn)], [jnp.sin(turn), jnp.cos(turn)]])
-    bend = jax.image.resize(uniform(-0.1, 0.1, (2, 4, 4)), (2, SIDE, SIDE), "cubic").reshape(2, -1)
+    bend = jax.image.resize(uniform(-0.14, 0.14, (2, 4, 4)), (2, SIDE, SIDE), "cubic").reshape(2, -1)
     place = jnp.array([[1.0, 0.0], [shear, 1.0]]) @ rotation @ pixel + bend
     distance = map_coordinates(field, list(BOX * place + (GRID - 1) / 2), order=1, mode="nearest")
-    cover = jax.nn.sigmoid((distance + uniform(-0.01, 0.05)) / uniform(0.015, 0.05)).reshape(SIDE, SIDE, 1)
+    cover = jax.nn.sigmoid((distance + uniform(-0.01, 0.06)) / uniform(0.015, 0.05)).reshape(SIDE, SIDE, 1)
     # two colours that differ enough in some channel, uneven light, noise
     ground, ink = uniform(0.0, 1.0, (3,)), uniform(0.0, 1.0, (3,))
     ink = jnp.where(jnp.abs(ink - ground).max() < 0.35, (ground + 0.5) % 1.0, ink)
@@ -102,27 +111,36 @@ def draw(key: Array, field: Array) -> Array:
 
 
 def batch(key: Array, glyphs: Array, size: int) -> tuple[Array, Array]:
-    """Random images as the model sees them, normalised, with their labels."""
-    font_key, label_key, draw_key = jax.random.split(key, 3)
-    font = jax.random.randint(font_key, (size,), 0, glyphs.shape[0])
-    label = jax.random.randint(label_key, (size,), 0, 10)
+    """Random images as the model sees them, normalised, with their labels; at least half of them are digits."""
+    font_key, label_key, digit_key, draw_key = jax.random.split(key, 4)
+    fonts, characters = glyphs.shape[:2]
+    font = jax.random.randint(font_key, (size,), 0, fonts)
+    label = jax.random.randint(label_key, (size,), 0, characters)
+    label = jnp.where(jax.random.bernoulli(digit_key, 0.5, (size,)), label % 10, label)
     images = jax.vmap(draw)(jax.random.split(draw_key, size), glyphs[font, label])
     return normalise(255 * images, MEAN, STD), label
 
 
 def pretrain(glyphs: np.ndarray, steps: int = STEPS) -> dict[str, Any]:
-    """The nano ViT, all of it trained, by AdamW with a warm-up and a cosine; ``steps`` a multiple of ``SCAN``."""
-    model = vit("nano/4", 10)
+    """The nano ViT, all of it trained with a warm-up and a cosine; ``steps`` a multiple of ``SCAN``.
+
+    Matrices inside the blocks learn by Muon, everything else by Adam: a third of the steps that Adam alone would take.
+    """
+    model = vit("nano/4", len(CHARACTERS))
     init_key, data_key = jax.random.split(jax.random.key(0))
-    params = model.init(init_key, jnp.zeros((1, SIDE, SIDE, 3)))["params"]
+    params: dict[str, Any] = dict(model.init(init_key, jnp.zeros((1, SIDE, SIDE, 3)))["params"])
     params["pos"] = params["pos"].at[1:].set(positions(*params["pos"][1:].shape))
     rate = optax.warmup_cosine_decay_schedule(0.0, PEAK, steps // 20, steps)
-    matrices = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", tree)
-    optimizer = optax.adamw(rate, weight_decay=DECAY, mask=matrices)
-    glyphs = jnp.asarray(glyphs, jnp.float32)
+    optimizer = optax.contrib.muon(
+        rate,
+        adam_learning_rate=lambda step: 0.2 * rate(step),
+        weight_decay=DECAY,
+        muon_weight_dimension_numbers=_block_matrices,
+    )
+    fields = jnp.asarray(glyphs, jnp.float32)
 
     def loss_fn(params, key):
-        x, y = batch(key, glyphs, BATCH)
+        x, y = batch(key, fields, BATCH)
         return optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, x)[0], y).mean()
 
     def step(carry, i):
@@ -138,7 +156,15 @@ def pretrain(glyphs: np.ndarray, steps: int = STEPS) -> dict[str, Any]:
             carry, losses = scan(carry, first)
             bar.set_postfix(loss=f"{losses.mean():.3f}")
             bar.update(SCAN)
-    return carry[0]
+    params = carry[0]
+    return {**params, "head": {name: value[..., :10] for name, value in params["head"].items()}}
+
+
+def _block_matrices(params: Any) -> Any:
+    """Which axes Muon takes for a matrix: the last two of every kernel in a block (the first one stacks the blocks)."""
+    matrix = optax.contrib.MuonDimensionNumbers(-2, -1)
+    choose = lambda path, _: matrix if (path[0].key, path[-1].key) == ("blocks", "kernel") else None
+    return jax.tree_util.tree_map_with_path(choose, params)
 
 
 def positions(tokens: int, width: int) -> Array:
@@ -185,16 +211,16 @@ def to_timm(params: dict[str, Any]) -> dict[str, np.ndarray]:
 def save(path: Path, params: dict[str, Any]) -> None:
     """Write the weights and where they come from; the file is there whole or not at all."""
     meta = {
-        "source": "digit glyphs of the fonts bundled with matplotlib; no handwriting",
+        "source": "glyphs (digits, letters) of the fonts bundled with matplotlib; no handwriting",
         "licence": "Apache-2.0",
         "command": "python -m experiments.pretrain",
         "patch": 4,
         "img": SIDE,
         "heads": vit("nano/4", 10).heads,
         "ln_eps": 1e-6,
-        "mean": MEAN,
-        "std": STD,
-        "classes": [str(i) for i in range(10)],
+        "mean": MEAN.tolist(),
+        "std": STD.tolist(),
+        "classes": list(DIGITS),
         "naming": "timm",
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from jax import Array
 from fedlora_jax import product
 from fedlora_jax.lora import Adapter, LoRA, flatten, is_lora, unflatten
 from fedlora_jax.method import mean
+from fedlora_jax.product import matmul
 
 
 class Theta(NamedTuple):
@@ -193,21 +194,21 @@ def features(x: LoRA, weights: Array, previous: LoRA) -> Array:
 
 
 def _gain(coefficients: Array, b: Array) -> Array:
-    gram = jnp.matmul(b, b.mT, precision="highest")
+    gram = matmul(b, b.mT)
     trace = jnp.trace(gram, axis1=-2, axis2=-1)
     n = gram / jnp.maximum(trace, 1e-15)[..., None, None]  # the derivative squares this floor: it must not underflow
     c0, c1, c2 = jnp.moveaxis(coefficients[..., None, None], -3, 0)
-    nb = n @ b
-    return b + c0 * b + c1 * nb + c2 * (n @ nb)
+    nb = matmul(n, b)
+    return b + c0 * b + c1 * nb + c2 * matmul(n, nb)
 
 
 def _ridge(gamma: Array, lam: Array, t: LoRA, x: LoRA, w: Array) -> Array:
     """``gamma (G + lam I)^-1 a^T (sum_c w_c a_c b_c - a b)``, ``lam`` in units of the mean eigenvalue of ``G``."""
-    g = jnp.matmul(t.a.mT, t.a, precision="highest")
+    g = matmul(t.a.mT, t.a)
     ideal = jnp.einsum("...ir,c...,c...iq,c...qo->...ro", t.a, w, x.a, x.b, precision="highest", optimize="optimal")
     unit = jnp.trace(g, axis1=-2, axis2=-1) / g.shape[-1]
     shift = (lam * unit + 1e-12)[..., None, None] * jnp.eye(g.shape[-1], dtype=g.dtype)
-    return gamma[..., None, None] * jnp.linalg.solve(g + shift, ideal - g @ t.b)
+    return gamma[..., None, None] * jnp.linalg.solve(g + shift, ideal - matmul(g, t.b))
 
 
 def _per_layer(signatures: Array, layers: tuple[int, ...]) -> Array:

@@ -142,7 +142,7 @@ def merge(base: Params, adapter: Adapter) -> Params:
 
 def delta(lora: LoRA) -> Array:
     """``scale * a @ b``, dense ``[..., in, out]``."""
-    return lora.scale * (lora.a @ lora.b)
+    return lora.scale * jnp.matmul(lora.a, lora.b, precision="highest")
 
 
 def zero_deltas(adapter: Adapter) -> Params:

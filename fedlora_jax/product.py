@@ -22,7 +22,7 @@ from fedlora_jax.lora import LoRA
 Split = Literal["left", "right", "balanced"]
 
 _DEAD = 1e-6  # singular values below this share of the largest count as zero
-_matmul = partial(jnp.matmul, precision="highest")  # accelerators would otherwise round float32 factors to TF32
+matmul = partial(jnp.matmul, precision="highest")  # accelerators would otherwise round float32 factors to TF32
 
 
 def total(stacked: LoRA, weights: Array) -> LoRA:
@@ -55,7 +55,7 @@ def difference(x: LoRA, y: LoRA) -> LoRA:
 def inner(x: LoRA, y: LoRA) -> Array:
     """Frobenius inner product ``<x, y> = <a^T a', b b'^T>`` of each layer, ``[...]``."""
     _common_scale(x, y)
-    gram_a, gram_b = _matmul(x.a.mT, y.a), _matmul(x.b, y.b.mT)
+    gram_a, gram_b = matmul(x.a.mT, y.a), matmul(x.b, y.b.mT)
     return x.scale * y.scale * jnp.sum(gram_a * gram_b, (-2, -1))
 
 
@@ -63,7 +63,7 @@ def norm(x: LoRA) -> Array:
     """Frobenius norm of each layer, ``[...]``; zero with a zero gradient where the product is zero."""
     n_in, rank, n_out = *x.a.shape[-2:], x.b.shape[-1]
     if rank * (n_in + n_out) > n_in * n_out:  # a product this wide is smaller when formed
-        square = x.scale**2 * jnp.sum(_matmul(x.a, x.b) ** 2, (-2, -1))
+        square = x.scale**2 * jnp.sum(matmul(x.a, x.b) ** 2, (-2, -1))
     else:
         square = inner(x, x)
     return safe_sqrt(square)
@@ -76,14 +76,14 @@ def cosine(x: LoRA, y: LoRA, eps: float = 1e-12) -> Array:
 
 def participation(x: LoRA, eps: float = 1e-15) -> Array:
     """Participation ratio ``(sum S^2)^2 / sum S^4`` of each layer: a smooth effective rank, 0 at zero."""
-    k = _matmul(_matmul(x.a.mT, x.a), _matmul(x.b, x.b.mT))
+    k = matmul(matmul(x.a.mT, x.a), matmul(x.b, x.b.mT))
     k /= jnp.maximum(jnp.trace(k, axis1=-2, axis2=-1), eps)[..., None, None]  # fourth powers would underflow
     return jnp.trace(k, axis1=-2, axis2=-1) ** 2 / jnp.maximum(jnp.sum(k * k.mT, (-2, -1)), eps)
 
 
 def safe_sqrt(x: Array) -> Array:
     """Square root whose value and derivative are 0 at (and below) zero; NaN stays NaN."""
-    positive = ~(x <= 0)
+    positive = jnp.logical_not(x <= 0)
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
@@ -153,7 +153,7 @@ def _svd(a: Array, b: Array) -> tuple[Array, Array, Array]:
 def _rotation(overlap: Array) -> Array:
     """The orthogonal ``R`` that maximises ``trace(R^T overlap)``."""
     x, _, yt = jnp.linalg.svd(overlap)
-    return _matmul(x, yt)
+    return matmul(x, yt)
 
 
 @sequential_vmap
@@ -174,7 +174,7 @@ def _truncate(rank: int, split: Split, factors: tuple, reference: tuple | None) 
     if reference is None:
         return a, b
     rotation, dead = _gauge(split, s[:rank], a, b, reference)
-    return _matmul(a, rotation) + _matmul(reference[0], dead), _matmul(rotation.T, b)
+    return matmul(a, rotation) + matmul(reference[0], dead), matmul(rotation.T, b)
 
 
 @_truncate.defjvp
@@ -186,28 +186,28 @@ def _truncate_jvp(rank: int, split: Split, primals: tuple, tangents: tuple):
     u_drop, s_drop, v_drop = u_all[:, rank:], s_all[rank:], v_all[:, rank:]
 
     # dM seen from the kept singular vectors; dM itself is never formed.
-    left = _matmul(_matmul(u.T, da_in), b_in) + _matmul(_matmul(u.T, a_in), db_in)  # U^T dM  [r, out]
-    right = _matmul(da_in, _matmul(b_in, v)) + _matmul(a_in, _matmul(db_in, v))  # dM V    [in, r]
-    k = _matmul(left, v)
-    e, f = _matmul(left, v_drop), _matmul(u_drop.T, right)
+    left = matmul(matmul(u.T, da_in), b_in) + matmul(matmul(u.T, a_in), db_in)  # U^T dM  [r, out]
+    right = matmul(da_in, matmul(b_in, v)) + matmul(a_in, matmul(db_in, v))  # dM V    [in, r]
+    k = matmul(left, v)
+    e, f = matmul(left, v_drop), matmul(u_drop.T, right)
     gap = _inverse(s[:, None] - s_drop, s[0]) * _inverse(s[:, None] + s_drop, s[0])
     x = s_drop * (s[:, None] * f.T + s_drop * e) * gap
     y = s_drop * (s[:, None] * e + s_drop * f.T) * gap
-    e_out = left - _matmul(k, v.T) + _matmul(x, v_drop.T)
-    f_out = right - _matmul(u, k) + _matmul(u_drop, y.T)
+    e_out = left - matmul(k, v.T) + matmul(x, v_drop.T)
+    f_out = right - matmul(u, k) + matmul(u_drop, y.T)
 
     a, b = _split(split, u, s, v)
     da, db = _split_tangents(split, u, s, v, k, e_out, f_out)
     if reference is None:
         return (a, b), (da, db)
     rotation, dead = _gauge(split, s, a, b, reference)
-    a, b = _matmul(a, rotation), _matmul(rotation.T, b)
-    da, db = _matmul(da, rotation), _matmul(rotation.T, db)
+    a, b = matmul(a, rotation), matmul(rotation.T, b)
+    da, db = matmul(da, rotation), matmul(rotation.T, db)
     turn = _turn((a, b), (da, db), reference, d_reference)
-    d_dead = _matmul(dead, turn) - _matmul(turn, dead)
-    da, db = da + _matmul(a, turn), db - _matmul(turn, b)
-    da = da + _matmul(d_reference[0], dead) + _matmul(reference[0], d_dead)
-    return (a + _matmul(reference[0], dead), b), (da, db)
+    d_dead = matmul(dead, turn) - matmul(turn, dead)
+    da, db = da + matmul(a, turn), db - matmul(turn, b)
+    da = da + matmul(d_reference[0], dead) + matmul(reference[0], d_dead)
+    return (a + matmul(reference[0], dead), b), (da, db)
 
 
 def _split(split: Split, u: Array, s: Array, v: Array) -> tuple[Array, Array]:
@@ -226,16 +226,16 @@ def _split_tangents(split: Split, u, s, v, k, e_out, f_out) -> tuple[Array, Arra
     inverse = _inverse(s, s[0])
     match split:
         case "left":
-            return f_out * inverse, _matmul(k, v.T) + e_out
+            return f_out * inverse, matmul(k, v.T) + e_out
         case "right":
-            return _matmul(u, k) + f_out, inverse[:, None] * e_out
+            return matmul(u, k) + f_out, inverse[:, None] * e_out
     inverse_root = jnp.sqrt(inverse)
     inverse_sum = _inverse(s[:, None] + s, s[0])
     p = (k * s + k.T * s[:, None]) * inverse_sum / 2
     p = jnp.where(_is_dead(s)[:, None], k, p)  # a step into a dead direction of U is a's alone, q has b's
     q = p - (k - k.T) * s * inverse_sum
-    da = (_matmul(u, p) + f_out) * inverse_root
-    db = inverse_root[:, None] * (_matmul(q.T, v.T) + e_out)
+    da = (matmul(u, p) + f_out) * inverse_root
+    db = inverse_root[:, None] * (matmul(q.T, v.T) + e_out)
     return da, db
 
 
@@ -250,16 +250,16 @@ def _gauge(split: Split, s: Array, a: Array, b: Array, reference: tuple[Array, A
     reference's ``a``; their rows of ``b`` are zero, so the product does not change.
     """
     ref_a, ref_b = reference
-    rotation = _rotation(_matmul(a.T, ref_a) + _matmul(b, ref_b.T))
+    rotation = _rotation(matmul(a.T, ref_a) + matmul(b, ref_b.T))
     dead = jnp.where(_is_dead(s) & (split == "balanced"), 1.0, 0.0).astype(a.dtype)
-    return rotation, _matmul(rotation.T * dead, rotation)
+    return rotation, matmul(rotation.T * dead, rotation)
 
 
 def _turn(factors, d_factors, reference, d_reference) -> Array:
     """How the Procrustes rotation ``R`` follows, ``dR = R W``: solve ``W P + P W = N - N^T``, ``W`` antisymmetric."""
     (a, b), (da, db), (ref_a, ref_b), (dref_a, dref_b) = factors, d_factors, reference, d_reference
-    p = _matmul(a.T, ref_a) + _matmul(b, ref_b.T)
-    n = _matmul(da.T, ref_a) + _matmul(db, ref_b.T) + _matmul(a.T, dref_a) + _matmul(b, dref_b.T)
+    p = matmul(a.T, ref_a) + matmul(b, ref_b.T)
+    n = matmul(da.T, ref_a) + matmul(db, ref_b.T) + matmul(a.T, dref_a) + matmul(b, dref_b.T)
     w, basis = _eigh((p + p.T) / 2)
     inverse = _inverse(w[:, None] + w, jnp.abs(w).max())
-    return _matmul(basis, _matmul(_matmul(basis.T, _matmul(n - n.T, basis)) * inverse, basis.T))
+    return matmul(basis, matmul(matmul(basis.T, matmul(n - n.T, basis)) * inverse, basis.T))

@@ -57,9 +57,8 @@ def load_vit(
     try:
         return _build(arrays, meta, Path(path).stem, classes, image_size, heads, options)
     except KeyError as error:
-        raise ValueError(
-            f"{path} is not a ViT with timm names: no array {error.args[0]!r}; it has {', '.join(sorted(arrays)[:3])}, ..."
-        ) from None
+        some = ", ".join(sorted(arrays)[:3])
+        raise ValueError(f"{path} is not a ViT with timm names: no array {error.args[0]!r}; it has {some}, ...") from None
     except (IndexError, TypeError) as error:
         raise ValueError(f"{path} does not hold the arrays of a ViT: {error}") from None
 

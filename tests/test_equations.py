@@ -26,7 +26,7 @@ from helpers import (
 )
 from numpy.linalg import norm
 
-from fedlora_jax import diagnostics, lora
+from fedlora_jax import diagnostics, hyper, lora
 from fedlora_jax.lora import LoRA
 from fedlora_jax.method import average_client
 from fedlora_jax.methods import lora_fair as fair
@@ -309,6 +309,24 @@ def test_the_bias_of_factors_is_exact_where_clients_hardly_move():
         a, b = a - np.tensordot(p, a, 1), b - np.tensordot(p, b, 1)
         squares += norm(SCALE * np.tensordot(p, a @ b, 1)) ** 2
     assert_near(report.factor_bias, squares**0.5, 1e-4)
+
+
+# --- on accelerators
+
+
+def test_aggregation_never_rounds_to_tf32():
+    """Every product of the server asks for full precision; accelerators would otherwise keep ten bits."""
+    x = jnp.ones((RANK, RANK))
+    gain = jax.make_jaxpr(hyper._gain)(jnp.ones(3), x)
+    ridge = jax.make_jaxpr(lambda t, x: hyper._ridge(jnp.ones(()), jnp.ones(()), t, x, jnp.ones(1)))
+    programs = {"hyper._gain": gain, "hyper._ridge": ridge(LoRA(x, x), LoRA(x[None], x[None]))}
+    for name in UNLEARNED.keys() - {"hyperlora"}:  # its networks may round
+        method, state, _ = aggregation(name)
+        sent = method.dispatch(BASE, state, cohort())
+        programs[name] = jax.make_jaxpr(method.aggregate)(BASE, state, cohort(), sent, sent.adapter)
+    for name, program in programs.items():
+        text = str(program)
+        assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST") > 0, name
 
 
 # --- what travels

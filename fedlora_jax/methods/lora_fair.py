@@ -20,7 +20,7 @@ from fedlora_jax import lora
 from fedlora_jax.lora import LoRA
 from fedlora_jax.method import About, Method, mean
 from fedlora_jax.methods.fedit import FedITState, fedit
-from fedlora_jax.product import norm, total
+from fedlora_jax.product import matmul, norm, total
 
 ABOUT = About("LoRA-FAIR", "Bian et al. ICCV 2025", "2411.14961", "a, b, head", "a, b, head", "no (less bias)")
 
@@ -46,7 +46,7 @@ def lora_fair(
 
         def corrected(x: LoRA) -> LoRA:
             abar, bbar = mean(x.a, p), mean(x.b, p)
-            g = jnp.matmul(abar.mT, abar, precision="highest")  # G = abar^T abar  [.., r, r]
+            g = matmul(abar.mT, abar)  # G = abar^T abar  [.., r, r]
             y = jnp.einsum("...ir,c,c...iq,c...qo->...ro", abar, p, x.a, x.b, precision="highest")  # Y = abar^T M
             if solver == "ridge":
                 return LoRA(abar, bbar + ridge(g, y, bbar, lam), x.scale)
@@ -60,7 +60,7 @@ def lora_fair(
 def ridge(g: Array, y: Array, bbar: Array, lam: float) -> Array:
     """``d = (G + lam I)^-1 (Y - G bbar)``, the minimiser of ``|M - abar (bbar + d)|^2 + lam |d|^2``."""
     identity = jnp.eye(g.shape[-1], dtype=g.dtype)
-    return jnp.linalg.solve(g + lam * identity, y - g @ bbar)
+    return jnp.linalg.solve(g + lam * identity, y - matmul(g, bbar))
 
 
 def cosine(g: Array, y: Array, bbar: Array, m: Array, lam: float, steps: int, lr: float | Array) -> Array:
@@ -74,12 +74,12 @@ def cosine(g: Array, y: Array, bbar: Array, m: Array, lam: float, steps: int, lr
     Args:
       m: ``|M|`` of each layer, ``[...]``; where it or ``n`` is zero ``d`` stays 0.
     """
-    trace, n2 = jnp.trace(g, axis1=-2, axis2=-1), jnp.sum(bbar * (g @ bbar), (-2, -1))
+    trace, n2 = jnp.trace(g, axis1=-2, axis2=-1), jnp.sum(bbar * matmul(g, bbar), (-2, -1))
     lr = jnp.minimum(lr, n2 / jnp.maximum(2 * (trace + lam * n2), 1e-15))[..., None, None]
 
     def step(d: Array, _) -> tuple[Array, None]:
         b = bbar + d
-        gb = g @ b
+        gb = matmul(g, b)
         n2 = jnp.sum(b * gb, (-2, -1))
         alive = (n2 > 0) & (m > 0)
         scale = jnp.where(alive, 1 / (jnp.where(alive, m, 1.0) * jnp.sqrt(jnp.where(alive, n2, 1.0))), 0.0)
