@@ -32,7 +32,7 @@ class Config:
     minimum: int = option(10, "training images of the smallest client, at least")
     rank: tuple[int, ...] = option((4,), "rank of the adapters; a list (4,8,16) is dealt out to clients at random")
     scale: float = option(2.0, "factor s of every low-rank update, the same for all clients and ranks")
-    rounds: int = option(12, "rounds")
+    rounds: int = option(10, "rounds")
     local_steps: int = option(5, "local optimizer steps per round")
     batch: int = option(16, "images per local step")
     optimizer: str = option("sgd", "local optimizer: sgd, momentum (0.9), adam or adamw; fresh each round")

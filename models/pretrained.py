@@ -58,7 +58,9 @@ def load_vit(
         return _build(arrays, meta, Path(path).stem, classes, image_size, heads, options)
     except KeyError as error:
         some = ", ".join(sorted(arrays)[:3])
-        raise ValueError(f"{path} is not a ViT with timm names: no array {error.args[0]!r}; it has {some}, ...") from None
+        raise ValueError(
+            f"{path} is not a ViT with timm names: it lacks {error.args[0]!r} and has {some}, ..."
+        ) from None
     except (IndexError, TypeError) as error:
         raise ValueError(f"{path} does not hold the arrays of a ViT: {error}") from None
 

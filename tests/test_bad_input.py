@@ -193,6 +193,6 @@ def test_as_a_process_there_is_no_traceback(tmp_path):
         timeout=120,
     )
     assert done.returncode == 2
-    assert done.stderr == f"error: {done.stderr[len('error: '):].strip()}\n"
+    assert done.stderr == f"error: {done.stderr[len('error: ') :].strip()}\n"
     assert "did you mean fedit" in done.stderr
     assert not (tmp_path / "out").exists()
