@@ -175,9 +175,9 @@ def make_step(
     """
 
     def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
-        who, train = jax.random.split(jax.random.fold_in(key, run.round))
+        who, draw, train = jax.random.split(jax.random.fold_in(key, run.round), 3)
         ids = sample_ids(who, population.sizes.shape[0], participants)
-        batches = sample_batches(train, data, population, ids, steps, batch, smallest)
+        batches = sample_batches(draw, data, population, ids, steps, batch, smallest)
         cohort = population.cohort(ids, run.memory, batches)
         state, memory, info = round_fn(base, run.state, cohort, train)
         kept = jax.tree.map(lambda rows, new: rows.at[ids].set(new), run.memory, memory)

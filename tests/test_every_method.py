@@ -99,8 +99,8 @@ def test_a_whole_run_is_a_loop_over_single_rounds(name):
     for i, seed in enumerate(seeds):
         state, losses = m.method.init(seed, ADAPTER), []
         for t in range(2):
-            _, key = jax.random.split(jax.random.fold_in(seed, t))
-            batches = sample_batches(key, data, clients, jnp.arange(CLIENTS), STEPS, BATCH, 3)
+            _, draw, key = jax.random.split(jax.random.fold_in(seed, t), 3)
+            batches = sample_batches(draw, data, clients, jnp.arange(CLIENTS), STEPS, BATCH, 3)
             c = clients.cohort(jnp.arange(CLIENTS), (), batches)
             state, _, one = m.fast(BASE, state, c, key)
             losses.append(one.loss)
