@@ -12,7 +12,14 @@ from tqdm import tqdm
 
 from experiments import problem, summary
 from experiments.config import Config, check
-from experiments.problem import Clients, Problem, frozen_features, make_optimizer
+from experiments.problem import (
+    Clients,
+    Problem,
+    domain_accuracies,
+    frozen_features,
+    make_optimizer,
+    own_accuracy,
+)
 from fedlora_jax import rounds
 from fedlora_jax.clients import Population, sample_batches
 from fedlora_jax.methods.fedit import FedITState, fedit
@@ -67,8 +74,7 @@ def _local(score, p: Problem, config: Config, steps: int, clients: Clients, adap
     rows = clients.test_rows[: config.clients]
     cohort = population.cohort(ids, (), batches)
     correct = score(p.base, FedITState(adapter), cohort, (p.test[0][rows], p.test[1][rows]), key).after
-    counts = clients.test_counts[: config.clients]
-    return jnp.sum(correct * (jnp.arange(rows.shape[1]) < counts[:, None]), 1) / counts
+    return own_accuracy(correct, clients.test_counts[: config.clients])
 
 
 def _central(score, p: Problem, config: Config, steps: int, clients: Clients, adapter, key):
@@ -92,5 +98,4 @@ def _probe(p: Problem) -> np.ndarray:
 
 
 def _domain_mean(p: Problem, correct) -> float:
-    domain, correct = np.asarray(p.test[2]), np.asarray(correct, float)
-    return float(np.mean([correct[domain == j].mean() for j in range(len(p.images.domains))]))
+    return float(np.mean(list(domain_accuracies(p, np.asarray(correct, float)).values())))

@@ -70,8 +70,14 @@ def check(config: Config) -> None:
         raise ValueError(f"--rank must be at least 1, got {','.join(map(str, config.rank))}")
     if len(set(config.methods)) < len(config.methods) or not config.methods:
         raise ValueError(f"--methods must name each method once, got {','.join(config.methods)}")
-    if len(set(config.seeds)) < len(config.seeds) or not config.seeds or min(config.seeds) < 0:
-        raise ValueError(f"--seeds must be different numbers from 0 up, got {','.join(map(str, config.seeds))}")
+    if (
+        len(set(config.seeds)) < len(config.seeds)
+        or not config.seeds
+        or not 0 <= min(config.seeds) <= max(config.seeds) < 2**31
+    ):
+        raise ValueError(
+            f"--seeds must be different numbers from 0 to 2147483647, got {','.join(map(str, config.seeds))}"
+        )
     if config.clients_per_round is not None and config.clients_per_round > config.clients:
         raise ValueError(f"--clients-per-round {config.clients_per_round} is more than --clients {config.clients}")
     cohort = config.clients_per_round or config.clients

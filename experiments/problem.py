@@ -115,6 +115,20 @@ def objectives(pretrained: Pretrained) -> tuple[Callable, Callable]:
     return loss_fn, correct_fn
 
 
+def own_accuracy(correct: Array, counts: Array) -> Array:
+    """Share of right answers ``[C]`` on each client's own test images, of ``correct [C, m]`` the first ``counts``.
+
+    nan for a client without test images.
+    """
+    return jnp.sum(correct * (jnp.arange(correct.shape[1]) < counts[:, None]), 1) / counts
+
+
+def domain_accuracies(problem: Problem, correct: np.ndarray) -> dict[str, float]:
+    """Share of right answers in each domain, of ``correct [n_test]``."""
+    domain = np.asarray(problem.test[2])
+    return {name: float(np.mean(correct[domain == j])) for j, name in enumerate(problem.images.domains)}
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     makers = {
         "sgd": optax.sgd,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments.config import Config
-from experiments.problem import Clients, Problem, make_optimizer
+from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import sample_batches
 from fedlora_jax.lora import Adapter
@@ -71,19 +71,16 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
             fresh = rounds.start(method, key, jax.tree.map(lambda a: a[0], problem.adapters), config.holdout_clients)
             memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh.memory)
             examples = (x[clients.test_rows], y[clients.test_rows])
-            valid = jnp.arange(clients.test_rows.shape[1]) < clients.test_counts[:, None]
-            # nan for a client without test images
-            share = lambda correct: jnp.sum(correct * valid, 1) / clients.test_counts
 
             def tuned() -> Array:
                 batches = sample_batches(
                     key, train, clients.population, everybody, config.local_steps, config.batch, problem.smallest
                 )
                 cohort = clients.population.cohort(everybody, memory, batches)
-                return share(score(base, run.state, cohort, examples, key).after)
+                return own_accuracy(score(base, run.state, cohort, examples, key).after, clients.test_counts)
 
             as_sent = score(base, run.state, clients.population.cohort(everybody, memory), examples, key).before
-            personal = share(as_sent)
+            personal = own_accuracy(as_sent, clients.test_counts)
             return Scores(whole, personal, jax.lax.cond(tune, tuned, lambda: jnp.full_like(personal, jnp.nan)))
 
         return rounds.map_clients(one, (clients, runs, keys), seeds_at_once)

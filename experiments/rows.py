@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import programs
 from experiments.config import Config
-from experiments.problem import Problem
+from experiments.problem import Problem, domain_accuracies
 from experiments.programs import Scores
 from experiments.record import number
 from fedlora_jax.method import Method
@@ -22,7 +22,7 @@ class Rows:
 
     def __init__(self, config: Config, problem: Problem, name: str, method: Method):
         self._config, self._name, self._method = config, name, method
-        self._domain, self._domains = np.asarray(problem.test[2]), problem.images.domains
+        self._problem = problem
         self._ranks = np.asarray(problem.clients.population.ranks)
         self._adapter = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
         self._traffic: dict[tuple[int, ...], tuple[int, int]] = {}
@@ -51,7 +51,7 @@ class Rows:
 
     def _accuracies(self, scores: Scores, final: bool) -> dict[str, Any]:
         n = self._config.clients
-        per_domain = {name: float(scores.correct[self._domain == j].mean()) for j, name in enumerate(self._domains)}
+        per_domain = domain_accuracies(self._problem, np.asarray(scores.correct))
         row: dict[str, Any] = {
             "global_accuracy": float(np.mean(list(per_domain.values()))),
             "pooled_accuracy": float(scores.correct.mean()),

@@ -103,6 +103,7 @@ OPTIONS = {
     "a target that is a vector": ("run --method fedit --targets norm/scale", "kernel"),
     "seed twice": ("run --method fedit --seeds 1,1", "--seeds"),
     "no seeds": ("run --method fedit --seeds 0", "--seeds"),
+    "a seed too large": ("run --method fedit --seeds 1,5000000000", "--seeds"),
     "target above 1": ("run --method fedit --target 70", "--target"),
     "eval-every that does not divide": ("run --method fedit --rounds 4 --eval-every 3", "--eval-every 3"),
     "image size between patches": ("run --method fedit --image-size 18", "multiple"),

@@ -7,7 +7,7 @@ Only b and the head are trained and travel; a comes from a shared seed.
 
 from __future__ import annotations
 
-import jax
+import jax.numpy as jnp
 
 from fedlora_jax import lora
 from fedlora_jax.lora import LoRA
@@ -22,7 +22,7 @@ def ffa_lora() -> Method:
 
     def dispatch(base, state, cohort):
         sent = inner.dispatch(base, state, cohort)
-        frozen_a = lora.tree_map(lambda m: LoRA(jax.numpy.zeros_like(m.a), m.b, m.scale), sent.mask)
+        frozen_a = lora.tree_map(lambda m: LoRA(jnp.zeros_like(m.a), m.b, m.scale), sent.mask)
         return sent._replace(mask=frozen_a)
 
     def aggregate(base, state, cohort, sent, received):
