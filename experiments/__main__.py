@@ -12,11 +12,17 @@ def main() -> None:
 
         print(table())
         return
-    from experiments import bounds, compare  # after parsing: --help and typing errors need no jax
+    from experiments import bounds, budget, compare  # after parsing: --help and typing errors need no jax
 
     assert config is not None
     try:
-        plan = bounds.Plan(config) if command == "bounds" else compare.Plan(command, config)
+        match command:
+            case "bounds":
+                plan = bounds.Plan(config)
+            case "budget":
+                plan = budget.Plan(config)
+            case _:
+                plan = compare.Plan(command, config)
     except (ValueError, OSError) as error:
         fail(str(error))
     try:

@@ -80,9 +80,7 @@ def _local(score, p: Problem, config: Config, steps: int, clients: Clients, adap
 def _central(score, p: Problem, config: Config, steps: int, clients: Clients, adapter, key):
     """Which test images one client that holds everything gets right, before and after training, ``[n_test]``."""
     size = p.train[1].shape[0]
-    everybody = Population(
-        jnp.arange(size)[None], jnp.full(1, size), jnp.full(1, max(config.rank)), clients.population.signatures[:1]
-    )
+    everybody = Population(jnp.arange(size)[None], jnp.full(1, size), jnp.full(1, max(config.rank)))
     one = jnp.zeros(1, int)
     batches = sample_batches(key, p.train, everybody, one, steps, _CENTRAL_BATCH, size)
     cohort = everybody.cohort(one, (), batches)
@@ -91,7 +89,7 @@ def _central(score, p: Problem, config: Config, steps: int, clients: Clients, ad
 
 
 def _probe(p: Problem) -> np.ndarray:
-    train, test = (frozen_features(p.pretrained, np.asarray(x)) for x in (p.train[0], p.test[0]))
+    train, test = (frozen_features(p.pretrained, p.images.x[rows]) for rows in (~p.images.test, p.images.test))
     scale = train.std(0) + 1e-6
     model = LogisticRegression(max_iter=2000).fit(train / scale, np.asarray(p.train[1]))
     return model.predict(test / scale) == np.asarray(p.test[1])

@@ -41,6 +41,10 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
         ("compare", "run several methods on the same seeds, clients and batches; the main job"),
         ("run", "run one method"),
         ("bounds", "what needs no federation: zero-shot, linear probe, local-only and centralised tuning"),
+        (
+            "budget",
+            "accuracy against the number of local steps, learning rates chosen on a part of the training images",
+        ),
     ):
         add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
     commands.add_parser("methods", help="the table of methods: name, paper, what travels, exact or not")
@@ -53,15 +57,22 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
     return command, Config(**given)
 
 
-_NOT_FOR_BOUNDS = {"methods", "out", "resume", "target", "eval_every", "checkpoint_every", "chunk", "seeds_at_once"}
+_RECORDED = {"resume", "target", "checkpoint_every"}
+_TUNED = {"budgets", "lrs", "tuning_seeds"}
+_LEFT_OUT = {
+    "compare": _TUNED,
+    "run": _TUNED,
+    "bounds": _TUNED | _RECORDED | {"methods", "out", "eval_every", "chunk", "seeds_at_once", "signature"},
+    "budget": _RECORDED | {"local_steps", "lr", "validation"},
+}
 
 
 def add_options(parser: argparse.ArgumentParser, command: str) -> None:
-    """One option for each field of ``Config``; ``run`` has ``--method``, ``bounds`` only what it depends on."""
+    """One option for each field of ``Config``; ``run`` has ``--method``, every command only what it depends on."""
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        if command == "bounds" and field.name in _NOT_FOR_BOUNDS:
+        if field.name in _LEFT_OUT[command]:
             continue
         if field.name == "methods" and command == "run":
             parser.add_argument("--method", required=True, metavar="NAME", help="the method, by file name")

@@ -41,8 +41,7 @@ class Plan:
             "command": command,
             "config": config.identity(),
             "record": self.problem.record,
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-            "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
+            **describe(),
         }
         self.trials = {name: Trial(config, self.problem, name) for name in config.methods}
 
@@ -88,16 +87,30 @@ class Plan:
         return path
 
 
+def describe() -> dict[str, Any]:
+    """With what a run is computed."""
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
+    }
+
+
+def facts_of(config: Config, problem: Problem) -> dict[str, Any]:
+    """What a method can ask to be given of a run."""
+    one = lambda x: np.zeros(x.shape[3:], x.dtype)
+    return {
+        "participants": config.clients_per_round or config.clients,
+        "signature": jax.tree.map(one, problem.clients.population.signatures),
+        "population": config.clients,
+    }
+
+
 class Trial:
     """One method of a comparison."""
 
     def __init__(self, config: Config, problem: Problem, name: str):
         self.config, self.problem, self.name = config, problem, name
-        facts = {
-            "participants": config.clients_per_round or config.clients,
-            "signature_size": problem.clients.population.signatures.shape[-1],
-            "population": config.clients,
-        }
+        facts = facts_of(config, problem)
         self.method: Method = methods.build(name, **facts)
         self.rows = Rows(config, problem, name, self.method)
         self.programs: Programs = programs.make(config, problem, self.method)

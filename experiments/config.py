@@ -11,12 +11,17 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
+
+
 @dataclass(frozen=True)
 class Config:
     """One comparison of methods on one data set; the same seeds, clients and batches for every method."""
 
     methods: tuple[str, ...] = option(
-        ("fedit", "lora_fair", "hyperlora"), "methods by file name, comma-separated; 'python -m experiments methods'"
+        ("fedit", "lora_fair", "hyperlora"),
+        "methods by file name, comma-separated ('python -m experiments methods'); "
+        "options follow in the form NAME:OPTION=VALUE, as in hyperlora:mode=exact:kappa=1",
     )
     data: str = option("digits", "'digits' (built in) or the path of a .npz file")
     image_size: int | None = option(None, "resize images to this side (default: as they are)")
@@ -24,14 +29,24 @@ class Config:
     targets: tuple[str, ...] = option(
         ("attn/(query|value)/kernel",), "regular expressions, comma-separated: kernels that get low-rank adapters"
     )
+    adapt_last: int | None = option(
+        None, "adapt the last N blocks only; what the others compute is stored once per image (default: all blocks)"
+    )
     full: tuple[str, ...] = option(("^head/",), "regular expressions, comma-separated: parameters trained in full")
     clients: int = option(12, "clients that train")
     clients_per_round: int | None = option(None, "clients drawn each round (default: all)")
     holdout_clients: int = option(6, "further clients with data of their own that never train: the unseen ones")
     partition: str = option("domain_dirichlet:1.0", "iid, dirichlet:ALPHA, classes:N, domain or domain_dirichlet:ALPHA")
     minimum: int = option(10, "training images of the smallest client, at least")
+    signature: str = option(
+        "full",
+        "what clients tell of their data: full, label_free, noisy; or a control: shuffled, constant, random",
+    )
     rank: tuple[int, ...] = option((4,), "rank of the adapters; a list (4,8,16) is dealt out to clients at random")
     scale: float = option(2.0, "factor s of every low-rank update, the same for all clients and ranks")
+    validation: float = option(
+        0.0, "set this share of the training images apart and score on it instead of the test images; to tune on"
+    )
     rounds: int = option(10, "rounds")
     local_steps: int = option(5, "local optimizer steps per round")
     batch: int = option(16, "images per local step")
@@ -46,6 +61,12 @@ class Config:
     out: str | None = option(None, "folder to write (default: runs/ and the time)")
     resume: bool = option(False, "go on with the run in --out from its last checkpoint")
 
+    budgets: tuple[int, ...] = option(
+        (1, 2, 5, 10), "numbers of local steps per round to compare (1, 2, 5 and 10 only)"
+    )
+    lrs: tuple[float, ...] = option((0.05, 0.1, 0.2), "learning rates to choose from, for each method and budget")
+    tuning_seeds: tuple[int, ...] = option((100, 101), "seeds of the runs that choose the learning rate")
+
     def identity(self) -> dict[str, Any]:
         """What decides the results: everything but where they are written and how fast they are computed."""
         free = {"out", "resume", "checkpoint_every"}
@@ -57,13 +78,17 @@ def check(config: Config) -> None:
     for name in ("clients", "rounds", "local_steps", "batch", "eval_every", "checkpoint_every", "minimum"):
         _at_least(config, name, 1)
     _at_least(config, "holdout_clients", 0)
-    for name in ("clients_per_round", "chunk", "seeds_at_once", "image_size"):
+    for name in ("clients_per_round", "chunk", "seeds_at_once", "image_size", "adapt_last"):
         if getattr(config, name) is not None:
             _at_least(config, name, 1)
     if not config.lr > 0 or config.lr == float("inf"):
         raise ValueError(f"--lr must be above 0 and finite, got {config.lr:g}")
     if not 0 < abs(config.scale) < float("inf"):
         raise ValueError(f"--scale must be finite and not 0, got {config.scale:g}")
+    if not 0 <= config.validation < 1:
+        raise ValueError(f"--validation is a share from 0 to below 1; got {config.validation:g}")
+    if config.signature not in SIGNATURES:
+        raise ValueError(f"--signature must be one of {', '.join(SIGNATURES)}; got {config.signature}")
     if not 0 < config.target <= 1:
         raise ValueError(f"--target is an accuracy above 0, at most 1; got {config.target:g}")
     if not config.rank or min(config.rank) < 1:
@@ -87,6 +112,11 @@ def check(config: Config) -> None:
         raise ValueError(f"--eval-every {config.eval_every} does not divide --rounds {config.rounds}")
     if config.checkpoint_every % config.eval_every:
         raise ValueError(f"--checkpoint-every {config.checkpoint_every} is no multiple of --eval-every")
+    for name in ("budgets", "lrs", "tuning_seeds"):
+        if not getattr(config, name) or min(getattr(config, name)) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} needs at least one number, none below 0")
+    if not set(config.budgets) <= {1, 2, 5, 10}:
+        raise ValueError(f"--budgets may be 1, 2, 5 and 10, got {','.join(map(str, config.budgets))}")
     if config.seeds_at_once is not None and len(config.seeds) % config.seeds_at_once:
         raise ValueError(f"--seeds-at-once {config.seeds_at_once} does not divide {len(config.seeds)} seeds")
 

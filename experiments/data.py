@@ -100,8 +100,16 @@ def _checked(name: str, arrays: dict[str, np.ndarray], test_share: float) -> Ima
     return Images(name, x, y, domain, test, classes, domains)
 
 
-def _split(cells: np.ndarray, share: float) -> np.ndarray:
-    rng, test = np.random.default_rng(0), np.zeros(len(cells), bool)
+def validation(images: Images, share: float, seed: int = 1) -> Images:
+    """The training images alone, a share of each class and domain set apart as test images: to choose options on."""
+    kept = np.flatnonzero(~images.test)
+    cells = images.domain[kept] * len(images.classes) + images.y[kept]
+    own = images._replace(x=images.x[kept], y=images.y[kept], domain=images.domain[kept])
+    return own._replace(name=f"{images.name} (validation)", test=_split(cells, share, seed))
+
+
+def _split(cells: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
+    rng, test = np.random.default_rng(seed), np.zeros(len(cells), bool)
     for cell in np.unique(cells):
         members = rng.permutation(np.flatnonzero(cells == cell))
         test[members[: round(share * len(members))]] = True

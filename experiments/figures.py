@@ -157,15 +157,15 @@ def clients(looks: Looks, rows: Rows) -> Figure | None:
     figure.suptitle("Accuracy of each training client after the final round", **_TITLE, x=0.015, ha="left")
     grid = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
     for axes, (title, own) in zip(grid, values.items(), strict=True):
-        _dress(axes, "", "clients of all seeds, worst to best (%)", "accuracy (%)" if axes is grid[0] else "")
+        dress(axes, "", "clients of all seeds, worst to best (%)", "accuracy (%)" if axes is grid[0] else "")
         axes.set_title(title, loc="left", fontsize=10)
         axes.axvspan(0, 10, color=FAINT, zorder=0)
         axes.text(5, 101, "worst\n10 %", ha="center", va="top", fontsize=7, color=GREY)
         for name, accuracy in own.items():
             x = 100 * (np.arange(len(accuracy)) + 0.5) / max(1, len(accuracy))
-            axes.plot(x, accuracy, **_stroke(looks, name, len(x)))
+            axes.plot(x, accuracy, **stroke(looks, name, len(x)))
         axes.set(xlim=(0, 100), ylim=(0, 102))
-    return _legend(figure, looks, looks)
+    return legend(figure, looks, looks)
 
 
 def held(holdings: dict[str, Any]) -> Figure | None:
@@ -245,10 +245,10 @@ def _plain(text: str, limit: int = 24) -> str:
 
 def _new(title: str, x: str, y: str, height: float = 4.3) -> tuple[Figure, Axes]:
     figure = Figure((7.2, height), 150, layout="constrained")
-    return figure, _dress(figure.subplots(), title, x, y)
+    return figure, dress(figure.subplots(), title, x, y)
 
 
-def _dress(axes: Axes, title: str, x: str, y: str) -> Axes:
+def dress(axes: Axes, title: str, x: str, y: str) -> Axes:
     axes.set_title(title, loc="left", **_TITLE)
     axes.set_xlabel(x, fontsize=10)
     axes.set_ylabel(y, fontsize=10)
@@ -259,7 +259,7 @@ def _dress(axes: Axes, title: str, x: str, y: str) -> Axes:
     return axes
 
 
-def _stroke(looks: Looks, name: str, points: int) -> dict[str, Any]:
+def stroke(looks: Looks, name: str, points: int) -> dict[str, Any]:
     """A line's style; where lines coincide their markers do not."""
     look, every = looks[name], max(1, -(-points // 12), min(len(looks), points // 3))
     style = {"color": look.colour, "marker": look.marker, "linestyle": look.dash, "linewidth": 1.7, "markersize": 4}
@@ -269,11 +269,11 @@ def _stroke(looks: Looks, name: str, points: int) -> dict[str, Any]:
 def _lines(looks: Looks, lines: Lines, title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure, axes = _new(title, x, y)
     for name, (at, mean, low, high) in lines.items():
-        axes.plot(at, mean, **_stroke(looks, name, len(mean)))
+        axes.plot(at, mean, **stroke(looks, name, len(mean)))
         axes.fill_between(at, low, high, color=looks[name].colour, alpha=0.13, linewidth=0)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0), min(high, 100))
-    return _legend(figure, looks, lines), axes
+    return legend(figure, looks, lines), axes
 
 
 def _bars(looks: Looks, groups: list[tuple[str, dict[str, Any]]], title: str, x: str) -> Figure | None:
@@ -295,12 +295,12 @@ def _bars(looks: Looks, groups: list[tuple[str, dict[str, Any]]], title: str, x:
     axes.set_yticks(range(len(groups)), [label for label, _ in groups], fontsize=9)
     axes.set(xlim=(0, None), ylim=(len(groups) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
-    return _legend(figure, looks, looks, bars=True)
+    return legend(figure, looks, looks, bars=True)
 
 
-def _legend(figure: Figure, looks: Looks, names: Collection[str], bars: bool = False) -> Figure:
+def legend(figure: Figure, looks: Looks, names: Collection[str], bars: bool = False) -> Figure:
     patch = lambda look: Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label)
-    line = lambda name: Line2D([], [], label=looks[name].label, **_stroke(looks, name, 1))
+    line = lambda name: Line2D([], [], label=looks[name].label, **stroke(looks, name, 1))
     figure.legend(handles=[patch(looks[name]) if bars else line(name) for name in names], **_LEGEND)
     return figure
 

@@ -16,14 +16,42 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(fedlora_jax.methods.__path__))
 
 
-def about(name: str) -> About:
-    return _module(name).ABOUT
+def about(spec: str) -> About:
+    """Of ``NAME`` or ``NAME:OPTION=VALUE:...``; options are part of the name that is shown."""
+    name, *options = spec.split(":")
+    entry = _module(name).ABOUT
+    return entry._replace(name=f"{entry.name} ({', '.join(options)})") if options else entry
 
 
-def build(name: str, **facts: Any) -> Method:
-    """The method with its default hyper-parameters; it is given those facts of the run that it asks for by name."""
+def build(spec: str, **facts: Any) -> Method:
+    """The method, given those facts of the run that it asks for by name, and its options.
+
+    Args:
+      spec: ``NAME`` or ``NAME:OPTION=VALUE:...``, such as ``lora_fair:lam=0.1:solver=ridge``.
+      **facts: what is known of the run, such as ``participants``.
+    """
+    name, *options = spec.split(":")
     make = getattr(_module(name), name)
-    return make(**{key: facts[key] for key in inspect.signature(make).parameters if key in facts})
+    known = inspect.signature(make, eval_str=True).parameters
+    settable = {key: p for key, p in known.items() if key not in facts and _is_plain(p.default)}
+    chosen = dict(_option(spec, text, settable) for text in options)
+    return make(**{key: facts[key] for key in known if key in facts}, **chosen)
+
+
+def _option(spec: str, text: str, settable: dict[str, inspect.Parameter]) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if key not in settable or not equals:
+        can = ", ".join(f"{k}={p.default}" for k, p in settable.items()) or "none"
+        raise ValueError(f"{spec!r}: {text!r} is no option of {spec.split(':')[0]}; it has {can}")
+    kind = type(settable[key].default)
+    try:
+        return key, {"True": True, "False": False}[value] if kind is bool else kind(value)
+    except (KeyError, ValueError):
+        raise ValueError(f"{spec!r}: {key} must be {kind.__name__}, got {value!r}") from None
+
+
+def _is_plain(default: Any) -> bool:
+    return isinstance(default, (bool, int, float, str))
 
 
 def table() -> str:

@@ -20,9 +20,12 @@ from experiments.data import Images
 from fedlora_jax import lora, partition, signatures
 from fedlora_jax.clients import Population
 from fedlora_jax.lora import Adapter, Params
+from fedlora_jax.signatures import Signature
+from models import vit
 from models.pretrained import Pretrained, load_vit
 from models.vit import normalise
 
+VIEWS = 16  # random halves of its data that describe each client in training
 NANO = Path(__file__).parent / "data" / "nano_glyphs.npz"
 
 
@@ -43,7 +46,7 @@ class Problem(NamedTuple):
     images: Images
     pretrained: Pretrained
     base: Params
-    train: tuple[Array, Array]  # x [n, H, W, 3] uint8, y [n]
+    train: tuple[Array, Array]  # x [n, H, W, 3] uint8 (or tokens [n, ...], where the model begins later), y [n]
     test: tuple[Array, Array, Array]  # x, y, domain
     clients: Clients  # every array with a leading axis of seeds
     adapters: Adapter  # [seeds, ...]
@@ -58,9 +61,12 @@ def build(config: Config) -> Problem:
     # Everything that can be refused is looked at on the host first; only then does anything compile.
     make_optimizer(config)
     images = data.load(config.data)
+    if config.validation:
+        images = data.validation(images, config.validation)
     side = config.image_size or _side(images)
     pretrained = load_vit(NANO if config.weights == "nano" else config.weights, len(images.classes), side)
-    base = pretrained.params
+    stem, top = _cut(pretrained, config.adapt_last)
+    base = top.params
     new = partial(
         lora.new, params=base, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
     )
@@ -69,7 +75,8 @@ def build(config: Config) -> Problem:
     made = [_clients(config, images, train_rows, test_rows, seed) for seed in config.seeds]
 
     images, base = data.resized(images, side), jax.device_put(base)
-    loss_fn, correct_fn = objectives(pretrained)
+    inputs = images.x if stem is None else _applied(stem, images.x)
+    loss_fn, correct_fn = objectives(top)
     features = frozen_features(pretrained, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
@@ -78,8 +85,8 @@ def build(config: Config) -> Problem:
         images=images,
         pretrained=pretrained,
         base=base,
-        train=(jnp.asarray(images.x[train_rows]), jnp.asarray(images.y[train_rows])),
-        test=tuple(jnp.asarray(a[test_rows]) for a in (images.x, images.y, images.domain)),  # type: ignore[arg-type]
+        train=(jnp.asarray(inputs[train_rows]), jnp.asarray(images.y[train_rows])),
+        test=tuple(jnp.asarray(a[test_rows]) for a in (inputs, images.y, images.domain)),  # type: ignore[arg-type]
         clients=stacked,
         adapters=jax.vmap(new)(keys),
         keys=keys,
@@ -98,11 +105,11 @@ def build(config: Config) -> Problem:
 
 
 def objectives(pretrained: Pretrained) -> tuple[Callable, Callable]:
-    """Cross-entropy of a batch, and which predictions are right, for images as uint8."""
-    model, mean, std = pretrained.model, pretrained.mean, pretrained.std
+    """Cross-entropy of a batch, and which predictions are right, for images as uint8 (or tokens of a stem)."""
+    model = pretrained.model
 
     def logits(base: Params, adapter: Adapter, x: Array) -> Array:
-        return model.apply(lora.variables(base, adapter), normalise(x, mean, std))[0]  # type: ignore[index]
+        return model.apply(lora.variables(base, adapter), _inputs(pretrained, x))[0]  # type: ignore[index]
 
     def loss_fn(base, adapter, batch, key):
         x, y = batch
@@ -129,7 +136,8 @@ def domain_accuracies(problem: Problem, correct: np.ndarray) -> dict[str, float]
     return {name: float(np.mean(correct[domain == j])) for j, name in enumerate(problem.images.domains)}
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config, lr: float | Array | None = None) -> optax.GradientTransformation:
+    """The local optimizer, at the configured learning rate or at another (which may be traced)."""
     makers = {
         "sgd": optax.sgd,
         "momentum": lambda lr: optax.sgd(lr, momentum=0.9),
@@ -138,7 +146,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     }
     if config.optimizer not in makers:
         raise ValueError(f"unknown optimizer {config.optimizer!r}: expected {', '.join(makers)}")
-    return makers[config.optimizer](config.lr)
+    return makers[config.optimizer](config.lr if lr is None else lr)
 
 
 def _side(images: Images) -> int:
@@ -149,17 +157,34 @@ def _side(images: Images) -> int:
 
 
 def frozen_features(pretrained: Pretrained, x: np.ndarray) -> np.ndarray:
-    model = pretrained.model
-    apply = jax.jit(
-        lambda params, x: model.apply({"params": params}, normalise(x, pretrained.mean, pretrained.std))[1]["features"]
-    )
-    params = jax.device_put(pretrained.params)
-    size = min(256, len(x))  # one shape, so one compilation: the last batch starts earlier
+    """What the frozen model makes of images, ``[n, width]``."""
+    return _applied(pretrained, x, lambda out: out[1]["features"])
+
+
+def _applied(pretrained: Pretrained, x: np.ndarray, read: Callable = lambda out: out[0]) -> np.ndarray:
+    """A model's output for all images, in batches of one size (so one compilation: the last one starts earlier)."""
+    model, params = pretrained.model, jax.device_put(pretrained.params)
+    apply = jax.jit(lambda params, x: read(model.apply({"params": params}, _inputs(pretrained, x))))
+    size = min(256, len(x))
     starts = [min(i, len(x) - size) for i in range(0, len(x), size)]
-    out = np.zeros((len(x), model.width), np.float32)
-    for i in starts:
-        out[i : i + size] = apply(params, x[i : i + size])
+    parts = {i: np.asarray(apply(params, x[i : i + size])) for i in starts}
+    out = np.zeros((len(x), *parts[0].shape[1:]), np.float32)
+    for i, part in parts.items():
+        out[i : i + size] = part
     return out
+
+
+def _inputs(pretrained: Pretrained, x: Any) -> Array:
+    return x if pretrained.model.part == "top" else normalise(x, pretrained.mean, pretrained.std)
+
+
+def _cut(pretrained: Pretrained, top: int | None) -> tuple[Pretrained | None, Pretrained]:
+    """The part of the model that runs once per image, if any, and the part that is trained."""
+    if top is None or top == pretrained.model.depth:
+        return None, pretrained
+    parts = vit.cut(pretrained.model, pretrained.params, top)
+    stem, rest = (pretrained._replace(model=model, params=params) for model, params in parts)
+    return stem, rest
 
 
 def _clients(config: Config, images: Images, train: np.ndarray, test: np.ndarray, seed: int):
@@ -183,8 +208,11 @@ def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray,
     tests = np.stack([_padded(own, widest_test) for _, own, _ in made])
     counts = np.array([[len(own) for own in tests] for _, tests, _ in made])
     ranks = np.stack([ranks for _, _, ranks in made])
-    describe = lambda r, s: _signatures(jnp.asarray(features), jnp.asarray(labels), r, s, config.clients, classes)
-    population = Population(*map(jnp.asarray, (rows, sizes, ranks, jax.vmap(describe)(rows, sizes))))
+    describe = lambda *row: _signatures(
+        jnp.asarray(features), jnp.asarray(labels), *row, config.clients, classes, config.signature
+    )
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(jnp.asarray(config.seeds))
+    population = Population(*map(jnp.asarray, (rows, sizes, ranks)), jax.vmap(describe)(rows, sizes, keys))
     return Clients(population, jnp.asarray(tests), jnp.asarray(counts))
 
 
@@ -192,12 +220,35 @@ def _padded(parts: list[np.ndarray], width: int) -> np.ndarray:
     return np.stack([np.concatenate([part, np.zeros(width - len(part), int)]) for part in parts]).astype(np.int32)
 
 
-def _signatures(features: Array, labels: Array, rows: Array, sizes: Array, training: int, classes: int) -> Array:
-    """Signatures of all clients, standardised over the training ones alone."""
-    one = lambda r, size: signatures.moments(features[r], labels[r], jnp.arange(r.shape[0]) < size, classes)
-    moments = jax.vmap(one)(rows, sizes)
-    stats = signatures.standard(jax.tree.map(lambda x: x[:training], moments))
-    return signatures.signatures(moments, stats)
+def _signatures(
+    features: Array, labels: Array, rows: Array, sizes: Array, key: Array, training: int, classes: int, kind: str
+):
+    """Signatures of all clients in all views, standardised over the training ones alone."""
+    one = lambda key, r, size: signatures.views(
+        key, features[r], labels[r], jnp.arange(r.shape[0]) < size, classes, VIEWS
+    )
+    moments = jax.vmap(one)(jax.random.split(key, rows.shape[0]), rows, sizes)
+    stats = signatures.standard(jax.tree.map(lambda x: x[:training, 0], moments))
+    return _told(signatures.signatures(moments, stats), key, training, kind)
+
+
+def _told(true: Signature, key: Array, training: int, kind: str) -> Signature:
+    """What the server is told instead of the true signatures ``[N + K, 1 + V, ...]``."""
+    match kind:
+        case "label_free":
+            return signatures.label_free(true)
+        case "noisy":
+            return signatures.noisy(key, true, 0.3)
+        case "constant":  # everybody is the mean training client
+            return jax.tree.map(lambda x: jnp.broadcast_to(x[:training, :1].mean(0), x.shape), true)
+        case "shuffled":  # everybody is somebody else, training and unseen clients among themselves
+            around = lambda x: jnp.concatenate([jnp.roll(x[:training], 1, 0), jnp.roll(x[training:], 1, 0)])
+            return jax.tree.map(around, true)
+        case "random":  # a name tag: fixed, and of the right size and spread, but about nothing
+            keys = jax.random.split(key, len(true))
+            tag = lambda key, x: x.mean() + x.std() * jax.random.normal(key, (x.shape[0], 1, x.shape[2]))
+            return Signature(*(jnp.broadcast_to(tag(k, x), x.shape) for k, x in zip(keys, true, strict=True)))
+    return true
 
 
 def _hash_tree(tree: Any) -> str:

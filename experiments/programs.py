@@ -38,7 +38,7 @@ class Programs(NamedTuple):
 
 def make(config: Config, problem: Problem, method: Method) -> Programs:
     participants = config.clients_per_round or config.clients
-    chunk, seeds_at_once = _layout(config, participants)
+    chunk, seeds_at_once = layout(config, participants)
     optimizer = make_optimizer(config)
     round_fn = rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk)
     step = rounds.make_step(
@@ -47,6 +47,7 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
         steps=config.local_steps,
         batch=config.batch,
         smallest=problem.smallest,
+        query=method.query,
     )
     block = rounds.scan_rounds(step, config.eval_every)
     score = rounds.make_evaluate(method, problem.correct_fn, problem.loss_fn, optimizer)
@@ -88,7 +89,7 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
     return Programs(jax.jit(start), jax.jit(train, donate_argnums=3), jax.jit(evaluate))
 
 
-def _layout(config: Config, participants: int) -> tuple[int | None, int]:
+def layout(config: Config, participants: int) -> tuple[int | None, int]:
     """How many clients and seeds run side by side: everything on an accelerator, little on a CPU's caches."""
     seeds = len(config.seeds)
     if jax.default_backend() != "cpu":

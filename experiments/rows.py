@@ -37,6 +37,7 @@ class Rows:
                 row["clients"] = ids[s, t].tolist()
                 row["loss"] = float(info.loss[s, t].mean())
                 row |= {key: float(x[s, t]) for key, x in info.aggregation._asdict().items()}
+                row |= {key: float(x[s, t]) for key, x in info.learned.items()}
                 row["bytes_up"], row["bytes_down"] = self._bytes(s, ids[s, t])
                 if t == block - 1:
                     row |= self._accuracies(jax.tree.map(lambda x, s=s: x[s], scores), end == self._config.rounds)

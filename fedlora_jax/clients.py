@@ -17,17 +17,20 @@ class Population(NamedTuple):
     rows: Array  # [N, n_max] row numbers of each client's examples, padded at the end with any valid row
     sizes: Array  # [N] how many of them are the client's
     ranks: Array  # [N]
-    signatures: Array  # [N, m]
+    signatures: Any = ()  # a Signature [N, 1 + V, ...]: view 0 describes all of a client's data, the others random parts of it
 
-    def cohort(self, ids: Array, memory: Memory, batches: Any = ()) -> Cohort:
-        """The clients ``ids``, weighted by how many examples they hold."""
+    def cohort(
+        self, ids: Array, memory: Memory, batches: Any = (), queries: Any = (), views: Array | int = 0
+    ) -> Cohort:
+        """The clients ``ids``, weighted by how many examples they hold, each under one view of its signature."""
         return Cohort(
             ids=ids,
             weights=self.sizes[ids].astype(jnp.float32),
             ranks=self.ranks[ids],
-            signatures=self.signatures[ids],
+            signatures=jax.tree.map(lambda x: x[ids, views], self.signatures),
             memory=jax.tree.map(lambda x: x[ids], memory),
             batches=batches,
+            queries=queries,
         )
 
 
@@ -40,6 +43,19 @@ def sample_ids(key: Array, clients: int, participants: int) -> Array:
     return jax.random.permutation(key, clients)[:participants]
 
 
+def sample_views(key: Array, population: Population, ids: Array) -> Array:
+    """``[C]`` which view of its signature each client shows: a random part of its data, where there are parts.
+
+    A generator that never sees the same signature twice cannot learn clients by heart.
+    """
+    arrays = jax.tree.leaves(population.signatures)
+    parts = arrays[0].shape[1] - 1 if arrays else 0
+    if parts == 0:
+        return jnp.zeros_like(ids)
+    one = lambda id_: jax.random.randint(jax.random.fold_in(jax.random.fold_in(key, id_), 1), (), 1, 1 + parts)
+    return jax.vmap(one)(ids)
+
+
 def sample_batches(
     key: Array, data: Any, population: Population, ids: Array, steps: int, batch: int, smallest: int
 ) -> Any:
@@ -47,20 +63,43 @@ def sample_batches(
 
     A client's draw depends on ``key`` and its id alone, not on who else takes part.
     """
+    return sample_apart(key, data, population, ids, steps, batch, smallest, 0)[0]
 
-    def one(id_: Array) -> Array:
-        return sample_rows(
-            jax.random.fold_in(key, id_), population.rows[id_], population.sizes[id_], steps, batch, smallest
-        )
 
-    rows = jax.vmap(one)(ids)
-    return jax.tree.map(lambda x: x[rows], data)
+def sample_apart(
+    key: Array, data: Any, population: Population, ids: Array, steps: int, batch: int, smallest: int, query: int
+) -> tuple[Any, Any]:
+    """``sample_batches``, and ``[C, query, ...]`` examples that are in none of these batches.
+
+    A client sets at most a quarter of its examples apart, at least one, others in every draw; a client with fewer than
+    ``query`` of them repeats them.
+    """
+    if query and smallest < 2:
+        raise ValueError("a client with one example has none to keep apart: raise the minimum to 2, or query to 0")
+
+    def one(id_: Array) -> tuple[Array, Array]:
+        own, rows, size = jax.random.fold_in(key, id_), population.rows[id_], population.sizes[id_]
+        if not query:
+            return sample_rows(own, rows, size, steps, batch, smallest), jnp.zeros(0, rows.dtype)
+        apart = lambda n: jnp.maximum(1, jnp.minimum(query, n // 4))
+        rows = rows[_shuffled(jax.random.fold_in(own, 1), rows.shape[0], size, 1)[0]]
+        kept, held = size - apart(size), apart(size)
+        queries = rows[kept + jnp.arange(query) % held]
+        return sample_rows(own, rows, kept, steps, batch, smallest - max(1, min(query, smallest // 4))), queries
+
+    batches, queries = jax.vmap(one)(ids)
+    examples = lambda rows: jax.tree.map(lambda x: x[rows], data)
+    return examples(batches), examples(queries) if query else ()
 
 
 def sample_rows(key: Array, rows: Array, size: Array, steps: int, batch: int, smallest: int) -> Array:
     """Row numbers ``[steps, batch]`` for one client (see ``sample_batches``)."""
-    epochs = -(-steps * batch // smallest)
-    scores = jax.random.uniform(key, (epochs, rows.shape[0]))
-    order = jnp.argsort(jnp.where(jnp.arange(rows.shape[0]) < size, scores, jnp.inf), axis=1)  # padding comes last
+    order = _shuffled(key, rows.shape[0], size, -(-steps * batch // smallest))
     position = jnp.arange(steps * batch)
     return rows[order[position // size, position % size]].reshape(steps, batch)
+
+
+def _shuffled(key: Array, width: int, size: Array, times: int) -> Array:
+    """``[times, width]``: permutations of the first ``size`` numbers, the others after them."""
+    scores = jax.random.uniform(key, (times, width))
+    return jnp.argsort(jnp.where(jnp.arange(width) < size, scores, jnp.inf), axis=1)

@@ -26,9 +26,10 @@ class Cohort(NamedTuple):
     ids: Array  # [C] row of each client in the population; -1 for nobody in particular
     weights: Array  # [C] p_c; make_round scales them to sum to one
     ranks: Array  # [C] columns of a (rows of b) each client may use
-    signatures: Array  # [C, m] what the server knows of each client's data; m may be 0
+    signatures: Any  # [C, ...] what the server knows of each client's data (a Signature), or ()
     memory: Memory = ()  # [C, ...] what each client keeps between rounds
     batches: Any = ()  # [C, T, B, ...] data of T local steps
+    queries: Any = ()  # [C, Q, ...] data that a client keeps apart from them, to judge its model by
 
 
 class Dispatch(NamedTuple):
@@ -70,6 +71,25 @@ def keep_memory(memory: Memory, sent: Adapter, received: Adapter) -> Memory:
     return memory
 
 
+class Slope(NamedTuple):
+    """How one client trains, and finds out how its start should have been different (``fedlora_jax.meta``)."""
+
+    train: Callable[[Callable, Callable, Adapter], tuple[Adapter, Any, Any]]  # (tune, judge, start) ->
+    #   (adapter, trace, slope): tune takes a start through the local steps, judge is the loss on examples apart
+    passes: Callable[[int], int]  # local steps -> forward and backward computations of a batch, all in all
+
+
+no_slope = Slope(lambda tune, judge, start: (*tune(start), ()), lambda steps: steps)
+
+
+def no_learning(state: State, cohort: Cohort, slopes: Any) -> State:
+    return state
+
+
+def no_report(state: State) -> dict[str, Array]:
+    return {}
+
+
 def same_both_ways(own: Adapter, cohort: list[Adapter]) -> Traffic:
     return Traffic(up=own, down=own)
 
@@ -87,6 +107,10 @@ class Method(NamedTuple):
       remember: ``(memory, sent adapter, received adapter) -> memory``, on one client, after its local steps.
       traffic: ``(own, cohort) -> Traffic`` for one client that holds the adapter ``own`` in a cohort whose
         members hold the adapters ``cohort``.
+      slope: what clients tell beside their adapters of how their starts should have been different.
+      learn: ``(state, cohort, slopes [C, ...]) -> state``, before the aggregation: what the server learns from them.
+      report: ``(state) -> {name: scalar}``, what is worth knowing of what the server has learned.
+      query: examples that each client keeps apart in a round for ``judge``; 0 where the slope needs none.
     """
 
     init: Callable[[Array, Adapter], State]
@@ -96,6 +120,10 @@ class Method(NamedTuple):
     init_client: Callable[[Adapter], Memory] = no_memory
     remember: Callable[[Memory, Adapter, Adapter], Memory] = keep_memory
     traffic: Callable[[Adapter, list[Adapter]], Traffic] = same_both_ways
+    slope: Slope = no_slope
+    learn: Callable[[State, Cohort, Any], State] = no_learning
+    report: Callable[[State], dict[str, Array]] = no_report
+    query: int = 0
 
 
 def mean(stacked: Any, weights: Array) -> Any:
@@ -121,6 +149,6 @@ def average_client(cohort: Cohort) -> Cohort:
         ids=jnp.full((1,), -1),
         weights=jnp.ones((1,)),
         ranks=cohort.ranks.max(keepdims=True),
-        signatures=one(cohort.signatures),
+        signatures=jax.tree.map(one, cohort.signatures),
         memory=jax.tree.map(one, cohort.memory),
     )

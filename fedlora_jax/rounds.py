@@ -14,7 +14,7 @@ import optax
 from jax import Array
 
 from fedlora_jax import diagnostics
-from fedlora_jax.clients import Population, sample_batches, sample_ids
+from fedlora_jax.clients import Population, sample_apart, sample_ids, sample_views
 from fedlora_jax.diagnostics import Aggregation
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client
@@ -29,6 +29,7 @@ class Info(NamedTuple):
     ids: Array  # [C] who took part
     loss: Array  # [C] each client's task loss (penalties left out), mean over its local steps
     aggregation: Aggregation
+    learned: dict[str, Array]  # the method's own report on its new state
 
 
 class Run(NamedTuple):
@@ -46,11 +47,24 @@ class Scores(NamedTuple):
     after: Any  # after local steps from there; None where the cohort brought no batches
 
 
-def make_local(method: Method, loss_fn: LossFn, optimizer: optax.GradientTransformation) -> Callable:
-    """Local training of one client: ``(base, adapter, mask, anchor, batches [T, ...], key) -> (adapter, losses [T])``.
+class Trace(NamedTuple):
+    """What one client's local steps leave behind."""
+
+    loss: Array  # [T] of each step's batch, before the step, without penalties
+    seen: Any  # [T, ...] what ``watch`` saw after each step
+
+
+def make_local(
+    method: Method,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    watch: Callable[[Params, Adapter], Any] = lambda base, adapter: (),
+) -> Callable:
+    """Local training of one client: ``(base, adapter, mask, anchor, batches [T, ...], key) -> (adapter, Trace)``.
 
     The optimizer starts afresh. The mask is put on gradients, so that clipping by norm sees what is trained, and on
-    updates, so that weight decay and momentum cannot move what is frozen.
+    updates, so that weight decay and momentum cannot move what is frozen. Whoever differentiates several steps keeps
+    one adapter (and optimizer state) per step; what happens inside a step is computed again.
     """
 
     def local(base: Params, adapter: Adapter, mask: Adapter, anchor: Any, batches: Any, key: Array):
@@ -64,11 +78,13 @@ def make_local(method: Method, loss_fn: LossFn, optimizer: optax.GradientTransfo
 
             grads, task = jax.grad(objective, has_aux=True)(adapter)
             updates, opt_state = optimizer.update(_masked(grads, mask), opt_state, adapter)
-            return (optax.apply_updates(adapter, _masked(updates, mask)), opt_state), task
+            adapter = optax.apply_updates(adapter, _masked(updates, mask))
+            return (adapter, opt_state), Trace(task, watch(base, adapter))
 
         steps = jax.tree.leaves(batches)[0].shape[0]
-        (adapter, _), losses = jax.lax.scan(step, (adapter, optimizer.init(adapter)), (jnp.arange(steps), batches))
-        return adapter, losses
+        step = jax.checkpoint(step) if steps > 1 else step  # a single step has nothing to gain
+        (adapter, _), trace = jax.lax.scan(step, (adapter, optimizer.init(adapter)), (jnp.arange(steps), batches))
+        return adapter, trace
 
     return local
 
@@ -89,18 +105,26 @@ def make_round(
 
     def round_fn(base: Params, state: State, cohort: Cohort, key: Array) -> tuple[State, Memory, Info]:
         cohort = cohort._replace(weights=cohort.weights / jnp.maximum(cohort.weights.sum(), 1e-12))
+        if method.query and not jax.tree.leaves(cohort.queries):
+            raise ValueError("the method judges models on queries and the cohort has none: see make_step, sample_apart")
         sent = method.dispatch(base, state, cohort)
 
         def client(row):
-            id_, adapter, mask, anchor, memory, batches = row
-            received, losses = local(sent.base, adapter, mask, anchor, batches, jax.random.fold_in(key, id_))
-            return received, method.remember(memory, adapter, received), losses.mean()
+            id_, adapter, mask, anchor, memory, batches, queries = row
+            own = jax.random.fold_in(key, id_)
+            tune = lambda start: local(sent.base, start, mask, anchor, batches, own)
+            judge = lambda end: loss_fn(sent.base, end, queries, jax.random.fold_in(own, jnp.iinfo(jnp.int32).max))
+            received, trace, slope = method.slope.train(tune, judge, adapter)
+            slope = slope if slope == () else _masked(slope, mask)
+            return received, method.remember(memory, adapter, received), trace.loss.mean(), slope
 
-        rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.memory, cohort.batches)
-        received, memory, loss = map_clients(client, rows, chunk)
-        new_state = method.aggregate(base, state, cohort, sent, received)
+        rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.memory, cohort.batches, cohort.queries)
+        received, memory, loss, slopes = map_clients(client, rows, chunk)
+        learned = method.learn(state, cohort, slopes)
+        new_state = method.aggregate(base, learned, cohort, sent, received)
         after = method.dispatch(base, new_state, average_client(cohort))
-        return new_state, memory, Info(cohort.ids, loss, diagnostics.measure(sent, received, cohort.weights, after))
+        bias = diagnostics.measure(sent, received, cohort.weights, after)
+        return new_state, memory, Info(cohort.ids, loss, bias, method.report(new_state))
 
     return round_fn
 
@@ -163,7 +187,7 @@ def start(method: Method, key: Array, adapter: Adapter, clients: int) -> Run:
 
 
 def make_step(
-    round_fn: Callable, *, participants: int, steps: int, batch: int, smallest: int
+    round_fn: Callable, *, participants: int, steps: int, batch: int, smallest: int, query: int = 0
 ) -> Callable[[Params, Any, Population, Run, Array], tuple[Run, Info]]:
     """``step(base, data, population, run, key) -> (run, info)``: a whole round, sampling included.
 
@@ -172,13 +196,14 @@ def make_step(
       participants: clients per round.
       steps, batch: local steps ``T`` and batch size ``B``.
       smallest: images of the smallest client (static: it bounds how many epochs ``T * B`` images can be).
+      query: of the method. That many images are kept apart from the local steps, others each round.
     """
 
     def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
         who, draw, train = jax.random.split(jax.random.fold_in(key, run.round), 3)
         ids = sample_ids(who, population.sizes.shape[0], participants)
-        batches = sample_batches(draw, data, population, ids, steps, batch, smallest)
-        cohort = population.cohort(ids, run.memory, batches)
+        batches, queries = sample_apart(draw, data, population, ids, steps, batch, smallest, query)
+        cohort = population.cohort(ids, run.memory, batches, queries, views=sample_views(draw, population, ids))
         state, memory, info = round_fn(base, run.state, cohort, train)
         kept = jax.tree.map(lambda rows, new: rows.at[ids].set(new), run.memory, memory)
         return Run(state, kept, run.round + 1), info

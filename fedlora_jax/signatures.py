@@ -2,10 +2,13 @@
 
 The design is ours (HyperLoRA, arXiv 2606.06154, names a compact distribution signature and does not publish it):
 
-    z_c = [ P std(mu_c) ; P std(log sigma_c) ; sqrt(label histogram) ; log(1 + n_c) / 10 ]
+    shape     [P std(mu_c) ; P std(log sigma_c)]      labels   sqrt(label histogram)      amount   log(1 + n_c) / 10
 
 ``mu_c`` and ``sigma_c`` are the mean and deviation of the client's features, ``P`` a fixed Gaussian projection, and
 ``std`` standardises over training clients with sums only, so that it could be computed under secure aggregation.
+
+A client computes ``moments`` once, of all its examples and, for training, of random halves of them (``views``): a
+server that never sees the same signature twice cannot learn its clients by heart.
 """
 
 from __future__ import annotations
@@ -15,6 +18,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+
+class Signature(NamedTuple):
+    """What the server knows of a client's data."""
+
+    shape: Array  # [..., 2 * size] where its features lie and how wide they spread
+    labels: Array  # [..., classes] square roots of the shares of its classes; classes = 0: it says nothing of labels
+    amount: Array  # [..., 1]
+
+    def flat(self) -> Array:
+        """``[..., m]``, for a network to read."""
+        return jnp.concatenate(self, -1)
 
 
 class Moments(NamedTuple):
@@ -42,17 +57,45 @@ def moments(features: Array, labels: Array, valid: Array, classes: int) -> Momen
     return Moments(mean, jnp.log(deviation), histogram, valid.sum())
 
 
+def views(key: Array, features: Array, labels: Array, valid: Array, classes: int, parts: int) -> Moments:
+    """``moments`` of all valid examples, then of ``parts`` random halves of them, ``[1 + parts, ...]``.
+
+    All views give the client's full size: how much it holds is no matter of the draw.
+    """
+    half = jax.random.uniform(key, (parts, valid.shape[0])) < 0.5
+    half = half.at[:, 0].set(True)  # never nothing: the first example is always valid
+    seen = jnp.concatenate([valid[None], half & valid])
+    each = jax.vmap(lambda valid: moments(features, labels, valid, classes))(seen)
+    return each._replace(size=jnp.full(1 + parts, valid.sum()))
+
+
 def standard(clients: Moments) -> Standard:
-    """Statistics over training clients; reuse them unchanged for clients never seen."""
+    """Statistics over training clients ``[N, ...]``; reuse them unchanged for clients never seen.
+
+    From ``sum x`` and ``sum (x - mean)^2``: two secure sums.
+    """
     pair = jnp.stack([clients.mean, clients.log_deviation])  # [2, N, d]
-    return Standard(pair.mean(1), pair.std(1) + 1e-6)
+    mean = pair.sum(1) / pair.shape[1]
+    variance = jnp.sum((pair - mean[:, None]) ** 2, 1) / pair.shape[1]
+    return Standard(mean, jnp.sqrt(variance) + 1e-6)
 
 
-def signatures(clients: Moments, stats: Standard, size: int = 64) -> Array:
-    """Signatures ``[N, 2 * size + classes + 1]`` of clients' moments ``[N, ...]``."""
-    pair = jnp.stack([clients.mean, clients.log_deviation], 1)  # [N, 2, d]
+def signatures(clients: Moments, stats: Standard, size: int = 64) -> Signature:
+    """Signatures of clients' moments ``[..., d]``; ``size`` random directions for each of the two moments."""
+    pair = jnp.stack([clients.mean, clients.log_deviation], -2)  # [..., 2, d]
     scaled = (pair - stats.mean) / stats.deviation
     projection = jax.random.normal(jax.random.key(0), (pair.shape[-1], size)) / jnp.sqrt(pair.shape[-1])
-    shape = (scaled @ projection).reshape(pair.shape[0], -1)
-    amount = jnp.log1p(clients.size.astype(shape.dtype))[:, None] / 10
-    return jnp.concatenate([shape, jnp.sqrt(clients.histogram), amount], -1)
+    shape = (scaled @ projection).reshape(*pair.shape[:-2], -1)
+    return Signature(shape, jnp.sqrt(clients.histogram), jnp.log1p(clients.size.astype(shape.dtype))[..., None] / 10)
+
+
+def label_free(signature: Signature) -> Signature:
+    """The signature of a client that keeps its labels to itself."""
+    return signature._replace(labels=signature.labels[..., :0])
+
+
+def noisy(key: Array, signature: Signature, deviation: float, bound: float = 3.0) -> Signature:
+    """Every entry clipped to ``[-bound, bound]``, plus Gaussian noise of the given deviation."""
+    keys = jax.random.split(key, len(signature))
+    blur = lambda key, x: jnp.clip(x, -bound, bound) + deviation * jax.random.normal(key, x.shape, x.dtype)
+    return Signature(*map(blur, keys, signature))

@@ -11,9 +11,10 @@ see one kernel per kind (``blocks/attn/query/kernel``), not one per block.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -76,6 +77,8 @@ class ViT(nn.Module):
         longer and may run faster.
       remat: keep only the blocks' inputs for the backward pass. Same results, less memory, more arithmetic.
       dtype: of the activations.
+      part: ``whole``; or the ``stem`` (images to tokens, without final norm and head) or the ``top`` (tokens to
+        logits) of a model cut between two blocks, see ``cut``.
     """
 
     classes: int
@@ -89,9 +92,27 @@ class ViT(nn.Module):
     unroll: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
+    part: Literal["whole", "stem", "top"] = "whole"
 
     @nn.compact
     def __call__(self, images: Array) -> tuple[Array, dict[str, Array]]:
+        x = images if self.part == "top" else self._embedded(images)
+        body = nn.remat(Block, prevent_cse=self.unroll) if self.remat else Block
+        blocks = nn.scan(
+            lambda block, x, _: (block(x), None),
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+            unroll=self.depth if self.unroll else 1,
+        )
+        x, _ = blocks(body(self.heads, self.mlp_width, self.epsilon, name="blocks"), x, None)
+        if self.part == "stem":
+            return x, {}
+        x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
+        features = (x[..., 0, :] if self.pool == "cls" else x[..., 1:, :].mean(-2)).astype(jnp.float32)
+        return Dense(self.classes, name="head")(features), {"features": features}
+
+    def _embedded(self, images: Array) -> Array:
         *lead, height, width, channels = images.shape
         p = self.patch
         if height % p or width % p:
@@ -102,20 +123,22 @@ class ViT(nn.Module):
         x = Dense(self.width, name="embed")(x)
         cls = self.param("cls", nn.initializers.zeros, (1, self.width)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (*lead, 1, self.width)), x], -2)
-        x = x + self.param("pos", nn.initializers.normal(0.02), (1 + rows * columns, self.width)).astype(self.dtype)
+        return x + self.param("pos", nn.initializers.normal(0.02), (1 + rows * columns, self.width)).astype(self.dtype)
 
-        body = nn.remat(Block, prevent_cse=self.unroll) if self.remat else Block
-        blocks = nn.scan(
-            lambda block, x, _: (block(x), None),
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            length=self.depth,
-            unroll=self.depth if self.unroll else 1,
-        )
-        x, _ = blocks(body(self.heads, self.mlp_width, self.epsilon, name="blocks"), x, None)
-        x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
-        features = (x[..., 0, :] if self.pool == "cls" else x[..., 1:, :].mean(-2)).astype(jnp.float32)
-        return Dense(self.classes, name="head")(features), {"features": features}
+
+def cut(model: ViT, params: Any, top: int) -> tuple[tuple[ViT, Any], tuple[ViT, Any]]:
+    """The model as two, each with its parameters: everything before the last ``top`` blocks, and the rest.
+
+    Where adapters touch the last blocks only, the stem gives the same tokens in every step and round: compute them once
+    per image and train the top on them. ``top(stem(x))`` is the model.
+    """
+    if not 1 <= top < model.depth:
+        raise ValueError(f"cannot keep the last {top} blocks of {model.depth}: choose 1 to {model.depth - 1}")
+    first = jax.tree.map(lambda x: x[: model.depth - top], params["blocks"])
+    last = jax.tree.map(lambda x: x[model.depth - top :], params["blocks"])
+    stem = {name: params[name] for name in ("embed", "cls", "pos")} | {"blocks": first}
+    rest = {name: params[name] for name in ("norm", "head")} | {"blocks": last}
+    return (model.clone(depth=model.depth - top, part="stem"), stem), (model.clone(depth=top, part="top"), rest)
 
 
 def vit(variant: str, classes: int, **options: Any) -> ViT:

@@ -2,109 +2,250 @@
 Shanker and Sethi, 2026, arXiv 2606.06154.
 
     start      x_c = G(z_c; a, b)                         from the client's signature z_c and the global adapter
-    aggregate  (a, b) = C(S({a_c, b_c, p_c, z_c}))         in product space, with a residual correction
+    aggregate  (a, b) = C(S({a_c, b_c, p_c, z_c}))        in product space, with a residual correction
 
-The paper's architecture and objective are not public; ``hyper.py`` holds our design. Here all parts learn online by
-*displacement*, from what a real server has: with x_c the start and y_c what client c sent back, the direction
-p_c (x_c - y_c) is pulled back through G and through the aggregation of the *previous* round's uploads (the rule of
-Reptile and pFedHN). No client data, no extra upload but the signature.
+The paper's architecture and objective are not public; ``fedlora_jax/hyper`` holds our design. Written as one map
+``Phi(theta, uploads of the last round, z) -> {x_c}``, all three parts learn by the same rule, whatever is known of how the starts
+should have been different (a *slope*, ``fedlora_jax/meta.py``):
+
+    theta <- theta - Adam( (d Phi / d theta)^T {p_c slope_c} )
+
+so aggregation is judged by the next round, which starts from it. ``displacement`` asks nothing of a client but its upload,
+``first_order`` a gradient on examples kept apart, ``exact`` the derivative through its local steps.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
-from fedlora_jax import hyper, lora
-from fedlora_jax.hyper import Theta
+from fedlora_jax import lora, meta, method, product
+from fedlora_jax.hyper import corrector, generator, synthesizer
+from fedlora_jax.hyper.corrector import Corrector
+from fedlora_jax.hyper.generator import Form, Generator
+from fedlora_jax.hyper.networks import per_layer, places
+from fedlora_jax.hyper.synthesizer import Synthesizer, Uploads
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import About, Dispatch, Method, Traffic
+from fedlora_jax.signatures import Signature
 
 ABOUT = About(
     "HyperLoRA", "Gupta et al. 2026 (our design)", "2606.06154", "a, b, head", "a, b, head; signature up", "to rank r"
 )
 
+Mode = Literal["displacement", "first_order", "exact", "frozen"]
 
-class Uploads(NamedTuple):
-    """What the server got in a round and what it needs to aggregate it once more."""
 
-    received: Adapter  # [C, ...]
-    weights: jax.Array  # [C], summing to one
-    signatures: jax.Array  # [C, m]
-    previous: Adapter  # the global adapter then in force
+class Theta(NamedTuple):
+    """Everything that is meta-learned."""
+
+    generator: Generator
+    synthesizer: Synthesizer
+    corrector: Corrector
 
 
 class HyperLoRAState(NamedTuple):
-    """adapter: the global one, C(S(last)). theta: parameters of G, S, C. meta: their optimizer's state."""
+    """adapter: the global one, C(S(last)). theta: parameters of G, S, C. meta: their optimizer's state. last: the latest
+    round's uploads. center: mean signature of the cohorts so far."""
 
     adapter: Adapter
     theta: Theta
     meta: Any
     last: Uploads
-    round: jax.Array
+    center: Signature
+    round: Array
 
 
 def hyperlora(
-    participants: int, signature_size: int, lr: float = 3e-4, lr_server: float = 3e-4, warmup: int = 3
+    participants: int,
+    signature: Signature,
+    mode: Mode = "displacement",
+    form: Form = "mix",
+    lr: float = 1e-4,
+    lr_head: float = 3e-2,
+    lr_server: float = 3e-4,
+    lr_step: float = 0.1,
+    warmup: int = 3,
+    query: int = 16,
+    kappa: float = 0.0,
+    personal: int = 0,
+    theta: Theta | None = None,
 ) -> Method:
-    """HyperLoRA, trained online by displacement.
+    """HyperLoRA.
 
     Args:
       participants: clients per round; the state keeps one round of uploads.
-      signature_size: length m of the signatures.
-      lr: of the generator (AdamW, weight decay 1e-4).
-      lr_server: of the synthesizer and the corrector (Adam).
+      signature: one client's, only its shapes are read.
+      mode: which slope theta learns from; ``frozen``: theta stays as it is.
+      form: of G's low-rank part.
+      lr, lr_head: of G's two networks (AdamW, weight decay 1e-4); 0 switches that part off.
+      lr_server: of all else in S and C (Adam).
+      lr_step: of S's server steps (Adam).
       warmup: rounds before anything is learned, in which the method is FlexLoRA with balanced, aligned factors.
+      query: examples a client keeps apart in a round, where the mode needs them.
+      kappa: weight of the loss at the start itself, before local steps; needs examples kept apart.
+      personal: rank of the update that a client keeps for itself and that C may add to its next start; 0: none.
+      theta: parameters learned elsewhere.
+
+    Raises:
+      ValueError: an unknown mode, a rank or weight below 0, or (when a round is traced) signatures of another size
+        than theta was learned for.
     """
-    if signature_size < 1:
-        raise ValueError("hyperlora needs signatures: got signature_size 0; see fedlora_jax.signatures")
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.partition(
-            {"generator": optax.adamw(lr, weight_decay=1e-4), "server": optax.adam(lr_server)},
-            Theta("generator", "generator", "server", "server", "server", "server"),  # type: ignore[arg-type]
-        ),
-    )
+    _check(mode, kappa, personal, signature)
+    slope = {**meta.SLOPES, "frozen": method.no_slope}[mode]
+    tx = _optimizer(lr, lr_head, lr_server, lr_step)
 
     def init(key, adapter):
-        theta = hyper.init(key, adapter, signature_size)
+        keys = jax.random.split(key, 3)
+        fresh = Theta(
+            generator.init(keys[0], adapter, signature, form),
+            synthesizer.init(keys[1], adapter, signature),
+            corrector.init(keys[2], adapter, signature),
+        )
+        if theta is not None:
+            _check_fits(theta, fresh)
         stack = lambda x: jnp.broadcast_to(x, (participants, *x.shape)) * 1
+        nobody = jax.tree.map(jnp.zeros_like, Signature(*map(jnp.asarray, signature)))
         weights = jnp.ones(participants) / participants  # not jnp.full: its weak type would compile round two anew
-        last = Uploads(jax.tree.map(stack, adapter), weights, jnp.zeros((participants, signature_size)), adapter)
-        return HyperLoRAState(adapter, theta, tx.init(theta), last, jnp.zeros((), jnp.int32))
+        last = Uploads(jax.tree.map(stack, adapter), weights, jax.tree.map(stack, nobody), adapter)
+        own = fresh if theta is None else theta
+        return HyperLoRAState(adapter, own, tx.init(own), last, nobody, jnp.zeros((), jnp.int32))
+
+    def starts(theta, state, adapter, cohort):
+        """G, and the personal part of C."""
+        rows = generator.generate(theta.generator, cohort.signatures, state.center, adapter, form)
+        return corrector.personalise(theta.corrector, cohort.signatures, rows, cohort.memory) if personal else rows
 
     def dispatch(base, state, cohort):
+        _check_signatures(cohort.signatures, state.center)
         mask = lora.rank_mask(state.adapter, cohort.ranks)
-        rows = hyper.generate(state.theta, cohort.signatures, state.adapter)
-        rows = jax.tree.map(jnp.multiply, rows, mask)
+        rows = jax.tree.map(jnp.multiply, starts(state.theta, state, state.adapter, cohort), mask)
         return Dispatch(base, rows, mask, anchor=rows)
 
+    def learn(state, cohort, slopes):
+        """One step of theta against the slopes (none during warm-up)."""
+        # Whoever differentiates a round takes what theta learns in it as given.
+        frozen, cohort, slopes = jax.lax.stop_gradient((state, cohort, slopes))
+        phi = lambda theta: starts(theta, frozen, aggregated(theta, frozen.last), cohort)
+        _, pull = jax.vjp(phi, frozen.theta)
+        (grads,) = pull(jax.tree.map(lambda g: jnp.einsum("c,c...->c...", cohort.weights, g), slopes))
+        updates, moments = tx.update(grads, frozen.meta, frozen.theta)
+        keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(state.round >= warmup, x, y), new, old)
+        theta: Any = optax.apply_updates(state.theta, keep(updates, jax.tree.map(jnp.zeros_like, updates)))
+        return state._replace(theta=theta, meta=keep(moments, frozen.meta))
+
     def aggregate(base, state, cohort, sent, received):
-        # Whoever differentiates a round takes what theta learned in it as given.
-        updates, meta = learn(*jax.lax.stop_gradient((state, cohort, sent.adapter, received)))
-        theta: Any = optax.apply_updates(state.theta, updates)
-        uploads = Uploads(received, cohort.weights, cohort.signatures, state.adapter)
-        return HyperLoRAState(hyper.synthesize(theta, *uploads), theta, meta, uploads, state.round + 1)
+        last = Uploads(received, cohort.weights, cohort.signatures, state.adapter)
+        step = lambda old, z: old + (method.mean(z, cohort.weights) - old) / (state.round + 1)
+        center = jax.tree.map(step, state.center, cohort.signatures)
+        return HyperLoRAState(aggregated(state.theta, last), state.theta, state.meta, last, center, state.round + 1)
 
-    def learn(state, cohort, started, received):
-        """One step against the displacement: what to add to theta (nothing during warm-up)."""
-
-        def starts(theta):
-            return hyper.generate(theta, cohort.signatures, hyper.synthesize(theta, *state.last))
-
-        p = cohort.weights
-        pull = lambda x, y: jnp.einsum("c,c...->c...", p, x - y)
-        _, vjp = jax.vjp(starts, state.theta)
-        (grads,) = vjp(jax.tree.map(pull, started, received))
-        updates, meta = tx.update(grads, state.meta, state.theta)
-        learning = state.round >= warmup
-        keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(learning, x, y), new, old)
-        return keep(updates, jax.tree.map(jnp.zeros_like, updates)), keep(meta, state.meta)
+    def report(state):
+        rows = generator.generate(state.theta.generator, state.last.signatures, state.center, state.adapter, form)
+        return _gates(state.theta, state.last) | {"personal_start": _spread(rows, state.adapter)}
 
     def traffic(own, cohort):
-        return Traffic(up=(own, jnp.zeros(signature_size)), down=own)
+        gradient = () if mode in ("displacement", "frozen") else own
+        return Traffic(up=(own, gradient, signature), down=own)
 
-    return Method(init, dispatch, aggregate, traffic=traffic)
+    full = Method(
+        init,
+        dispatch,
+        aggregate,
+        traffic=traffic,
+        slope=meta.also_at_the_start(slope, kappa) if kappa else slope,
+        learn=method.no_learning if mode == "frozen" else learn,
+        query=query if kappa or mode in ("exact", "first_order") else 0,
+        report=report,
+    )
+    if not personal:
+        return full
+    return full._replace(
+        init_client=lambda adapter: corrector.nothing_personal(adapter, personal),
+        remember=lambda memory, sent, received: corrector.own_update(sent, received, personal),
+    )
+
+
+def aggregated(theta: Theta, uploads: Uploads) -> Adapter:
+    """The new global adapter: S, then C."""
+    low_rank, full = synthesizer.synthesize(theta.synthesizer, uploads)
+    return lora.unflatten({**full, **corrector.correct(theta.corrector, uploads, low_rank)})
+
+
+def parameters(theta: Theta) -> dict[str, int]:
+    """Numbers in each part."""
+    return {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in theta._asdict().items()}
+
+
+def _gates(theta: Theta, last: Uploads) -> dict[str, Array]:
+    """How far S and C are from FlexLoRA (steps 1, all else 0), mean over kernels and layers of absolute values."""
+    z, old, new = last.signatures.flat(), lora.flatten(last.previous), lora.flatten(last.received)
+    rows = []
+    for place in places(last.previous):
+        feat = synthesizer.features(new[place.name], last.weights, old[place.name])
+        context = jnp.concatenate([per_layer(z, place.layers), feat], -1)
+        w = synthesizer.client_weights(theta.synthesizer, last.weights, context, place)
+        p = last.weights.reshape(-1, *(1,) * len(place.layers))
+        gamma, _ = corrector.gates(theta.corrector, feat, last.weights, place)
+        g = jnp.tanh(theta.synthesizer.gains[place.name]) / 4
+        eta = synthesizer.server_step(theta.synthesizer.steps[place.name])
+        rows.append([eta.mean(), jnp.abs(w - p).sum(0).mean(), jnp.abs(g).sum(-1).mean(), jnp.abs(gamma).mean()])
+    means = [jnp.stack(column).mean() for column in zip(*rows, strict=True)]
+    return dict(zip(("server_step", "reweighting", "gain", "correction"), means, strict=True))
+
+
+def _spread(rows: Adapter, adapter: Adapter) -> Array:
+    """How far the starts of a cohort are from the global adapter, |x_c - x| / |x| over all products together."""
+    squares = []
+    for x, rows_ in zip(lora.low_rank_leaves(adapter), lora.low_rank_leaves(rows), strict=True):
+        apart = jax.vmap(lambda row, x=x: product.norm(product.difference(row, x)))(rows_)
+        squares.append([jnp.sum(apart**2) / apart.shape[0], jnp.sum(product.norm(x) ** 2)])
+    apart, size = (jnp.stack(column).sum() for column in zip(*squares, strict=True))
+    return product.safe_sqrt(apart / jnp.maximum(size, 1e-30))
+
+
+def _optimizer(lr: float, lr_head: float, lr_server: float, lr_step: float) -> optax.GradientTransformation:
+    rates = {
+        "generator": optax.adamw(lr, weight_decay=1e-4),
+        "head": optax.adamw(lr_head, weight_decay=1e-4),
+        "networks": optax.adam(lr_server),
+        "numbers": optax.adam(lr_step),
+    }
+    labels: Any = Theta(
+        Generator("generator", "generator", "head"),  # type: ignore[arg-type]
+        Synthesizer("networks", "numbers", "networks"),  # type: ignore[arg-type]
+        Corrector("networks", "networks"),
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(rates, labels))
+
+
+def _check(mode: str, kappa: float, personal: int, signature: Signature) -> None:
+    if mode not in (*meta.SLOPES, "frozen"):
+        raise ValueError(f"mode must be {', '.join(meta.SLOPES)} or frozen, got {mode!r}")
+    if kappa < 0 or personal < 0:
+        raise ValueError(f"kappa and personal must be at least 0, got {kappa} and {personal}")
+    if not isinstance(signature, Signature):
+        raise ValueError(f"hyperlora needs a Signature, got {type(signature).__name__}; see fedlora_jax.signatures")
+
+
+def _check_signatures(signatures: Signature, expected: Signature) -> None:
+    got, want = ([x.shape[-1] for x in z] for z in (signatures, expected))
+    if got != want:
+        raise ValueError(
+            f"signatures have {got} numbers (shape, labels, amount), the generator was made for {want}: "
+            "describe clients as it was trained, or train another"
+        )
+
+
+def _check_fits(theta: Theta, expected: Theta) -> None:
+    shapes = lambda t: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(t)}
+    got, want = shapes(theta), shapes(expected)
+    wrong = [f"{k}: got {got.get(k)}, expected {want[k]}" for k in want if got.get(k) != want[k]]
+    if wrong:
+        raise ValueError(
+            f"theta was learned for another signature or adapter ({len(wrong)} arrays differ): {'; '.join(wrong[:3])}"
+        )

@@ -1,0 +1,242 @@
+"""How much local work a method needs: accuracy against the number of local steps, learning rates chosen fairly.
+
+For every method and every budget ``E`` (local steps of a round):
+
+1. on a part of the training images set apart, and on other seeds, the learning rate of the grid is chosen, and whether clients
+   use a model as it is sent or after ``E`` more steps on their own images: whatever serves all clients best;
+2. with these, fresh runs on all training images are scored on the test images: training clients and clients never
+   seen, after 0, 1, 2, 5 and 10 local steps.
+
+What is charged: ``passes`` per client and round, one for the forward and backward computation of one batch: ``E`` for the
+local steps, one for each gradient on examples kept apart, and what differentiating through local steps adds
+(``exact``: a further backward pass of each step, and with several steps its computation anew).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from experiments import budget_figures, methods, problem, programs, record, summary
+from experiments.figures import png
+from experiments.compare import describe, facts_of
+from experiments.config import Config, check
+from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
+from fedlora_jax import rounds
+from fedlora_jax.clients import sample_batches
+from fedlora_jax.method import Method, average_client
+from fedlora_jax.rounds import Run
+
+TAUS = (0, 1, 2, 5, 10)
+SHARE = 0.25  # of the training images: what learning rates are chosen on
+
+
+class Outcome(NamedTuple):
+    """One method under one budget, for every seed."""
+
+    clients: Array  # [seeds, taus, N + K] accuracy of each client after tau local steps
+    personal: Array  # [seeds, blocks] mean over training clients, as sent, after each block of rounds
+    overall: Array  # [seeds, blocks] accuracy of the global model, mean over test images
+
+
+class Plan:
+    """A budget experiment that has been checked: nothing is compiled or written yet."""
+
+    def __init__(self, config: Config):
+        check(config)
+        if not config.holdout_clients:
+            raise ValueError("a budget experiment serves clients never seen: --holdout-clients must be at least 1")
+        for name in config.methods:
+            methods.about(name)
+        self.config = config
+        self.folder = Path(config.out or f"runs/budget-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        record.check_folder(self.folder, resume=False)
+        validation = dataclasses.replace(config, validation=SHARE, seeds=config.tuning_seeds)
+        self.problems = {"validation": problem.build(validation), "test": problem.build(config)}
+        self.about = {
+            "command": "budget",
+            "config": config.identity(),
+            "record": self.problems["test"].record,
+            **describe(),
+            "date": f"{datetime.date.today()}",
+        }
+        self.built = {name: methods.build(name, **facts_of(config, self.problems["test"])) for name in config.methods}
+
+    def execute(self) -> Path:
+        config, entries = self.config, []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=len(config.methods) * sum(config.budgets), unit="step", dynamic_ncols=True) as bar:
+            for name in config.methods:
+                for steps in config.budgets:
+                    bar.set_description(f"{name}, {steps} local steps")
+                    entries.append(self._entry(name, steps))
+                    self._write(entries)
+                    bar.update(steps)
+        print(f"\n{table(self._result(entries))}\n\n{self.folder / 'budget.json'}")
+        return self.folder
+
+    def _entry(self, name: str, steps: int) -> dict[str, Any]:
+        config, method = dataclasses.replace(self.config, local_steps=steps), self.built[name]
+        scores: dict[tuple[float, int], float] = {}
+        run = program(config, self.problems["validation"], method)
+        for rate in config.lrs:
+            clients = np.asarray(run(rate).clients)
+            scores |= {(rate, t): float(np.nanmean(clients[:, TAUS.index(t)])) for t in (0, steps)}
+        lr, tau = max(scores, key=scores.__getitem__)
+        result = jax.device_get(program(config, self.problems["test"], method)(lr))
+        return {"method": name, "about": methods.about(name)._asdict(), "steps": steps, "lr": lr, "tau": tau,
+                "validation": [{"lr": r, "tau": t, "accuracy": a} for (r, t), a in scores.items()],
+                "passes": method.slope.passes(steps), **_numbers(config, result)}  # fmt: skip
+
+    def _result(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"schema": 1, **self.about, "taus": TAUS, "entries": entries, "claims": claims(entries)}
+
+    def _write(self, entries: list[dict[str, Any]]) -> None:
+        result = self._result(entries)
+        record.write_json(self.folder / "budget.json", result)
+        for name, figure in budget_figures.draw(result).items():
+            record.write_atomically(self.folder / f"{name}.png", png(figure))
+
+
+def program(config: Config, p: Problem, method: Method) -> Callable[[float], Outcome]:
+    """All rounds of all seeds and their scores as one jitted function of the learning rate."""
+    participants = config.clients_per_round or config.clients
+    chunk, seeds_at_once = programs.layout(config, participants)
+    n = config.clients
+    x, y, _ = p.test
+
+    def one(lr: Array, row) -> Outcome:
+        clients, adapter, key = row
+        optimizer = make_optimizer(config, lr)
+        round_fn = rounds.make_round(method, p.loss_fn, optimizer, chunk=chunk)
+        step = rounds.make_step(
+            round_fn, participants=participants, steps=config.local_steps, batch=config.batch,
+            smallest=p.smallest, query=method.query,
+        )  # fmt: skip
+        block = rounds.scan_rounds(step, config.eval_every)
+        correct = lambda base, adapter, rows: p.correct_fn(base, adapter, (x[rows], y[rows]))
+
+        def served(run: Run, steps: int) -> Array:
+            """Accuracy of all clients, as sent and after each of ``steps`` local steps, ``[1 + steps, N + K]``."""
+            everybody = jnp.arange(n + config.holdout_clients)
+            fresh = rounds.start(method, key, adapter, config.holdout_clients).memory
+            memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh)
+            sent = method.dispatch(p.base, run.state, clients.population.cohort(everybody, memory))
+            draw = jax.random.fold_in(key, 1)
+            batches = sample_batches(
+                draw, p.train, clients.population, everybody, max(1, steps), config.batch, p.smallest
+            )
+
+            def client(row) -> Array:
+                start, mask, anchor, batches, own = row
+                first = correct(sent.base, start, own)[None]
+                if not steps:
+                    return first
+                local = rounds.make_local(method, p.loss_fn, optimizer, lambda base, now: correct(base, now, own))
+                _, trace = local(sent.base, start, mask, anchor, batches, key)
+                return jnp.concatenate([first, trace.seen])
+
+            rows = (sent.adapter, sent.mask, sent.anchor, batches, clients.test_rows)
+            right = rounds.map_clients(client, rows, None)  # [N + K, 1 + steps, m]
+            return jax.vmap(own_accuracy, (1, None))(right, clients.test_counts)
+
+        def advance(run: Run, _):
+            run, _info = block(p.base, p.train, clients.training(n), run, key)
+            cohort = clients.training(n).cohort(jnp.arange(n), run.memory)
+            sent = method.dispatch(p.base, run.state, average_client(cohort))
+            whole = correct(sent.base, jax.tree.map(lambda x: x[0], sent.adapter), jnp.arange(y.shape[0]))
+            return run, (jnp.nanmean(served(run, 0)[0, :n]), whole.mean())
+
+        run = rounds.start(method, key, adapter, n)
+        run, (personal, overall) = jax.lax.scan(advance, run, length=config.rounds // config.eval_every)
+        return Outcome(served(run, max(TAUS))[jnp.array(TAUS)], personal, overall)
+
+    everything: tuple[Clients, Any, Array] = (p.clients, p.adapters, p.keys)
+    run = jax.jit(lambda lr: rounds.map_clients(lambda row: one(lr, row), everything, seeds_at_once))
+    return lambda lr: run(jnp.float32(lr))
+
+
+def _numbers(config: Config, x: Outcome) -> dict[str, Any]:
+    n = config.clients
+    curve = lambda clients: {str(t): summary.spread(_known(clients[:, i])) for i, t in enumerate(TAUS)}
+    return {
+        "training_clients": curve(x.clients[:, :, :n]),
+        "unseen_clients": curve(x.clients[:, :, n:]),
+        "rounds": list(range(config.eval_every, config.rounds + 1, config.eval_every)),
+        "personal_by_round": np.asarray(x.personal, float).tolist(),
+        "global_by_round": np.asarray(x.overall, float).tolist(),
+        "global": summary.spread(np.asarray(x.overall[:, -1], float).tolist()),
+    }
+
+
+def _known(accuracies: np.ndarray) -> list[float]:
+    """Mean over the clients that have test images, of every seed."""
+    return [float(np.nanmean(row)) for row in accuracies]
+
+
+def served_at(entry: dict[str, Any], group: str) -> dict[str, Any]:
+    """The accuracies of a group of clients after the number of local steps that validation chose."""
+    return entry[group][str(entry["tau"])]
+
+
+def claims(entries: list[dict[str, Any]], factor: int = 5) -> list[dict[str, Any]]:
+    """Every learned method at ``E / factor`` local steps against the best baseline at ``E``, paired by seed.
+
+    The best baseline is the one that validation prefers. ``needed`` is the same baseline family's own loss from taking
+    ``factor`` times fewer steps: where it is not clearly above 0, the pair shows nothing.
+    """
+    is_ours = lambda e: e["method"].startswith("hyperlora")
+    best = {}
+    for e in entries:
+        if not is_ours(e):
+            rank = max((v["accuracy"] for v in e["validation"]), default=0.0)
+            if e["steps"] not in best or rank > best[e["steps"]][0]:
+                best[e["steps"]] = (rank, e)
+    out = []
+    for e in filter(is_ours, entries):
+        full = e["steps"] * factor
+        if full not in best or e["steps"] not in best:
+            continue
+        baseline, short = best[full][1], best[e["steps"]][1]
+        for group in ("training_clients", "unseen_clients"):
+            own, other, less = (served_at(x, group)["seeds"] for x in (e, baseline, short))
+            apart = lambda u, v: summary.spread([a - b for a, b in zip(u, v, strict=True)])
+            out.append({"method": e["method"], "steps": e["steps"], "baseline": baseline["method"],
+                        "baseline_steps": full, "group": group, "difference": apart(own, other),
+                        "needed": apart(other, less), "passes": e["passes"], "baseline_passes": baseline["passes"]})  # fmt: skip
+    return out
+
+
+def table(result: dict[str, Any]) -> str:
+    """The terminal's: per cent, mean and half-width of the 95 % interval, after the number of steps that validation chose."""
+    budgets = sorted({e["steps"] for e in result["entries"]})
+    names = list(dict.fromkeys(e["method"] for e in result["entries"]))
+    find = {(e["method"], e["steps"]): e for e in result["entries"]}
+    lines = []
+    for group, title in (("training_clients", "training clients"), ("unseen_clients", "clients never seen")):
+        lines.append(f"{title}: local steps per round")
+        rows = [["method", *map(str, budgets)]]
+        for name in names:
+            cells = [find.get((name, b)) for b in budgets]
+            rows.append([name, *(summary.percent(served_at(e, group)) if e else "-" for e in cells)])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        cell = lambda row: "  ".join(
+            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        )  # noqa: B023, E501
+        lines += [*map(cell, rows), ""]
+    for c in result["claims"]:
+        lines.append(
+            f"{c['method']} at {c['steps']} against {c['baseline']} at {c['baseline_steps']}, {c['group'].replace('_', ' ')}: "
+            f"{summary.percent(c['difference'], signed=True)} (the baseline itself loses {summary.percent(c['needed'])} "
+            f"by taking {c['steps']})"
+        )
+    return "\n".join(lines).rstrip()

@@ -1,0 +1,127 @@
+"""S: from what clients send to the new global adapter, in product space.
+
+    w_c = softmax(log p_c + alpha(z_c, feat_c))
+    T   = T_r( a b + eta (sum_c w_c a_c b_c - a b) )       a b: the previous product       0 < eta < 4
+    b  <- (1 + g_0 + g_1 N + g_2 N^2) b                    N = b b^T / tr(b b^T), eigenvalues S_i / sum S
+
+``T_r`` is the best approximation of rank r, in balanced factors turned towards the previous ones. Parameters trained in full move
+by ``eta (mean - previous)``. ``alpha`` is a network, ``eta`` and ``g`` are numbers of each layer. Every feature is
+invariant to the clients' order and to the gauge of their factors. At first ``alpha = g = 0`` and ``eta = 1``:
+FlexLoRA with balanced factors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedlora_jax import product
+from fedlora_jax.hyper.networks import Conditioned, Place, per_layer, places
+from fedlora_jax.lora import Adapter, LoRA, flatten, is_lora
+from fedlora_jax.method import mean
+from fedlora_jax.product import matmul
+from fedlora_jax.signatures import Signature
+
+FEATURES = 4
+
+
+class Uploads(NamedTuple):
+    """What the server got in a round and what it needs to aggregate it once more."""
+
+    received: Adapter  # [C, ...]
+    weights: Array  # [C], summing to one
+    signatures: Signature  # [C, ...]
+    previous: Adapter  # the global adapter then in force
+
+
+class Synthesizer(NamedTuple):
+    """The parameters of S. Dicts are keyed by parameter name; ``...`` are its layers."""
+
+    network: Any  # of alpha
+    steps: dict[str, Array]  # [...] or [] (trained in full): eta = 4 / (1 + 3 exp(-steps))
+    gains: dict[str, Array]  # [..., 3]: g = tanh(gains) / 4
+
+
+class Synthesis(NamedTuple):
+    """One kernel's aggregate and what the corrector needs to know of it."""
+
+    product: LoRA  # of rank r
+    weights: Array  # [C, ...]
+    features: Array  # [C, ..., FEATURES]
+
+
+def init(key: Array, adapter: Adapter, like: Signature) -> Synthesizer:
+    """Neutral parameters; of the signature only its shapes are read."""
+    at, flat = places(adapter), flatten(adapter)
+    layers = {name: x.a.shape[:-2] if is_lora(x) else () for name, x in flat.items()}
+    return Synthesizer(
+        network=_network().init(key, jnp.zeros((*at[0].layers, like.flat().shape[-1] + FEATURES)), at[0]),
+        steps={name: jnp.zeros(shape) for name, shape in layers.items()},
+        gains={place.name: jnp.zeros((*place.layers, 3)) for place in at},
+    )
+
+
+def synthesize(s: Synthesizer, x: Uploads) -> tuple[dict[str, Synthesis], dict[str, Array]]:
+    """By name: the new products of low-rank kernels, and the new values of what is trained in full."""
+    old, new, z = flatten(x.previous), flatten(x.received), x.signatures.flat()
+    low_rank = {}
+    for place in places(x.previous):
+        name = place.name
+        feat = jax.lax.stop_gradient(features(new[name], x.weights, old[name]))  # [C, ..., 4]
+        w = client_weights(s, x.weights, jnp.concatenate([per_layer(z, place.layers), feat], -1), place)
+        t = _truncated(server_step(s.steps[name]), s.gains[name], new[name], w, old[name])
+        low_rank[name] = Synthesis(t, w, feat)
+    move = lambda name, y: old[name] + server_step(s.steps[name]) * (mean(y, x.weights) - old[name])
+    return low_rank, {name: move(name, y) for name, y in new.items() if not is_lora(y)}
+
+
+def client_weights(s: Synthesizer, weights: Array, context: Array, place: Place) -> Array:
+    """``softmax(log p_c + alpha)`` over clients, ``[C, ...]`` for the layers of a kernel."""
+    log_p = jnp.log(weights).reshape(-1, *(1,) * len(place.layers))
+    return jax.nn.softmax(log_p + jnp.asarray(_network().apply(s.network, context, place))[..., 0], 0)
+
+
+def server_step(steps: Array) -> Array:
+    """``eta``, between 0 and 4; 1 at zero."""
+    return 4 / (1 + 3 * jnp.exp(-steps))
+
+
+def features(x: LoRA, weights: Array, previous: LoRA) -> Array:
+    """``[C, ..., 4]``: log norm (centred), cosine to the mean, cosine to the previous product, log effective rank."""
+    m = product.total(x, weights)
+    one = jax.vmap(
+        lambda y: jnp.stack(
+            [
+                jnp.log(product.norm(y) + 1e-8),
+                product.cosine(y, m),
+                product.cosine(y, previous),
+                jnp.log(jnp.maximum(product.participation(y), 1.0)),
+            ],
+            -1,
+        )
+    )
+    feat = one(x)
+    return feat.at[..., 0].add(-jnp.einsum("c,c...->...", weights, feat[..., 0]))
+
+
+def _network() -> Conditioned:
+    return Conditioned(outputs=1, width=32, blocks=0)
+
+
+def _truncated(eta: Array, gains: Array, x: LoRA, w: Array, before: LoRA) -> LoRA:
+    kept = LoRA((1 - eta)[..., None, None] * before.a, before.b, before.scale)
+    mixed = product.plus(product.total(x, eta * w), kept)
+    t = product.truncate(mixed, before.a.shape[-1], split="balanced", like=before)
+    return LoRA(t.a, _gain(0.25 * jnp.tanh(gains), t.b), t.scale)
+
+
+def _gain(coefficients: Array, b: Array) -> Array:
+    gram = matmul(b, b.mT)
+    trace = jnp.trace(gram, axis1=-2, axis2=-1)
+    n = gram / jnp.maximum(trace, 1e-15)[..., None, None]  # the derivative squares this floor: it must not underflow
+    c0, c1, c2 = jnp.moveaxis(coefficients[..., None, None], -3, 0)
+    nb = matmul(n, b)
+    return b + c0 * b + c1 * nb + c2 * matmul(n, nb)

@@ -1,0 +1,108 @@
+"""Learning through federated rounds: how a client's start should have been different, and derivatives of whole rounds.
+
+A *slope* is a direction ``[...]`` of the shape of an adapter along which a client's loss rises, taken at the start it
+was sent. A method whose starts depend on what the server has learned pulls slopes back through its own ``dispatch``
+(``Method.learn``). There are three, in descending order of what they ask of a client:
+
+    exact          (d y / d x)^T grad L(y)     y = x after T local steps, L its loss on examples kept apart
+    first_order    grad L(y)                   the local steps count as a constant shift (FOMAML)
+    displacement   x - y                       what every server has (Reptile; pFedHN)
+
+Sources: Finn, Abbeel and Levine, *Model-Agnostic Meta-Learning*, ICML 2017, arXiv 1703.03400; Nichol, Achiam and
+Schulman, *On First-Order Meta-Learning Algorithms*, 2018, arXiv 1803.02999; Shamsian et al., *Personalized Federated
+Learning using Hypernetworks*, ICML 2021, arXiv 2103.04628.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fedlora_jax.lora import Adapter, Params
+from fedlora_jax.method import Cohort, Method, Slope, State
+from fedlora_jax.rounds import LossFn, Trace, make_round, map_clients
+
+Tune = Callable[[Adapter], tuple[Adapter, Trace]]  # a start -> (after local steps, trace)
+Judge = Callable[[Adapter], Array]  # an adapter -> its loss on the examples kept apart
+
+
+def _displacement(tune: Tune, judge: Judge, start: Adapter) -> tuple[Adapter, Trace, Adapter]:
+    end, trace = tune(start)
+    return end, trace, jax.tree.map(lambda x, y: x - y, start, end)
+
+
+def _first_order(tune: Tune, judge: Judge, start: Adapter) -> tuple[Adapter, Trace, Adapter]:
+    end, trace = tune(start)
+    return end, trace, jax.grad(judge)(end)
+
+
+def _exact(tune: Tune, judge: Judge, start: Adapter) -> tuple[Adapter, Trace, Adapter]:
+    def outcome(start: Adapter):
+        end, trace = tune(start)
+        return judge(end), (end, trace)
+
+    slope, (end, trace) = jax.grad(outcome, has_aux=True)(start)
+    return end, trace, slope
+
+
+displacement = Slope(_displacement, lambda steps: steps)
+"""Needs no examples apart and nothing of the client but what it sends anyway."""
+
+first_order = Slope(_first_order, lambda steps: steps + 1)
+"""A gradient that the client sends beside its adapter."""
+
+exact = Slope(_exact, lambda steps: 1 + steps * (2 if steps == 1 else 3))
+"""Through all local steps: each is differentiated and, where there are several, computed once more for that."""
+
+
+def also_at_the_start(slope: Slope, kappa: float) -> Slope:
+    """``slope + kappa grad L(x)``: the model as sent counts as well, for clients that take no local steps."""
+
+    def train(tune: Tune, judge: Judge, start: Adapter) -> tuple[Adapter, Trace, Adapter]:
+        end, trace, after = slope.train(tune, judge, start)
+        return end, trace, jax.tree.map(lambda x, g: x + kappa * g, after, jax.grad(judge)(start))
+
+    return Slope(train, lambda steps: slope.passes(steps) + 1)
+
+
+SLOPES = {"exact": exact, "first_order": first_order, "displacement": displacement}
+
+
+def outcome(
+    method: Method, loss_fn: LossFn, optimizer: optax.GradientTransformation, *, chunk: int | None = None
+) -> Callable[[Params, State, Cohort, Any, Array], tuple[Array, State]]:
+    """``(base, state, cohorts, examples, key) -> (loss, state)``: what federated rounds lead to, to be differentiated.
+
+    The loss is that of the models the last state sends to the last cohort, each on the client's own examples, weighted
+    as in aggregation. It can be differentiated in the state, in the base, and in any hyper-parameter that the method,
+    the loss or the optimizer was built with: build them inside the function that is differentiated. Memory is that of one
+    round, and what clients keep between rounds (``Method.remember``) is not carried on.
+
+    Args:
+      method, loss_fn, optimizer, chunk: as in ``make_round``.
+      The function's own: ``cohorts`` with a leading axis of rounds on every array, ``[K, C, ...]``; ``examples``
+      ``[C, ...]``, one batch for each client of the last cohort, which its local steps should not have seen.
+    """
+    round_fn = make_round(method, loss_fn, optimizer, chunk=chunk)
+
+    def after_rounds(base: Params, state: State, cohorts: Cohort, examples: Any, key: Array) -> tuple[Array, State]:
+        rounds = jax.tree.leaves(cohorts.batches)[0].shape[0]
+
+        @jax.checkpoint
+        def one(state: State, inputs: tuple[Array, Cohort]):
+            t, cohort = inputs
+            return round_fn(base, state, cohort, jax.random.fold_in(key, t))[0], None
+
+        state, _ = jax.lax.scan(one, state, (jnp.arange(rounds), cohorts))
+        last = jax.tree.map(lambda x: x[-1], cohorts)
+        sent = method.dispatch(base, state, last)
+        judge = lambda row: loss_fn(sent.base, row[0], row[1], jax.random.fold_in(key, rounds))
+        losses = map_clients(judge, (sent.adapter, examples), chunk)
+        return losses @ last.weights / last.weights.sum(), state
+
+    return after_rounds
