@@ -12,6 +12,11 @@ def main() -> None:
 
         print(table())
         return
+    if command == "bench":
+        from experiments import bench
+
+        bench.Plan().execute()
+        return
     from experiments import bounds, budget, compare  # after parsing: --help and typing errors need no jax
 
     assert config is not None

@@ -107,62 +107,73 @@ class Plan:
             record.write_atomically(self.folder / f"{name}.png", png(figure))
 
 
+class Arrays(NamedTuple):
+    """What the programs read; arguments, so that no image becomes a constant of a program."""
+
+    base: Any
+    train: tuple[Array, Array]
+    test: tuple[Array, Array]
+
+
 def program(config: Config, p: Problem, method: Method) -> Callable[[float], Outcome]:
     """All rounds of all seeds and their scores as one jitted function of the learning rate."""
-    participants = config.clients_per_round or config.clients
+    n, participants = config.clients, config.clients_per_round or config.clients
     chunk, seeds_at_once = programs.layout(config, participants)
-    n = config.clients
-    x, y, _ = p.test
 
-    def one(lr: Array, row) -> Outcome:
-        clients, adapter, key = row
+    def one(lr: Array, arrays: Arrays, clients: Clients, adapter: Any, key: Array) -> Outcome:
         optimizer = make_optimizer(config, lr)
         round_fn = rounds.make_round(method, p.loss_fn, optimizer, chunk=chunk)
         step = rounds.make_step(
-            round_fn, participants=participants, steps=config.local_steps, batch=config.batch,
-            smallest=p.smallest, query=method.query,
-        )  # fmt: skip
+            round_fn,
+            participants=participants,
+            steps=config.local_steps,
+            batch=config.batch,
+            smallest=p.smallest,
+            query=method.query,
+        )
         block = rounds.scan_rounds(step, config.eval_every)
-        correct = lambda base, adapter, rows: p.correct_fn(base, adapter, (x[rows], y[rows]))
-
-        def served(run: Run, steps: int) -> Array:
-            """Accuracy of all clients, as sent and after each of ``steps`` local steps, ``[1 + steps, N + K]``."""
-            everybody = jnp.arange(n + config.holdout_clients)
-            fresh = rounds.start(method, key, adapter, config.holdout_clients).memory
-            memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh)
-            sent = method.dispatch(p.base, run.state, clients.population.cohort(everybody, memory))
-            draw = jax.random.fold_in(key, 1)
-            batches = sample_batches(
-                draw, p.train, clients.population, everybody, max(1, steps), config.batch, p.smallest
-            )
-
-            def client(row) -> Array:
-                start, mask, anchor, batches, own = row
-                first = correct(sent.base, start, own)[None]
-                if not steps:
-                    return first
-                local = rounds.make_local(method, p.loss_fn, optimizer, lambda base, now: correct(base, now, own))
-                _, trace = local(sent.base, start, mask, anchor, batches, key)
-                return jnp.concatenate([first, trace.seen])
-
-            rows = (sent.adapter, sent.mask, sent.anchor, batches, clients.test_rows)
-            right = rounds.map_clients(client, rows, None)  # [N + K, 1 + steps, m]
-            return jax.vmap(own_accuracy, (1, None))(right, clients.test_counts)
+        local = rounds.make_local(method, p.loss_fn, optimizer, watch=lambda base, now: now)
 
         def advance(run: Run, _):
-            run, _info = block(p.base, p.train, clients.training(n), run, key)
+            run, _info = block(arrays.base, arrays.train, clients.training(n), run, key)
             cohort = clients.training(n).cohort(jnp.arange(n), run.memory)
-            sent = method.dispatch(p.base, run.state, average_client(cohort))
-            whole = correct(sent.base, jax.tree.map(lambda x: x[0], sent.adapter), jnp.arange(y.shape[0]))
-            return run, (jnp.nanmean(served(run, 0)[0, :n]), whole.mean())
+            sent = method.dispatch(arrays.base, run.state, average_client(cohort))
+            whole = p.correct_fn(sent.base, jax.tree.map(lambda x: x[0], sent.adapter), arrays.test)
+            as_sent = _served(config, p, method, None, arrays, clients, adapter, run, key)[0]
+            return run, (jnp.nanmean(as_sent[:n]), whole.mean())
 
         run = rounds.start(method, key, adapter, n)
         run, (personal, overall) = jax.lax.scan(advance, run, length=config.rounds // config.eval_every)
-        return Outcome(served(run, max(TAUS))[jnp.array(TAUS)], personal, overall)
+        return Outcome(_served(config, p, method, local, arrays, clients, adapter, run, key), personal, overall)
 
-    everything: tuple[Clients, Any, Array] = (p.clients, p.adapters, p.keys)
-    run = jax.jit(lambda lr: rounds.map_clients(lambda row: one(lr, row), everything, seeds_at_once))
-    return lambda lr: run(jnp.float32(lr))
+    arrays = Arrays(p.base, p.train, p.test[:2])
+    rows = (p.clients, p.adapters, p.keys)
+    run = jax.jit(lambda lr, arrays, rows: rounds.map_clients(lambda row: one(lr, arrays, *row), rows, seeds_at_once))
+    return lambda lr: run(jnp.float32(lr), arrays, rows)
+
+
+def _served(config, p: Problem, method: Method, local, arrays: Arrays, clients: Clients, adapter, run: Run, key):
+    """Accuracy of every client, ``[taus, N + K]``, after each of ``TAUS`` local steps (only as sent without ``local``)."""
+    everybody = jnp.arange(config.clients + config.holdout_clients)
+    fresh = rounds.start(method, key, adapter, config.holdout_clients).memory
+    memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh)
+    sent = method.dispatch(arrays.base, run.state, clients.population.cohort(everybody, memory))
+    draw, steps = jax.random.fold_in(key, 1), max(TAUS)
+    batches = sample_batches(draw, arrays.train, clients.population, everybody, steps, config.batch, p.smallest)
+
+    def client(row) -> Array:
+        start, mask, anchor, batches, own = row
+        models = jax.tree.map(lambda x: x[None], start)
+        if local is not None:
+            _, trace = local(sent.base, start, mask, anchor, batches, key)
+            after = jax.tree.map(lambda x: x[jnp.array(TAUS[1:]) - 1], trace.seen)
+            models = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), models, after)
+        examples = tuple(a[own] for a in arrays.test)
+        return jax.lax.map(lambda model: p.correct_fn(sent.base, model, examples), models)
+
+    rows = (sent.adapter, sent.mask, sent.anchor, batches, clients.test_rows)
+    right = rounds.map_clients(client, rows, programs.divisor(len(everybody)))  # [N + K, taus, m]
+    return jax.vmap(own_accuracy, (1, None))(right, clients.test_counts)
 
 
 def _numbers(config: Config, x: Outcome) -> dict[str, Any]:

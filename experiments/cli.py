@@ -28,7 +28,7 @@ def fail(message: str) -> NoReturn:
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
-    """The command and its options (``None`` for ``methods``, which has none)."""
+    """The command and its options (``None`` for ``methods`` and ``bench``, which have none)."""
     parser = _Parser(
         prog="python -m experiments",
         description="Federated LoRA fine-tuning: run methods side by side, every round one compiled program.",
@@ -47,10 +47,12 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
         ),
     ):
         add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
+    text = "seconds per round of learned methods against plain ones, and of the server alone; JSON lines"
+    commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
     commands.add_parser("methods", help="the table of methods: name, paper, what travels, exact or not")
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
-    if command == "methods":
+    if command in ("methods", "bench"):
         return command, None
     if command == "run":
         given["methods"] = (given.pop("method"),)
@@ -62,7 +64,7 @@ _TUNED = {"budgets", "lrs", "tuning_seeds"}
 _LEFT_OUT = {
     "compare": _TUNED,
     "run": _TUNED,
-    "bounds": _TUNED | _RECORDED | {"methods", "out", "eval_every", "chunk", "seeds_at_once", "signature"},
+    "bounds": _TUNED | _RECORDED | {"methods", "out", "eval_every", "chunk", "seeds_at_once", "signature", "theta"},
     "budget": _RECORDED | {"local_steps", "lr", "validation"},
 }
 

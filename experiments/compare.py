@@ -102,6 +102,7 @@ def facts_of(config: Config, problem: Problem) -> dict[str, Any]:
         "participants": config.clients_per_round or config.clients,
         "signature": jax.tree.map(one, problem.clients.population.signatures),
         "population": config.clients,
+        "theta": record.read_arrays(config.theta),
     }
 
 
@@ -144,6 +145,7 @@ class Trial:
             if end % config.checkpoint_every == 0 or end == config.rounds:
                 store.save(end, run)
             bar.update(config.eval_every * len(config.seeds))
+        store.keep_theta(run.state)
         return {"seconds_per_round": float(np.median(seconds)), "compile_seconds": compile_seconds}
 
     def _check_moved(self, info: Info, end: int) -> None:

@@ -58,6 +58,9 @@ class Config:
     chunk: int | None = option(None, "clients trained at once; must divide the cohort (default: chosen by device)")
     seeds_at_once: int | None = option(None, "seeds run side by side; must divide their number (default: by device)")
     checkpoint_every: int = option(10, "rounds between checkpoints, a multiple of --eval-every")
+    theta: str | None = option(
+        None, "a METHOD.theta.npz of an earlier run: what the method learned there, to start from (or mode=frozen)"
+    )
     out: str | None = option(None, "folder to write (default: runs/ and the time)")
     resume: bool = option(False, "go on with the run in --out from its last checkpoint")
 

@@ -18,7 +18,7 @@ from experiments import data
 from experiments.config import Config
 from experiments.data import Images
 from fedlora_jax import lora, partition, signatures
-from fedlora_jax.clients import Population
+from fedlora_jax.clients import Population, padded
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.signatures import Signature
 from models import vit
@@ -201,9 +201,8 @@ def _clients(config: Config, images: Images, train: np.ndarray, test: np.ndarray
 
 def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray, classes: int) -> Clients:
     """Pad every client of every seed to a common size, and describe each by its signature."""
-    widest = max(len(part) for parts, _, _ in made for part in parts)
     widest_test = max(1, *(len(own) for _, tests, _ in made for own in tests))
-    rows = np.stack([_padded(parts, widest) for parts, _, _ in made])
+    rows = _widened([padded(parts) for parts, _, _ in made])
     sizes = np.array([[len(part) for part in parts] for parts, _, _ in made])
     tests = np.stack([_padded(own, widest_test) for _, own, _ in made])
     counts = np.array([[len(own) for own in tests] for _, tests, _ in made])
@@ -214,6 +213,12 @@ def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray,
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(jnp.asarray(config.seeds))
     population = Population(*map(jnp.asarray, (rows, sizes, ranks)), jax.vmap(describe)(rows, sizes, keys))
     return Clients(population, jnp.asarray(tests), jnp.asarray(counts))
+
+
+def _widened(rows: list[np.ndarray]) -> np.ndarray:
+    """Every seed's clients at the width of the widest; what is added is padding like the rest."""
+    widest = max(part.shape[1] for part in rows)
+    return np.stack([np.pad(part, ((0, 0), (0, widest - part.shape[1])), mode="edge") for part in rows])
 
 
 def _padded(parts: list[np.ndarray], width: int) -> np.ndarray:

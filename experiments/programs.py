@@ -96,8 +96,12 @@ def layout(config: Config, participants: int) -> tuple[int | None, int]:
         return config.chunk, config.seeds_at_once or seeds
     if config.chunk is not None:
         return config.chunk, config.seeds_at_once or 1
-    fits = [size for size in range(1, participants + 1) if participants % size == 0 and size <= 8]
-    return fits[-1], config.seeds_at_once or 1
+    return divisor(participants), config.seeds_at_once or 1
+
+
+def divisor(clients: int, most: int = 8) -> int:
+    """The largest number that divides ``clients`` and is at most ``most``: what a CPU's caches like."""
+    return max(size for size in range(1, most + 1) if clients % size == 0)
 
 
 def traffic_bytes(method: Method, adapter: Adapter, ranks: tuple[int, ...]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
     config.json     what was run: options, hashes of data, weights and partition, versions
     metrics.jsonl   one row per method, seed and round; no timings, so that a resumed run gives the same bytes
     summary.json    per method: last round and mean of the last five, with intervals over seeds (``summary.py``)
+    *.theta.npz     what a method has learned besides its adapter (state.theta), of the first seed
     checkpoints/    one orbax folder per method; older ones are deleted
     *.png, report.html
 
@@ -11,8 +12,11 @@ Rows are on disk before the checkpoint that covers them; a resumed run drops the
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +112,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, method: str):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._theta = folder / f"{method.replace(':', '_')}.theta.npz"
         self._manager = ocp.CheckpointManager((folder / "checkpoints" / method).absolute(), options=options)
 
     def latest(self) -> int:
@@ -129,6 +134,15 @@ class Checkpoints:
         ]
         return jax.tree.unflatten(structure, restored)
 
+    def keep_theta(self, state: Any) -> None:
+        """Write the first seed's ``state.theta``, where the method has one, for ``--theta`` of later runs."""
+        if not hasattr(state, "theta"):
+            return
+        leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda x: np.asarray(x[0]), state.theta))
+        buffer = io.BytesIO()
+        np.savez(buffer, **{jax.tree_util.keystr(path): x for path, x in leaves})
+        write_atomically(self._theta, buffer.getvalue())
+
     def close(self) -> None:
         self._manager.close()
 
@@ -141,6 +155,17 @@ def _arrays(run: Any) -> dict[str, Any]:
 
 def _is_key(x: Any) -> bool:
     return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def read_arrays(path: str | None) -> dict[str, np.ndarray] | None:
+    """The arrays of a ``.npz`` file; ``None`` for no path."""
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            return dict(np.load(file, allow_pickle=False))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot read what a method learned from {path}: {error}") from None
 
 
 def number(x: Any) -> float | None:

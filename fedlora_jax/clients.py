@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fedlora_jax.method import Cohort, Memory
@@ -32,6 +34,19 @@ class Population(NamedTuple):
             batches=batches,
             queries=queries,
         )
+
+
+def padded(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Row numbers of every client ``[N, n_max]``, as ``Population`` wants them, from one array for each.
+
+    Raises:
+      ValueError: a client without examples; it could neither train nor be described.
+    """
+    empty = [i for i, part in enumerate(parts) if len(part) == 0]
+    if empty:
+        raise ValueError(f"client(s) {empty[:5]} of {len(parts)} have no examples: leave them out or split otherwise")
+    widest = max(len(part) for part in parts)
+    return np.stack([np.concatenate([part, np.full(widest - len(part), part[0])]) for part in parts]).astype(np.int32)
 
 
 def sample_ids(key: Array, clients: int, participants: int) -> Array:

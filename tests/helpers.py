@@ -23,8 +23,10 @@ from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.hyperlora import hyperlora
 from fedlora_jax.methods.lora_fair import lora_fair
+from fedlora_jax.signatures import Signature
 
-CLIENTS, STEPS, BATCH, RANK, SCALE, SIGNATURE = 4, 2, 3, 2, 0.7, 5
+CLIENTS, STEPS, BATCH, RANK, SCALE, CLASSES = 4, 2, 3, 2, 0.7, 3
+SIGNATURE = Signature(np.zeros(4), np.zeros(CLASSES), np.zeros(1))  # one client's: its shapes
 
 METHODS: dict[str, Callable[[], Method]] = {
     "fedit": fedit,
@@ -35,7 +37,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fedex_lora": fedex_lora,
     "lora_fair": lora_fair,
     "lora_fair_ridge": lambda: lora_fair(solver="ridge"),
-    "hyperlora": lambda: hyperlora(participants=CLIENTS, signature_size=SIGNATURE, warmup=0),
+    "hyperlora": lambda: hyperlora(CLIENTS, SIGNATURE, warmup=0),
+    "hyperlora_exact": lambda: hyperlora(CLIENTS, SIGNATURE, "exact", "bases", warmup=0, query=BATCH, kappa=0.5),
 }
 
 
@@ -58,7 +61,8 @@ jit = functools.partial(jax.jit, compiler_options=_quick_options())
 
 # What a method is before its server has learned anything: then it may promise more.
 UNLEARNED = METHODS | {
-    "hyperlora": lambda: hyperlora(participants=CLIENTS, signature_size=SIGNATURE, warmup=10**6),
+    "hyperlora": lambda: hyperlora(CLIENTS, SIGNATURE, warmup=10**6),
+    "hyperlora_exact": lambda: hyperlora(CLIENTS, SIGNATURE, "exact", "bases", warmup=10**6, query=BATCH),
 }
 
 # A large epsilon: Adam as smooth as SGD, so that rounding errors stay rounding errors.
@@ -73,8 +77,10 @@ class Problem(NamedTuple):
 def problem(seed: int = 0, rank: int = RANK) -> Problem:
     """Two stacked layers 6 -> 4 and back through one 4 -> 6, a head trained in full, a bias nobody trains."""
     draw = np.random.default_rng(seed).normal
-    shapes = {"blocks/kernel": (2, 6, 4), "blocks/bias": (2, 4), "mix/kernel": (4, 6), "head/kernel": (6, 3)}
-    base = lora.unflatten({k: jnp.asarray(draw(size=s) / s[-2] ** 0.5) for k, s in shapes.items()})
+    shapes = {"blocks/kernel": (2, 6, 4), "blocks/bias": (2, 4), "mix/kernel": (4, 6), "head/kernel": (6, CLASSES)}
+    shapes["head/bias"] = (1, CLASSES)
+    base = {k: jnp.asarray(draw(size=s) / s[-2] ** 0.5) for k, s in shapes.items()}
+    base = lora.unflatten(base | {"head/bias": base["head/bias"][0]})
     adapter = lora.new(jax.random.key(seed), base, rank, targets=["blocks/kernel", "mix"], full="head", scale=SCALE)
     return Problem(base, adapter)
 
@@ -90,7 +96,7 @@ def logits(base: lora.Params, adapter: lora.Adapter, x: jax.Array) -> jax.Array:
     for layer in range(2):
         h = jnp.tanh(linear("blocks", x, layer) + variables["params"]["blocks"]["bias"][layer])
         x = x + linear("mix", h)
-    return x @ variables["params"]["head"]["kernel"]
+    return x @ variables["params"]["head"]["kernel"] + variables["params"]["head"]["bias"]
 
 
 def loss_fn(base: lora.Params, adapter: lora.Adapter, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
@@ -105,12 +111,18 @@ def cohort(seed: int = 0, clients: int = CLIENTS, steps: int = STEPS, weights=No
         ids=jnp.arange(10, 10 + clients),
         weights=jnp.asarray(rng.uniform(1, 3, clients) if weights is None else weights, float),
         ranks=jnp.asarray([rank] * clients if ranks is None else ranks),
-        signatures=jnp.asarray(rng.normal(size=(clients, SIGNATURE))),
-        batches={
-            "x": jnp.asarray(rng.normal(size=(clients, steps, BATCH, 6))),
-            "y": jnp.asarray(rng.integers(0, 3, (clients, steps, BATCH))),
-        },
+        signatures=signatures(rng, clients),
+        batches=labelled(rng, clients, steps, BATCH),
+        queries=labelled(rng, clients, BATCH),
     )
+
+
+def labelled(rng: np.random.Generator, *lead: int) -> dict[str, jax.Array]:
+    return {"x": jnp.asarray(rng.normal(size=(*lead, 6))), "y": jnp.asarray(rng.integers(0, CLASSES, lead))}
+
+
+def signatures(rng: np.random.Generator, *lead: int) -> Signature:
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=(*lead, *x.shape))), SIGNATURE)
 
 
 def examples(seed: int = 0, count: int = 40) -> dict[str, jax.Array]:
@@ -124,9 +136,9 @@ def population(sizes=(5, 9, 3, 7, 4), seed: int = 0, ranks=None) -> Population:
     rows = np.zeros((len(sizes), sizes.max()), int)
     for row, size, end in zip(rows, sizes, ends, strict=True):
         row[:size] = np.arange(end - size, end)
-    signatures = np.random.default_rng(seed).normal(size=(len(sizes), SIGNATURE))
+    told = signatures(np.random.default_rng(seed), len(sizes), 1)
     ranks = [RANK] * len(sizes) if ranks is None else ranks
-    return Population(*(jnp.asarray(x) for x in (rows, sizes, ranks, signatures)))
+    return Population(*(jnp.asarray(x) for x in (rows, sizes, ranks)), told)
 
 
 def copies(tree: Any, clients: int = CLIENTS) -> Any:
@@ -190,7 +202,8 @@ def _train(penalty: Callable, sent: Any, c: Cohort, key: jax.Array) -> tuple[lor
     local = rounds.make_local(fedit()._replace(penalty=penalty), loss_fn, OPTIMIZER)
 
     def one(id_, *row):
-        return local(sent.base, *row, jax.random.fold_in(key, id_))
+        adapter, trace = local(sent.base, *row, jax.random.fold_in(key, id_))
+        return adapter, trace.loss
 
     return jax.vmap(one)(c.ids, sent.adapter, sent.mask, sent.anchor, c.batches)
 

@@ -17,7 +17,7 @@ from models.vit import ViT, vit
 
 
 def test_a_fresh_adapter_is_zero_has_the_right_shapes_and_is_reproducible():
-    assert set(lora.flatten(ADAPTER)) == {"blocks/kernel", "mix/kernel", "head/kernel"}
+    assert set(lora.flatten(ADAPTER)) == {"blocks/kernel", "mix/kernel", "head/kernel", "head/bias"}
     assert not lora.flatten(ADAPTER)["head/kernel"].any()
     for x, shape in zip(lora.low_rank_leaves(ADAPTER), [(2, 6, 4), (4, 6)], strict=True):
         assert (x.a.shape, x.b.shape) == ((*shape[:-1], RANK), (*shape[:-2], RANK, shape[-1]))
@@ -74,7 +74,7 @@ def test_dense_equals_the_merged_kernel_and_plain_dense():
 def test_variables_leave_all_other_leaves_the_very_same_arrays():
     params = lora.variables(BASE, ADAPTER)["params"]
     for name, x in lora.flatten(params).items():
-        assert (x is lora.flatten(BASE)[name]) == (name != "head/kernel"), name
+        assert (x is lora.flatten(BASE)[name]) == (not name.startswith("head/")), name
     merged = lora.merge(BASE, ADAPTER)
     assert merged["blocks"]["bias"] is BASE["blocks"]["bias"]
 
@@ -82,7 +82,7 @@ def test_variables_leave_all_other_leaves_the_very_same_arrays():
 def test_split_and_zero_deltas():
     low_rank, full = lora.split(ADAPTER)
     assert list(lora.flatten(low_rank)) == ["blocks/kernel", "mix/kernel"]
-    assert list(lora.flatten(full)) == ["head/kernel"]
+    assert sorted(lora.flatten(full)) == ["head/bias", "head/kernel"]
     zeros = lora.flatten(lora.zero_deltas(ADAPTER))
     assert {k: x.shape for k, x in zeros.items()} == {"blocks/kernel": (2, 6, 4), "mix/kernel": (4, 6)}
     assert lora.max_rank(ADAPTER) == RANK

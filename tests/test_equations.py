@@ -10,7 +10,6 @@ from helpers import (
     CLIENTS,
     RANK,
     SCALE,
-    SIGNATURE,
     UNLEARNED,
     aggregation,
     assert_near,
@@ -26,7 +25,8 @@ from helpers import (
 )
 from numpy.linalg import norm
 
-from fedlora_jax import diagnostics, hyper, lora
+from fedlora_jax import diagnostics, lora
+from fedlora_jax.hyper import corrector, synthesizer
 from fedlora_jax.lora import LoRA
 from fedlora_jax.method import average_client
 from fedlora_jax.methods import lora_fair as fair
@@ -114,7 +114,7 @@ def test_flexlora_is_the_truncated_svd_of_the_mean_product(method):
     c, _, _, received, new = aggregated(method)
     for name in KERNELS:
         m = mean_product(lora.flatten(received)[name], c.weights)
-        assert norm(dense_truncation(m, RANK) - m) > 0.1 * norm(m)  # there is something to lose
+        assert norm(dense_truncation(m, RANK) - m) > 0.05 * norm(m)  # there is something to lose
         assert_near(dense(lora.flatten(new.adapter)[name]), dense_truncation(m, RANK))
 
 
@@ -317,10 +317,10 @@ def test_the_bias_of_factors_is_exact_where_clients_hardly_move():
 def test_aggregation_never_rounds_to_tf32():
     """Every product of the server asks for full precision; accelerators would otherwise keep ten bits."""
     x = jnp.ones((RANK, RANK))
-    gain = jax.make_jaxpr(hyper._gain)(jnp.ones(3), x)
-    ridge = jax.make_jaxpr(lambda t, x: hyper._ridge(jnp.ones(()), jnp.ones(()), t, x, jnp.ones(1)))
-    programs = {"hyper._gain": gain, "hyper._ridge": ridge(LoRA(x, x), LoRA(x[None], x[None]))}
-    for name in UNLEARNED.keys() - {"hyperlora"}:  # its networks may round
+    gain = jax.make_jaxpr(synthesizer._gain)(jnp.ones(3), x)
+    ridge = jax.make_jaxpr(lambda t, x: corrector._ridge(jnp.ones(()), jnp.ones(()), t, x, jnp.ones(1)))
+    programs = {"_gain": gain, "_ridge": ridge(LoRA(x, x), LoRA(x[None], x[None]))}
+    for name in (name for name in UNLEARNED if not name.startswith("hyperlora")):  # its networks may round
         method, state, _ = aggregation(name)
         sent = method.dispatch(BASE, state, cohort())
         programs[name] = jax.make_jaxpr(method.aggregate)(BASE, state, cohort(), sent, sent.adapter)
@@ -335,8 +335,8 @@ def test_aggregation_never_rounds_to_tf32():
 def test_counts_of_what_travels_are_the_formulas():
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     layers, n_in, n_out = 2, 6, 4
-    pa, pb, head = RANK * (layers * n_in + n_out), RANK * (layers * n_out + n_in), 18
-    p = pa + pb
+    pa, pb, head = RANK * (layers * n_in + n_out), RANK * (layers * n_out + n_in), (6 + 1) * 3
+    p, signature = pa + pb, 4 + 3 + 1
     expected = {
         "fedit": (p + head, p + head),
         "ffa_lora": (pb + head, pb + head),
@@ -344,7 +344,8 @@ def test_counts_of_what_travels_are_the_formulas():
         "flexlora": (p + head, p + head),
         "fedex_lora": (p + head, p + head + (layers + 1) * n_in * n_out),
         "lora_fair": (p + head, p + head),
-        "hyperlora": (p + head + SIGNATURE, p + head),
+        "hyperlora": (p + head + signature, p + head),
+        "hyperlora_exact": (2 * (p + head) + signature, p + head),
     }
     for name, (up, down) in expected.items():
         traffic = UNLEARNED[name]().traffic(ADAPTER, [ADAPTER] * 4)

@@ -13,6 +13,7 @@ from helpers import (
     CLIENTS,
     KEY,
     METHODS,
+    OPTIMIZER,
     RANK,
     SCALE,
     SIGNATURE,
@@ -30,15 +31,23 @@ from helpers import (
     problem,
     take,
 )
+from numpy.linalg import norm
 
-from fedlora_jax import hyper, lora
+from fedlora_jax import lora, rounds
 from fedlora_jax import signatures as sig
-from fedlora_jax.hyper import Theta
+from fedlora_jax.hyper import corrector, generator, synthesizer
+from fedlora_jax.hyper.generator import Generator
+from fedlora_jax.hyper.synthesizer import Uploads
 from fedlora_jax.lora import LoRA
-from fedlora_jax.methods.hyperlora import Uploads, hyperlora
+from fedlora_jax.method import average_client
+from fedlora_jax.methods import hyperlora as module
+from fedlora_jax.methods.hyperlora import Theta, aggregated, hyperlora
+from fedlora_jax.signatures import Signature
 
 KERNELS = ["blocks/kernel", "mix/kernel"]
-generate, synthesize = jit(hyper.generate), jit(hyper.synthesize)
+FORMS = ["mix", "bases"]
+generate = jit(generator.generate, static_argnames="form")
+synthesize = jit(aggregated)
 
 
 learner = METHODS["hyperlora"]
@@ -46,22 +55,32 @@ learner = METHODS["hyperlora"]
 
 def doubles(tree):
     """The tree in float64 where that is enabled."""
-    return jax.tree.map(lambda x: x.astype(float) if is_float(x) else x, tree)
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(float) if is_float(jnp.asarray(x)) else x, tree)
 
 
 @functools.cache
-def _init() -> Theta:
-    return hyper.init(jax.random.key(0), ADAPTER, SIGNATURE)
+def _init(form) -> Theta:
+    keys = jax.random.split(jax.random.key(0), 3)
+    return Theta(
+        generator.init(keys[0], ADAPTER, SIGNATURE, form),
+        synthesizer.init(keys[1], ADAPTER, SIGNATURE),
+        corrector.init(keys[2], ADAPTER, SIGNATURE),
+    )
 
 
-def neutral() -> Theta:
-    return doubles(_init())
+def neutral(form="mix") -> Theta:
+    return doubles(_init(form))
 
 
-def learned() -> Theta:
+def learned(form="mix") -> Theta:
     """Parameters as if trained: nothing is zero."""
-    theta = nudged(neutral(), 3, 0.05)
-    return theta._replace(memory=nudged(theta.memory, 4), gains=nudged(theta.gains, 5))
+    theta = nudged(neutral(form), 3, 0.05)
+    steps, gains = nudged(theta.synthesizer.steps, 4), nudged(theta.synthesizer.gains, 5)
+    return theta._replace(synthesizer=theta.synthesizer._replace(steps=steps, gains=gains))
+
+
+def center() -> Signature:
+    return doubles(take(cohort(9).signatures, 0))
 
 
 def uploads(seed=0, clients=CLIENTS) -> Uploads:
@@ -93,40 +112,53 @@ def truncated(m: np.ndarray, gain=lambda n: 1) -> np.ndarray:
 # --- neutral at the start
 
 
-def test_at_initialisation_every_client_starts_from_the_global_adapter():
+@pytest.mark.parametrize("form", FORMS)
+def test_at_initialisation_every_client_starts_from_the_global_adapter(form):
     start = nudged(ADAPTER)
-    rows = generate(neutral(), cohort().signatures, start)
+    rows = generate(neutral(form).generator, cohort().signatures, center(), start, form)
     for x, one in zip(jax.tree.leaves(rows), jax.tree.leaves(start), strict=True):
         np.testing.assert_array_equal(x, np.broadcast_to(one, x.shape))
 
 
 def test_at_initialisation_the_aggregate_is_the_truncated_mean_product():
     x = uploads()
-    assert_near(products(synthesize(neutral(), *x)), {k: truncated(m) for k, m in means(x).items()})
+    assert_near(products(synthesize(neutral(), x)), {k: truncated(m) for k, m in means(x).items()})
 
 
 def test_while_it_warms_up_it_is_flexlora_with_balanced_factors():
-    plain, warm = compiled("flexlora_balanced"), compiled("hyperlora")
-    one, other = plain.start, warm.start._replace(round=jnp.asarray(-3))  # learning begins at round 0
+    plain, method = compiled("flexlora_balanced"), hyperlora(CLIENTS, SIGNATURE, warmup=3)
+    warm = jit(rounds.make_round(method, loss_fn, OPTIMIZER))
+    one, start = plain.start, method.init(jax.random.key(1), ADAPTER)
+    other = start
     for t in range(3):
         c, key = cohort(t), jax.random.fold_in(KEY, t)
         one, _, info = plain.fast(BASE, one, c, key)
-        other, _, same = warm.fast(BASE, other, c, key)
+        other, _, same = warm(BASE, other, c, key)
         assert_near(same.loss, info.loss)
-        assert_near(effective(warm.method, BASE, other, c), effective(plain.method, BASE, one, c))
+        assert_near(effective(method, BASE, other, c), effective(plain.method, BASE, one, c))
         assert_near(other.adapter, one.adapter, 1e-4)
-        assert_near(other.theta, warm.start.theta, 0)
-    after, _, _ = warm.fast(BASE, other, cohort(3), KEY)
-    for part in ("generator", "synthesizer", "memory", "gains"):  # and then it learns
-        assert (flat(getattr(after.theta, part)) != flat(getattr(other.theta, part))).any()
+        assert_near(other.theta, start.theta, 0)
+    after, _, _ = warm(BASE, other, cohort(3), KEY)
+    for part in ("network", "head"):  # and then it learns
+        assert (flat(getattr(after.theta.generator, part)) != flat(getattr(other.theta.generator, part))).any()
+    for part in ("network", "steps", "gains"):
+        assert (flat(getattr(after.theta.synthesizer, part)) != flat(getattr(other.theta.synthesizer, part))).any()
+
+
+def test_the_mean_client_starts_from_the_global_adapter_whatever_was_learned():
+    """So the global model is the server's adapter, and what G gives one client does not pile up in the average."""
+    m = compiled("hyperlora")
+    state = m.state._replace(theta=learned(), center=average_client(cohort()).signatures)
+    state = state._replace(center=take(state.center, 0))
+    sent = m.method.dispatch(BASE, state, average_client(cohort()))
+    assert_near(take(sent.adapter, 0), state.adapter, 1e-6)
 
 
 # --- S and C keep what they must
 
 
-def without_memory_and_gain(theta: Theta) -> Theta:
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    return theta._replace(memory=zeros(theta.memory), gains=zeros(theta.gains))
+def with_s(theta: Theta, **parts) -> Theta:
+    return theta._replace(synthesizer=theta.synthesizer._replace(**parts))
 
 
 @pytest.mark.parametrize("clients", [1, CLIENTS])
@@ -134,46 +166,92 @@ def test_one_client_and_identical_clients_keep_their_product(clients):
     """Whatever has been learned about weights and about the correction."""
     x = uploads(clients=clients)
     same = x._replace(received=jax.tree.map(lambda y: y.at[:].set(y[0]), x.received))
-    new = synthesize(without_memory_and_gain(learned()), *same)
+    plain = neutral().synthesizer
+    new = synthesize(with_s(learned(), steps=plain.steps, gains=plain.gains), same)
     assert_near(products(new), products(take(same.received, 0)))
 
 
 def gate(theta: Theta, gamma: float, lam: float) -> Theta:
     """The corrector's outputs set by its last bias."""
+    params = theta.corrector.gates["params"]
     last = {"kernel": jnp.zeros((32, 2)), "bias": jnp.asarray([gamma, lam])}
-    return theta._replace(corrector={"params": {**theta.corrector["params"], "Dense_1": last}})
+    gates = {"params": {**params, "mlp": {**params["mlp"], "Dense_1": last}}}
+    return theta._replace(corrector=theta.corrector._replace(gates=gates))
 
 
 def test_a_truncated_svd_leaves_nothing_to_correct(x64):
     x = uploads()
     theta = gate(neutral(), 2.0, 0.3)
-    assert_near(products(synthesize(theta, *x)), {k: truncated(m) for k, m in means(x).items()}, 1e-10)
+    assert_near(products(synthesize(theta, x)), {k: truncated(m) for k, m in means(x).items()}, 1e-10)
 
 
 def test_an_open_corrector_undoes_the_gain(x64):
     x = uploads()
-    theta = neutral()._replace(gains=nudged(neutral().gains, size=1.0))
+    theta = with_s(neutral(), gains=nudged(neutral().synthesizer.gains, size=1.0))
     ideal = {k: truncated(m) for k, m in means(x).items()}
-    bent, undone = (products(synthesize(gate(theta, gamma, -30.0), *x)) for gamma in (0.0, 30.0))
-    assert np.linalg.norm(bent["mix/kernel"] - ideal["mix/kernel"]) > 1e-2
+    bent, undone = (products(synthesize(gate(theta, gamma, -30.0), x)) for gamma in (0.0, 30.0))
+    assert norm(bent["mix/kernel"] - ideal["mix/kernel"]) > 1e-2
     assert_near(undone, ideal, 1e-7)
 
 
 def test_the_gain_bends_singular_values_by_a_polynomial_of_their_shares(x64):
-    x, gains = uploads(), nudged(neutral().gains, size=1.0)
-    new = products(synthesize(neutral()._replace(gains=gains), *x))
+    x, gains = uploads(), nudged(neutral().synthesizer.gains, size=1.0)
+    new = products(synthesize(with_s(neutral(), gains=gains), x))
     for name in KERNELS:
         c0, c1, c2 = np.moveaxis(0.25 * np.tanh(np.asarray(gains[name]))[..., None, None], -3, 0)
         assert_near(new[name], truncated(means(x)[name], lambda n: 1 + c0 + c1 * n + c2 * n**2), 1e-10)  # noqa: B023
 
 
-def test_the_memory_keeps_a_share_of_the_previous_product(x64):
-    x, memory = uploads(), nudged(neutral().memory, size=1.0)
-    new = products(synthesize(neutral()._replace(memory=memory), *x))
+def test_the_server_step_goes_from_the_previous_product_towards_the_mean_and_beyond(x64):
+    x, steps = uploads(), nudged(neutral().synthesizer.steps, size=1.0)
+    new = synthesize(with_s(neutral(), steps=steps), x)
     for name in KERNELS:
-        beta = 0.5 * np.tanh(np.asarray(memory[name]))[..., None, None]
-        kept = (1 - beta) * means(x)[name] + beta * products(x.previous)[name]
-        assert_near(new[name], truncated(kept), 1e-10)
+        eta = 4 / (1 + 3 * np.exp(-np.asarray(steps[name])))[..., None, None]
+        old = products(x.previous)[name]
+        assert_near(products(new)[name], truncated(old + eta * (means(x)[name] - old)), 1e-10)
+    eta, old = 4 / (1 + 3 * np.exp(-steps["head/kernel"])), np.asarray(x.previous["head"]["kernel"])
+    mean = np.tensordot(np.asarray(x.weights), np.asarray(x.received["head"]["kernel"]), 1)
+    assert_near(new["head"]["kernel"], old + eta * (mean - old), 1e-10)
+
+
+# --- what is a client's own
+
+
+def test_the_personal_part_adds_a_clients_last_update_as_far_as_its_gate_is_open(x64):
+    x = uploads()
+    sent = jax.tree.map(lambda y: y + 0.0, copies(x.previous))
+    own = jax.vmap(lambda s, r: corrector.own_update(s, r, 2))(sent, x.received)
+    for name in KERNELS:
+        change = products(x.received)[name] - products(sent)[name]
+        assert_near(lora.delta(lora.flatten(own)[name]), truncated(change), 1e-8)
+    closed = corrector.personalise(neutral().corrector, x.signatures, sent, own)
+    assert_near(products(closed), products(sent), 1e-10)
+    theta = nudged(neutral().corrector, 3, 0.3)
+    opened = products(corrector.personalise(theta, x.signatures, sent, own))
+    gates = []
+    for name in KERNELS:
+        added, base = opened[name] - products(sent)[name], products(sent)[name]
+        one = [truncated(base + g * np.asarray(lora.delta(lora.flatten(own)[name]))) for g in (-1.0, 1.0)]
+        assert norm(added) > 1e-3
+        assert norm(opened[name]) <= max(map(norm, one)) * (1 + 1e-9)
+        gates.append(norm(added))
+    assert all(np.isfinite(gates))
+
+
+def test_a_client_keeps_its_update_and_the_unseen_one_has_none():
+    method = hyperlora(CLIENTS, SIGNATURE, warmup=0, personal=1)
+    step = jit(rounds.make_round(method, loss_fn, optax.sgd(0.1)))
+    state, row = method.init(KEY, ADAPTER), method.init_client(ADAPTER)
+    assert not flat(row).any()
+    c = cohort(1)._replace(memory=copies(row))
+    for t in range(2):
+        state, memory, _ = step(BASE, state, c, jax.random.fold_in(KEY, t))
+        c = c._replace(memory=memory)
+    assert flat(c.memory).any()
+    first = lora.flatten(take(c.memory, 0))["mix/kernel"]
+    assert first.a.shape == (4, 1)
+    _, slopes_reach_it = state, norm(flat(state.theta.corrector.personal["params"]["mlp"]["Dense_1"]))
+    assert slopes_reach_it > 0  # the gate has started to move
 
 
 # --- blind to what must not matter
@@ -185,7 +263,7 @@ def test_features_are_what_they_are_called(x64):
     cosine = lambda y, z: np.sum(y * z, (-2, -1)) / (norm(y) * norm(z))
     for name in KERNELS:
         received, previous = lora.flatten(x.received)[name], lora.flatten(x.previous)[name]
-        feat = hyper.features(received, x.weights, previous)
+        feat = synthesizer.features(received, x.weights, previous)
         m, old, each = means(x)[name], products(x.previous)[name], products(x.received)[name]
         log_norm = np.log(norm(each) + 1e-8)
         s2 = np.linalg.svd(each, compute_uv=False) ** 2
@@ -202,14 +280,14 @@ def test_features_of_an_untrained_adapter_are_finite():
     rows = copies(ADAPTER)
     for name in KERNELS:
         x = lora.flatten(rows)[name]
-        assert jnp.isfinite(hyper.features(x, jnp.full(CLIENTS, 0.25), take(x, 0))).all()
+        assert jnp.isfinite(synthesizer.features(x, jnp.full(CLIENTS, 0.25), take(x, 0))).all()
 
 
 def test_neither_order_nor_gauge_of_the_clients_changes_the_aggregate(x64):
     x, order = uploads(), jnp.asarray([2, 0, 3, 1])
-    expected = products(synthesize(learned(), *x))
-    turned = Uploads(take(x.received, order), x.weights[order], x.signatures[order], x.previous)
-    assert_near(products(synthesize(learned(), *turned)), expected, 1e-6)
+    expected = products(synthesize(learned(), x))
+    turned = Uploads(take(x.received, order), x.weights[order], take(x.signatures, order), x.previous)
+    assert_near(products(synthesize(learned(), turned)), expected, 1e-6)
 
     rng = np.random.default_rng(0)
 
@@ -218,19 +296,20 @@ def test_neither_order_nor_gauge_of_the_clients_changes_the_aggregate(x64):
         return LoRA(y.a @ q, jnp.linalg.inv(q) @ y.b, y.scale)
 
     other = x._replace(received=lora.tree_map(regauge, x.received))
-    assert_near(products(synthesize(learned(), *other)), expected, 1e-6)
+    assert_near(products(synthesize(learned(), other)), expected, 1e-6)
 
 
 def test_a_client_of_weight_zero_changes_nothing_features_included():
     x, other = uploads()._replace(weights=jnp.asarray([0.2, 0.3, 0.5, 0.0])), uploads(5)
     swap = lambda y, z: y.at[3].set(z[3])
     changed = x._replace(
-        received=jax.tree.map(swap, x.received, other.received), signatures=swap(x.signatures, other.signatures)
+        received=jax.tree.map(swap, x.received, other.received),
+        signatures=jax.tree.map(swap, x.signatures, other.signatures),
     )
-    without = Uploads(take(x.received, slice(3)), x.weights[:3], x.signatures[:3], x.previous)
-    expected = products(synthesize(learned(), *x))
-    assert_near(products(synthesize(learned(), *changed)), expected, 1e-6)
-    assert_near(products(synthesize(learned(), *without)), expected)
+    without = Uploads(take(x.received, slice(3)), x.weights[:3], take(x.signatures, slice(3)), x.previous)
+    expected = products(synthesize(learned(), x))
+    assert_near(products(synthesize(learned(), changed)), expected, 1e-6)
+    assert_near(products(synthesize(learned(), without)), expected)
 
 
 def test_clients_start_from_their_signatures_alone():
@@ -240,7 +319,7 @@ def test_clients_start_from_their_signatures_alone():
     rows = learner().dispatch(BASE, state, c).adapter
     nobody = c._replace(ids=jnp.full(CLIENTS, -1), weights=jnp.full(CLIENTS, jnp.nan), batches=())
     assert_near(learner().dispatch(BASE, state, nobody).adapter, rows, 0)
-    constant = learner().dispatch(BASE, state, c._replace(signatures=jnp.ones((CLIENTS, SIGNATURE)))).adapter
+    constant = learner().dispatch(BASE, state, c._replace(signatures=jax.tree.map(jnp.ones_like, c.signatures))).adapter
     for x, y in zip(lora.low_rank_leaves(rows), lora.low_rank_leaves(constant), strict=True):
         np.testing.assert_allclose(y.b - y.b[:1], 0, atol=1e-6)
         assert jnp.abs(x.b - x.b[:1]).max() > 1e-3
@@ -250,78 +329,225 @@ def test_a_kernels_number_does_not_depend_on_how_a_dict_was_built():
     """JAX sorts dicts whenever it rebuilds a tree: eager and compiled calls must mean the same kernel."""
     start, z = nudged(ADAPTER), cohort().signatures
     backwards = lora.unflatten(dict(sorted(lora.flatten(start).items(), reverse=True)))
-    rows, same = (hyper.generate(learned(), z, x) for x in (start, backwards))
+    rows, same = (generator.generate(learned().generator, z, center(), x, "mix") for x in (start, backwards))
     assert_near(lora.unflatten(dict(sorted(lora.flatten(same).items()))), jax.tree.map(jnp.copy, rows), 1e-6)
 
 
-# --- learning by displacement
+@pytest.mark.parametrize("form", FORMS)
+def test_the_generators_forms_are_their_equations(form, x64):
+    """One client, in NumPy, from the outputs of the network."""
+    g, z, x = learned(form).generator, doubles(cohort().signatures), nudged(doubles(ADAPTER))
+    rows = generator.generate(g, z, center(), x, form)
+    both = jax.tree.map(lambda y, mean: jnp.concatenate([y, mean[None]]), z, center()).flat()
+    for place in generator.places(x):
+        tiled = generator.per_layer(both, place.layers)
+        out = np.asarray(generator._network(form, RANK).apply(g.network, tiled, place))
+        out, old, new = out[1] - out[-1], lora.flatten(x)[place.name], lora.flatten(rows)[place.name]
+        bases, j = g.bases[place.name], generator.BASES
+        novel = np.einsum("...j,...jxy->...xy", out[..., :j], bases["v"])
+        if form == "mix":
+            m_a, m_b = (
+                np.tanh(y).reshape(*y.shape[:-1], RANK, RANK) / (2 * RANK) for y in np.split(out[..., j:], 2, -1)
+            )
+            a, b = old.a @ (np.eye(RANK) + m_a), (np.eye(RANK) + m_b) @ old.b + novel
+        else:
+            a, b = old.a + np.einsum("...j,...jxy->...xy", out[..., j:], bases["u"]), old.b + novel
+        assert_near(new.a[1], a, 1e-10)
+        assert_near(new.b[1], b, 1e-10)
+
+
+def test_the_heads_bias_is_generated_class_by_class(x64):
+    """Renaming classes renames the biases; and clients that say nothing of labels get none."""
+    g, z, x = learned().generator, doubles(cohort().signatures), nudged(doubles(ADAPTER))
+    order = np.array([2, 0, 1])
+    bias = lambda z, mean: generator.generate(g, z, mean, x, "mix")["head"]["bias"] - x["head"]["bias"]
+    renamed = lambda s: s._replace(labels=s.labels[..., order])
+    assert_near(bias(renamed(z), renamed(center())), bias(z, center())[:, order], 1e-10)
+    assert norm(bias(z, center())) > 1e-2
+    quiet = generator.init(KEY, x, sig.label_free(SIGNATURE), "mix")
+    assert quiet.head == ()
+    rows = generator.generate(quiet, sig.label_free(z), sig.label_free(center()), x, "mix")
+    assert_near(rows["head"]["bias"], copies(x["head"]["bias"]), 0)
+
+
+# --- learning
 
 
 def meta_gradient(meta) -> Theta:
     """The gradient of the first learning step, read off the first moments of Adam."""
     moments = {jax.tree_util.keystr(path): mu for path, mu in optax.tree_utils.tree_get_all_with_path(meta, "mu")}
-    part = lambda name: next(mu for path, mu in moments.items() if name in path)
-    fields = [part("generator" if i < 2 else "server")[i] for i in range(6)]
-    return Theta(*jax.tree.map(lambda mu: mu / 0.1, fields))
+    part = lambda name: jax.tree.map(lambda mu: mu / 0.1, next(mu for path, mu in moments.items() if name in path))
+    low, head, networks, numbers = map(part, ("generator", "head", "networks", "numbers"))
+    s, c = networks.synthesizer, networks.corrector
+    return Theta(low.generator._replace(head=head.generator.head), s._replace(steps=numbers.synthesizer.steps), c)
+
+
+def _problem64():
+    base, adapter = problem()
+    theta, last = learned(), uploads(2)
+    c = normalised(cohort(1, steps=1))
+    return base, adapter, theta, last, c
+
+
+def states(method, adapter, theta, last):
+    state = doubles(method.init(jax.random.key(1), adapter))
+    return state._replace(theta=theta, last=last, adapter=synthesize(theta, last), center=center())
+
+
+def learn_once(mode: str, lr: float, c, base, adapter, theta, last):
+    """The meta-gradient of one round in a mode, through ``make_round``."""
+    method = hyperlora(CLIENTS, SIGNATURE, mode, warmup=0, query=3)
+    round_fn = rounds.make_round(method, loss_fn, optax.sgd(lr))
+    state, _, _ = jit(round_fn)(base, states(method, adapter, theta, last), c, KEY)
+    return meta_gradient(state.meta)
+
+
+def phi(theta, last, signatures):
+    return generator.generate(theta.generator, signatures, center(), aggregated(theta, last), "mix")
 
 
 def test_displacement_is_the_exact_gradient_for_one_step_of_sgd(x64):
     """d/dtheta of sum_c p_c L_c(start of c), in generator, synthesizer and corrector: from uploads alone."""
-    lr, method = 0.05, learner()
-    base, adapter = problem()
-    theta, last, c = learned(), uploads(2), normalised(cohort(1, steps=1))
-    state = doubles(method.init(jax.random.key(1), adapter))
-    state = state._replace(theta=theta, last=last, adapter=synthesize(theta, *last))
+    lr, (base, adapter, theta, last, c) = 0.05, _problem64()
+    got = learn_once("displacement", lr, c, base, adapter, theta, last)
 
     def losses(adapters):
-        """Each client's loss at its start."""
-        return jax.vmap(loss_fn, (None, 0, 0, None))(base, adapters, take(c.batches, (slice(None), 0)), KEY)
+        """Each client's loss at its start, on the batch and with the key of its only step."""
+        own = jax.vmap(lambda id_: jax.random.fold_in(jax.random.fold_in(KEY, id_), 0))(c.ids)
+        return jax.vmap(loss_fn, (None, 0, 0, 0))(base, adapters, take(c.batches, (slice(None), 0)), own)
 
-    sent = method.dispatch(base, state, c)
-    slopes = jax.grad(lambda x: losses(x).sum())(sent.adapter)
-    received = jax.tree.map(lambda x, g: x - lr * g, sent.adapter, slopes)
-    new = jit(method.aggregate)(base, state, c, sent, received)
+    exact = jit(jax.grad(lambda theta: lr * c.weights @ losses(phi(theta, last, c.signatures))))(theta)
+    assert norm(flat(exact)) < 1  # else it would have been clipped
+    for field in Theta._fields:
+        x, y = flat(getattr(got, field)), flat(getattr(exact, field))
+        assert norm(y) > 1e-8, field
+        assert_near(x, y, 1e-6)
 
-    starts = lambda theta: hyper.generate(theta, c.signatures, hyper.synthesize(theta, *last))
-    exact = jit(jax.grad(lambda theta: lr * c.weights @ losses(starts(theta))))(theta)
-    assert np.linalg.norm(flat(exact)) < 1  # else it would have been clipped
-    for field, x, y in zip(Theta._fields, meta_gradient(new.meta), exact, strict=True):
-        assert np.linalg.norm(flat(y)) > 1e-8, field
-        assert_near(flat(x), flat(y), 1e-6)
+
+def unrolled(theta, lr, c, base, last):
+    """sum_c p_c L_c(query after the local steps), written with a Python loop."""
+
+    def one(start, batches, query, id_):
+        own = jax.random.fold_in(KEY, id_)
+        for t in range(jax.tree.leaves(batches)[0].shape[0]):
+            grads = jax.grad(loss_fn, 1)(base, start, take(batches, t), jax.random.fold_in(own, t))
+            start = jax.tree.map(lambda x, g: x - lr * g, start, grads)
+        return loss_fn(base, start, query, jax.random.fold_in(own, jnp.iinfo(jnp.int32).max))
+
+    return c.weights @ jax.vmap(one)(phi(theta, last, c.signatures), c.batches, c.queries, c.ids)
+
+
+def test_exact_is_the_gradient_of_the_unrolled_objective(x64):
+    """In all three parts; of an objective scaled so that clipping shows as a common factor only."""
+    lr, (base, adapter, theta, last, c) = 0.3, _problem64()
+    c = normalised(cohort(1, steps=3))
+    got = learn_once("exact", lr, c, base, adapter, theta, last)
+    exact = jit(jax.grad(unrolled), static_argnums=1)(theta, lr, c, base, last)
+    clip = min(1.0, 1 / norm(flat(exact)))
+    for field in Theta._fields:
+        assert_near(flat(getattr(got, field)), clip * flat(getattr(exact, field)), 1e-6)
+
+
+def test_the_unrolled_objective_agrees_with_finite_differences(x64):
+    lr, (base, _, theta, last, _) = 0.3, _problem64()
+    c = normalised(cohort(1, steps=2))
+    objective = jit(unrolled, static_argnums=1)
+    grads = jit(jax.grad(unrolled), static_argnums=1)(theta, lr, c, base, last)
+    rng = np.random.default_rng(0)
+    for field in Theta._fields:
+        part = getattr(theta, field)
+        way = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), part)
+        moved = lambda h: theta._replace(**{field: jax.tree.map(lambda x, d: x + h * d, part, way)})  # noqa: B023
+        slope = (objective(moved(1e-6), lr, c, base, last) - objective(moved(-1e-6), lr, c, base, last)) / 2e-6
+        np.testing.assert_allclose(flat(getattr(grads, field)) @ flat(way), slope, rtol=1e-5, atol=1e-9)
+
+
+def test_first_order_tends_to_exact_as_local_steps_shrink(x64):
+    base, adapter, theta, last, _ = _problem64()
+    c, apart = normalised(cohort(1, steps=3)), []
+    for lr in (0.1, 0.01):
+        exact, first = (flat(learn_once(m, lr, c, base, adapter, theta, last)) for m in ("exact", "first_order"))
+        apart.append(norm(first - exact) / norm(exact))
+    assert 0 < apart[1] < 0.2 * apart[0]
 
 
 def test_the_generator_has_a_gradient_from_the_first_round_on():
     """Though b and the coefficients of its bases start at zero; with bases of zero, too, it would never use them."""
     m = compiled("hyperlora")
     theta = m.start.theta
-    stuck = m.start._replace(theta=theta._replace(bases=jax.tree.map(jnp.zeros_like, theta.bases)))
+    zero = theta.generator._replace(bases=jax.tree.map(jnp.zeros_like, theta.generator.bases))
+    stuck = m.start._replace(theta=theta._replace(generator=zero))
     for start, learns in ((m.start, True), (stuck, False)):
         new, _, _ = m.fast(BASE, start, cohort(), KEY)
-        gradient = meta_gradient(new.meta)
-        coefficients = gradient.generator["params"]["Dense_5"]["bias"][2 * RANK**2 : -1]
-        assert (jnp.abs(coefficients) > 1e-6).all() == learns
+        gradient = meta_gradient(new.meta).generator
+        last = gradient.network["params"]["mlp"]["Dense_5"]["kernel"][:, : generator.BASES]
+        assert (jnp.abs(last).max(0) > 1e-7).all() == learns
         assert np.isfinite(flat(gradient)).all()
 
 
-def test_aggregation_reads_no_client_data():
-    method, state, aggregate = aggregation("hyperlora")
+@pytest.mark.parametrize("mode", ["displacement", "exact"])
+def test_only_displacement_needs_no_client_data(mode):
+    """Everything that a client did not send is replaced by NaN after its upload: nothing changes."""
+    method, _, aggregate = aggregation("hyperlora")
+    state = METHODS["hyperlora"]().init(jax.random.key(1), ADAPTER)
     state, c = state._replace(theta=learned(), last=uploads(2), round=jnp.asarray(10**6)), normalised(cohort())
+    method = METHODS["hyperlora"]() if mode == "displacement" else METHODS["hyperlora_exact"]()
+    assert (method.query == 0) == (mode == "displacement")
+    if mode == "exact":
+        with pytest.raises(ValueError, match="has none"):
+            rounds.make_round(method, loss_fn, optax.sgd(0.1))(BASE, None, c._replace(queries=()), KEY)
+        return
     sent = method.dispatch(BASE, state, c)
-    gone = c._replace(batches=jax.tree.map(lambda x: x * jnp.nan, c.batches))
-    new = aggregate(BASE, state, c, sent, uploads(3).received)
+    received = uploads(3).received
+    slopes = jax.tree.map(lambda x, y: x - y, sent.adapter, received)
+    nan = functools.partial(jax.tree.map, lambda x: x * jnp.nan)
+    gone = c._replace(batches=nan(c.batches), queries=nan(c.queries))
+    server = jit(lambda c: method.aggregate(BASE, method.learn(state, c, slopes), c, sent, received))
+    new = server(c)
     assert (flat(new.theta) != flat(state.theta)).any()
-    assert_near(aggregate(BASE, state, gone, sent, uploads(3).received), new, 0)
+    assert_near(server(gone), new, 0)
+
+
+def test_a_frozen_theta_serves_and_stays():
+    theta = learned()
+    method = hyperlora(CLIENTS, SIGNATURE, "frozen", theta=module.named(theta))
+    state = method.init(KEY, ADAPTER)
+    new, _, _ = jit(rounds.make_round(method, loss_fn, optax.sgd(0.1)))(BASE, state, cohort(), KEY)
+    assert_near(new.theta, theta, 0)
+    sent = method.dispatch(BASE, new, cohort())
+    assert norm(np.asarray(sent.adapter["head"]["bias"][0] - sent.adapter["head"]["bias"][1])) > 0
+
+
+def test_the_report_is_zero_for_flexlora_and_says_what_was_learned():
+    fresh, state = compiled("hyperlora").start, compiled("hyperlora").state
+    report = METHODS["hyperlora"]().report
+    for name, value in report(fresh._replace(last=uploads())).items():
+        np.testing.assert_allclose(value, 1.0 if name == "server_step" else 0.0, atol=1e-6, err_msg=name)
+    said = report(state._replace(theta=learned(), last=uploads(), adapter=uploads().previous, center=center()))
+    assert min(said.values()) > 1e-4
+    counts = module.parameters(learned())
+    assert counts == {part: flat(getattr(learned(), part)).size for part in Theta._fields}
 
 
 # --- refusals, signatures
 
 
-def test_it_refuses_kernels_of_several_ranks_and_clients_without_signatures():
+def test_it_refuses_what_does_not_fit():
     mixed = lora.unflatten({**lora.flatten(ADAPTER), "mix/kernel": LoRA(jnp.zeros((4, 1)), jnp.zeros((1, 6)), SCALE)})
     with pytest.raises(ValueError, match="one rank for all kernels"):
-        hyper.init(KEY, mixed, SIGNATURE)
-    with pytest.raises(ValueError, match="needs signatures"):
-        hyperlora(CLIENTS, 0)
+        generator.init(KEY, mixed, SIGNATURE, "mix")
+    with pytest.raises(ValueError, match="needs a Signature"):
+        hyperlora(CLIENTS, ())  # type: ignore[arg-type]
+    for wrong in ({"mode": "guess"}, {"form": "full"}, {"kappa": -1.0}, {"personal": -1}):
+        with pytest.raises(ValueError, match=r"must be|guess"):
+            hyperlora(CLIENTS, SIGNATURE, **wrong).init(KEY, ADAPTER)
+    longer = SIGNATURE._replace(shape=np.zeros(9))
+    with pytest.raises(ValueError, match="learned for another signature"):
+        hyperlora(CLIENTS, longer, theta=module.named(learned())).init(KEY, ADAPTER)
+    method = hyperlora(CLIENTS, SIGNATURE)
+    told = cohort()._replace(signatures=sig.label_free(cohort().signatures))
+    with pytest.raises(ValueError, match=r"\[4, 0, 1\] numbers .* made for \[4, 3, 1\]"):
+        method.dispatch(BASE, method.init(KEY, ADAPTER), told)
 
 
 def test_signatures_describe_valid_examples_only():
@@ -333,10 +559,37 @@ def test_signatures_describe_valid_examples_only():
         np.testing.assert_allclose(moments.mean[c], own.mean(0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(np.exp(moments.log_deviation[c]), own.std(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(moments.histogram[c], np.bincount(labels[c][valid[c]], minlength=4) / valid[c].sum())
-    z = sig.signatures(moments, sig.standard(moments), size=7)
-    assert z.shape == (3, 2 * 7 + 4 + 1)
-    np.testing.assert_allclose(z[:, 14:18] ** 2, moments.histogram, atol=1e-6)
-    np.testing.assert_allclose(z[:, -1], np.log1p(valid.sum(1)) / 10, rtol=1e-5)
-    np.testing.assert_allclose(z[:, :14].mean(0), 0, atol=1e-5)  # standardised over these clients
-    one = sig.signatures(take(moments, slice(1)), sig.standard(moments), size=7)
-    assert_near(one, z[:1])  # a client's does not depend on who else is described
+    stats = sig.standard(moments)
+    for i, x in enumerate((moments.mean, moments.log_deviation)):
+        np.testing.assert_allclose(stats.mean[i], np.mean(x, 0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(stats.deviation[i], np.std(x, 0), rtol=1e-4, atol=1e-5)
+    z = sig.signatures(moments, stats, size=7)
+    assert [x.shape for x in z] == [(3, 2 * 7), (3, 4), (3, 1)]
+    np.testing.assert_allclose(z.labels**2, moments.histogram, atol=1e-6)
+    np.testing.assert_allclose(z.amount[:, 0], np.log1p(valid.sum(1)) / 10, rtol=1e-5)
+    np.testing.assert_allclose(z.shape.mean(0), 0, atol=1e-5)  # standardised over these clients
+    one = sig.signatures(take(moments, slice(1)), stats, size=7)
+    assert_near(one, take(z, slice(1)))  # a client's does not depend on who else is described
+
+
+def test_views_are_the_whole_and_random_halves_of_it():
+    rng = np.random.default_rng(0)
+    features, labels = jnp.asarray(rng.normal(size=(40, 6))), jnp.asarray(rng.integers(0, 4, 40))
+    valid = jnp.arange(40) < 30
+    seen = sig.views(KEY, features, labels, valid, 4, 5)
+    assert_near(take(seen, 0), sig.moments(features, labels, valid, 4))
+    assert (seen.size == 30).all()
+    assert norm(np.ptp(seen.histogram[1:], axis=0)) > 0.05  # they differ
+    np.testing.assert_allclose(seen.histogram.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(seen.histogram[1:].mean(0), seen.histogram[0], atol=0.15)
+    alone = sig.views(KEY, features, labels, jnp.arange(40) < 1, 4, 5)
+    assert np.isfinite(flat(alone)).all()
+    np.testing.assert_allclose(alone.mean, np.broadcast_to(features[0], (6, 6)), rtol=1e-5)  # never of nothing
+
+
+def test_noise_is_clipped_gaussian():
+    z = Signature(jnp.full((2000, 3), 50.0), jnp.zeros((2000, 2)), jnp.ones((2000, 1)))
+    told = sig.noisy(KEY, z, 0.5, bound=2.0)
+    np.testing.assert_allclose([x.mean() for x in told], [2.0, 0.0, 1.0], atol=0.05)
+    np.testing.assert_allclose([x.std() for x in told], 0.5, atol=0.03)
+    assert sig.label_free(z).flat().shape == (2000, 4)

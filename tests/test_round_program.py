@@ -259,7 +259,8 @@ def test_an_average_client_gets_the_global_model():
     assert one.ids.tolist() == [-1]
     assert one.ranks.tolist() == [2]
     assert one.batches == ()
-    assert_near(one.signatures[0], np.float64(c.weights) @ np.float64(c.signatures) / 4, 1e-6)
+    for own, z in zip(one.signatures, c.signatures, strict=True):
+        assert_near(own[0], np.float64(c.weights) @ np.float64(z) / 4, 1e-6)
     assert_near(one.memory.head, jnp.asarray([7 / 4]))
     evaluate = rounds.make_evaluate(method, accuracy_and_loss)
     scores = evaluate(BASE, state, one, jax.tree.map(lambda x: x[None], examples()), KEY)

@@ -16,10 +16,12 @@ so aggregation is judged by the next round, which starts from it. ``displacement
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -73,7 +75,7 @@ def hyperlora(
     query: int = 16,
     kappa: float = 0.0,
     personal: int = 0,
-    theta: Theta | None = None,
+    theta: Mapping[str, Array] | None = None,
 ) -> Method:
     """HyperLoRA.
 
@@ -89,7 +91,7 @@ def hyperlora(
       query: examples a client keeps apart in a round, where the mode needs them.
       kappa: weight of the loss at the start itself, before local steps; needs examples kept apart.
       personal: rank of the update that a client keeps for itself and that C may add to its next start; 0: none.
-      theta: parameters learned elsewhere.
+      theta: parameters learned elsewhere, as ``named`` gives them.
 
     Raises:
       ValueError: an unknown mode, a rank or weight below 0, or (when a round is traced) signatures of another size
@@ -106,19 +108,19 @@ def hyperlora(
             synthesizer.init(keys[1], adapter, signature),
             corrector.init(keys[2], adapter, signature),
         )
-        if theta is not None:
-            _check_fits(theta, fresh)
+        own = fresh if theta is None else _restored(theta, fresh)
         stack = lambda x: jnp.broadcast_to(x, (participants, *x.shape)) * 1
         nobody = jax.tree.map(jnp.zeros_like, Signature(*map(jnp.asarray, signature)))
         weights = jnp.ones(participants) / participants  # not jnp.full: its weak type would compile round two anew
         last = Uploads(jax.tree.map(stack, adapter), weights, jax.tree.map(stack, nobody), adapter)
-        own = fresh if theta is None else theta
         return HyperLoRAState(adapter, own, tx.init(own), last, nobody, jnp.zeros((), jnp.int32))
 
     def starts(theta, state, adapter, cohort):
         """G, and the personal part of C."""
         rows = generator.generate(theta.generator, cohort.signatures, state.center, adapter, form)
-        return corrector.personalise(theta.corrector, cohort.signatures, rows, cohort.memory) if personal else rows
+        if not personal or not jax.tree.leaves(cohort.memory):
+            return rows
+        return corrector.personalise(theta.corrector, cohort.signatures, rows, cohort.memory)
 
     def dispatch(base, state, cohort):
         _check_signatures(cohort.signatures, state.center)
@@ -241,11 +243,19 @@ def _check_signatures(signatures: Signature, expected: Signature) -> None:
         )
 
 
-def _check_fits(theta: Theta, expected: Theta) -> None:
-    shapes = lambda t: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(t)}
-    got, want = shapes(theta), shapes(expected)
-    wrong = [f"{k}: got {got.get(k)}, expected {want[k]}" for k in want if got.get(k) != want[k]]
+def named(theta: Theta) -> dict[str, Array]:
+    """The arrays of theta by name, to be saved and given to ``hyperlora(theta=...)``."""
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(theta)}
+
+
+def _restored(arrays: Mapping[str, Array], like: Theta) -> Theta:
+    want = {name: x.shape for name, x in named(like).items()}
+    got = {name: np.shape(x) for name, x in arrays.items()}
+    wrong = [f"{k}: got {got.get(k)}, expected {want.get(k)}" for k in want | got if got.get(k) != want.get(k)]
     if wrong:
         raise ValueError(
-            f"theta was learned for another signature or adapter ({len(wrong)} arrays differ): {'; '.join(wrong[:3])}"
+            f"theta was learned for another signature, adapter or form ({len(wrong)} arrays differ): "
+            f"{'; '.join(wrong[:3])}"
         )
+    leaves = [jnp.asarray(arrays[name]) for name in want]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)

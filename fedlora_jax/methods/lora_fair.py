@@ -26,7 +26,7 @@ ABOUT = About("LoRA-FAIR", "Bian et al. ICCV 2025", "2411.14961", "a, b, head", 
 
 
 def lora_fair(
-    lam: float = 0.01, solver: Literal["cosine", "ridge"] = "cosine", steps: int = 1000, lr: float = 0.01
+    lam: float | Array = 0.01, solver: Literal["cosine", "ridge"] = "cosine", steps: int = 1000, lr: float = 0.01
 ) -> Method:
     """LoRA-FAIR.
 
@@ -36,7 +36,7 @@ def lora_fair(
         Frobenius distance, solved exactly.
       steps, lr: of ``cosine`` only; ``lr`` is the longest step, see there.
     """
-    if lam < 0:
+    if not isinstance(lam, jax.core.Tracer) and lam < 0:  # a traced lam is being learned
         raise ValueError(f"lam is the weight of a penalty: got {lam}, expected 0 or more")
     if solver not in ("cosine", "ridge"):
         raise ValueError(f"solver must be 'cosine' or 'ridge', got {solver!r}")
@@ -57,13 +57,13 @@ def lora_fair(
     return fedit()._replace(aggregate=aggregate)
 
 
-def ridge(g: Array, y: Array, bbar: Array, lam: float) -> Array:
+def ridge(g: Array, y: Array, bbar: Array, lam: float | Array) -> Array:
     """``d = (G + lam I)^-1 (Y - G bbar)``, the minimiser of ``|M - abar (bbar + d)|^2 + lam |d|^2``."""
     identity = jnp.eye(g.shape[-1], dtype=g.dtype)
     return jnp.linalg.solve(g + lam * identity, y - matmul(g, bbar))
 
 
-def cosine(g: Array, y: Array, bbar: Array, m: Array, lam: float, steps: int, lr: float | Array) -> Array:
+def cosine(g: Array, y: Array, bbar: Array, m: Array, lam: float | Array, steps: int, lr: float | Array) -> Array:
     """Descend ``1 - <Y, b'> / (m n) + lam |d|^2`` from d = 0.
 
     Here ``b' = bbar + d`` and ``n = |abar b'| = sqrt(<b', G b'>)``.
