@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from experiments import budget_figures, methods, problem, programs, record, summary
 from experiments.figures import png
-from experiments.compare import describe, facts_of
+from experiments.compare import acceptable, describe, facts_of
 from experiments.config import Config, check
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import rounds
@@ -53,15 +54,19 @@ class Plan:
 
     def __init__(self, config: Config):
         check(config)
-        if not config.holdout_clients:
-            raise ValueError("a budget experiment serves clients never seen: --holdout-clients must be at least 1")
+        if config.clients < 2 or config.holdout_clients < 1:
+            raise ValueError(
+                f"a budget experiment learns from several clients and serves others: got --clients {config.clients} and "
+                f"--holdout-clients {config.holdout_clients}, expected at least 2 and 1"
+            )
         for name in config.methods:
-            methods.about(name)
+            methods.check(name)
         self.config = config
         self.folder = Path(config.out or f"runs/budget-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         record.check_folder(self.folder, resume=False)
         validation = dataclasses.replace(config, validation=SHARE, seeds=config.tuning_seeds)
-        self.problems = {"validation": problem.build(validation), "test": problem.build(config)}
+        accept = partial(acceptable, config)
+        self.problems = {"test": problem.build(config, accept), "validation": problem.build(validation, accept)}
         self.about = {
             "command": "budget",
             "config": config.identity(),
@@ -69,7 +74,8 @@ class Plan:
             **describe(),
             "date": f"{datetime.date.today()}",
         }
-        self.built = {name: methods.build(name, **facts_of(config, self.problems["test"])) for name in config.methods}
+        facts = facts_of(config, self.problems["test"].signature)
+        self.built = {name: methods.build(name, **facts) for name in config.methods}
 
     def execute(self) -> Path:
         config, entries = self.config, []

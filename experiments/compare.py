@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import platform
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from experiments.config import Config, check
 from experiments.problem import Problem
 from experiments.programs import Programs
 from experiments.rows import Rows, holdings
+from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method
 from fedlora_jax.rounds import Info, Run
+from fedlora_jax.signatures import Signature
 
 
 class Plan:
@@ -28,13 +31,13 @@ class Plan:
     def __init__(self, command: str, config: Config):
         check(config)
         for name in config.methods:
-            methods.about(name)  # a misspelt name is refused before data are loaded
+            methods.check(name)  # a misspelt name is refused before data are loaded
         self.command, self.config = command, config
         self.folder = Path(config.out or f"runs/{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         record.check_folder(self.folder, config.resume)
         if config.resume:
             record.check_same(self.folder, "config", config.identity())
-        self.problem = problem.build(config)
+        self.problem = problem.build(config, partial(acceptable, config))
         if config.resume:
             record.check_same(self.folder, "record", self.problem.record)
         self.about = {
@@ -95,15 +98,23 @@ def describe() -> dict[str, Any]:
     }
 
 
-def facts_of(config: Config, problem: Problem) -> dict[str, Any]:
+def facts_of(config: Config, signature: Signature) -> dict[str, Any]:
     """What a method can ask to be given of a run."""
-    one = lambda x: np.zeros(x.shape[3:], x.dtype)
     return {
         "participants": config.clients_per_round or config.clients,
-        "signature": jax.tree.map(one, problem.clients.population.signatures),
+        "signature": signature,
         "population": config.clients,
         "theta": record.read_arrays(config.theta),
     }
+
+
+def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
+    """Refuse options that a method does not take, and what it has learned where that does not fit."""
+    for name in config.methods:
+        method = methods.build(name, **facts_of(config, signature))
+        if method.query and config.minimum < 2:
+            raise ValueError(f"{name} keeps examples of every client apart: --minimum must be at least 2, got 1")
+        jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0), adapter)
 
 
 class Trial:
@@ -111,8 +122,7 @@ class Trial:
 
     def __init__(self, config: Config, problem: Problem, name: str):
         self.config, self.problem, self.name = config, problem, name
-        facts = facts_of(config, problem)
-        self.method: Method = methods.build(name, **facts)
+        self.method: Method = methods.build(name, **facts_of(config, problem.signature))
         self.rows = Rows(config, problem, name, self.method)
         self.programs: Programs = programs.make(config, problem, self.method)
         run = jax.eval_shape(self.programs.start, problem.adapters, problem.keys)

@@ -42,6 +42,7 @@ class Config:
         "full",
         "what clients tell of their data: full, label_free, noisy; or a control: shuffled, constant, random",
     )
+    test_images: int | None = option(None, "score a client on so many of its test images at most (default: all)")
     rank: tuple[int, ...] = option((4,), "rank of the adapters; a list (4,8,16) is dealt out to clients at random")
     scale: float = option(2.0, "factor s of every low-rank update, the same for all clients and ranks")
     validation: float = option(
@@ -81,7 +82,7 @@ def check(config: Config) -> None:
     for name in ("clients", "rounds", "local_steps", "batch", "eval_every", "checkpoint_every", "minimum"):
         _at_least(config, name, 1)
     _at_least(config, "holdout_clients", 0)
-    for name in ("clients_per_round", "chunk", "seeds_at_once", "image_size", "adapt_last"):
+    for name in ("clients_per_round", "chunk", "seeds_at_once", "image_size", "adapt_last", "test_images"):
         if getattr(config, name) is not None:
             _at_least(config, name, 1)
     if not config.lr > 0 or config.lr == float("inf"):

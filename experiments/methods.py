@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 import fedlora_jax.methods
@@ -14,6 +15,11 @@ from fedlora_jax.method import About, Method
 
 def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(fedlora_jax.methods.__path__))
+
+
+def check(spec: str) -> None:
+    """Refuse a name or an option that does not exist."""
+    _parse(spec)
 
 
 def about(spec: str) -> About:
@@ -30,12 +36,16 @@ def build(spec: str, **facts: Any) -> Method:
       spec: ``NAME`` or ``NAME:OPTION=VALUE:...``, such as ``lora_fair:lam=0.1:solver=ridge``.
       **facts: what is known of the run, such as ``participants``.
     """
+    make, chosen = _parse(spec)
+    return make(**{key: facts[key] for key in inspect.signature(make).parameters if key in facts}, **chosen)
+
+
+def _parse(spec: str) -> tuple[Callable[..., Method], dict[str, Any]]:
+    """The function that makes the method, and the options that are set."""
     name, *options = spec.split(":")
     make = getattr(_module(name), name)
-    known = inspect.signature(make, eval_str=True).parameters
-    settable = {key: p for key, p in known.items() if key not in facts and _is_plain(p.default)}
-    chosen = dict(_option(spec, text, settable) for text in options)
-    return make(**{key: facts[key] for key in known if key in facts}, **chosen)
+    settable = {key: p for key, p in inspect.signature(make).parameters.items() if _is_plain(p.default)}
+    return make, dict(_option(spec, text, settable) for text in options)
 
 
 def _option(spec: str, text: str, settable: dict[str, inspect.Parameter]) -> tuple[str, Any]:

@@ -51,13 +51,21 @@ class Problem(NamedTuple):
     clients: Clients  # every array with a leading axis of seeds
     adapters: Adapter  # [seeds, ...]
     keys: Array  # [seeds]
+    signature: Signature  # the shapes of one client's
     smallest: int  # training images of the smallest client over all seeds
     loss_fn: Callable
     correct_fn: Callable  # (base, adapter, (x, y)) -> 1 where the prediction is right, [n]
     record: dict[str, Any]  # what identifies it, for config.json
 
 
-def build(config: Config) -> Problem:
+def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda signature, adapter: None) -> Problem:
+    """Load, split and describe the data.
+
+    Args:
+      config: the options.
+      accept: is shown the shapes of one client's signature and of one adapter while nothing has compiled yet; it may
+        raise ValueError.
+    """
     # Everything that can be refused is looked at on the host first; only then does anything compile.
     make_optimizer(config)
     images = data.load(config.data)
@@ -70,7 +78,8 @@ def build(config: Config) -> Problem:
     new = partial(
         lora.new, params=base, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
     )
-    jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
+    shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
+    accept(_signature_of_one(config, len(images.classes)), shapes)
     train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
     made = [_clients(config, images, train_rows, test_rows, seed) for seed in config.seeds]
 
@@ -90,13 +99,14 @@ def build(config: Config) -> Problem:
         clients=stacked,
         adapters=jax.vmap(new)(keys),
         keys=keys,
+        signature=_signature_of_one(config, len(images.classes)),
         smallest=min(len(part) for parts, _, _ in made for part in parts),
         loss_fn=loss_fn,
         correct_fn=correct_fn,
         record={
             "data_hash": images.fingerprint(),
             "weights": pretrained.name,
-            "weights_hash": _hash_tree(base),
+            "weights_hash": _hash_tree(pretrained.params),
             "partition_hash": digest.hexdigest()[:16],
             "adapted": sorted(lora.select(base, config.targets)),
             "trained_in_full": sorted(lora.select(base, config.full)),
@@ -195,6 +205,8 @@ def _clients(config: Config, images: Images, train: np.ndarray, test: np.ndarray
     parts = partition.split(config.partition, images.y[train], domains, total, rng, config.minimum)
     cell = images.domain * len(images.classes) + images.y
     tests = partition.matching_tests(parts, cell[train], cell[test], rng)
+    if config.test_images is not None:
+        tests = [np.sort(rng.permutation(own)[: config.test_images]) for own in tests]
     ranks = rng.permutation(np.resize(config.rank, total))
     return parts, tests, ranks
 
@@ -235,6 +247,12 @@ def _signatures(
     moments = jax.vmap(one)(jax.random.split(key, rows.shape[0]), rows, sizes)
     stats = signatures.standard(jax.tree.map(lambda x: x[:training, 0], moments))
     return _told(signatures.signatures(moments, stats), key, training, kind)
+
+
+def _signature_of_one(config: Config, classes: int) -> Signature:
+    """Zeros in the shapes of one client's signature."""
+    told = signatures.SIZE * 2, 0 if config.signature == "label_free" else classes, 1
+    return Signature(*(np.zeros(size, np.float32) for size in told))  # type: ignore[arg-type]
 
 
 def _told(true: Signature, key: Array, training: int, kind: str) -> Signature:

@@ -20,6 +20,9 @@ import jax.numpy as jnp
 from jax import Array
 
 
+SIZE = 64  # random directions in which each of the two feature moments is seen
+
+
 class Signature(NamedTuple):
     """What the server knows of a client's data."""
 
@@ -80,7 +83,7 @@ def standard(clients: Moments) -> Standard:
     return Standard(mean, jnp.sqrt(variance) + 1e-6)
 
 
-def signatures(clients: Moments, stats: Standard, size: int = 64) -> Signature:
+def signatures(clients: Moments, stats: Standard, size: int = SIZE) -> Signature:
     """Signatures of clients' moments ``[..., d]``; ``size`` random directions for each of the two moments."""
     pair = jnp.stack([clients.mean, clients.log_deviation], -2)  # [..., 2, d]
     scaled = (pair - stats.mean) / stats.deviation

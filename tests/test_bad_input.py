@@ -76,6 +76,22 @@ OPTIONS = {
     "unknown method": ("compare --methods fedit,fed_it", "did you mean fedit"),
     "method twice": ("compare --methods fedit,fedit", "once"),
     "run without a method": ("run", "--method"),
+    "an option that the method lacks": ("run --method fedit:lam=1", "it has none"),
+    "an option that is misspelt": ("run --method hyperlora:kapa=1", "it has mode=displacement"),
+    "an option that is no number": ("run --method lora_fair:lam=much", "lam must be float"),
+    "a mode that does not exist": ("run --method hyperlora:mode=guess", "displacement or frozen, got 'guess'"),
+    "what was learned, missing": ("run --method hyperlora --theta nowhere.npz", "cannot read what a method learned"),
+    "what was learned for other signatures": ("run --method hyperlora --theta {theta}", "another signature"),
+    "queries of clients with one image": ("run --method hyperlora:mode=exact --minimum 1", "must be at least 2"),
+    "unknown signature": ("run --method hyperlora --signature vague", "--signature must be one of"),
+    "all of the training images set apart": ("run --method fedit --validation 1", "below 1"),
+    "more blocks than there are": ("run --method fedit --adapt-last 5", "choose 1 to 3"),
+    "budgets without unseen clients": ("budget --methods fedit {small}", "--holdout-clients 0"),
+    "meta-training with a single client": (
+        "budget --methods hyperlora {small} --clients 1 --holdout-clients 1",
+        "at least 2 and 1",
+    ),
+    "a budget that is not scored": ("budget --methods fedit {small} --holdout-clients 1 --budgets 3", "1, 2, 5 and 10"),
     "rank 0": ("run --method fedit --rank 0", "--rank must be at least 1"),
     "rank that is no number": ("run --method fedit --rank four", "'four'"),
     "rank larger than the layer": ("run --method fedit --rank 65", "choose a rank from 1 to 64"),
@@ -128,7 +144,15 @@ def places(tmp_path_factory):
     (folder / "full" / "thesis.txt").write_text("precious")
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text(json.dumps({"config": {"rounds": 7}, "record": {}}))
-    return {"data": folder / "data.npz", "cut": folder / "cut.npz", "full": folder / "full", "other": folder / "other"}
+    np.savez(folder / "theta.npz", **{".generator": np.zeros(3)})
+    small = "--clients 4 --holdout-clients 0 --minimum 2 --rounds 2 --seeds 1 --batch 4 --eval-every 1"
+    more = {"theta": folder / "theta.npz", "small": f"{small} --data {folder / 'data.npz'} --partition iid"}
+    return more | {
+        "data": folder / "data.npz",
+        "cut": folder / "cut.npz",
+        "full": folder / "full",
+        "other": folder / "other",
+    }
 
 
 @pytest.fixture

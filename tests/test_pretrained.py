@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from fedlora_jax import lora
 from models.pretrained import load_vit, resize_positions
-from models.vit import normalise, vit
+from models.vit import cut, normalise, vit
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="evaluation data are not here")
@@ -154,3 +155,32 @@ def test_bad_files_are_refused_with_a_reason(tmp_path):
         load_vit(tmp_path / "ok.npz", image_size=5)
     with pytest.raises(ValueError, match="unknown ViT"):
         vit("Giant/14", 10)
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_a_model_in_two_parts_is_the_model(top):
+    """Adapters in the last blocks only: the same logits and, up to rounding, gradients."""
+    whole = vit("nano/4", classes=5)
+    x = jax.random.normal(jax.random.key(0), (3, 16, 16, 3))
+    params = whole.init(jax.random.key(1), x)["params"]
+    (stem, stem_params), (rest, rest_params) = cut(whole, params, top)
+    tokens, _ = stem.apply({"params": stem_params}, x)
+    new = lambda params: lora.new(jax.random.key(2), params, 2, targets="attn/(query|value)/kernel", full="^head/")
+    adapter = jax.tree.map(lambda x: x + 0.1, new(rest_params))
+    padded = lambda z: jnp.concatenate([jnp.zeros((4 - top, *z.shape[1:])), z])
+    wide = lora.tree_map(lambda z: lora.LoRA(padded(z.a), padded(z.b), z.scale), adapter)
+
+    def logits(model, params, inputs, adapter):
+        out, end = model.apply(lora.variables(params, adapter), inputs)
+        return out, end["features"]
+
+    for a, b in zip(logits(rest, rest_params, tokens, adapter), logits(whole, params, x, wide), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    square = lambda *row: jnp.sum(logits(*row)[0] ** 2)
+    short = jax.grad(square, 3)(rest, rest_params, tokens, adapter)
+    long = jax.grad(square, 3)(whole, params, x, wide)
+    for a, b in zip(lora.low_rank_leaves(short), lora.low_rank_leaves(long), strict=True):
+        np.testing.assert_allclose(a.a, b.a[4 - top :], atol=1e-4)
+        np.testing.assert_allclose(a.b, b.b[4 - top :], atol=1e-4)
+    with pytest.raises(ValueError, match="choose 1 to 3"):
+        cut(whole, params, 4)

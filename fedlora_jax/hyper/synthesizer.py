@@ -70,7 +70,7 @@ def synthesize(s: Synthesizer, x: Uploads) -> tuple[dict[str, Synthesis], dict[s
     low_rank = {}
     for place in places(x.previous):
         name = place.name
-        feat = jax.lax.stop_gradient(features(new[name], x.weights, old[name]))  # [C, ..., 4]
+        feat = features(new[name], x.weights, old[name])  # [C, ..., 4]
         w = client_weights(s, x.weights, jnp.concatenate([per_layer(z, place.layers), feat], -1), place)
         t = _truncated(server_step(s.steps[name]), s.gains[name], new[name], w, old[name])
         low_rank[name] = Synthesis(t, w, feat)

@@ -1,0 +1,113 @@
+"""The budget experiment: choices on other images and seeds than scores, claims paired by seed, costs charged."""
+
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import budget, budget_figures, data, problem, summary
+from experiments.__main__ import main
+from experiments.config import Config
+
+TAUS = ("0", "1", "2", "5", "10")
+
+
+def entry(method: str, steps: int, accuracy: float, validation: float, tau: int = 0) -> dict:
+    rng = np.random.default_rng(steps)
+    seeds = accuracy + 0.01 * rng.normal(size=4)
+    curve = {t: summary.spread((seeds + 0.001 * int(t)).tolist()) for t in TAUS}
+    return {
+        "method": method, "about": {"name": method, "arxiv": ""}, "steps": steps, "lr": 0.1, "tau": tau, "passes": steps,
+        "validation": [{"lr": 0.1, "tau": tau, "accuracy": validation}], "training_clients": curve,
+        "unseen_clients": curve, "rounds": [1, 2], "personal_by_round": [[0.5, accuracy]] * 4,
+        "global_by_round": [[0.5, accuracy]] * 4, "global": summary.spread(seeds.tolist()),
+    }  # fmt: skip
+
+
+ENTRIES = [
+    entry("fedit", 1, 0.70, 0.7),
+    entry("fedit", 5, 0.80, 0.81, tau=5),
+    entry("flexlora", 1, 0.71, 0.6),
+    entry("flexlora", 5, 0.90, 0.80),  # better on test images; validation did not know
+    entry("hyperlora", 1, 0.79, 0.75),
+    entry("hyperlora", 5, 0.85, 0.85),
+]
+
+
+def test_a_claim_compares_with_the_baseline_that_validation_prefers():
+    claims = budget.claims(ENTRIES)
+    assert [(c["method"], c["steps"], c["baseline"], c["baseline_steps"]) for c in claims] == [
+        ("hyperlora", 1, "fedit", 5)
+    ] * 2
+    own, other, less = (np.array(budget.served_at(ENTRIES[i], "training_clients")["seeds"]) for i in (4, 1, 0))
+    np.testing.assert_allclose(claims[0]["difference"]["seeds"], own - other)
+    np.testing.assert_allclose(claims[0]["needed"]["seeds"], other - less)
+
+
+def test_the_table_and_the_pictures_show_every_entry():
+    result = {"entries": ENTRIES, "claims": budget.claims(ENTRIES), "taus": [0, 1, 2, 5, 10]}
+    text = budget.table(result)
+    assert text.count("fedit") == 2 + 2
+    assert "79.0" in text
+    assert "hyperlora at 1 against fedit at 5" in text
+    figures = budget_figures.draw(result)
+    assert set(figures) == {"budget", "steps", "cost"}
+    assert len(figures["budget"].axes[0].lines) == 3
+
+
+def test_validation_images_are_training_images():
+    images = data.load("digits")
+    own = data.validation(images, 0.25)
+    assert len(own.x) == (~images.test).sum()
+    np.testing.assert_array_equal(own.x, images.x[~images.test])
+    np.testing.assert_allclose(own.test.mean(), 0.25, atol=0.03)
+
+
+@pytest.mark.long
+def test_a_small_experiment_from_the_command_line(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    options = (
+        "--methods fedit,hyperlora:mode=exact --clients 4 --holdout-clients 2 --minimum 5 --rounds 2 --seeds 2 --batch 4 "
+        "--partition iid --budgets 1 --lrs 0.05,0.2 --tuning-seeds 7, --adapt-last 1 --eval-every 2"
+    )
+    monkeypatch.setattr(sys, "argv", ["experiments", "budget", *options.split(), "--out", str(out)])
+    main()
+    assert "clients never seen" in capsys.readouterr().out
+    result = json.loads((out / "budget.json").read_text())
+    assert {p.name for p in out.iterdir()} == {"budget.json", "budget.png", "steps.png", "cost.png"}
+    for e, passes in zip(result["entries"], (1, 3), strict=True):
+        best = max(e["validation"], key=lambda v: v["accuracy"])
+        assert (e["lr"], e["tau"]) == (best["lr"], best["tau"])
+        assert e["passes"] == passes
+        assert len(e["unseen_clients"]["10"]["seeds"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "constant", "random", "label_free", "noisy"])
+def test_what_clients_tell_can_be_made_a_control(kind):
+    config = Config(seeds=(0,), clients=4, holdout_clients=2)
+    true = _signatures(config)
+    told = _signatures(dataclasses.replace(config, signature=kind))
+    if kind == "label_free":
+        assert told.labels.shape[-1] == 0
+        np.testing.assert_array_equal(told.shape, true.shape)
+        return
+    assert told.shape.shape == true.shape.shape
+    z, t = true.shape[0], told.shape[0]  # [clients, views, m]
+    match kind:
+        case "shuffled":
+            np.testing.assert_array_equal(t[[1, 2, 3, 0, 5, 4]], z)
+        case "constant":
+            np.testing.assert_allclose(t, np.broadcast_to(z[:4, 0].mean(0), t.shape), atol=1e-6)
+        case "random":
+            assert abs(np.corrcoef(t[:, 0].ravel(), z[:, 0].ravel())[0, 1]) < 0.2
+            np.testing.assert_array_equal(t[:, 0], t[:, 1])  # a fixed tag for each client
+        case "noisy":
+            assert 0.2 < np.std(t - np.clip(z, -3, 3)) < 0.4
+
+
+def _signatures(config: Config) -> SimpleNamespace:
+    return SimpleNamespace(**jax.tree.map(np.asarray, problem.build(config).clients.population.signatures)._asdict())
