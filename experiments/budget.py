@@ -2,13 +2,13 @@
 
 For every method and every budget ``E`` (local steps of a round):
 
-1. on a part of the training images set apart, and on other seeds, the learning rate of the grid is chosen, and whether clients
-   use a model as it is sent or after ``E`` more steps on their own images: whatever serves all clients best;
+1. on a part of the training images set apart, and on other seeds, the learning rate of the grid is chosen, and whether
+   clients use a model as it is sent or after ``E`` more steps on their own images: whatever serves all clients best;
 2. with these, fresh runs on all training images are scored on the test images: training clients and clients never
    seen, after 0, 1, 2, 5 and 10 local steps.
 
-What is charged: ``passes`` per client and round, one for the forward and backward computation of one batch: ``E`` for the
-local steps, one for each gradient on examples kept apart, and what differentiating through local steps adds
+What is charged: ``passes`` per client and round, one for the forward and backward computation of one batch: ``E`` for
+the local steps, one for each gradient on examples kept apart, and what differentiating through local steps adds
 (``exact``: a further backward pass of each step, and with several steps its computation anew).
 """
 
@@ -28,9 +28,9 @@ from jax import Array
 from tqdm import tqdm
 
 from experiments import budget_figures, methods, problem, programs, record, summary
-from experiments.figures import png
 from experiments.compare import acceptable, describe, facts_of
 from experiments.config import Config, check
+from experiments.figures import png
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import rounds
 from fedlora_jax.clients import sample_batches
@@ -38,6 +38,7 @@ from fedlora_jax.method import Method, average_client
 from fedlora_jax.rounds import Run
 
 TAUS = (0, 1, 2, 5, 10)
+GROUPS = {"training_clients": "clients that train", "unseen_clients": "clients never seen"}
 SHARE = 0.25  # of the training images: what learning rates are chosen on
 
 
@@ -56,8 +57,8 @@ class Plan:
         check(config)
         if config.clients < 2 or config.holdout_clients < 1:
             raise ValueError(
-                f"a budget experiment learns from several clients and serves others: got --clients {config.clients} and "
-                f"--holdout-clients {config.holdout_clients}, expected at least 2 and 1"
+                f"a budget experiment learns from several clients and serves others: got --clients {config.clients} "
+                f"and --holdout-clients {config.holdout_clients}, expected at least 2 and 1"
             )
         for name in config.methods:
             methods.check(name)
@@ -159,7 +160,7 @@ def program(config: Config, p: Problem, method: Method) -> Callable[[float], Out
 
 
 def _served(config, p: Problem, method: Method, local, arrays: Arrays, clients: Clients, adapter, run: Run, key):
-    """Accuracy of every client, ``[taus, N + K]``, after each of ``TAUS`` local steps (only as sent without ``local``)."""
+    """Accuracy of every client, ``[taus, N + K]``, after ``TAUS`` local steps (as sent only, without ``local``)."""
     everybody = jnp.arange(config.clients + config.holdout_clients)
     fresh = rounds.start(method, key, adapter, config.holdout_clients).memory
     memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh)
@@ -206,54 +207,94 @@ def served_at(entry: dict[str, Any], group: str) -> dict[str, Any]:
 
 
 def claims(entries: list[dict[str, Any]], factor: int = 5) -> list[dict[str, Any]]:
-    """Every learned method at ``E / factor`` local steps against the best baseline at ``E``, paired by seed.
+    """Every learned method against the best baseline, the one that validation prefers at its budget; paired by seed.
 
-    The best baseline is the one that validation prefers. ``needed`` is the same baseline family's own loss from taking
-    ``factor`` times fewer steps: where it is not clearly above 0, the pair shows nothing.
+    ``training``: ``E / factor`` local steps per round against the baseline's ``E``. ``serving``: trained with the same
+    ``E``, but used as sent, without any local step. ``needed`` is what the best baseline itself loses by the same
+    saving: where it is not clearly above 0, the pair shows nothing.
     """
-    is_ours = lambda e: e["method"].startswith("hyperlora")
-    best = {}
+    best: dict[int, dict[str, Any]] = {}
     for e in entries:
-        if not is_ours(e):
-            rank = max((v["accuracy"] for v in e["validation"]), default=0.0)
-            if e["steps"] not in best or rank > best[e["steps"]][0]:
-                best[e["steps"]] = (rank, e)
+        if not _is_learned(e) and (e["steps"] not in best or _preference(e) > _preference(best[e["steps"]])):
+            best[e["steps"]] = e
     out = []
-    for e in filter(is_ours, entries):
-        full = e["steps"] * factor
-        if full not in best or e["steps"] not in best:
-            continue
-        baseline, short = best[full][1], best[e["steps"]][1]
-        for group in ("training_clients", "unseen_clients"):
-            own, other, less = (served_at(x, group)["seeds"] for x in (e, baseline, short))
-            apart = lambda u, v: summary.spread([a - b for a, b in zip(u, v, strict=True)])
-            out.append({"method": e["method"], "steps": e["steps"], "baseline": baseline["method"],
-                        "baseline_steps": full, "group": group, "difference": apart(own, other),
-                        "needed": apart(other, less), "passes": e["passes"], "baseline_passes": baseline["passes"]})  # fmt: skip
+    for e in filter(_is_learned, entries):
+        steps = e["steps"]
+        for group in GROUPS:
+            if {steps, factor * steps} <= set(best):
+                full = best[factor * steps]
+                pair = (served_at(x, group) for x in (e, full, best[steps]))
+                out.append({"kind": "training", "baseline_steps": factor * steps, **_claim(e, full, group, *pair)})
+            if steps in best:
+                full = best[steps]
+                pair = (e[group]["0"], served_at(full, group), full[group]["0"])
+                out.append({"kind": "serving", "baseline_steps": steps, **_claim(e, full, group, *pair)})
     return out
 
 
+def _claim(e, baseline, group: str, own, other, less) -> dict[str, Any]:
+    apart = lambda u, v: summary.spread([a - b for a, b in zip(u["seeds"], v["seeds"], strict=True)])
+    return {
+        "method": e["method"],
+        "steps": e["steps"],
+        "baseline": baseline["method"],
+        "group": group,
+        "difference": apart(own, other),
+        "needed": apart(other, less),
+        "passes": e["passes"],
+        "baseline_passes": baseline["passes"],
+    }
+
+
+def _is_learned(entry: dict[str, Any]) -> bool:
+    return entry["method"].startswith("hyperlora")
+
+
+def _preference(entry: dict[str, Any]) -> float:
+    return max(v["accuracy"] for v in entry["validation"])
+
+
+def to_target(entry: dict[str, Any], target: float) -> tuple[int, float] | None:
+    """Rounds, and passes of a client, until models of training clients reach ``target`` as sent, mean over seeds."""
+    mean = np.mean(entry["personal_by_round"], 0)
+    reached = [r for r, accuracy in zip(entry["rounds"], mean, strict=True) if accuracy >= target]
+    return (reached[0], reached[0] * entry["passes"]) if reached else None
+
+
 def table(result: dict[str, Any]) -> str:
-    """The terminal's: per cent, mean and half-width of the 95 % interval, after the number of steps that validation chose."""
+    """The terminal's: per cent, mean and half-width of the 95 % interval."""
     budgets = sorted({e["steps"] for e in result["entries"]})
-    names = list(dict.fromkeys(e["method"] for e in result["entries"]))
     find = {(e["method"], e["steps"]): e for e in result["entries"]}
+    names = list(dict.fromkeys(e["method"] for e in result["entries"]))
+    target = result["config"]["target"]
+
+    def part(title: str, read: Callable[[dict[str, Any]], str]) -> list[str]:
+        cells = [[name, *(read(find[name, b]) if (name, b) in find else "-" for b in budgets)] for name in names]
+        return [title, *_aligned([["local steps per round", *map(str, budgets)], *cells]), ""]
+
     lines = []
-    for group, title in (("training_clients", "training clients"), ("unseen_clients", "clients never seen")):
-        lines.append(f"{title}: local steps per round")
-        rows = [["method", *map(str, budgets)]]
-        for name in names:
-            cells = [find.get((name, b)) for b in budgets]
-            rows.append([name, *(summary.percent(served_at(e, group)) if e else "-" for e in cells)])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        cell = lambda row: "  ".join(
-            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        )  # noqa: B023, E501
-        lines += [*map(cell, rows), ""]
-    for c in result["claims"]:
-        lines.append(
-            f"{c['method']} at {c['steps']} against {c['baseline']} at {c['baseline_steps']}, {c['group'].replace('_', ' ')}: "
-            f"{summary.percent(c['difference'], signed=True)} (the baseline itself loses {summary.percent(c['needed'])} "
-            f"by taking {c['steps']})"
-        )
-    return "\n".join(lines).rstrip()
+    for group, title in GROUPS.items():
+        at = lambda e, group=group: f"{summary.percent(served_at(e, group))} @{e['tau']}"
+        lines += part(f"{title}, after @ local steps (chosen on validation images)", at)
+        lines += part(f"{title}, as sent", lambda e, group=group: summary.percent(e[group]["0"]))
+
+    def reached(e: dict[str, Any]) -> str:
+        found = to_target(e, target)
+        return f"{found[0]} / {found[1]:g}" if found else "-"
+
+    lines += part(f"rounds / passes of a client until personal models as sent reach {100 * target:g} %", reached)
+    return "\n".join([*lines, *map(_sentence, result["claims"])]).rstrip()
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    pad = lambda row: [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+    return ["  ".join(pad(row)) for row in rows]
+
+
+def _sentence(c: dict[str, Any]) -> str:
+    own = f"{c['steps']} steps per round" if c["kind"] == "training" else f"{c['steps']}, used as sent"
+    return (
+        f"{c['method']} ({own}) against {c['baseline']} ({c['baseline_steps']}), {GROUPS[c['group']]}: "
+        f"{summary.percent(c['difference'], signed=True)}; the baseline itself loses {summary.percent(c['needed'])}"
+    )

@@ -11,8 +11,6 @@ from matplotlib.ticker import NullLocator
 
 from experiments.figures import Looks, dress, legend, looks_of, stroke
 
-GROUPS = {"training_clients": "clients that train", "unseen_clients": "clients never seen"}
-
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:
     """All pictures by the name of their file."""
@@ -51,7 +49,7 @@ def cost(looks: Looks, result: dict[str, Any]) -> Figure:
     """Accuracy as sent against all that a client has computed until then, meta-training included."""
     figure = Figure((7.2, 4.3), 150, layout="constrained")
     axes = dress(figure.subplots(), "What accuracy costs, meta-training charged",
-                 "forward and backward passes per client so far", "accuracy as sent, clients that train (%)")  # fmt: skip
+                 "forward and backward passes per client so far", "as sent, clients that train (%)")  # fmt: skip
     for name in looks:
         for e in (e for e in result["entries"] if e["method"] == name):
             mean = 100 * np.mean(e["personal_by_round"], 0)
@@ -67,11 +65,12 @@ def cost(looks: Looks, result: dict[str, Any]) -> Figure:
 def _panels(title: str, x: str, result: dict[str, Any]) -> tuple[Figure, list[tuple[Axes, str]]]:
     figure = Figure((7.2, 4.3), 150, layout="constrained")
     figure.suptitle(title, fontsize=12, weight="bold", x=0.015, ha="left")
+    groups = {"training_clients": "clients that train", "unseen_clients": "clients never seen"}
     grid = figure.subplots(1, 2, sharey=True)
-    for axes, name in zip(grid, GROUPS.values(), strict=True):
+    for axes, name in zip(grid, groups.values(), strict=True):
         dress(axes, "", x, "own test images, accuracy (%)" if axes is grid[0] else "")
         axes.set_title(name, loc="left", fontsize=10)
-    return figure, list(zip(grid, GROUPS, strict=True))
+    return figure, list(zip(grid, groups, strict=True))
 
 
 def _line(axes: Axes, looks: Looks, name: str, x: list[float], values: list[dict[str, Any]]) -> None:

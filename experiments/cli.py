@@ -65,7 +65,7 @@ _LEFT_OUT = {
     "compare": _TUNED,
     "run": _TUNED,
     "bounds": _TUNED | _RECORDED | {"methods", "out", "eval_every", "chunk", "seeds_at_once", "signature", "theta"},
-    "budget": _RECORDED | {"local_steps", "lr", "validation"},
+    "budget": {"resume", "checkpoint_every", "local_steps", "lr", "validation"},
 }
 
 

@@ -54,7 +54,7 @@ class Config:
     optimizer: str = option("sgd", "local optimizer: sgd, momentum (0.9), adam or adamw; fresh each round")
     lr: float = option(0.1, "local learning rate")
     seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "seeds: a count (5 means 0..4) or a list (3,7)")
-    target: float = option(0.8, "global accuracy for rounds_to_target")
+    target: float = option(0.8, "accuracy for rounds to target (global; in budget, of personal models as sent)")
     eval_every: int = option(1, "rounds between evaluations; the last round is always evaluated")
     chunk: int | None = option(None, "clients trained at once; must divide the cohort (default: chosen by device)")
     seeds_at_once: int | None = option(None, "seeds run side by side; must divide their number (default: by device)")

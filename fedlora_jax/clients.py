@@ -19,7 +19,7 @@ class Population(NamedTuple):
     rows: Array  # [N, n_max] row numbers of each client's examples, padded at the end with any valid row
     sizes: Array  # [N] how many of them are the client's
     ranks: Array  # [N]
-    signatures: Any = ()  # a Signature [N, 1 + V, ...]: view 0 describes all of a client's data, the others random parts of it
+    signatures: Any = ()  # a Signature [N, 1 + V, ...]: view 0 is of all of a client's data, the others of random parts
 
     def cohort(
         self, ids: Array, memory: Memory, batches: Any = (), queries: Any = (), views: Array | int = 0

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-
 SIZE = 64  # random directions in which each of the two feature moments is seen
 
 

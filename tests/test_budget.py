@@ -21,7 +21,8 @@ def entry(method: str, steps: int, accuracy: float, validation: float, tau: int 
     seeds = accuracy + 0.01 * rng.normal(size=4)
     curve = {t: summary.spread((seeds + 0.001 * int(t)).tolist()) for t in TAUS}
     return {
-        "method": method, "about": {"name": method, "arxiv": ""}, "steps": steps, "lr": 0.1, "tau": tau, "passes": steps,
+        "method": method, "about": {"name": method, "arxiv": ""}, "steps": steps, "lr": 0.1, "tau": tau,
+        "passes": steps,
         "validation": [{"lr": 0.1, "tau": tau, "accuracy": validation}], "training_clients": curve,
         "unseen_clients": curve, "rounds": [1, 2], "personal_by_round": [[0.5, accuracy]] * 4,
         "global_by_round": [[0.5, accuracy]] * 4, "global": summary.spread(seeds.tolist()),
@@ -39,21 +40,34 @@ ENTRIES = [
 
 
 def test_a_claim_compares_with_the_baseline_that_validation_prefers():
-    claims = budget.claims(ENTRIES)
-    assert [(c["method"], c["steps"], c["baseline"], c["baseline_steps"]) for c in claims] == [
-        ("hyperlora", 1, "fedit", 5)
-    ] * 2
+    claims = [c for c in budget.claims(ENTRIES) if c["kind"] == "training"]
+    assert [(c["steps"], c["baseline"], c["baseline_steps"]) for c in claims] == [(1, "fedit", 5)] * 2
     own, other, less = (np.array(budget.served_at(ENTRIES[i], "training_clients")["seeds"]) for i in (4, 1, 0))
     np.testing.assert_allclose(claims[0]["difference"]["seeds"], own - other)
     np.testing.assert_allclose(claims[0]["needed"]["seeds"], other - less)
+    serving = [c for c in budget.claims(ENTRIES) if c["kind"] == "serving" and c["steps"] == 5]
+    own = np.array(ENTRIES[5]["training_clients"]["0"]["seeds"])
+    np.testing.assert_allclose(serving[0]["difference"]["seeds"], own - other)
+    assert serving[0]["needed"]["mean"] > 0  # five steps were worth 0.005
+
+
+def test_reaching_a_target_counts_rounds_and_passes():
+    assert budget.to_target(ENTRIES[3], 0.85) == (2, 10)
+    assert budget.to_target(ENTRIES[0], 0.85) is None
 
 
 def test_the_table_and_the_pictures_show_every_entry():
-    result = {"entries": ENTRIES, "claims": budget.claims(ENTRIES), "taus": [0, 1, 2, 5, 10]}
+    result = {
+        "config": {"target": 0.75},
+        "entries": ENTRIES,
+        "claims": budget.claims(ENTRIES),
+        "taus": [0, 1, 2, 5, 10],
+    }
     text = budget.table(result)
-    assert text.count("fedit") == 2 + 2
+    assert text.count("\nfedit") == 5
+    assert "2 / 10" in text
     assert "79.0" in text
-    assert "hyperlora at 1 against fedit at 5" in text
+    assert "hyperlora (1 steps per round) against fedit (5), clients never seen" in text
     figures = budget_figures.draw(result)
     assert set(figures) == {"budget", "steps", "cost"}
     assert len(figures["budget"].axes[0].lines) == 3
@@ -71,8 +85,8 @@ def test_validation_images_are_training_images():
 def test_a_small_experiment_from_the_command_line(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     options = (
-        "--methods fedit,hyperlora:mode=exact --clients 4 --holdout-clients 2 --minimum 5 --rounds 2 --seeds 2 --batch 4 "
-        "--partition iid --budgets 1 --lrs 0.05,0.2 --tuning-seeds 7, --adapt-last 1 --eval-every 2"
+        "--methods fedit,hyperlora:mode=exact --clients 4 --holdout-clients 2 --minimum 5 --rounds 2 --seeds 2 "
+        "--batch 4 --partition iid --budgets 1 --lrs 0.05,0.2 --tuning-seeds 7, --adapt-last 1 --eval-every 2"
     )
     monkeypatch.setattr(sys, "argv", ["experiments", "budget", *options.split(), "--out", str(out)])
     main()

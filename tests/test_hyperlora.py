@@ -17,7 +17,6 @@ from helpers import (
     RANK,
     SCALE,
     SIGNATURE,
-    aggregation,
     assert_near,
     cohort,
     compiled,
@@ -36,7 +35,6 @@ from numpy.linalg import norm
 from fedlora_jax import lora, rounds
 from fedlora_jax import signatures as sig
 from fedlora_jax.hyper import corrector, generator, synthesizer
-from fedlora_jax.hyper.generator import Generator
 from fedlora_jax.hyper.synthesizer import Uploads
 from fedlora_jax.lora import LoRA
 from fedlora_jax.method import average_client
@@ -488,7 +486,6 @@ def test_the_generator_has_a_gradient_from_the_first_round_on():
 @pytest.mark.parametrize("mode", ["displacement", "exact"])
 def test_only_displacement_needs_no_client_data(mode):
     """Everything that a client did not send is replaced by NaN after its upload: nothing changes."""
-    method, _, aggregate = aggregation("hyperlora")
     state = METHODS["hyperlora"]().init(jax.random.key(1), ADAPTER)
     state, c = state._replace(theta=learned(), last=uploads(2), round=jnp.asarray(10**6)), normalised(cohort())
     method = METHODS["hyperlora"]() if mode == "displacement" else METHODS["hyperlora_exact"]()

@@ -3,9 +3,9 @@
     global     b <- b + gamma (a^T a + lam I)^-1 a^T (sum_c w_c a_c b_c - a b)
     personal   a_c b_c <- T_r( a_c b_c + rho(z_c) q_c )        q_c: the client's last local update, to a small rank
 
-The gates ``gamma`` (with ``lam``, from what the clients' updates look like) and ``rho`` come from networks whose last layer
-starts at zero: then C adds nothing. While S is a plain truncated SVD the residual is orthogonal to ``a``, and the global
-correction is zero whatever its gate; it acts against S's server step and gain.
+The gates ``gamma`` (with ``lam``, from what the clients' updates look like) and ``rho`` come from networks whose last
+layer starts at zero: then C adds nothing. While S is a plain truncated SVD the residual is orthogonal to ``a``, and the
+global correction is zero whatever its gate; it acts against S's server step and gain.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     T   = T_r( a b + eta (sum_c w_c a_c b_c - a b) )       a b: the previous product       0 < eta < 4
     b  <- (1 + g_0 + g_1 N + g_2 N^2) b                    N = b b^T / tr(b b^T), eigenvalues S_i / sum S
 
-``T_r`` is the best approximation of rank r, in balanced factors turned towards the previous ones. Parameters trained in full move
-by ``eta (mean - previous)``. ``alpha`` is a network, ``eta`` and ``g`` are numbers of each layer. Every feature is
-invariant to the clients' order and to the gauge of their factors. At first ``alpha = g = 0`` and ``eta = 1``:
-FlexLoRA with balanced factors.
+``T_r`` is the best approximation of rank r, in balanced factors turned towards the previous ones. Parameters trained in
+full move by ``eta (mean - previous)``. ``alpha`` is a network, ``eta`` and ``g`` are numbers of each layer. Every
+feature is invariant to the clients' order and to the gauge of their factors. At first ``alpha = g = 0`` and
+``eta = 1``: FlexLoRA with balanced factors.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@ Shanker and Sethi, 2026, arXiv 2606.06154.
     start      x_c = G(z_c; a, b)                         from the client's signature z_c and the global adapter
     aggregate  (a, b) = C(S({a_c, b_c, p_c, z_c}))        in product space, with a residual correction
 
-The paper's architecture and objective are not public; ``fedlora_jax/hyper`` holds our design. Written as one map
-``Phi(theta, uploads of the last round, z) -> {x_c}``, all three parts learn by the same rule, whatever is known of how the starts
-should have been different (a *slope*, ``fedlora_jax/meta.py``):
+The paper's architecture and objective are not public; ``fedlora_jax/hyper`` holds our design. With all of the server
+written as one map ``Phi(theta, uploads of the last round, z) -> {x_c}``, its parts learn by one rule, whatever is
+known of how the starts should have been different (a *slope*, ``fedlora_jax/meta.py``):
 
     theta <- theta - Adam( (d Phi / d theta)^T {p_c slope_c} )
 
-so aggregation is judged by the next round, which starts from it. ``displacement`` asks nothing of a client but its upload,
-``first_order`` a gradient on examples kept apart, ``exact`` the derivative through its local steps.
+so aggregation is judged by the next round, which starts from it. ``displacement`` asks nothing of a client but its
+upload, ``first_order`` a gradient on examples kept apart, ``exact`` the derivative through its local steps.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ class Theta(NamedTuple):
 
 
 class HyperLoRAState(NamedTuple):
-    """adapter: the global one, C(S(last)). theta: parameters of G, S, C. meta: their optimizer's state. last: the latest
-    round's uploads. center: mean signature of the cohorts so far."""
+    """adapter: the global one, C(S(last)). theta: parameters of G, S, C. meta: their optimizer's state.
+
+    last: the latest round's uploads. center: mean signature of the cohorts so far. round: rounds done.
+    """
 
     adapter: Adapter
     theta: Theta
