@@ -219,11 +219,11 @@ def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray,
     tests = np.stack([_padded(own, widest_test) for _, own, _ in made])
     counts = np.array([[len(own) for own in tests] for _, tests, _ in made])
     ranks = np.stack([ranks for _, _, ranks in made])
-    describe = lambda *row: _signatures(
-        jnp.asarray(features), jnp.asarray(labels), *row, config.clients, classes, config.signature
-    )
+    of_data = partial(_signatures, jnp.asarray(features), jnp.asarray(labels))
+    describe = lambda rows, sizes, key: of_data(rows, sizes, key, config.clients, classes, config.signature)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(jnp.asarray(config.seeds))
-    population = Population(*map(jnp.asarray, (rows, sizes, ranks)), jax.vmap(describe)(rows, sizes, keys))
+    told = jax.vmap(describe)(rows, sizes, keys)
+    population = Population(jnp.asarray(rows), jnp.asarray(sizes), jnp.asarray(ranks), told)
     return Clients(population, jnp.asarray(tests), jnp.asarray(counts))
 
 

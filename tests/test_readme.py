@@ -26,6 +26,16 @@ def test_the_example_of_25_lines():
     assert "loss" in printed.getvalue()
 
 
+def test_the_example_that_learns_through_rounds_goes_on_from_it():
+    code, more = block("The library in 25 lines"), block("Learn through rounds")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code + more, "README.md", "exec"), {})
+    learned = eval(printed.getvalue().splitlines()[-1])
+    assert learned["lr"] > 0.012  # it was far too small
+    assert learned["lam"] != 0.1
+
+
 def test_the_tutorial_method_is_one_short_file_that_works_at_once(tmp_path, monkeypatch, capsys):
     code = block("Add a method")
     assert len(code.splitlines()) < 60

@@ -5,9 +5,9 @@
     head     bias_c[y] = bias[y] + f(labels_c[y], amount_c)                           for each class y
 
 The numbers ``m`` and ``k`` are what one network, shared by all kernels, makes of the signature ``z_c`` and of a code
-for the kernel and the layer; ``f`` is another, shared by all classes, so that what it learns of one class holds for every
-other. Of every network's output the output at the mean signature is subtracted: the mean client starts from the global
-adapter exactly, and what G adds for one client and takes from another does not pile up in their average.
+for the kernel and the layer; ``f`` is another, shared by all classes, so that what it learns of one class holds for
+every other. Of every network's output the output at the mean signature is subtracted: the mean client starts from the
+global adapter exactly, and what G adds for one client and takes from another does not pile up in their average.
 
 The last layer of every network starts at zero, hence at first everybody starts from the global adapter. The
 bases ``u, v`` start small and random: were they zero, too, both factors of ``k v`` would have a zero gradient.

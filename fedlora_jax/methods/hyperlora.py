@@ -213,7 +213,7 @@ def _spread(rows: Adapter, adapter: Adapter) -> Array:
 
 
 def _optimizer(lr: float, lr_head: float, lr_server: float, lr_step: float) -> optax.GradientTransformation:
-    rates = {
+    rates: dict[Any, optax.GradientTransformation] = {
         "generator": optax.adamw(lr, weight_decay=1e-4),
         "head": optax.adamw(lr_head, weight_decay=1e-4),
         "networks": optax.adam(lr_server),

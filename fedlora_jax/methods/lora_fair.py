@@ -36,7 +36,7 @@ def lora_fair(
         Frobenius distance, solved exactly.
       steps, lr: of ``cosine`` only; ``lr`` is the longest step, see there.
     """
-    if not isinstance(lam, jax.core.Tracer) and lam < 0:  # a traced lam is being learned
+    if not isinstance(lam, Array) and lam < 0:  # a traced lam is being learned
         raise ValueError(f"lam is the weight of a penalty: got {lam}, expected 0 or more")
     if solver not in ("cosine", "ridge"):
         raise ValueError(f"solver must be 'cosine' or 'ridge', got {solver!r}")
