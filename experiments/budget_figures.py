@@ -48,8 +48,8 @@ def steps(looks: Looks, result: dict[str, Any]) -> Figure:
 def cost(looks: Looks, result: dict[str, Any]) -> Figure:
     """Accuracy as sent against all that a client has computed until then, meta-training included."""
     figure = Figure((7.2, 4.3), 150, layout="constrained")
-    axes = dress(figure.subplots(), "What accuracy costs, meta-training charged",
-                 "forward and backward passes per client so far", "as sent, clients that train (%)")  # fmt: skip
+    x = "forward and backward passes per client so far (a line for each number of local steps per round)"
+    axes = dress(figure.subplots(), "What accuracy costs, meta-training charged", x, "as sent, clients that train (%)")
     for name in looks:
         for e in (e for e in result["entries"] if e["method"] == name):
             mean = 100 * np.mean(e["personal_by_round"], 0)
@@ -58,7 +58,6 @@ def cost(looks: Looks, result: dict[str, Any]) -> Figure:
             axes.annotate(str(e["steps"]), (e["passes"] * e["rounds"][-1], mean[-1]), fontsize=7,
                           color=looks[name].colour, xytext=(2, 0), textcoords="offset points", va="center")  # fmt: skip
     axes.set_xscale("log")
-    axes.set_title("a line for each number of local steps per round", loc="right", fontsize=8)
     return legend(figure, looks, looks)
 
 

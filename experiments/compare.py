@@ -30,6 +30,8 @@ class Plan:
 
     def __init__(self, command: str, config: Config):
         check(config)
+        if config.checkpoint_every % config.eval_every:
+            raise ValueError(f"--checkpoint-every {config.checkpoint_every} is no multiple of --eval-every")
         for name in config.methods:
             methods.check(name)  # a misspelt name is refused before data are loaded
         self.command, self.config = command, config

@@ -114,8 +114,6 @@ def check(config: Config) -> None:
         raise ValueError(f"--chunk {config.chunk} does not divide the {cohort} clients of a round")
     if config.rounds % config.eval_every:
         raise ValueError(f"--eval-every {config.eval_every} does not divide --rounds {config.rounds}")
-    if config.checkpoint_every % config.eval_every:
-        raise ValueError(f"--checkpoint-every {config.checkpoint_every} is no multiple of --eval-every")
     for name in ("budgets", "lrs", "tuning_seeds"):
         if not getattr(config, name) or min(getattr(config, name)) < 0:
             raise ValueError(f"--{name.replace('_', '-')} needs at least one number, none below 0")

@@ -72,7 +72,7 @@ def looks_of(summary: dict[str, Any]) -> dict[str, Look]:
     looks = {}
     for i, (name, entry) in enumerate(summary["methods"].items()):
         turn, j = i // len(METHODS) % len(DASHES), i % len(METHODS)
-        looks[name] = Look(_plain(entry["about"]["name"]), METHODS[j], MARKERS[j], DASHES[turn], HATCHES[turn])
+        looks[name] = Look(_plain(entry["about"]["name"], 32), METHODS[j], MARKERS[j], DASHES[turn], HATCHES[turn])
     return looks
 
 

@@ -23,10 +23,11 @@ def check(spec: str) -> None:
 
 
 def about(spec: str) -> About:
-    """Of ``NAME`` or ``NAME:OPTION=VALUE:...``; options are part of the name that is shown."""
+    """Of ``NAME`` or ``NAME:OPTION=VALUE:...``; options are part of the name shown (words without their key)."""
     name, *options = spec.split(":")
     entry = _module(name).ABOUT
-    return entry._replace(name=f"{entry.name} ({', '.join(options)})") if options else entry
+    short = [text.partition("=")[2] if text.partition("=")[2].isidentifier() else text for text in options]
+    return entry._replace(name=f"{entry.name} ({', '.join(short)})") if options else entry
 
 
 def build(spec: str, **facts: Any) -> Method:

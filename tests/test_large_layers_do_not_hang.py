@@ -17,9 +17,13 @@ from fedlora_jax.lora import LoRA
 from fedlora_jax.method import Cohort
 from fedlora_jax.methods.hyperlora import hyperlora
 from fedlora_jax.methods.lora_fair import lora_fair
+from fedlora_jax.signatures import Signature
 
 LAYERS, SIZE, CLIENTS, RANK = 24, 768, 32, 16
 p = jnp.ones(CLIENTS) / CLIENTS
+
+def told(lead):
+    return Signature(jnp.ones((*lead, 2)), jnp.ones((*lead, 3)), jnp.ones((*lead, 1)))
 
 def factors(key, *lead):
     a, b = jax.random.split(jax.random.key(key))
@@ -28,10 +32,13 @@ def factors(key, *lead):
 
 def aggregate(method):
     adapter, received = {"kernel": factors(0)}, {"kernel": factors(1, CLIENTS)}
-    cohort = Cohort(jnp.arange(CLIENTS), p, jnp.full(CLIENTS, RANK), jnp.ones((CLIENTS, 4)))
+    cohort = Cohort(jnp.arange(CLIENTS), p, jnp.full(CLIENTS, RANK), told((CLIENTS,)))
     state = method.init(jax.random.key(0), adapter)
     sent = method.dispatch({}, state, cohort)
-    return jax.jit(method.aggregate)({}, state, cohort, sent, received).adapter
+    def server(state, sent, received):
+        slopes = jax.tree.map(jnp.subtract, sent.adapter, received)
+        return method.aggregate({}, method.learn(state, cohort, slopes), cohort, sent, received).adapter
+    return jax.jit(server)(state, sent, received)
 """
 
 CASES = {
@@ -46,7 +53,7 @@ def loss(x):
 out = jax.jit(jax.grad(loss))(factors(0, CLIENTS))
 """,
     "lora_fair": "out = aggregate(lora_fair(steps=20))",
-    "hyperlora": "out = aggregate(hyperlora(CLIENTS, 4, warmup=0))",
+    "hyperlora": "out = aggregate(hyperlora(CLIENTS, told(()), warmup=0))",
 }
 
 

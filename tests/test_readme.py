@@ -17,21 +17,15 @@ def block(heading: str) -> str:
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
 
 
-def test_the_example_of_25_lines():
-    code = block("The library in 25 lines")
-    assert sum(bool(line.strip()) for line in code.splitlines()) <= 25
+def test_the_examples_run_one_after_the_other():
+    first, second = block("The library in 25 lines"), block("Learn through rounds")
+    assert sum(bool(line.strip()) for line in first.splitlines()) <= 25
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
-    assert "loss" in printed.getvalue()
-
-
-def test_the_example_that_learns_through_rounds_goes_on_from_it():
-    code, more = block("The library in 25 lines"), block("Learn through rounds")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code + more, "README.md", "exec"), {})
-    learned = eval(printed.getvalue().splitlines()[-1])
+        exec(compile(first + second, "README.md", "exec"), {})
+    lines = printed.getvalue().splitlines()
+    assert lines[0].startswith("loss")
+    learned = eval(lines[-1])
     assert learned["lr"] > 0.012  # it was far too small
     assert learned["lam"] != 0.1
 
