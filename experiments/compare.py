@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import platform
 import time
 from functools import partial
@@ -72,7 +73,8 @@ class Plan:
         entries = {}
         for name in self.trials:
             entry = summary.summarise([row for row in rows if row["method"] == name], self.config.target)
-            entries[name] = {"about": methods.about(name)._asdict(), **entry, **timings[name]}
+            own = {"about": methods.about(name)._asdict(), "theta_size": self.trials[name].theta_size}
+            entries[name] = {**own, **entry, **timings[name]}
         result = {
             "schema": 1,
             **self.about,
@@ -128,6 +130,8 @@ class Trial:
         self.rows = Rows(config, problem, name, self.method)
         self.programs: Programs = programs.make(config, problem, self.method)
         run = jax.eval_shape(self.programs.start, problem.adapters, problem.keys)
+        theta = jax.tree.leaves(getattr(run.state, "theta", ()))
+        self.theta_size = sum(math.prod(x.shape[1:]) for x in theta)  # without the axis of seeds
         # Tracing finds every mistake of shapes and options, before anything compiles.
         self.lowered = self.programs.train.lower(problem.base, problem.train, problem.clients, run, problem.keys)
 

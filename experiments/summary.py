@@ -14,6 +14,7 @@ data would be selection.
     *_tuned                    the same after the local steps of one round on the client's own training images
     bias, bias_share           |server's model - mean of clients' models|, absolute and as a share of the mean update
     rounds_to_target           first evaluated round with global_accuracy >= target; null where it was not reached
+    theta_size                  numbers that the method learns besides its adapter; 0 where it has none
     bytes_up, bytes_down       per client and round (mean), and in total, for one seed
     seconds_per_round          wall time of one round of one seed; null where nothing was run
     compile_seconds            of the program of rounds

@@ -3,11 +3,16 @@
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ADAPTER, CLIENTS, KEY, SIGNATURE, assert_near, nudged
 
+from experiments import record
 from experiments.__main__ import main
 from experiments.summary import MEASURES
+from fedlora_jax.methods.hyperlora import hyperlora
 
 OPTIONS = (
     "--clients 6 --holdout-clients 2 --partition domain_dirichlet:2.0 --rounds 2 --seeds 2 --local-steps 2 --batch 4 "
@@ -45,6 +50,17 @@ def test_the_folder_holds_what_is_promised(compared):
         assert entry["seconds_per_round"] > 0
         assert entry["compile_seconds"] > 0
     assert set(summary["paired"]) == {"flora"}
+
+
+def test_what_a_method_learned_is_written_and_can_be_given_to_another_run(tmp_path):
+    state = hyperlora(CLIENTS, SIGNATURE).init(KEY, ADAPTER)
+    seeds = jax.tree.map(lambda x: jnp.stack([x, x]), state._replace(theta=nudged(state.theta)))
+    store = record.Checkpoints(tmp_path, "hyperlora:mode=exact")
+    store.keep_theta(seeds)
+    store.close()
+    arrays = record.read_arrays(str(tmp_path / "hyperlora_mode=exact.theta.npz"))
+    again = hyperlora(CLIENTS, SIGNATURE, "frozen", theta=arrays).init(KEY, ADAPTER)
+    assert_near(again.theta, nudged(state.theta), 0)
 
 
 def test_methods_are_paired(compared):
