@@ -59,12 +59,13 @@ def make_local(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     watch: Callable[[Params, Adapter], Any] = lambda base, adapter: (),
+    remat: bool = True,
 ) -> Callable:
     """Local training of one client: ``(base, adapter, mask, anchor, batches [T, ...], key) -> (adapter, Trace)``.
 
     The optimizer starts afresh. The mask is put on gradients, so that clipping by norm sees what is trained, and on
     updates, so that weight decay and momentum cannot move what is frozen. Whoever differentiates several steps keeps
-    one adapter (and optimizer state) per step; what happens inside a step is computed again.
+    one adapter (and optimizer state) per step, and what happens inside a step is computed again (``remat``).
     """
 
     def local(base: Params, adapter: Adapter, mask: Adapter, anchor: Any, batches: Any, key: Array):
@@ -82,7 +83,7 @@ def make_local(
             return (adapter, opt_state), Trace(task, watch(base, adapter))
 
         steps = jax.tree.leaves(batches)[0].shape[0]
-        step = jax.checkpoint(step) if steps > 1 else step  # a single step has nothing to gain
+        step = jax.checkpoint(step) if remat and steps > 1 else step  # a single step has nothing to gain
         (adapter, _), trace = jax.lax.scan(step, (adapter, optimizer.init(adapter)), (jnp.arange(steps), batches))
         return adapter, trace
 
@@ -90,7 +91,12 @@ def make_local(
 
 
 def make_round(
-    method: Method, loss_fn: LossFn, optimizer: optax.GradientTransformation, *, chunk: int | None = None
+    method: Method,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    chunk: int | None = None,
+    remat: bool = True,
 ) -> Callable[[Params, State, Cohort, Array], tuple[State, Memory, Info]]:
     """``round_fn(base, state, cohort, key) -> (state, memory [C, ...], info)``: dispatch, local steps, aggregation.
 
@@ -100,8 +106,11 @@ def make_round(
       optimizer: any optax transformation; each client starts it afresh each round.
       chunk: clients trained at once (vmapped); chunks follow one another. Must divide the cohort; ``None``: all at
         once. Results do not depend on it, memory and speed do.
+      remat: where rounds or steps are differentiated, compute each local step again instead of keeping what it
+        computed: memory of one step instead of ``T``, for half as much arithmetic again (on a CPU still the faster
+        way where memory traffic limits). Without effect where nothing is differentiated.
     """
-    local = make_local(method, loss_fn, optimizer)
+    local = make_local(method, loss_fn, optimizer, remat=remat)
 
     def round_fn(base: Params, state: State, cohort: Cohort, key: Array) -> tuple[State, Memory, Info]:
         cohort = cohort._replace(weights=cohort.weights / jnp.maximum(cohort.weights.sum(), 1e-12))
