@@ -124,21 +124,12 @@ class Arrays(NamedTuple):
 
 def program(config: Config, p: Problem, method: Method) -> Callable[[float], Outcome]:
     """All rounds of all seeds and their scores as one jitted function of the learning rate."""
-    n, participants = config.clients, config.clients_per_round or config.clients
-    chunk, seeds_at_once = programs.layout(config, participants)
+    n = config.clients
+    chunk, seeds_at_once = programs.layout(config, config.clients_per_round or n)
 
     def one(lr: Array, arrays: Arrays, clients: Clients, adapter: Any, key: Array) -> Outcome:
         optimizer = make_optimizer(config, lr)
-        round_fn = rounds.make_round(method, p.loss_fn, optimizer, chunk=chunk)
-        step = rounds.make_step(
-            round_fn,
-            participants=participants,
-            steps=config.local_steps,
-            batch=config.batch,
-            smallest=p.smallest,
-            query=method.query,
-        )
-        block = rounds.scan_rounds(step, config.eval_every)
+        block = programs.make_block(config, p, method, optimizer, chunk)
         local = rounds.make_local(method, p.loss_fn, optimizer, watch=lambda base, now: now)
 
         def advance(run: Run, _):

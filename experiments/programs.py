@@ -40,16 +40,7 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
     participants = config.clients_per_round or config.clients
     chunk, seeds_at_once = layout(config, participants)
     optimizer = make_optimizer(config)
-    round_fn = rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk)
-    step = rounds.make_step(
-        round_fn,
-        participants=participants,
-        steps=config.local_steps,
-        batch=config.batch,
-        smallest=problem.smallest,
-        query=method.query,
-    )
-    block = rounds.scan_rounds(step, config.eval_every)
+    block = make_block(config, problem, method, optimizer, chunk)
     score = rounds.make_evaluate(method, problem.correct_fn, problem.loss_fn, optimizer)
 
     def start(adapters: Adapter, keys: Array) -> Run:
@@ -87,6 +78,19 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
         return rounds.map_clients(one, (clients, runs, keys), seeds_at_once)
 
     return Programs(jax.jit(start), jax.jit(train, donate_argnums=3), jax.jit(evaluate))
+
+
+def make_block(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int | None) -> Callable:
+    """The rounds between two evaluations, sampling included: ``rounds.scan_rounds`` with a run's options."""
+    step = rounds.make_step(
+        rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk),
+        participants=config.clients_per_round or config.clients,
+        steps=config.local_steps,
+        batch=config.batch,
+        smallest=problem.smallest,
+        query=method.query,
+    )
+    return rounds.scan_rounds(step, config.eval_every)
 
 
 def layout(config: Config, participants: int) -> tuple[int | None, int]:

@@ -226,14 +226,11 @@ def test_the_personal_part_adds_a_clients_last_update_as_far_as_its_gate_is_open
     assert_near(products(closed), products(sent), 1e-10)
     theta = nudged(neutral().corrector, 3, 0.3)
     opened = products(corrector.personalise(theta, x.signatures, sent, own))
-    gates = []
     for name in KERNELS:
         added, base = opened[name] - products(sent)[name], products(sent)[name]
         one = [truncated(base + g * np.asarray(lora.delta(lora.flatten(own)[name]))) for g in (-1.0, 1.0)]
         assert norm(added) > 1e-3
         assert norm(opened[name]) <= max(map(norm, one)) * (1 + 1e-9)
-        gates.append(norm(added))
-    assert all(np.isfinite(gates))
 
 
 def test_a_client_keeps_its_update_and_the_unseen_one_has_none():
@@ -248,8 +245,7 @@ def test_a_client_keeps_its_update_and_the_unseen_one_has_none():
     assert flat(c.memory).any()
     first = lora.flatten(take(c.memory, 0))["mix/kernel"]
     assert first.a.shape == (4, 1)
-    _, slopes_reach_it = state, norm(flat(state.theta.corrector.personal["params"]["mlp"]["Dense_1"]))
-    assert slopes_reach_it > 0  # the gate has started to move
+    assert norm(flat(state.theta.corrector.personal["params"]["mlp"]["Dense_1"])) > 0  # its gate started at zero
 
 
 # --- blind to what must not matter
