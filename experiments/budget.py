@@ -34,7 +34,7 @@ from experiments.figures import png
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import rounds
 from fedlora_jax.clients import sample_batches
-from fedlora_jax.method import Method, average_client
+from fedlora_jax.method import Method, average_client, models
 from fedlora_jax.rounds import Run
 
 TAUS = (0, 1, 2, 5, 10)
@@ -136,7 +136,7 @@ def program(config: Config, p: Problem, method: Method) -> Callable[[float], Out
             run, _info = block(arrays.base, arrays.train, clients.training(n), run, key)
             cohort = clients.training(n).cohort(jnp.arange(n), run.memory)
             sent = method.dispatch(arrays.base, run.state, average_client(cohort))
-            whole = p.correct_fn(sent.base, jax.tree.map(lambda x: x[0], sent.adapter), arrays.test)
+            whole = p.correct_fn(sent.base, jax.tree.map(lambda x: x[0], models(method, sent)), arrays.test)
             as_sent = _served(config, p, method, None, arrays, clients, adapter, run, key)[0]
             return run, (jnp.nanmean(as_sent[:n]), whole.mean())
 
@@ -161,13 +161,13 @@ def _served(config, p: Problem, method: Method, local, arrays: Arrays, clients: 
 
     def client(row) -> Array:
         start, mask, anchor, batches, own = row
-        models = jax.tree.map(lambda x: x[None], start)
+        carried = jax.tree.map(lambda x: x[None], start)
         if local is not None:
             _, trace = local(sent.base, start, mask, anchor, batches, key)
             after = jax.tree.map(lambda x: x[jnp.array(TAUS[1:]) - 1], trace.seen)
-            models = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), models, after)
+            carried = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), carried, after)
         examples = tuple(a[own] for a in arrays.test)
-        return jax.lax.map(lambda model: p.correct_fn(sent.base, model, examples), models)
+        return jax.lax.map(lambda now: p.correct_fn(sent.base, method.model(now, anchor), examples), carried)
 
     rows = (sent.adapter, sent.mask, sent.anchor, batches, clients.test_rows)
     right = rounds.map_clients(client, rows, programs.divisor(len(everybody)))  # [N + K, taus, m]

@@ -24,7 +24,7 @@ import optax
 from jax import Array
 
 from fedlora_jax.lora import Adapter, Params
-from fedlora_jax.method import Cohort, Method, Slope, State
+from fedlora_jax.method import Cohort, Method, Slope, State, models
 from fedlora_jax.rounds import LossFn, Trace, make_round, map_clients
 
 Tune = Callable[[Adapter], tuple[Adapter, Trace]]  # a start -> (after local steps, trace)
@@ -102,7 +102,7 @@ def outcome(
         last = jax.tree.map(lambda x: x[-1], cohorts)
         sent = method.dispatch(base, state, last)
         judge = lambda row: loss_fn(sent.base, row[0], row[1], jax.random.fold_in(key, rounds))
-        losses = map_clients(judge, (sent.adapter, examples), chunk)
+        losses = map_clients(judge, (models(method, sent), examples), chunk)
         return losses @ last.weights / last.weights.sum(), state
 
     return after_rounds

@@ -36,9 +36,9 @@ class Dispatch(NamedTuple):
     """What leaves the server. Row ``c`` of it is the model of client ``c``, for training and for evaluation."""
 
     base: Params  # shared by all clients, no client axis
-    adapter: Adapter  # [C, ...] where local training starts
+    adapter: Adapter  # [C, ...] where local training starts (Method.model makes the model's adapter of it)
     mask: Adapter  # [C, ...] 1 where an entry may move, 0 where it may not; broadcastable against adapter
-    anchor: Any  # [C, ...] whatever penalty compares with
+    anchor: Any  # [C, ...] whatever else a client needs while it trains: what a penalty compares with, say
 
 
 class Traffic(NamedTuple):
@@ -67,8 +67,16 @@ def no_memory(adapter: Adapter) -> Memory:
     return ()
 
 
-def keep_memory(memory: Memory, sent: Adapter, received: Adapter) -> Memory:
+def keep_memory(memory: Memory, anchor: Any, sent: Adapter, received: Adapter) -> Memory:
     return memory
+
+
+def as_carried(adapter: Adapter, anchor: Any) -> Adapter:
+    return adapter
+
+
+def all_along(mask: Adapter, progress: Array) -> Adapter:
+    return mask
 
 
 class Slope(NamedTuple):
@@ -104,7 +112,12 @@ class Method(NamedTuple):
         after local training.
       penalty: ``(adapter, anchor) -> scalar`` added to one client's local loss.
       init_client: ``(adapter) -> memory`` of a client that never took part.
-      remember: ``(memory, sent adapter, received adapter) -> memory``, on one client, after its local steps.
+      remember: ``(memory, anchor, sent adapter, received adapter) -> memory``, on one client, after its local steps.
+      model: ``(adapter, anchor) -> adapter`` the model of one client computes with, where that is not what the client
+        trains and sends (two models side by side, a factorisation of its own). Defines what is evaluated as well.
+      objective: ``(task, adapter, anchor) -> (minimised, reported)`` losses of one local step, where ``task`` is the
+        loss of an adapter as ``model`` gives it; ``None``: both are the loss of the model.
+      moving: ``(mask, progress) -> mask`` of one local step, ``progress`` from 0 to below 1: training in phases.
       traffic: ``(own, cohort) -> Traffic`` for one client that holds the adapter ``own`` in a cohort whose
         members hold the adapters ``cohort``.
       slope: what clients tell beside their adapters of how their starts should have been different.
@@ -118,12 +131,20 @@ class Method(NamedTuple):
     aggregate: Callable[[Params, State, Cohort, Dispatch, Adapter], State]
     penalty: Callable[[Adapter, Any], Array] = no_penalty
     init_client: Callable[[Adapter], Memory] = no_memory
-    remember: Callable[[Memory, Adapter, Adapter], Memory] = keep_memory
+    remember: Callable[[Memory, Any, Adapter, Adapter], Memory] = keep_memory
+    model: Callable[[Adapter, Any], Adapter] = as_carried
+    objective: Callable[[Callable[[Adapter], Array], Adapter, Any], tuple[Array, Array]] | None = None
+    moving: Callable[[Adapter, Array], Adapter] = all_along
     traffic: Callable[[Adapter, list[Adapter]], Traffic] = same_both_ways
     slope: Slope = no_slope
     learn: Callable[[State, Cohort, Any], State] = no_learning
     report: Callable[[State], dict[str, Array]] = no_report
     query: int = 0
+
+
+def models(method: Method, sent: Dispatch) -> Adapter:
+    """The adapters ``[C, ...]`` that the models of a dispatch compute with."""
+    return jax.vmap(method.model)(sent.adapter, sent.anchor)
 
 
 def mean(stacked: Any, weights: Array) -> Any:

@@ -17,7 +17,7 @@ from fedlora_jax import diagnostics
 from fedlora_jax.clients import Population, sample_apart, sample_ids, sample_views
 from fedlora_jax.diagnostics import Aggregation
 from fedlora_jax.lora import Adapter, Params
-from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client
+from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client, models
 
 LossFn = Callable[[Params, Adapter, Any, Array], Array]  # (base, adapter, batch, key) -> scalar
 MetricFn = Callable[[Params, Adapter, Any], Any]  # (base, adapter, examples) -> scores of these examples
@@ -68,21 +68,30 @@ def make_local(
     one adapter (and optimizer state) per step, and what happens inside a step is computed again (``remat``).
     """
 
+    def model_alone(task: Callable[[Adapter], Array], adapter: Adapter, anchor: Any) -> tuple[Array, Array]:
+        loss = task(method.model(adapter, anchor))
+        return loss, loss
+
+    objective = method.objective or model_alone
+
     def local(base: Params, adapter: Adapter, mask: Adapter, anchor: Any, batches: Any, key: Array):
+        steps = jax.tree.leaves(batches)[0].shape[0]
+
         def step(carry, inputs):
             adapter, opt_state = carry
             t, batch = inputs
 
-            def objective(adapter):
-                task = loss_fn(base, adapter, batch, jax.random.fold_in(key, t))
-                return task + method.penalty(adapter, anchor), task
+            def minimised(adapter):
+                task = lambda model: loss_fn(base, model, batch, jax.random.fold_in(key, t))
+                loss, reported = objective(task, adapter, anchor)
+                return loss + method.penalty(adapter, anchor), reported
 
-            grads, task = jax.grad(objective, has_aux=True)(adapter)
-            updates, opt_state = optimizer.update(_masked(grads, mask), opt_state, adapter)
-            adapter = optax.apply_updates(adapter, _masked(updates, mask))
-            return (adapter, opt_state), Trace(task, watch(base, adapter))
+            moving = method.moving(mask, t / steps)
+            grads, loss = jax.grad(minimised, has_aux=True)(adapter)
+            updates, opt_state = optimizer.update(_masked(grads, moving), opt_state, adapter)
+            adapter = optax.apply_updates(adapter, _masked(updates, moving))
+            return (adapter, opt_state), Trace(loss, watch(base, adapter))
 
-        steps = jax.tree.leaves(batches)[0].shape[0]
         step = jax.checkpoint(step) if remat and steps > 1 else step  # a single step has nothing to gain
         (adapter, _), trace = jax.lax.scan(step, (adapter, optimizer.init(adapter)), (jnp.arange(steps), batches))
         return adapter, trace
@@ -122,17 +131,20 @@ def make_round(
             id_, adapter, mask, anchor, memory, batches, queries = row
             own = jax.random.fold_in(key, id_)
             tune = lambda start: local(sent.base, start, mask, anchor, batches, own)
-            judge = lambda end: loss_fn(sent.base, end, queries, jax.random.fold_in(own, jnp.iinfo(jnp.int32).max))
+            last = jax.random.fold_in(own, jnp.iinfo(jnp.int32).max)
+            judge = lambda end: loss_fn(sent.base, method.model(end, anchor), queries, last)
             received, trace, slope = method.slope.train(tune, judge, adapter)
             slope = slope if slope == () else _masked(slope, mask)
-            return received, method.remember(memory, adapter, received), trace.loss.mean(), slope
+            return received, method.remember(memory, anchor, adapter, received), trace.loss.mean(), slope
 
         rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.memory, cohort.batches, cohort.queries)
         received, memory, loss, slopes = map_clients(client, rows, chunk)
         learned = method.learn(state, cohort, slopes)
         new_state = method.aggregate(base, learned, cohort, sent, received)
         after = method.dispatch(base, new_state, average_client(cohort))
-        bias = diagnostics.measure(sent, received, cohort.weights, after)
+        ends = models(method, sent._replace(adapter=received))
+        as_models = lambda dispatch: dispatch._replace(adapter=models(method, dispatch))
+        bias = diagnostics.measure(as_models(sent), ends, cohort.weights, as_models(after))
         return new_state, memory, Info(cohort.ids, loss, bias, method.report(new_state))
 
     return round_fn
@@ -162,11 +174,12 @@ def make_evaluate(
 
         def client(row):
             id_, adapter, mask, anchor, batches, examples = row
-            before = metric_fn(sent.base, adapter, examples)
+            score = lambda carried: metric_fn(sent.base, method.model(carried, anchor), examples)
+            before = score(adapter)
             if not tune or local is None:
                 return Scores(before, None)
             tuned, _ = local(sent.base, adapter, mask, anchor, batches, jax.random.fold_in(key, id_))
-            return Scores(before, metric_fn(sent.base, tuned, examples))
+            return Scores(before, score(tuned))
 
         rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.batches, examples)
         return map_clients(client, rows, chunk)

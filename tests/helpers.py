@@ -15,7 +15,7 @@ from numpy.linalg import norm
 
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import Population
-from fedlora_jax.method import Cohort, Method, average_client
+from fedlora_jax.method import Cohort, Method, average_client, models
 from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.ffa_lora import ffa_lora
@@ -45,6 +45,9 @@ METHODS: dict[str, Callable[[], Method]] = {
 def float64():
     """A context in which arrays are float64."""
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+
+
+HOOKS = ("penalty", "model", "objective", "moving")  # all of a method that local steps depend on
 
 
 def _quick_options() -> dict[str, Any]:
@@ -170,7 +173,7 @@ def is_float(x: jax.Array) -> bool:
 def effective(method: Method, base: lora.Params, state: Any, c: Cohort) -> dict[str, np.ndarray]:
     """The weights of the server's model: what an average client would compute with, by name."""
     sent = method.dispatch(base, state, average_client(c))
-    return weights_of(sent.base, take(sent.adapter, 0))
+    return weights_of(sent.base, take(models(method, sent), 0))
 
 
 def weights_of(base: lora.Params, adapter: lora.Adapter) -> dict[str, np.ndarray]:
@@ -198,8 +201,8 @@ def assert_near(x: Any, y: Any, rel: float = 1e-5, floor: float = 1e-25) -> None
 
 
 @functools.partial(jit, static_argnums=0)
-def _train(penalty: Callable, sent: Any, c: Cohort, key: jax.Array) -> tuple[lora.Adapter, jax.Array]:
-    local = rounds.make_local(fedit()._replace(penalty=penalty), loss_fn, OPTIMIZER)
+def _train(hooks: tuple, sent: Any, c: Cohort, key: jax.Array) -> tuple[lora.Adapter, jax.Array]:
+    local = rounds.make_local(fedit()._replace(**dict(zip(HOOKS, hooks, strict=True))), loss_fn, OPTIMIZER)
 
     def one(id_, *row):
         adapter, trace = local(sent.base, *row, jax.random.fold_in(key, id_))
@@ -209,8 +212,8 @@ def _train(penalty: Callable, sent: Any, c: Cohort, key: jax.Array) -> tuple[lor
 
 
 def train(method: Method, sent: Any, c: Cohort, key: jax.Array) -> tuple[lora.Adapter, jax.Array]:
-    """Every client's local steps: adapters and losses ``[C, T]``. Compiled once for all methods."""
-    return _train(method.penalty, sent, c, key)
+    """Every client's local steps: adapters and losses ``[C, T]``. Compiled once for all methods that train alike."""
+    return _train(tuple(getattr(method, hook) for hook in HOOKS), sent, c, key)
 
 
 KEY = jax.random.key(7)

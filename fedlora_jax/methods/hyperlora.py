@@ -170,7 +170,7 @@ def hyperlora(
         return full
     return full._replace(
         init_client=lambda adapter: corrector.nothing_personal(adapter, personal),
-        remember=lambda memory, sent, received: corrector.own_update(sent, received, personal),
+        remember=lambda memory, anchor, sent, received: corrector.own_update(sent, received, personal),
     )
 
 
