@@ -192,6 +192,8 @@ def map_clients(f: Callable, rows: Any, chunk: int | None) -> Any:
     clients = jax.tree.leaves(rows)[0].shape[0]
     if chunk is None or chunk == clients:
         return jax.vmap(f)(rows)
+    if chunk == 1:  # without an axis of clients: a stack of one would turn every product into a batched one
+        return jax.lax.map(f, rows)
     if not 1 <= chunk <= clients or clients % chunk:
         fits = [c for c in range(1, clients + 1) if clients % c == 0]
         raise ValueError(f"chunk {chunk} does not divide a cohort of {clients} clients: choose one of {fits}")

@@ -20,6 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fedlora_jax.lora import Dense
+from models.parts import LayerNorm, attend, gelu
 
 # variant: (width, depth, heads, mlp width)
 SIZES = {
@@ -40,8 +41,7 @@ class Attention(nn.Module):
         # [.., tokens, width] -> [.., heads, tokens, width / heads]: the layout in which products are fast on CPU
         split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads).swapaxes(-3, -2)
         query, key, value = (split(Dense(width, name=name)(x)) for name in ("query", "key", "value"))
-        scores = query @ key.mT * (width // self.heads) ** -0.5
-        mixed = (nn.softmax(scores) @ value).swapaxes(-3, -2)
+        mixed = attend(query, key, value).swapaxes(-3, -2)
         return Dense(width, name="out")(mixed.reshape(x.shape))
 
 
@@ -50,8 +50,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        h = nn.gelu(Dense(self.width, name="fc1")(x), approximate=False)
-        return Dense(x.shape[-1], name="fc2")(h)
+        return Dense(x.shape[-1], name="fc2")(gelu(Dense(self.width, name="fc1")(x)))
 
 
 class Block(nn.Module):
@@ -61,7 +60,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=x.dtype)
+        norm = partial(LayerNorm, self.epsilon)
         x = x + Attention(self.heads, name="attn")(norm(name="norm1")(x))
         return x + Mlp(self.mlp_width, name="mlp")(norm(name="norm2")(x))
 
@@ -73,8 +72,8 @@ class ViT(nn.Module):
       classes, patch, width, depth, heads, mlp_width: sizes.
       epsilon: of the layer norms (timm's weights use 1e-6).
       pool: ``cls``, the class token, or ``mean``, the mean of the patch tokens.
-      unroll: write the blocks out one after another instead of ``lax.scan``. Same parameters, same results; compiles
-        longer and may run faster.
+      unroll: write the blocks out one after another instead of ``lax.scan``, which would copy what the backward pass
+        needs into stacks and out again. Same parameters, same results; compiles longer.
       remat: keep only the blocks' inputs for the backward pass. Same results, less memory, more arithmetic.
       dtype: of the activations.
       part: ``whole``; or the ``stem`` (images to tokens, without final norm and head) or the ``top`` (tokens to
@@ -89,7 +88,7 @@ class ViT(nn.Module):
     mlp_width: int
     epsilon: float = 1e-6
     pool: str = "cls"
-    unroll: bool = False
+    unroll: bool = True
     remat: bool = False
     dtype: Any = jnp.float32
     part: Literal["whole", "stem", "top"] = "whole"
@@ -108,7 +107,7 @@ class ViT(nn.Module):
         x, _ = blocks(body(self.heads, self.mlp_width, self.epsilon, name="blocks"), x, None)
         if self.part == "stem":
             return x, {}
-        x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(self.epsilon, name="norm")(x)
         features = (x[..., 0, :] if self.pool == "cls" else x[..., 1:, :].mean(-2)).astype(jnp.float32)
         return Dense(self.classes, name="head")(features), {"features": features}
 

@@ -1,0 +1,102 @@
+"""Layer norm, GELU and attention with derivatives written by hand, for the shapes in which a CPU computes them fast.
+
+The functions are the usual ones; only the way they are computed differs, and the results agree to rounding. Two things
+cost a CPU most, apart from the matrix products: sums over the last axis, which end a fused loop and have their operands
+written out (hence ``_mean`` as a product with a vector), and products of matrices that are stored the other way
+round (hence ``lora.written_out``). Accelerators fuse such things by themselves and get the plain form.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedlora_jax.lora import written_out
+
+
+class LayerNorm(nn.Module):
+    """``nn.LayerNorm`` over the last axis, in float32 inside; the same parameters under the same names."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x, scale, bias, self.epsilon)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """``n scale + bias`` with ``n = (x - mean) / sqrt(var + epsilon)`` over the last axis (Ba et al., 2016, eq. 3)."""
+    return _layer_norm(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm(x: Array, scale: Array, bias: Array, epsilon: float):
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = y - _mean(y)
+    r = jax.lax.rsqrt(_mean(centred * centred) + epsilon)
+    n = centred * r
+    return (n * scale + bias).astype(x.dtype), (n, r, scale)
+
+
+def _layer_norm_vjp(epsilon: float, residuals, ct: Array):
+    """``dx = r (d - mean(d) - n mean(d n))`` with ``d = ct scale``."""
+    n, r, scale = residuals
+    dy = ct.astype(n.dtype)
+    d, rest = dy * scale, tuple(range(ct.ndim - 1))
+    dx = r * (d - _mean(d) - n * _mean(d * n))
+    return dx.astype(ct.dtype), jnp.sum(dy * n, rest), jnp.sum(dy, rest)
+
+
+layer_norm.defvjp(_layer_norm, _layer_norm_vjp)
+
+
+def _mean(x: Array) -> Array:
+    """Over the last axis, which stays as 1."""
+    as_product = lambda x: jnp.matmul(x, jnp.full((x.shape[-1], 1), 1 / x.shape[-1], x.dtype), precision="highest")
+    return jax.lax.platform_dependent(x, cpu=as_product, default=lambda x: x.mean(-1, keepdims=True))
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """``x Phi(x)``, exactly (Hendrycks and Gimpel, 2016). The backward pass reads ``x`` alone."""
+    return x * _phi(x)
+
+
+def _gelu_vjp(x: Array, ct: Array) -> tuple[Array]:
+    density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return (ct * (_phi(x) + x * density),)
+
+
+gelu.defvjp(lambda x: (x * _phi(x), x), _gelu_vjp)
+
+
+def _phi(x: Array) -> Array:
+    return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
+
+
+@jax.custom_vjp
+def attend(query: Array, key: Array, value: Array) -> Array:
+    """``softmax(Q K^T / sqrt(d)) V`` for ``[..., heads, tokens, d]`` (Vaswani et al., 2017, eq. 1)."""
+    return _attend(query, key, value)[0]
+
+
+def _attend(query: Array, key: Array, value: Array):
+    p = jax.nn.softmax(query @ key.mT * query.shape[-1] ** -0.5)
+    return p @ value, (query, key, value, p)
+
+
+def _attend_vjp(residuals, ct: Array) -> tuple[Array, Array, Array]:
+    query, key, value, p = residuals
+    dp = ct @ value.mT
+    ds = p * (dp - jnp.sum(dp * p, -1, keepdims=True)) * query.shape[-1] ** -0.5
+    return ds @ key, written_out(ds.mT) @ query, written_out(p.mT) @ ct
+
+
+attend.defvjp(_attend, _attend_vjp)
