@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from experiments import methods
 from experiments.compare import describe
-from experiments.programs import divisor
+from experiments.layout import divisor
 from fedlora_jax import lora, rounds
 from fedlora_jax.method import Cohort
 from fedlora_jax.signatures import Signature

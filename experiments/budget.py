@@ -31,6 +31,7 @@ from experiments import budget_figures, methods, problem, programs, record, summ
 from experiments.compare import acceptable, describe, facts_of
 from experiments.config import Config, check
 from experiments.figures import png
+from experiments.layout import divisor, layout
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import rounds
 from fedlora_jax.clients import sample_batches
@@ -125,7 +126,7 @@ class Arrays(NamedTuple):
 def program(config: Config, p: Problem, method: Method) -> Callable[[float], Outcome]:
     """All rounds of all seeds and their scores as one jitted function of the learning rate."""
     n = config.clients
-    chunk, seeds_at_once = programs.layout(config, config.clients_per_round or n)
+    chunk, seeds_at_once = layout(config, p)
 
     def one(lr: Array, arrays: Arrays, clients: Clients, adapter: Any, key: Array) -> Outcome:
         optimizer = make_optimizer(config, lr)
@@ -170,7 +171,7 @@ def _served(config, p: Problem, method: Method, local, arrays: Arrays, clients: 
         return jax.lax.map(lambda now: p.correct_fn(sent.base, method.model(now, anchor), examples), carried)
 
     rows = (sent.adapter, sent.mask, sent.anchor, batches, clients.test_rows)
-    right = rounds.map_clients(client, rows, programs.divisor(len(everybody)))  # [N + K, taus, m]
+    right = rounds.map_clients(client, rows, divisor(len(everybody), 8))  # [N + K, taus, m]
     return jax.vmap(own_accuracy, (1, None))(right, clients.test_counts)
 
 

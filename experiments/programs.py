@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments.config import Config
+from experiments.layout import layout
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import sample_batches
@@ -37,8 +38,7 @@ class Programs(NamedTuple):
 
 
 def make(config: Config, problem: Problem, method: Method) -> Programs:
-    participants = config.clients_per_round or config.clients
-    chunk, seeds_at_once = layout(config, participants)
+    chunk, seeds_at_once = layout(config, problem)
     optimizer = make_optimizer(config)
     block = make_block(config, problem, method, optimizer, chunk)
     score = rounds.make_evaluate(method, problem.correct_fn, problem.loss_fn, optimizer)
@@ -91,21 +91,6 @@ def make_block(config: Config, problem: Problem, method: Method, optimizer: Any,
         query=method.query,
     )
     return rounds.scan_rounds(step, config.eval_every)
-
-
-def layout(config: Config, participants: int) -> tuple[int | None, int]:
-    """How many clients and seeds run side by side: everything on an accelerator, little on a CPU's caches."""
-    seeds = len(config.seeds)
-    if jax.default_backend() != "cpu":
-        return config.chunk, config.seeds_at_once or seeds
-    if config.chunk is not None:
-        return config.chunk, config.seeds_at_once or 1
-    return divisor(participants), config.seeds_at_once or 1
-
-
-def divisor(clients: int, most: int = 8) -> int:
-    """The largest number that divides ``clients`` and is at most ``most``: what a CPU's caches like."""
-    return max(size for size in range(1, most + 1) if clients % size == 0)
 
 
 def traffic_bytes(method: Method, adapter: Adapter, ranks: tuple[int, ...]) -> tuple[int, int]:

@@ -1,0 +1,70 @@
+"""How many clients and seeds are computed side by side: what an accelerator's memory holds, what a CPU's caches like.
+
+Results do not depend on it; memory and speed do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from experiments.config import Config
+from experiments.problem import Problem
+
+CACHE = 4 * 2**20  # bytes: a CPU loses time where the arrays of one operation outgrow its caches
+SHARE = 0.6  # of an accelerator's memory, for what clients keep for their backward pass
+
+
+def layout(config: Config, problem: Problem) -> tuple[int, int]:
+    """Clients and seeds at once: as set, or as they fit. A CPU takes one seed after another."""
+    clients, seeds = config.clients_per_round or config.clients, len(config.seeds)
+    if jax.default_backend() == "cpu":
+        fit = CACHE // largest(problem.loss_fn, *one_step(config, problem))
+        return config.chunk or divisor(clients, fit), config.seeds_at_once or 1
+    memory = jax.local_devices()[0].memory_stats()["bytes_limit"]
+    fit = int(SHARE * memory / kept(problem.loss_fn, *one_step(config, problem)))
+    together = config.seeds_at_once or divisor(seeds, fit // clients)
+    return config.chunk or divisor(clients, fit // together), together
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest number that divides ``number`` and is at most ``most``, or 1."""
+    return max(size for size in range(1, max(1, min(number, most)) + 1) if number % size == 0)
+
+
+def one_step(config: Config, problem: Problem) -> tuple[Any, Any, Any, Any]:
+    """The shapes of base, adapter, batch and key in one client's local step."""
+    batch = tuple(jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype) for x in problem.train)
+    adapter = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
+    return problem.base, adapter, batch, jax.eval_shape(jax.random.key, 0)
+
+
+def largest(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> int:
+    """Bytes of the largest array that a local step makes."""
+    gradient = jax.make_jaxpr(jax.grad(loss_fn, 1))(base, adapter, batch, key)
+    return max(_bytes(x) for x in _made(gradient.jaxpr))
+
+
+def kept(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> int:
+    """Bytes that one client's forward pass keeps for the backward pass."""
+    pull = lambda base, adapter, batch, key: jax.vjp(lambda x: loss_fn(base, x, batch, key), adapter)[1]
+    shared = {(x.shape, x.dtype) for x in jax.tree.leaves(base)}
+    residuals = jax.tree.leaves(jax.eval_shape(pull, base, adapter, batch, key))
+    return max(1, sum(_bytes(x) for x in residuals if (x.shape, x.dtype) not in shared))
+
+
+def _made(jaxpr: Jaxpr) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name != "scan":  # its stacks over blocks are never read as one
+            yield from (v.aval for v in eqn.outvars)
+        for value in jax.tree.leaves(eqn.params.values(), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))):
+            if isinstance(value, (Jaxpr, ClosedJaxpr)):
+                yield from _made(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(x.shape) * x.dtype.itemsize if hasattr(x, "shape") else 0
