@@ -61,7 +61,7 @@ def _made(jaxpr: Jaxpr) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name != "scan":  # its stacks over blocks are never read as one
             yield from (v.aval for v in eqn.outvars)
-        for value in jax.tree.leaves(eqn.params.values(), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))):
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))):
             if isinstance(value, (Jaxpr, ClosedJaxpr)):
                 yield from _made(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
 
