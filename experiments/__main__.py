@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from experiments import allocator
 from experiments.cli import fail, parse
 
 
@@ -37,4 +38,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    allocator.settle()
     main()

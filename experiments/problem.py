@@ -116,17 +116,18 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
 
 def objectives(pretrained: Pretrained) -> tuple[Callable, Callable]:
     """Cross-entropy of a batch, and which predictions are right, for images as uint8 (or tokens of a stem)."""
-    model = pretrained.model
+    # Unrolled blocks are faster to differentiate, and only that; a loop over blocks compiles faster.
+    unrolled, looped = pretrained.model.clone(unroll=True), pretrained.model.clone(unroll=False)
 
-    def logits(base: Params, adapter: Adapter, x: Array) -> Array:
+    def logits(model: vit.ViT, base: Params, adapter: Adapter, x: Array) -> Array:
         return model.apply(lora.variables(base, adapter), _inputs(pretrained, x))[0]  # type: ignore[index]
 
     def loss_fn(base, adapter, batch, key):
         x, y = batch
-        return optax.softmax_cross_entropy_with_integer_labels(logits(base, adapter, x), y).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits(unrolled, base, adapter, x), y).mean()
 
     def correct_fn(base, adapter, examples):
-        one = lambda xy: (logits(base, adapter, xy[0][None])[0].argmax(-1) == xy[1]).astype(jnp.float32)
+        one = lambda xy: (logits(looped, base, adapter, xy[0][None])[0].argmax(-1) == xy[1]).astype(jnp.float32)
         return jax.lax.map(one, examples, batch_size=256)  # bounds memory whatever the number of examples
 
     return loss_fn, correct_fn

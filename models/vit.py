@@ -88,7 +88,7 @@ class ViT(nn.Module):
     mlp_width: int
     epsilon: float = 1e-6
     pool: str = "cls"
-    unroll: bool = True
+    unroll: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     part: Literal["whole", "stem", "top"] = "whole"

@@ -1,0 +1,55 @@
+"""How much is computed at once, and with whose memory."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import allocator
+from experiments.layout import divisor, kept, largest
+
+
+def loss_fn(base, adapter, batch, key):
+    """The widest array is the hidden layer of a block, [10, 64] float32; four blocks, looped over."""
+
+    def block(x, w):
+        return jax.nn.tanh(x @ w) @ w.T * adapter, None
+
+    return jax.lax.scan(block, batch, base)[0].sum()
+
+
+BASE, ADAPTER, BATCH = jnp.ones((4, 8, 64)), jnp.ones(8), jnp.ones((10, 8))
+
+
+def test_the_largest_array_of_a_step_is_found_inside_loops_and_is_no_stack_of_them():
+    assert largest(loss_fn, BASE, ADAPTER, BATCH, jax.random.key(0)) == 10 * 64 * 4
+
+
+def test_what_is_kept_for_the_backward_pass_grows_with_depth_and_leaves_the_base_out():
+    sizes = [kept(loss_fn, BASE[:depth], ADAPTER, BATCH, jax.random.key(0)) for depth in (1, 2, 4)]
+    assert sizes[1] - sizes[0] == (sizes[2] - sizes[1]) / 2 > 10 * 64 * 4
+
+
+@pytest.mark.parametrize(("number", "most", "expected"), [(12, 8, 6), (12, 100, 12), (7, 3, 1), (12, 0, 1), (1, 5, 1)])
+def test_the_largest_divisor_that_fits(number, most, expected):
+    assert divisor(number, most) == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+def test_a_process_starts_itself_again_once_and_keeps_its_arguments():
+    code = "import os, sys; from experiments import allocator; allocator.settle(); "
+    code += "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+    call = lambda env: (
+        subprocess.run(
+            [sys.executable, "-c", code, "a b", "--c"], env=env, capture_output=True, text=True, check=True
+        ).stdout
+    )
+    env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    tuned = call(env)
+    assert tuned.endswith("['a b', '--c']\n")
+    assert all(f"glibc.malloc.{name}={value}" in tuned for name, value in allocator.TUNABLES.items())
+    assert call(env | {"GLIBC_TUNABLES": ""}) == " ['a b', '--c']\n", "what the user has set stays"
