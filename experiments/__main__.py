@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments import allocator
+from experiments import process
 from experiments.cli import fail, parse
 
 
@@ -38,5 +38,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    allocator.settle()
+    process.settle()
     main()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import allocator
+from experiments import process
 from experiments.layout import divisor, kept, largest
 
 
@@ -41,7 +41,7 @@ def test_the_largest_divisor_that_fits(number, most, expected):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
 def test_a_process_starts_itself_again_once_and_keeps_its_arguments():
-    code = "import os, sys; from experiments import allocator; allocator.settle(); "
+    code = "import os, sys; from experiments import process; process.settle(); "
     code += "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
     call = lambda env: (
         subprocess.run(
@@ -51,5 +51,5 @@ def test_a_process_starts_itself_again_once_and_keeps_its_arguments():
     env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     tuned = call(env)
     assert tuned.endswith("['a b', '--c']\n")
-    assert all(f"glibc.malloc.{name}={value}" in tuned for name, value in allocator.TUNABLES.items())
+    assert all(f"glibc.malloc.{name}={value}" in tuned for name, value in process.TUNABLES.items())
     assert call(env | {"GLIBC_TUNABLES": ""}) == " ['a b', '--c']\n", "what the user has set stays"
