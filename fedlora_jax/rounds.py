@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from fedlora_jax import diagnostics
 from fedlora_jax.clients import Population, sample_apart, sample_ids, sample_views
@@ -106,6 +107,7 @@ def make_round(
     *,
     chunk: int | None = None,
     remat: bool = True,
+    mesh: Mesh | None = None,
 ) -> Callable[[Params, State, Cohort, Array], tuple[State, Memory, Info]]:
     """``round_fn(base, state, cohort, key) -> (state, memory [C, ...], info)``: dispatch, local steps, aggregation.
 
@@ -113,11 +115,13 @@ def make_round(
       method: what is sent and how it is put together again.
       loss_fn: ``(base, adapter, batch, key) -> scalar`` mean task loss of one client's batch.
       optimizer: any optax transformation; each client starts it afresh each round.
-      chunk: clients trained at once (vmapped); chunks follow one another. Must divide the cohort; ``None``: all at
-        once. Results do not depend on it, memory and speed do.
+      chunk: clients trained at once (vmapped) on each device; chunks follow one another. Must divide the clients of a
+        device; ``None``: all at once. Results do not depend on it, memory and speed do.
       remat: where rounds or steps are differentiated, compute each local step again instead of keeping what it
         computed: memory of one step instead of ``T``, for half as much arithmetic again (on a CPU still the faster
         way where memory traffic limits). Without effect where nothing is differentiated.
+      mesh: devices that share the cohort, an equal number of clients each; everything else they all compute. Of one
+        process or of several (``jax.distributed``), then with global arrays as arguments. Results agree to rounding.
     """
     local = make_local(method, loss_fn, optimizer, remat=remat)
 
@@ -138,7 +142,7 @@ def make_round(
             return received, method.remember(memory, anchor, adapter, received), trace.loss.mean(), slope
 
         rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.memory, cohort.batches, cohort.queries)
-        received, memory, loss, slopes = map_clients(client, rows, chunk)
+        received, memory, loss, slopes = map_clients(client, rows, chunk, mesh)
         learned = method.learn(state, cohort, slopes)
         new_state = method.aggregate(base, learned, cohort, sent, received)
         after = method.dispatch(base, new_state, average_client(cohort))
@@ -157,6 +161,7 @@ def make_evaluate(
     optimizer: optax.GradientTransformation | None = None,
     *,
     chunk: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[Params, State, Cohort, Any, Array], Scores]:
     """``evaluate(base, state, cohort, examples [C, ...], key) -> Scores``.
 
@@ -182,14 +187,20 @@ def make_evaluate(
             return Scores(before, score(tuned))
 
         rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.batches, examples)
-        return map_clients(client, rows, chunk)
+        return map_clients(client, rows, chunk, mesh)
 
     return evaluate
 
 
-def map_clients(f: Callable, rows: Any, chunk: int | None) -> Any:
-    """``vmap(f)`` over the leading axis, at most ``chunk`` clients at once."""
+def map_clients(f: Callable, rows: Any, chunk: int | None, mesh: Mesh | None = None) -> Any:
+    """``vmap(f)`` over the leading axis, at most ``chunk`` clients at once on each device of ``mesh``."""
     clients = jax.tree.leaves(rows)[0].shape[0]
+    if mesh is not None and mesh.size > 1:
+        if clients % mesh.size:
+            raise ValueError(f"{clients} clients cannot be shared by {mesh.size} devices: choose a multiple of them")
+        part = PartitionSpec(mesh.axis_names)
+        share = lambda rows: map_clients(f, rows, chunk)
+        return jax.shard_map(share, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(rows)
     if chunk is None or chunk == clients:
         return jax.vmap(f)(rows)
     if chunk == 1:  # without an axis of clients: a stack of one would turn every product into a batched one

@@ -1,0 +1,100 @@
+"""The clients of a round shared by several devices, of one process or of two: the same results as on one.
+
+Devices are CPU devices here; each case is a process of its own, because their number is fixed when jax starts.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+ROUNDS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from helpers import *
+
+def results(name, mesh, place=lambda x: x):
+    method = METHODS[name]()
+    round_fn = rounds.make_round(method, loss_fn, OPTIMIZER, chunk=1, mesh=mesh)
+    def two_rounds(base, state, cohorts):
+        for i in range(2):
+            state, _, info = round_fn(base, state, cohorts[i], jax.random.key(i))
+        one = method.dispatch(base, state, average_client(cohorts[1]))
+        return models(method, one), info.loss
+    arguments = place((BASE, method.init(jax.random.key(1), ADAPTER), [cohort(0), cohort(1)]))
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.device_get(jit(two_rounds, out_shardings=whole)(*arguments))
+
+def mesh_of(devices):
+    return jax.make_mesh((len(devices),), ("clients",), axis_types=(AxisType.Auto,), devices=devices)
+"""
+
+
+def processes(code, count=1, devices=1, **arguments):
+    """Run the code in ``count`` processes at once; all must succeed."""
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
+    written = lambda i: code.format(i=i, **arguments) if arguments else code
+    call = lambda i: subprocess.Popen([sys.executable, "-c", written(i)], env=env, stderr=subprocess.PIPE, text=True)
+    running = [call(i) for i in range(count)]
+    for process in running:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.long
+def test_devices_share_a_cohort():
+    processes(
+        ROUNDS
+        + """
+for name, count in (("flexlora", 2), ("hyperlora_exact", 4)):
+    assert_near(results(name, mesh_of(jax.devices()[:count])), results(name, None), 1e-5)
+
+method = METHODS["flexlora"]()
+def after(scale, mesh):
+    round_fn = rounds.make_round(method, lambda *args: scale * loss_fn(*args), OPTIMIZER, mesh=mesh)
+    state, _, info = round_fn(BASE, method.init(KEY, ADAPTER), cohort(), KEY)
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(state)) + info.loss.sum()
+gradient = lambda mesh: jit(jax.grad(lambda scale: after(scale, mesh)))(1.0)
+assert_near(gradient(mesh_of(jax.devices()[:2])), gradient(None), 1e-5)
+
+try:
+    results("fedit", mesh_of(jax.devices()[:3]))
+except ValueError as error:
+    assert "4 clients cannot be shared by 3 devices" in str(error)
+else:
+    raise AssertionError("nothing was refused")
+""",
+        devices=4,
+    )
+
+
+@pytest.mark.long
+def test_processes_share_a_cohort():
+    """Two processes that talk over the loopback interface, as two hosts would."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes(
+        """
+import jax
+jax.distributed.initialize("localhost:{port}", 2, {i})
+"""
+        + ROUNDS.replace("{", "{{").replace("}", "}}")
+        + """
+assert jax.process_count() == 2 and len(jax.devices()) == 2 and len(jax.local_devices()) == 1
+mesh = mesh_of(jax.devices())
+whole = NamedSharding(mesh, PartitionSpec())
+everywhere = lambda tree: jax.tree.map(lambda x: jax.device_put(np.asarray(x), whole), tree)
+shared = results("flexlora", mesh, everywhere)
+assert_near(shared, results("flexlora", None), 1e-5)
+""",
+        count=2,
+        port=port,
+    )
