@@ -65,6 +65,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fed_talora": fed_talora,
 }
 
+EXACT = ["ffa_lora", "flora", "fedex_lora", "rolora", "fed_sb", "rac_lora", "fed_talora"]
+
 # Tests of the battery that a method fails by its nature, and why.
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("sdflora", "fixed point"): "the server's model lacks what stays with the clients",
@@ -294,3 +296,32 @@ def aggregation(name: str) -> tuple[Method, Any, Callable]:
     """A method that has learned nothing, its first state, and its aggregation compiled."""
     method = UNLEARNED[name]()
     return method, method.init(jax.random.key(1), ADAPTER), jit(method.aggregate)
+
+
+def server(method: Method) -> Any:
+    """A state in the middle of a run: nothing in the adapter is zero."""
+    state = method.init(jax.random.key(1), ADAPTER)
+    return state._replace(adapter=nudged(state.adapter, 0))
+
+
+def uploads(sent: Any, seed: int = 1, size: float = 0.3) -> lora.Adapter:
+    """What clients send back: their starts, moved at random where the mask allows it."""
+    moved = nudged(sent.adapter, seed, size)
+    return jax.tree.map(lambda x, y, m: jnp.where(m > 0, y, x), sent.adapter, moved, sent.mask)
+
+
+def aggregated(method: Method, c: Cohort | None = None, size: float = 0.3, aggregate: Callable | None = None):
+    """One aggregation in the middle of a run: ``(cohort, state, sent, received, new state)``."""
+    c = members(method, normalised(cohort() if c is None else c))
+    state = server(method)
+    sent = method.dispatch(BASE, state, c)
+    received = uploads(sent, size=size)
+    return c, state, sent, received, (aggregate or jit(method.aggregate))(BASE, state, c, sent, received)
+
+
+def dense(x: lora.LoRA) -> np.ndarray:
+    return np.asarray(x.a, np.float64) @ np.asarray(x.b, np.float64)
+
+
+def mean_product(x: lora.LoRA, p: Any) -> np.ndarray:
+    return np.tensordot(np.float64(p), dense(x), 1)

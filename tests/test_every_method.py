@@ -12,6 +12,7 @@ from helpers import (
     BASE,
     BATCH,
     CLIENTS,
+    EXACT,
     KEY,
     METHODS,
     OPTIMIZER,
@@ -245,9 +246,6 @@ def test_the_reported_loss_leaves_the_penalty_out(name):
 
 def _constant_penalty(adapter, anchor):
     return jnp.asarray(1e3)
-
-
-EXACT = ["ffa_lora", "flora", "fedex_lora", "rolora", "fed_sb", "rac_lora", "fed_talora"]
 
 
 @pytest.mark.parametrize("name", EXACT)
