@@ -129,7 +129,7 @@ def test_a_transposed_residual_would_not_be_exact():
 
 # --- LoRA-FAIR
 
-SOLVERS = ["cosine", "ridge"]
+SOLVERS = ["cosine", "column_cosine", "ridge"]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -235,8 +235,12 @@ def test_lora_fair_starts_where_b_is_zero():
 def test_lora_fair_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="weight of a penalty"):
         lora_fair(lam=-1)
-    with pytest.raises(ValueError, match="must be 'cosine' or 'ridge'"):
+    with pytest.raises(ValueError, match="must be 'cosine', 'column_cosine' or 'ridge'"):
         lora_fair(solver="newton")
+    with pytest.raises(ValueError, match="start must be"):
+        lora_fair(on="head")
+    with pytest.raises(ValueError, match="ridge is solved exactly"):
+        lora_fair(solver="ridge", squared=False)
 
 
 # --- what a round reports
