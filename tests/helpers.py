@@ -49,6 +49,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fedex_lora": fedex_lora,
     "lora_fair": lora_fair,
     "lora_fair_ridge": lambda: lora_fair(solver="ridge"),
+    "lora_fair_columns": lambda: lora_fair(solver="column_cosine", steps=30, squared=False, on="both"),
     "hyperlora": lambda: hyperlora(CLIENTS, SIGNATURE, warmup=0),
     "hyperlora_exact": lambda: hyperlora(CLIENTS, SIGNATURE, "exact", "bases", warmup=0, query=BATCH, kappa=0.5),
     "fedhl": fedhl,

@@ -54,13 +54,18 @@ def fed_talora(tasks: int = 1, rounds_per_task: int = 10) -> Method:
 
     def dispatch(base, state, cohort):
         sent = inner.dispatch(base, FedExState(state.adapter, state.residual), cohort)
-        task = jnp.minimum(state.round // rounds_per_task, tasks - 1)
-        current = lambda x, m: m * (task_of_class(x.shape[-1], tasks) == task)
+        current = lambda x, m: m * lasting(state, x)
         return sent._replace(mask=lora.tree_map(lambda x, m: m, sent.adapter, sent.mask, full=current))
 
     def aggregate(base, state, cohort, sent, received):
         new = inner.aggregate(base, FedExState(state.adapter, state.residual), cohort, sent, received)
-        return TaLoRAState(*new, state.round + 1)
+        still = lambda old, x: jnp.where(lasting(state, x), x, old)
+        adapter = lora.tree_map(lambda old, x: x, state.adapter, new.adapter, full=still)
+        return TaLoRAState(adapter, new.residual, state.round + 1)
+
+    def lasting(state: TaLoRAState, x: Array) -> Array:
+        """``[classes]``: does the class belong to the task of this round?"""
+        return task_of_class(x.shape[-1], tasks) == jnp.minimum(state.round // rounds_per_task, tasks - 1)
 
     return Method(init, dispatch, aggregate, traffic=inner.traffic)
 
@@ -77,6 +82,6 @@ def accuracy_and_forgetting(accuracy: ArrayLike) -> tuple[Array, Array]:
       accuracy: ``[tasks, tasks]``, row t after task t, column k on the test examples of task k.
     """
     accuracy = jnp.asarray(accuracy)
-    last = accuracy[-1]
-    fallen = (accuracy[:-1].max(0) - last)[:-1]
+    earlier, last = accuracy[:-1, :-1], accuracy[-1]
+    fallen = earlier.max(0, initial=0) - last[:-1]
     return last.mean(), fallen.sum() / max(1, fallen.shape[0])
