@@ -174,6 +174,20 @@ def uniform(cohort: Cohort) -> Array:
     return present / jnp.maximum(present.sum(), 1.0)
 
 
+def memory_of(cohort: Cohort) -> Memory:
+    """What the clients keep between rounds, for a method that cannot do without.
+
+    Raises:
+      ValueError: the cohort has none.
+    """
+    if isinstance(cohort.memory, tuple) and not cohort.memory:
+        raise ValueError(
+            "clients of this method keep something between rounds and the cohort's memory is (): start from "
+            "rounds.start, which has a row of memory for each client"
+        )
+    return cohort.memory
+
+
 def broadcast(base: Params, adapter: Adapter, cohort: Cohort) -> Dispatch:
     """Send one adapter to every client, cut to its rank; everything within the rank may move."""
     mask = lora.rank_mask(adapter, cohort.ranks)

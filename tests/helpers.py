@@ -68,22 +68,6 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 EXACT = ["ffa_lora", "flora", "fedex_lora", "rolora", "fed_sb", "rac_lora", "fed_talora"]
 
-# Tests of the battery that a method fails by its nature, and why.
-EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("sdflora", "fixed point"): "the server's model lacks what stays with the clients",
-    ("sdflora", "plain fine-tuning"): "the server's model lacks what stays with the client",
-    ("fslora", "first columns"): "a client of rank 1 holds any one column",
-    ("fed_sb", "first columns"): "clients train a core between a and b, its rows are cut instead",
-    ("rolora", "all of b"): "the second round trains a",
-    ("fed_sb", "all of b"): "clients hold no b",
-    ("fedra", "all of b"): "a shallow client trains b of some blocks",
-    ("fed_hello", "all of b"): "a client on a budget trains b of some layers",
-}
-
-
-def applies(name: str, test: str) -> bool:
-    return (name, test) not in EXCEPTIONS
-
 
 def float64():
     """A context in which arrays are float64."""
@@ -198,13 +182,14 @@ def take(rows: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: x[index], rows)
 
 
-def members(method: Method, c: Cohort, adapter: lora.Adapter | None = None) -> Cohort:
-    """The cohort as clients that never took part: with the memory that the method gives them."""
-    return c._replace(memory=copies(method.init_client(ADAPTER if adapter is None else adapter), len(c.ids)))
+def members(method: Method, *arguments: Any, **options: Any) -> Cohort:
+    """A ``cohort`` whose clients never took part before and hold the memory that the method gives them."""
+    c = cohort(*arguments, **options)
+    return c._replace(memory=copies(method.init_client(ADAPTER), len(c.ids)))
 
 
-def remembering(method: Method, c: Cohort, sent: Any, received: lora.Adapter) -> Cohort:
-    """The cohort after its local steps."""
+def remembered(method: Method, c: Cohort, sent: Any, received: Any) -> Cohort:
+    """The cohort after local steps."""
     return c._replace(memory=jax.vmap(method.remember)(c.memory, sent.anchor, sent.adapter, received))
 
 
@@ -286,9 +271,17 @@ def compiled(name: str) -> SimpleNamespace:
     round_fn = rounds.make_round(method, counted, OPTIMIZER)
     fast = jit(round_fn)
     start = method.init(jax.random.key(1), ADAPTER)
-    state, _, _ = fast(BASE, start, members(method, cohort()), KEY)
+    people = functools.partial(members, method)
+    state, _, _ = fast(BASE, start, people(), KEY)
     return SimpleNamespace(
-        method=method, round_fn=round_fn, fast=fast, start=start, state=state, traces=traces, first=len(traces)
+        method=method,
+        round_fn=round_fn,
+        fast=fast,
+        start=start,
+        state=state,
+        traces=traces,
+        first=len(traces),
+        cohort=people,
     )
 
 
@@ -313,7 +306,8 @@ def uploads(sent: Any, seed: int = 1, size: float = 0.3) -> lora.Adapter:
 
 def aggregated(method: Method, c: Cohort | None = None, size: float = 0.3, aggregate: Callable | None = None):
     """One aggregation in the middle of a run: ``(cohort, state, sent, received, new state)``."""
-    c = members(method, normalised(cohort() if c is None else c))
+    c = normalised(cohort() if c is None else c)
+    c = c._replace(memory=copies(method.init_client(ADAPTER), len(c.ids)))
     state = server(method)
     sent = method.dispatch(BASE, state, c)
     received = uploads(sent, size=size)

@@ -306,7 +306,7 @@ def test_aggregation_never_rounds_to_tf32():
     programs = {"_gain": gain, "_ridge": ridge(LoRA(x, x), LoRA(x[None], x[None]))}
     for name in (name for name in UNLEARNED if not name.startswith("hyperlora")):  # its networks may round
         method, state, _ = aggregation(name)
-        c = members(method, cohort())
+        c = members(method)
         sent = method.dispatch(BASE, state, c)
         programs[name] = jax.make_jaxpr(method.aggregate)(BASE, state, c, sent, sent.adapter)
     for name, program in programs.items():

@@ -139,7 +139,7 @@ def test_at_full_depth_it_is_fedit_with_uniform_weights(method):
 @pytest.mark.parametrize("method", [fedra(depths="0.5"), fed_hello(depths="0.5")])
 def test_a_layer_is_the_mean_over_its_holders_and_stays_where_there_are_none(method):
     """Two layers, one each: over some rounds every layer is held by all, by some and by none of two clients."""
-    c = members(method, normalised(cohort(clients=2, weights=[1, 5])))
+    c = normalised(members(method, clients=2, weights=[1, 5]))
     state, holders = method.init(KEY, ADAPTER)._replace(adapter=nudged(ADAPTER, 0)), set()
     aggregate = jit(method.aggregate)
     for t in range(8):
@@ -166,7 +166,7 @@ def test_a_layer_is_the_mean_over_its_holders_and_stays_where_there_are_none(met
 
 def test_fedra_clients_compute_with_the_blocks_they_hold_and_the_server_with_all():
     method = fedra(depths="0.5,1.0")
-    state, c = method.init(KEY, ADAPTER), members(method, cohort())
+    state, c = method.init(KEY, ADAPTER), members(method)
     sent = method.dispatch(BASE, state, c)
     gates = np.asarray(models(method, sent)["blocks"]["gate"])
     np.testing.assert_array_equal(gates.sum(1), [1, 2, 1, 2])  # ids 10 to 13
@@ -182,7 +182,7 @@ def test_fed_hello_follows_the_published_shape_and_regroups_by_change():
     assert not hello.groups(jnp.zeros(6)).any()
 
     method = fed_hello("fisher", depths="1.0", regroup=2)
-    c = members(method, normalised(cohort()))
+    c = normalised(members(method))
     state = method.init(KEY, ADAPTER)
     sent = method.dispatch(BASE, state, c)
     moved = lora.tree_map(
@@ -213,7 +213,7 @@ def test_a_sketch_is_the_product_on_average_and_has_one_set_of_indices():
 
 def test_fslora_trains_the_columns_it_drew_and_nothing_else():
     method = fslora()
-    c = members(method, normalised(cohort(ranks=[1, 2, 1, 2])))
+    c = normalised(members(method, ranks=[1, 2, 1, 2]))
     state = method.init(KEY, ADAPTER)._replace(adapter=nudged(ADAPTER, 0))
     sent = method.dispatch(BASE, state, c)
     for name, d in sent.anchor.items():

@@ -44,7 +44,7 @@ KERNELS = ["blocks/kernel", "mix/kernel"]
 
 def rounds_of(method, state, count: int, seed: int = 1):
     """The states after each of ``count`` aggregations of clients that move at random."""
-    c, aggregate, states = members(method, normalised(cohort(ranks=[1, 2, 2, 2]))), jit(method.aggregate), []
+    c, aggregate, states = normalised(members(method, ranks=[1, 2, 2, 2])), jit(method.aggregate), []
     for t in range(count):
         sent = method.dispatch(BASE, state, c)
         received = uploads(sent, seed + t)

@@ -31,6 +31,7 @@ from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.methods.fedsa_lora import fedsa_lora, partial_share
 from fedlora_jax.methods.fedvlm import fedvlm
 from fedlora_jax.methods.flexlora import flexlora
+from fedlora_jax.methods.hetlora import hetlora
 from fedlora_jax.methods.sdflora import Pair, protected, sdflora, together
 
 KERNELS = ["blocks/kernel", "mix/kernel"]
@@ -71,7 +72,7 @@ def test_sharing_neither_factor_is_training_alone():
 def test_clients_that_agree_on_what_is_personal_make_fedsa_fedit():
     """The average client has the mean of the personal factors: then both servers hold the same."""
     method = fedsa_lora()
-    c = members(method, normalised(cohort()))
+    c = normalised(members(method))
     state = FedITState(ADAPTER)
     sent = method.dispatch(BASE, state, c)
     received = uploads(sent)
@@ -88,12 +89,18 @@ def test_sharing_refuses_what_it_does_not_know():
         fedsa_lora(head="frozen")
 
 
+@pytest.mark.parametrize("method", [fedsa_lora(), sdflora(), hetlora()])
+def test_a_cohort_without_memory_is_refused(method):
+    with pytest.raises(ValueError, match=r"start from rounds\.start"):
+        method.dispatch(BASE, method.init(KEY, ADAPTER), cohort())
+
+
 # --- SDFLoRA
 
 
 def test_without_a_local_part_sdflora_is_flexlora():
     method, inner = sdflora(local_rank=0), flexlora()
-    c = members(method, normalised(cohort(ranks=[1, 2, 1, 2])))
+    c = normalised(members(method, ranks=[1, 2, 1, 2]))
     start = nudged(ADAPTER, 0)
     state = method.init(KEY, ADAPTER)._replace(adapter=start)
     sent, plain = method.dispatch(BASE, state, c), inner.dispatch(BASE, FedITState(start), c)
@@ -106,7 +113,7 @@ def test_without_a_local_part_sdflora_is_flexlora():
 
 def test_the_local_part_adds_to_the_model_and_moves_nobody_else():
     method = sdflora(local_rank=1)
-    c = members(method, normalised(cohort()))
+    c = normalised(members(method))
     state = method.init(KEY, ADAPTER)._replace(adapter=nudged(ADAPTER, 0))
     sent = method.dispatch(BASE, state, c)
     received = uploads(sent)
@@ -142,8 +149,8 @@ def test_clipping_bounds_the_change_and_noise_has_the_stated_deviation():
 
 
 def test_noise_reaches_the_server_through_the_upload_alone():
-    method, c = sdflora(local_rank=1, clip=1e6, noise=1e-6), normalised(cohort())
-    c = members(method, c)
+    method = sdflora(local_rank=1, clip=1e6, noise=1e-6)
+    c = normalised(members(method))
     state = method.init(KEY, ADAPTER)._replace(adapter=nudged(ADAPTER, 0))
     sent = method.dispatch(BASE, state, c)
     received = uploads(sent)

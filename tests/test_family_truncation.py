@@ -81,7 +81,7 @@ def test_idle_clients_cost_fedhl_nothing_and_flexlora_a_third():
     w32 = jnp.asarray(w, jnp.float32)
     start, base = product.best(w32, 16, SCALE), {"kernel": jnp.zeros_like(w32)}
     after = idle(fedhl(), FedHLState({"kernel": start}, {"kernel": w32}), base, ranks)
-    assert norm(after.dense["kernel"] - w) < 2e-6 * norm(w)
+    assert norm(after.residual["kernel"] - w) < 2e-6 * norm(w)
 
     flex = idle(flexlora(), FedITState({"kernel": start}), base, ranks).adapter["kernel"]
     lost = norm(SCALE * dense(flex) - w) / norm(w)
@@ -105,7 +105,7 @@ def test_the_scaled_decomposition_is_the_sum_over_clients(weighting):
         x, expected = lora.flatten(received)[name], np.float64(old)
         for i, rank in enumerate(MIXED):
             expected = expected + p[i] * (SCALE * dense(take(x, i)) - truncated(old, rank))
-        assert_near(lora.flatten(new.dense)[name], expected)
+        assert_near(lora.flatten(new.residual)[name], expected)
         assert_near(SCALE * dense(lora.flatten(new.adapter)[name]), truncated(expected, RANK), 1e-4)
 
 
@@ -136,7 +136,7 @@ def test_at_full_rank_and_equal_weights_fedhl_is_the_mean_of_products():
     received = nudged(sent.adapter, 1)
     new = fedhl().aggregate({}, state, c, sent, received)
     mean = SCALE * mean_product(received["kernel"], c.weights)
-    assert_near(new.dense["kernel"], mean)
+    assert_near(new.residual["kernel"], mean)
     flex = flexlora().aggregate({}, FedITState(state.adapter), c, sent, received)
     assert_near(SCALE * dense(flex.adapter["kernel"]), mean)
 
@@ -162,12 +162,12 @@ def test_tail_decay_shrinks_what_no_client_is_sent():
     sent = fedhl().dispatch(BASE, state, c)
     plain, decayed = (m.aggregate(BASE, state, c, sent, sent.adapter) for m in (fedhl(), fedhl(tail_decay=0.5)))
     for name in w:
-        whole, less = (lora.flatten(x.dense)[name] for x in (plain, decayed))
+        whole, less = (lora.flatten(x.residual)[name] for x in (plain, decayed))
         kept = truncated(whole, RANK)
         assert_near(less - kept, 0.5 * (whole - kept), 1e-4)
     shares = [fedhl().report(x)["tail"] for x in (plain, decayed)]
-    exact = [norm([norm(x - truncated(x, RANK)) for x in lora.flatten(s.dense).values()]) for s in (plain, decayed)]
-    sizes = [norm([norm(x) for x in lora.flatten(s.dense).values()]) for s in (plain, decayed)]
+    exact = [norm([norm(x - truncated(x, RANK)) for x in lora.flatten(s.residual).values()]) for s in (plain, decayed)]
+    sizes = [norm([norm(x) for x in lora.flatten(s.residual).values()]) for s in (plain, decayed)]
     assert_near(np.asarray(shares), np.asarray(exact) / np.asarray(sizes), 1e-4)
 
 
@@ -206,10 +206,9 @@ def test_hetlora_weighs_clients_by_the_size_of_their_products():
 
 
 def test_hetlora_of_equal_ranks_and_sizes_without_a_penalty_is_fedit():
-    c = normalised(cohort(weights=[1, 1, 1, 1]))
     method = hetlora(lam=0.0)
+    c = normalised(members(method, weights=[1, 1, 1, 1]))
     state = FedITState(nudged(ADAPTER, 0))
-    c = members(method, c)
     sent = method.dispatch(BASE, state, c)
     turned = lora.tree_map(  # every client a mirror image of the same products: equal sizes
         lambda x: LoRA(x.a * jnp.asarray([1, -1, 1, 1]).reshape(4, *[1] * (x.a.ndim - 1)), x.b, x.scale), sent.adapter
@@ -221,7 +220,7 @@ def test_hetlora_of_equal_ranks_and_sizes_without_a_penalty_is_fedit():
 def test_hetlora_prunes_the_tail_that_shrank():
     """A client whose tail shrank sends and keeps one column less; the others, and clients at the least rank, do not."""
     method = hetlora(min_rank=1)
-    c = members(method, normalised(cohort(ranks=[2, 2, 1, 2])))
+    c = normalised(members(method, ranks=[2, 2, 1, 2]))
     state = FedITState(nudged(ADAPTER, 0))
     sent = method.dispatch(BASE, state, c)
     factor = jnp.asarray([0.5, 2.0, 0.5, 1.0])
@@ -240,7 +239,7 @@ def test_hetlora_prunes_the_tail_that_shrank():
 
 def test_the_penalty_of_hetlora_is_the_product_of_the_tails_norms():
     method, x = hetlora(gamma=0.5, lam=0.1, min_rank=1), take(nudged(ADAPTER, 0), ...)
-    c = members(method, normalised(cohort()))
+    c = normalised(members(method))
     anchor = take(method.dispatch(BASE, FedITState(x), c).anchor, 0)
     stack, mix = (lora.flatten(x)[name] for name in ("blocks/kernel", "mix/kernel"))
     layers = [(stack.a[0], stack.b[0]), (stack.a[1], stack.b[1]), (mix.a, mix.b)]

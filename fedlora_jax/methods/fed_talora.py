@@ -50,7 +50,7 @@ def fed_talora(tasks: int = 1, rounds_per_task: int = 10) -> Method:
         few = {name: x.shape for name, x in lora.flatten(lora.split(adapter)[1]).items() if x.shape[-1] < tasks}
         if few:
             raise ValueError(f"{tasks} tasks need as many classes on the last axis of the head, got {few}")
-        return TaLoRAState(*inner.init(key, adapter), jnp.zeros((), jnp.int32))
+        return TaLoRAState(adapter, lora.zero_deltas(adapter), jnp.zeros((), jnp.int32))
 
     def dispatch(base, state, cohort):
         sent = inner.dispatch(base, FedExState(state.adapter, state.residual), cohort)

@@ -34,10 +34,10 @@ _POWERS = {"2": 2, "1": 1, "data": 0}
 
 class FedHLState(NamedTuple):
     """adapter: factors of T_r(Wt) / s, a orthonormal (a fresh start before the first round), head differences.
-    dense: Wt [.., in, out] at each adapted kernel, scale included: as large as the kernels."""
+    residual: Wt [.., in, out] at each adapted kernel, scale included: as large as the kernels."""
 
     adapter: Adapter
-    dense: Params
+    residual: Params
 
 
 def fedhl(weighting: Literal["2", "1", "data"] = "2", eps: float = 1e-6, tail_decay: float = 1.0) -> Method:
@@ -65,14 +65,14 @@ def fedhl(weighting: Literal["2", "1", "data"] = "2", eps: float = 1e-6, tail_de
         sent = broadcast(base, state.adapter, cohort)
         nobody = jnp.all(cohort.ids < 0)
         first = lora.split(jax.tree.map(lambda x: x[0], sent.adapter))[0]
-        beyond = jax.tree.map(lambda w, x: jnp.where(nobody, w - lora.delta(x), 0.0), state.dense, first)
+        beyond = jax.tree.map(lambda w, x: jnp.where(nobody, w - lora.delta(x), 0.0), state.residual, first)
         return sent._replace(base=lora.add(base, beyond))
 
     def aggregate(base, state, cohort, sent, received):
         low_rank, full = lora.split(received)
         p = client_weights(state, cohort, _POWERS[weighting], eps)
         dense = jax.tree.map(
-            lambda w, x, c: moved(w, x, c, p, cohort.ranks), state.dense, lora.split(state.adapter)[0], low_rank
+            lambda w, x, c: moved(w, x, c, p, cohort.ranks), state.residual, lora.split(state.adapter)[0], low_rank
         )
         factors = jax.tree.map(lambda w, x: product.best(w, x.a.shape[-1], x.scale), dense, low_rank)
         if tail_decay < 1:
@@ -116,4 +116,4 @@ def moved(w: Array, start: LoRA, received: LoRA, p: Array, ranks: Array) -> Arra
 
 def _pairs(state: FedHLState) -> list[tuple[Array, LoRA]]:
     adapter = lora.flatten(state.adapter)
-    return [(w, adapter[name]) for name, w in lora.flatten(state.dense).items()]
+    return [(w, adapter[name]) for name, w in lora.flatten(state.residual).items()]

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method, Traffic, mean
+from fedlora_jax.method import About, Method, Traffic, mean, memory_of
 from fedlora_jax.methods.fedit import FedITState, fedit
 
-ABOUT = About("FedSA-LoRA", "Guo et al. ICLR 2025", "2410.01463", "a, b, head", "a, head", "of personal models", "b")
+ABOUT = About("FedSA-LoRA", "Guo et al. ICLR 2025", "2410.01463", "a, b, head", "a, head", "n/a (personal)", "b")
 
 Share = Literal["a", "b", "none"]
 Head = Literal["shared", "personal"]
@@ -65,7 +65,7 @@ def partial_share(share: Share, head: Head = "shared") -> Method:
 
     def dispatch(base, state, cohort):
         sent = inner.dispatch(base, state, cohort)
-        rows = jax.tree.map(jnp.multiply, with_own(sent.adapter, cohort.memory), sent.mask)
+        rows = jax.tree.map(jnp.multiply, with_own(sent.adapter, memory_of(cohort)), sent.mask)
         return sent._replace(adapter=rows, anchor=rows)
 
     def aggregate(base, state, cohort, sent, received):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from fedlora_jax.method import About, Method
 from fedlora_jax.methods.fedsa_lora import Head, partial_share
 
-ABOUT = About("FedVLM", "Mitra et al. ECAI 2025", "2507.17088", "a, b, head", "b, head", "of personal models", "a")
+ABOUT = About("FedVLM", "Mitra et al. ECAI 2025", "2507.17088", "a, b, head", "b, head", "n/a (personal)", "a")
 
 
 def fedvlm(head: Head = "shared") -> Method:

@@ -18,7 +18,7 @@ from jax import Array
 
 from fedlora_jax import lora, product
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method, mean, uniform
+from fedlora_jax.method import About, Method, mean, memory_of, uniform
 from fedlora_jax.methods.fedit import FedITState, fedit
 
 ABOUT = About("HetLoRA", "Cho et al. EMNLP 2024", "2401.06432", "a, b, head", "a, b, head", "no", "rank")
@@ -44,7 +44,7 @@ def hetlora(gamma: float = 0.99, lam: float = 1e-3, min_rank: int = 4) -> Method
     inner = fedit()
 
     def dispatch(base, state, cohort):
-        pruned = jnp.where(cohort.ids < 0, 0, cohort.memory)  # nobody in particular has lost nothing
+        pruned = jnp.where(cohort.ids < 0, 0, memory_of(cohort))  # nobody in particular has lost nothing
         rank = jnp.maximum(cohort.ranks - pruned, 1)
         least = jnp.minimum(rank, min_rank)
         k = jnp.maximum(jnp.floor(gamma * rank.astype(jnp.float32)).astype(rank.dtype), least)

@@ -20,7 +20,7 @@ from jax import Array
 
 from fedlora_jax import lora, product
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method
+from fedlora_jax.method import About, Method, memory_of
 from fedlora_jax.methods.fedit import FedITState
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.product import Split
@@ -73,7 +73,7 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
         sent = inner.dispatch(base, FedITState(state.adapter), cohort)
         somebody = cohort.ids >= 0
         switch = lambda x: x * somebody.reshape(-1, *(1,) * (x.ndim - 1))
-        local = lora.tree_map(lambda x: LoRA(x.a, switch(x.b), x.scale), cohort.memory)
+        local = lora.tree_map(lambda x: LoRA(x.a, switch(x.b), x.scale), memory_of(cohort))
         free = jax.tree.map(lambda x: jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), x.dtype), local)
         return sent._replace(adapter=Pair(sent.adapter, local), mask=Pair(sent.mask, free), anchor=())
 
@@ -81,7 +81,9 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
         key, draw = jax.random.split(state.key)
         uploads = received.shared
         if clip:
-            private = lambda id_, *row: protected(jax.random.fold_in(draw, id_), *row, clip, noise)
+            private = lambda id_, start, end, mask: protected(
+                jax.random.fold_in(draw, id_), start, end, mask, clip, noise
+            )
             uploads = jax.vmap(private)(cohort.ids, sent.adapter.shared, uploads, sent.mask.shared)
         return SDFLoRAState(inner.aggregate(base, FedITState(state.adapter), cohort, sent, uploads).adapter, key)
 
