@@ -47,7 +47,7 @@ def hetlora(gamma: float = 0.99, lam: float = 1e-3, min_rank: int = 4) -> Method
         pruned = jnp.where(cohort.ids < 0, 0, memory_of(cohort))  # nobody in particular has lost nothing
         rank = jnp.maximum(cohort.ranks - pruned, 1)
         least = jnp.minimum(rank, min_rank)
-        k = jnp.maximum(jnp.floor(gamma * rank.astype(jnp.float32)).astype(rank.dtype), least)
+        k = jnp.maximum(jnp.floor(gamma * rank + 1e-4).astype(rank.dtype), least)
         return inner.dispatch(base, state, cohort._replace(ranks=rank))._replace(anchor=Ranks(rank, k))
 
     def penalty(adapter, anchor):
