@@ -9,9 +9,13 @@ from experiments.cli import fail, parse
 def main() -> None:
     command, config = parse()
     if command == "methods":
-        from experiments.methods import table
+        from experiments.overview import table
 
-        print(table())
+        assert config is not None
+        try:
+            print(table(config))
+        except (ValueError, OSError) as error:
+            fail(str(error))
         return
     if command == "bench":
         from experiments import bench

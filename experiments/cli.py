@@ -28,7 +28,7 @@ def fail(message: str) -> NoReturn:
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
-    """The command and its options (``None`` for ``methods`` and ``bench``, which have none)."""
+    """The command and its options (``None`` for ``bench``, which has none)."""
     parser = _Parser(
         prog="python -m experiments",
         description="Federated LoRA fine-tuning: run methods side by side, every round one compiled program.",
@@ -49,10 +49,11 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
         add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
     text = "seconds per round of learned methods against plain ones, and of the server alone; JSON lines"
     commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
-    commands.add_parser("methods", help="the table of methods: name, paper, what travels, exact or not")
+    text = "the table of methods: paper, what is trained, shared and kept, sizes for a chosen model, tests"
+    add_options(commands.add_parser("methods", help=text, description=text, allow_abbrev=False), "methods")
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
-    if command in ("methods", "bench"):
+    if command == "bench":
         return command, None
     if command == "run":
         given["methods"] = (given.pop("method"),)
@@ -61,11 +62,13 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
 
 _RECORDED = {"resume", "target", "checkpoint_every"}
 _TUNED = {"budgets", "lrs", "tuning_seeds"}
+_MODEL = {"data", "weights", "image_size", "targets", "adapt_last", "full", "rank", "scale"}
 _LEFT_OUT = {
     "compare": _TUNED,
     "run": _TUNED,
     "bounds": _TUNED | _RECORDED | {"methods", "out", "eval_every", "chunk", "seeds_at_once", "signature", "theta"},
     "budget": {"resume", "checkpoint_every", "local_steps", "lr", "validation"},
+    "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }
 
 

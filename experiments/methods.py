@@ -65,15 +65,6 @@ def _is_plain(default: Any) -> bool:
     return isinstance(default, (bool, int, float, str))
 
 
-def table() -> str:
-    """All methods, a line each."""
-    header = ("name", "method", "paper", "arXiv", "trains", "travels", "exact")
-    rows = [header, *((name, *about(name)) for name in names())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    return "\n".join([line(rows[0]), "  ".join("-" * width for width in widths), *map(line, rows[1:])])
-
-
 def _module(name: str) -> Any:
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)

@@ -79,7 +79,7 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
         lora.new, params=base, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
     )
     shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
-    accept(_signature_of_one(config, len(images.classes)), shapes)
+    accept(signature_of_one(config, len(images.classes)), shapes)
     train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
     made = [_clients(config, images, train_rows, test_rows, seed) for seed in config.seeds]
 
@@ -99,7 +99,7 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
         clients=stacked,
         adapters=jax.vmap(new)(keys),
         keys=keys,
-        signature=_signature_of_one(config, len(images.classes)),
+        signature=signature_of_one(config, len(images.classes)),
         smallest=min(len(part) for parts, _, _ in made for part in parts),
         loss_fn=loss_fn,
         correct_fn=correct_fn,
@@ -250,7 +250,7 @@ def _signatures(
     return _told(signatures.signatures(moments, stats), key, training, kind)
 
 
-def _signature_of_one(config: Config, classes: int) -> Signature:
+def signature_of_one(config: Config, classes: int) -> Signature:
     """Zeros in the shapes of one client's signature."""
     told = signatures.SIZE * 2, 0 if config.signature == "label_free" else classes, 1
     return Signature(*(np.zeros(size, np.float32) for size in told))  # type: ignore[arg-type]

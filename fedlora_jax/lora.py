@@ -9,6 +9,9 @@ An *adapter* is a nested dict at the same paths as ``params`` whose leaves are e
 
 * ``LoRA``: a low-rank update of that kernel, or
 * an array: the difference to a parameter that is trained in full (the head, usually).
+
+What a method gives the model to compute with (``Method.model``) may also hold arrays at paths that ``params`` lacks:
+switches of the forward pass, such as ``blocks/gate``, which the model finds in the ``lora`` collection.
 """
 
 from __future__ import annotations
@@ -158,14 +161,17 @@ def select(params: Params, patterns: str | Sequence[str]) -> list[str]:
 
 
 def variables(base: Params, adapter: Adapter) -> dict[str, Params]:
-    """The linen variables of ``base`` with ``adapter``: full differences added, low-rank leaves in ``lora``."""
-    low_rank, full = split(adapter)
-    return {"params": add(base, full), "lora": low_rank}
+    """The linen variables of ``base`` with ``adapter``: full differences added, the rest in ``lora``."""
+    names, flat = flatten(base).keys(), flatten(adapter)
+    full = {name: x for name, x in flat.items() if name in names and not is_lora(x)}
+    rest = {name: x for name, x in flat.items() if name not in full}
+    return {"params": add(base, unflatten(full)), "lora": unflatten(rest)}
 
 
 def merge(base: Params, adapter: Adapter) -> Params:
-    """``base`` with the whole adapter folded in, for export and for tests (forms ``in x out``)."""
-    return add(base, jax.tree.map(lambda x: delta(x) if is_lora(x) else x, adapter, is_leaf=is_lora))
+    """``base`` with the whole adapter folded in, for export and for tests (forms ``in x out``; leaves switches out)."""
+    names, flat = flatten(base).keys(), flatten(adapter)
+    return add(base, unflatten({k: delta(x) if is_lora(x) else x for k, x in flat.items() if k in names}))
 
 
 def delta(lora: LoRA) -> Array:

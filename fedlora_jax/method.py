@@ -57,6 +57,7 @@ class About(NamedTuple):
     trains: str
     travels: str
     exact: str  # is the new server model the mean of the clients' models?
+    personal: str = "-"  # what stays with a client
 
 
 def no_penalty(adapter: Adapter, anchor: Any) -> Array:
@@ -150,6 +151,41 @@ def models(method: Method, sent: Dispatch) -> Adapter:
 def mean(stacked: Any, weights: Array) -> Any:
     """``sum_c p_c x_c`` of every array of a stacked tree (on an adapter: the mean of the *factors*)."""
     return jax.tree.map(lambda x: jnp.einsum("c,c...->...", weights.astype(x.dtype), x, precision="highest"), stacked)
+
+
+def mean_of_holders(old: Any, stacked: Any, mask: Any, weights: Array) -> Any:
+    """The mean of every entry over the clients whose mask holds it, ``[...]``; ``old`` where nobody's does.
+
+    Args:
+      old: ``[...]``, one tree; ``stacked``: ``[C, ...]``; ``mask``: 0/1, broadcastable against it.
+      weights: ``[C]``, of any sum; among the holders they are scaled to sum to one.
+    """
+
+    def one(old: Array, x: Array, m: Array) -> Array:
+        held = mean(m.astype(x.dtype), weights)
+        return jnp.where(held > 0, mean(x * m, weights) / jnp.where(held > 0, held, 1.0), old)
+
+    return jax.tree.map(one, old, stacked, mask)
+
+
+def uniform(cohort: Cohort) -> Array:
+    """``[C]`` equal weights that sum to one, for all clients whose own weight is not zero (such is padding)."""
+    present = (cohort.weights > 0).astype(cohort.weights.dtype)
+    return present / jnp.maximum(present.sum(), 1.0)
+
+
+def memory_of(cohort: Cohort) -> Memory:
+    """What the clients keep between rounds, for a method that cannot do without.
+
+    Raises:
+      ValueError: the cohort has none.
+    """
+    if isinstance(cohort.memory, tuple) and not cohort.memory:
+        raise ValueError(
+            "clients of this method keep something between rounds and the cohort's memory is (): start from "
+            "rounds.start, which has a row of memory for each client"
+        )
+    return cohort.memory
 
 
 def broadcast(base: Params, adapter: Adapter, cohort: Cohort) -> Dispatch:

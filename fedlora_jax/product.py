@@ -9,7 +9,8 @@ Every matrix statement is per layer: leading axes of ``a`` and ``b`` are batch a
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Literal
 
 import jax
@@ -22,6 +23,7 @@ from fedlora_jax.lora import LoRA
 Split = Literal["left", "right", "balanced"]
 
 _DEAD = 1e-6  # singular values below this share of the largest count as zero
+_SWEEPS = 4  # of the subspace iteration
 matmul = partial(jnp.matmul, precision="highest")  # accelerators would otherwise round float32 factors to TF32
 
 
@@ -87,7 +89,9 @@ def safe_sqrt(x: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
-def truncate(x: LoRA, rank: int, *, split: Split = "balanced", like: LoRA | None = None) -> LoRA:
+def truncate(
+    x: LoRA, rank: int, *, split: Split = "balanced", like: LoRA | None = None, spare: int | None = None
+) -> LoRA:
     """Best approximation of ``x`` by a product of ``rank`` (the truncated SVD ``U S V^T``), as factors.
 
     Args:
@@ -98,6 +102,10 @@ def truncate(x: LoRA, rank: int, *, split: Split = "balanced", like: LoRA | None
         its factors as possible (orthogonal Procrustes), so that they move continuously from round to round, and
         directions in which the truncation is zero continue with ``like``'s ``a`` and can be trained. Without it
         column ``i`` belongs to the i-th singular value, so the first ``k`` columns are the truncation to rank ``k``.
+      spare: ``None``, an exact decomposition. A number: subspace iteration (Halko, Martinsson & Tropp 2011, arXiv
+        0909.4061, alg. 4.4) for the first ``rank + spare`` triplets only, for products as wide as the layer itself.
+        Always a projection of ``x``, near the best one where singular values fall; derivatives take what lies beyond
+        these triplets for zero.
 
     The derivative uses only the gaps between kept and dropped singular values: it is finite where ``x = 0``, where
     clients coincide and where singular values repeat. Directions at a gap below 1e-6 of the largest singular value are
@@ -110,12 +118,25 @@ def truncate(x: LoRA, rank: int, *, split: Split = "balanced", like: LoRA | None
     if like is not None and (_common_scale(x, like), like.a.shape[-1]) != (x.scale, rank):
         raise ValueError(f"like has rank {like.a.shape[-1]}, the truncation has rank {rank}: they must agree")
     a, b = _at_least(x.a, rank, -1), _at_least(x.b, rank, -2)
-    one_layer = partial(_truncate, rank, split)
+    few = None if spare is None or rank + spare >= min(n_in, n_out, a.shape[-1]) else rank + spare
+    one_layer = partial(_truncate, rank, split, few)
     for _ in range(a.ndim - 2):
         one_layer = jax.vmap(one_layer)
     reference = None if like is None else (like.a, like.b)
     a, b = one_layer((a, b), reference)
     return LoRA(a, b, x.scale)
+
+
+def best(w: Array, rank: int, scale: float = 1.0) -> LoRA:
+    """``T_rank(w)`` of dense matrices ``[..., in, out]`` as factors ``(U, S V^T / scale)``.
+
+    Layers of more than 256 rows and columns are taken by subspace iteration: 24 of 768 x 768 in a second instead of a
+    minute and a half.
+    """
+    n_out = w.shape[-1]
+    identity = jnp.broadcast_to(jnp.eye(n_out, dtype=w.dtype), (*w.shape[:-2], n_out, n_out))
+    spare = None if min(w.shape[-2:]) <= 256 else max(8, rank)
+    return truncate(LoRA(w / scale, identity, scale), rank, split="left", spare=spare)
 
 
 def _common_scale(x: LoRA, y: LoRA) -> float:
@@ -149,6 +170,27 @@ def _svd(a: Array, b: Array) -> tuple[Array, Array, Array]:
         return left @ u, s, right @ vt.T
 
 
+@cache
+def _leading(few: int | None) -> Callable[[Array, Array], tuple[Array, Array, Array]]:
+    """``_svd``, or the same for the first ``few`` triplets by subspace iteration."""
+    if few is None:
+        return _svd
+
+    @sequential_vmap
+    def leading(a: Array, b: Array) -> tuple[Array, Array, Array]:
+        with jax.default_matmul_precision("highest"):
+            q = a @ (b @ jax.random.normal(jax.random.key(0), (b.shape[1], few), a.dtype))
+            for _ in range(_SWEEPS):
+                q = jnp.linalg.qr(q)[0]
+                q = jnp.linalg.qr(((q.T @ a) @ b).T)[0]
+                q = a @ (b @ q)
+            q = jnp.linalg.qr(q)[0]
+            u, s, vt = jnp.linalg.svd((q.T @ a) @ b, full_matrices=False)
+            return q @ u, s, vt.T
+
+    return leading
+
+
 @sequential_vmap
 def _rotation(overlap: Array) -> Array:
     """The orthogonal ``R`` that maximises ``trace(R^T overlap)``."""
@@ -167,9 +209,9 @@ def _inverse(x: Array, largest: Array, tolerance: float = _DEAD) -> Array:
     return jnp.where(alive, 1.0 / jnp.where(alive, x, 1.0), 0.0)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _truncate(rank: int, split: Split, factors: tuple, reference: tuple | None) -> tuple[Array, Array]:
-    u, s, v = _svd(*factors)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _truncate(rank: int, split: Split, few: int | None, factors: tuple, reference: tuple | None) -> tuple[Array, Array]:
+    u, s, v = _leading(few)(*factors)
     a, b = _split(split, u[:, :rank], s[:rank], v[:, :rank])
     if reference is None:
         return a, b
@@ -178,10 +220,10 @@ def _truncate(rank: int, split: Split, factors: tuple, reference: tuple | None) 
 
 
 @_truncate.defjvp
-def _truncate_jvp(rank: int, split: Split, primals: tuple, tangents: tuple):
+def _truncate_jvp(rank: int, split: Split, few: int | None, primals: tuple, tangents: tuple):
     """``(dM, d reference) -> (da, db)``, exact for the product and, with a reference, for the factors."""
     ((a_in, b_in), reference), ((da_in, db_in), d_reference) = primals, tangents
-    u_all, s_all, v_all = _svd(a_in, b_in)
+    u_all, s_all, v_all = _leading(few)(a_in, b_in)
     u, s, v = u_all[:, :rank], s_all[:rank], v_all[:, :rank]
     u_drop, s_drop, v_drop = u_all[:, rank:], s_all[rank:], v_all[:, rank:]
 

@@ -145,7 +145,7 @@ def make_round(
         received, memory, loss, slopes = map_clients(client, rows, chunk, mesh)
         learned = method.learn(state, cohort, slopes)
         new_state = method.aggregate(base, learned, cohort, sent, received)
-        after = method.dispatch(base, new_state, average_client(cohort))
+        after = method.dispatch(base, new_state, average_client(cohort._replace(memory=memory)))
         ends = models(method, sent._replace(adapter=received))
         as_models = lambda dispatch: dispatch._replace(adapter=models(method, dispatch))
         bias = diagnostics.measure(as_models(sent), ends, cohort.weights, as_models(after))

@@ -61,8 +61,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         norm = partial(LayerNorm, self.epsilon)
-        x = x + Attention(self.heads, name="attn")(norm(name="norm1")(x))
-        return x + Mlp(self.mlp_width, name="mlp")(norm(name="norm2")(x))
+        h = x + Attention(self.heads, name="attn")(norm(name="norm1")(x))
+        h = h + Mlp(self.mlp_width, name="mlp")(norm(name="norm2")(h))
+        if not self.has_variable("lora", "gate"):
+            return h
+        return x + self.get_variable("lora", "gate").astype(x.dtype) * (h - x)  # gate 0: as if the block were not there
 
 
 class ViT(nn.Module):

@@ -16,13 +16,25 @@ from numpy.linalg import norm
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import Population
 from fedlora_jax.method import Cohort, Method, average_client, models
+from fedlora_jax.methods.fed_hello import fed_hello
+from fedlora_jax.methods.fed_sb import fed_sb
+from fedlora_jax.methods.fed_talora import fed_talora
 from fedlora_jax.methods.fedex_lora import fedex_lora
+from fedlora_jax.methods.fedhl import fedhl
 from fedlora_jax.methods.fedit import fedit
+from fedlora_jax.methods.fedra import fedra
+from fedlora_jax.methods.fedsa_lora import fedsa_lora
+from fedlora_jax.methods.fedvlm import fedvlm
 from fedlora_jax.methods.ffa_lora import ffa_lora
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
+from fedlora_jax.methods.fslora import fslora
+from fedlora_jax.methods.hetlora import hetlora
 from fedlora_jax.methods.hyperlora import hyperlora
 from fedlora_jax.methods.lora_fair import lora_fair
+from fedlora_jax.methods.rac_lora import rac_lora
+from fedlora_jax.methods.rolora import rolora
+from fedlora_jax.methods.sdflora import sdflora
 from fedlora_jax.signatures import Signature
 
 CLIENTS, STEPS, BATCH, RANK, SCALE, CLASSES = 4, 2, 3, 2, 0.7, 3
@@ -37,9 +49,24 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fedex_lora": fedex_lora,
     "lora_fair": lora_fair,
     "lora_fair_ridge": lambda: lora_fair(solver="ridge"),
+    "lora_fair_columns": lambda: lora_fair(solver="column_cosine", steps=30, squared=False, on="both"),
     "hyperlora": lambda: hyperlora(CLIENTS, SIGNATURE, warmup=0),
     "hyperlora_exact": lambda: hyperlora(CLIENTS, SIGNATURE, "exact", "bases", warmup=0, query=BATCH, kappa=0.5),
+    "fedhl": fedhl,
+    "rolora": rolora,
+    "hetlora": hetlora,
+    "fedsa_lora": fedsa_lora,
+    "fedvlm": fedvlm,
+    "fed_sb": fed_sb,
+    "fedra": fedra,
+    "fed_hello": fed_hello,
+    "fslora": fslora,
+    "sdflora": lambda: sdflora(local_rank=2),
+    "rac_lora": rac_lora,
+    "fed_talora": fed_talora,
 }
+
+EXACT = ["ffa_lora", "flora", "fedex_lora", "rolora", "fed_sb", "rac_lora", "fed_talora"]
 
 
 def float64():
@@ -96,9 +123,10 @@ def logits(base: lora.Params, adapter: lora.Adapter, x: jax.Array) -> jax.Array:
         w, a, b = variables["params"][name]["kernel"][layer], update.a[layer], update.b[layer]
         return x @ w + update.scale * ((x @ a) @ b)
 
+    gate = variables["lora"]["blocks"].get("gate", (1, 1))  # 0: as if the layer were not there
     for layer in range(2):
         h = jnp.tanh(linear("blocks", x, layer) + variables["params"]["blocks"]["bias"][layer])
-        x = x + linear("mix", h)
+        x = x + gate[layer] * linear("mix", h)
     return x @ variables["params"]["head"]["kernel"] + variables["params"]["head"]["bias"]
 
 
@@ -152,6 +180,17 @@ def copies(tree: Any, clients: int = CLIENTS) -> Any:
 def take(rows: Any, index: Any) -> Any:
     """The same rows of every array of a tree with a leading client axis."""
     return jax.tree.map(lambda x: x[index], rows)
+
+
+def members(method: Method, *arguments: Any, **options: Any) -> Cohort:
+    """A ``cohort`` whose clients never took part before and hold the memory that the method gives them."""
+    c = cohort(*arguments, **options)
+    return c._replace(memory=copies(method.init_client(ADAPTER), len(c.ids)))
+
+
+def remembered(method: Method, c: Cohort, sent: Any, received: Any) -> Cohort:
+    """The cohort after local steps."""
+    return c._replace(memory=jax.vmap(method.remember)(c.memory, sent.anchor, sent.adapter, received))
 
 
 def normalised(c: Cohort) -> Cohort:
@@ -232,9 +271,17 @@ def compiled(name: str) -> SimpleNamespace:
     round_fn = rounds.make_round(method, counted, OPTIMIZER)
     fast = jit(round_fn)
     start = method.init(jax.random.key(1), ADAPTER)
-    state, _, _ = fast(BASE, start, cohort(), KEY)
+    people = functools.partial(members, method)
+    state, _, _ = fast(BASE, start, people(), KEY)
     return SimpleNamespace(
-        method=method, round_fn=round_fn, fast=fast, start=start, state=state, traces=traces, first=len(traces)
+        method=method,
+        round_fn=round_fn,
+        fast=fast,
+        start=start,
+        state=state,
+        traces=traces,
+        first=len(traces),
+        cohort=people,
     )
 
 
@@ -243,3 +290,33 @@ def aggregation(name: str) -> tuple[Method, Any, Callable]:
     """A method that has learned nothing, its first state, and its aggregation compiled."""
     method = UNLEARNED[name]()
     return method, method.init(jax.random.key(1), ADAPTER), jit(method.aggregate)
+
+
+def server(method: Method) -> Any:
+    """A state in the middle of a run: nothing in the adapter is zero."""
+    state = method.init(jax.random.key(1), ADAPTER)
+    return state._replace(adapter=nudged(state.adapter, 0))
+
+
+def uploads(sent: Any, seed: int = 1, size: float = 0.3) -> lora.Adapter:
+    """What clients send back: their starts, moved at random where the mask allows it."""
+    moved = nudged(sent.adapter, seed, size)
+    return jax.tree.map(lambda x, y, m: jnp.where(m > 0, y, x), sent.adapter, moved, sent.mask)
+
+
+def aggregated(method: Method, c: Cohort | None = None, size: float = 0.3, aggregate: Callable | None = None):
+    """One aggregation in the middle of a run: ``(cohort, state, sent, received, new state)``."""
+    c = normalised(cohort() if c is None else c)
+    c = c._replace(memory=copies(method.init_client(ADAPTER), len(c.ids)))
+    state = server(method)
+    sent = method.dispatch(BASE, state, c)
+    received = uploads(sent, size=size)
+    return c, state, sent, received, (aggregate or jit(method.aggregate))(BASE, state, c, sent, received)
+
+
+def dense(x: lora.LoRA) -> np.ndarray:
+    return np.asarray(x.a, np.float64) @ np.asarray(x.b, np.float64)
+
+
+def mean_product(x: lora.LoRA, p: Any) -> np.ndarray:
+    return np.tensordot(np.float64(p), dense(x), 1)

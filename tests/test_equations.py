@@ -8,18 +8,24 @@ from helpers import (
     ADAPTER,
     BASE,
     CLIENTS,
+    EXACT,
     RANK,
     SCALE,
     UNLEARNED,
+    aggregated,
     aggregation,
     assert_near,
     cohort,
     copies,
+    dense,
     effective,
     jit,
+    mean_product,
     mean_weights,
+    members,
     normalised,
     nudged,
+    server,
     take,
     weights_of,
 )
@@ -28,7 +34,7 @@ from numpy.linalg import norm
 from fedlora_jax import diagnostics, lora
 from fedlora_jax.hyper import corrector, synthesizer
 from fedlora_jax.lora import LoRA
-from fedlora_jax.method import average_client
+from fedlora_jax.method import average_client, models
 from fedlora_jax.methods import lora_fair as fair
 from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedit import fedit
@@ -38,34 +44,6 @@ from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.lora_fair import lora_fair
 
 KERNELS = ["blocks/kernel", "mix/kernel"]
-
-
-def server(method):
-    """A state in the middle of a run: nothing in the adapter is zero."""
-    state = method.init(jax.random.key(1), ADAPTER)
-    return state._replace(adapter=nudged(ADAPTER, 0))
-
-
-def uploads(sent, seed=1, size=0.3):
-    """What clients send back: their starts, moved at random where the mask allows it."""
-    moved = nudged(sent.adapter, seed, size)
-    return jax.tree.map(lambda x, y, m: jnp.where(m > 0, y, x), sent.adapter, moved, sent.mask)
-
-
-def aggregated(method, c=None, size=0.3, aggregate=None):
-    c = normalised(cohort() if c is None else c)
-    state = server(method)
-    sent = method.dispatch(BASE, state, c)
-    received = uploads(sent, size=size)
-    return c, state, sent, received, (aggregate or jit(method.aggregate))(BASE, state, c, sent, received)
-
-
-def dense(x: LoRA) -> np.ndarray:
-    return np.asarray(x.a, np.float64) @ np.asarray(x.b, np.float64)
-
-
-def mean_product(x: LoRA, p) -> np.ndarray:
-    return np.tensordot(np.float64(p), dense(x), 1)
 
 
 def dense_truncation(m: np.ndarray, rank: int) -> np.ndarray:
@@ -151,7 +129,7 @@ def test_a_transposed_residual_would_not_be_exact():
 
 # --- LoRA-FAIR
 
-SOLVERS = ["cosine", "ridge"]
+SOLVERS = ["cosine", "column_cosine", "ridge"]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -257,8 +235,12 @@ def test_lora_fair_starts_where_b_is_zero():
 def test_lora_fair_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="weight of a penalty"):
         lora_fair(lam=-1)
-    with pytest.raises(ValueError, match="must be 'cosine' or 'ridge'"):
+    with pytest.raises(ValueError, match="must be 'cosine', 'column_cosine' or 'ridge'"):
         lora_fair(solver="newton")
+    with pytest.raises(ValueError, match="start must be"):
+        lora_fair(on="head")
+    with pytest.raises(ValueError, match="ridge is solved exactly"):
+        lora_fair(solver="ridge", squared=False)
 
 
 # --- what a round reports
@@ -271,7 +253,9 @@ def measured(name, size=0.3):
     method, _, aggregate = aggregation(name)
     c, _, sent, received, new = aggregated(method, size=size, aggregate=aggregate)
     after = method.dispatch(BASE, new, average_client(c))
-    return c, sent, received, after, measure(sent, received, c.weights, after)
+    as_models = lambda x: x._replace(adapter=models(method, x), mask=(), anchor=())
+    sent, ends, after = as_models(sent), models(method, sent._replace(adapter=received)), as_models(after)
+    return c, sent, ends, after, measure(sent, ends, c.weights, after)
 
 
 @pytest.mark.parametrize("name", UNLEARNED)
@@ -287,7 +271,7 @@ def test_update_and_bias_are_norms_of_dense_differences(name):
     np.testing.assert_allclose(report.bias_share, bias / report.update, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["ffa_lora", "flora", "fedex_lora"])
+@pytest.mark.parametrize("name", EXACT)
 def test_exact_methods_report_no_bias(name):
     *_, report = measured(name)
     assert report.bias_share < 1e-5
@@ -322,8 +306,9 @@ def test_aggregation_never_rounds_to_tf32():
     programs = {"_gain": gain, "_ridge": ridge(LoRA(x, x), LoRA(x[None], x[None]))}
     for name in (name for name in UNLEARNED if not name.startswith("hyperlora")):  # its networks may round
         method, state, _ = aggregation(name)
-        sent = method.dispatch(BASE, state, cohort())
-        programs[name] = jax.make_jaxpr(method.aggregate)(BASE, state, cohort(), sent, sent.adapter)
+        c = members(method)
+        sent = method.dispatch(BASE, state, c)
+        programs[name] = jax.make_jaxpr(method.aggregate)(BASE, state, c, sent, sent.adapter)
     for name, program in programs.items():
         text = str(program)
         assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST") > 0, name
@@ -337,15 +322,29 @@ def test_counts_of_what_travels_are_the_formulas():
     layers, n_in, n_out = 2, 6, 4
     pa, pb, head = RANK * (layers * n_in + n_out), RANK * (layers * n_out + n_in), (6 + 1) * 3
     p, signature = pa + pb, 4 + 3 + 1
+    residual, alone = (layers + 1) * n_in * n_out, RANK * (n_in + n_out)  # of mix, which is no layer of the stack
+    held = round((p - alone) * (2 + 2 + 1) / 3 / layers)  # depths 1, 0.75 and 0.5 of two layers
     expected = {
         "fedit": (p + head, p + head),
         "ffa_lora": (pb + head, pb + head),
         "flora": (p + head, 4 * p + head),
         "flexlora": (p + head, p + head),
-        "fedex_lora": (p + head, p + head + (layers + 1) * n_in * n_out),
+        "fedex_lora": (p + head, p + head + residual),
         "lora_fair": (p + head, p + head),
         "hyperlora": (p + head + signature, p + head),
         "hyperlora_exact": (2 * (p + head) + signature, p + head),
+        "fedhl": (p + head, p + head),
+        "rolora": ((pa + pb) // 2 + head, (pa + pb) // 2 + head),
+        "hetlora": (p + head, p + head),
+        "fedsa_lora": (pa + head, pa + head),
+        "fedvlm": (pb + head, pb + head),
+        "fed_sb": ((layers + 1) * RANK**2 + head, (layers + 1) * RANK**2 + head),
+        "fedra": (held + alone + head, held + alone + head),
+        "fed_hello": (held + alone + head, p + head),
+        "fslora": (p + head, p + head),
+        "sdflora": (p + head, p + head),
+        "rac_lora": (pb + head, pb + head),
+        "fed_talora": (p + head, p + head + residual),
     }
     for name, (up, down) in expected.items():
         traffic = UNLEARNED[name]().traffic(ADAPTER, [ADAPTER] * 4)

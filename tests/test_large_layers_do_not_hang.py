@@ -15,6 +15,7 @@ import jax, jax.numpy as jnp
 from fedlora_jax import product
 from fedlora_jax.lora import LoRA
 from fedlora_jax.method import Cohort
+from fedlora_jax.methods.fedhl import fedhl
 from fedlora_jax.methods.hyperlora import hyperlora
 from fedlora_jax.methods.lora_fair import lora_fair
 from fedlora_jax.signatures import Signature
@@ -34,7 +35,7 @@ def aggregate(method):
     adapter, received = {"kernel": factors(0)}, {"kernel": factors(1, CLIENTS)}
     cohort = Cohort(jnp.arange(CLIENTS), p, jnp.full(CLIENTS, RANK), told((CLIENTS,)))
     state = method.init(jax.random.key(0), adapter)
-    sent = method.dispatch({}, state, cohort)
+    sent = method.dispatch({"kernel": jnp.zeros((LAYERS, SIZE, SIZE))}, state, cohort)
     def server(state, sent, received):
         slopes = jax.tree.map(jnp.subtract, sent.adapter, received)
         return method.aggregate({}, method.learn(state, cohort, slopes), cohort, sent, received).adapter
@@ -53,6 +54,7 @@ def loss(x):
 out = jax.jit(jax.grad(loss))(factors(0, CLIENTS))
 """,
     "lora_fair": "out = aggregate(lora_fair(steps=20))",
+    "fedhl": "out = aggregate(fedhl())",
     "hyperlora": "out = aggregate(hyperlora(CLIENTS, told(()), warmup=0))",
 }
 

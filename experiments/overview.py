@@ -1,0 +1,117 @@
+"""``python -m experiments methods``: what every method trains, sends and keeps, for a chosen model; by shapes alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import data, methods
+from experiments.config import Config
+from experiments.problem import NANO, signature_of_one
+from experiments.programs import traffic_bytes
+from fedlora_jax import lora
+from fedlora_jax.lora import Adapter
+from fedlora_jax.signatures import Signature
+from models.pretrained import load_vit
+
+TESTS = Path(__file__).parents[1] / "tests"
+DIGITS = 10  # classes of the built-in data, which need not be drawn for this
+
+
+class Sizes(NamedTuple):
+    """Bytes: of what one client of average rank sends and receives, of the server's state beside the adapter, and of
+    what a client keeps."""
+
+    up: float
+    down: float
+    state: int
+    memory: int
+
+
+def table(config: Config) -> str:
+    """Two tables of all methods: papers and tests; what moves, with sizes for the configured model."""
+    adapter, signature = shapes(config)
+    who, what = [], []
+    for name in methods.names():
+        about = methods.about(name)
+        who.append((name, about.name, about.paper, about.arxiv, about.exact, shortened(guards(name))))
+        what.append((name, about.trains, about.travels, about.personal, *cells(config, name, adapter, signature)))
+    count = config.clients_per_round or config.clients
+    adapted = sum(math.prod(x.shape) for x in jax.tree.leaves(adapter))
+    return "\n".join(
+        [
+            *lines(("name", "method", "paper", "arXiv", "exact", "tests"), who),
+            "",
+            f"{config.weights} at rank {','.join(map(str, config.rank))}, {count} clients a round, {adapted} numbers "
+            "trained; up, down: KiB a client and round;",
+            "state: KiB the server keeps beside the adapter; memory: KiB a client keeps between rounds",
+            "",
+            *lines(("name", "trains", "shared", "personal", "up", "down", "state", "memory"), what),
+        ]
+    )
+
+
+def shapes(config: Config) -> tuple[Adapter, Signature]:
+    """The shapes of one adapter of the configured model, and of one client's signature."""
+    classes = DIGITS if config.data == "digits" else len(data.load(config.data).classes)
+    pretrained = load_vit(NANO if config.weights == "nano" else config.weights, classes, config.image_size)
+    params = pretrained.params
+    if config.adapt_last is not None:
+        blocks = jax.tree.map(lambda x: x[-config.adapt_last :], params["blocks"])  # type: ignore[operator]
+        params = {"norm": params["norm"], "head": params["head"], "blocks": blocks}
+    new = partial(
+        lora.new, params=params, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
+    )
+    return jax.eval_shape(new, jax.eval_shape(jax.random.key, 0)), signature_of_one(config, classes)
+
+
+def sizes(config: Config, name: str, adapter: Adapter, signature: Signature) -> Sizes:
+    """Of one method, by shapes alone."""
+    clients = config.clients_per_round or config.clients
+    method = methods.build(name, participants=clients, signature=signature, population=config.clients, theta=None)
+    state = jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0), adapter)
+    up, down = traffic_bytes(method, adapter, tuple(int(r) for r in np.resize(config.rank, clients)))
+    memory = jax.eval_shape(method.init_client, adapter)
+    return Sizes(up / clients, down / clients, _bytes(state) - _bytes(getattr(state, "adapter", ())), _bytes(memory))
+
+
+def cells(config: Config, name: str, adapter: Adapter, signature: Signature) -> tuple[str, ...]:
+    """The sizes in KiB, or why there are none."""
+    try:
+        found = sizes(config, name, adapter, signature)
+    except ValueError as error:
+        return f"not for this model: {error}"[:60], "", "", ""
+    return tuple((f"{x / 1024:.1f}" if x >= 100 else f"{x:g} B") if x else "-" for x in found)
+
+
+def guards(name: str) -> list[str]:
+    """Files in ``tests`` that name the method, by how often; first ``every_method``, where the battery runs it."""
+    counts = {}
+    for path in sorted(TESTS.glob("test_*.py")):
+        counts[path.stem.removeprefix("test_")] = len(re.findall(rf"\b{name}\b", path.read_text()))
+    helpers = TESTS / "helpers.py"
+    battery = helpers.exists() and re.search(rf'^    "{name}": ', helpers.read_text(), re.MULTILINE)
+    counts["every_method"] = 10**6 if battery else 0
+    return sorted((stem for stem, count in counts.items() if count), key=lambda stem: -counts[stem])
+
+
+def shortened(found: list[str], most: int = 3) -> str:
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return (", ".join(found[:most]) + more) or "none"
+
+
+def lines(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Columns as wide as what is in them."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return [line(header), "  ".join("-" * width for width in widths), *map(line, rows)]
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
