@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method
+from fedlora_jax.method import Method, mean
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
@@ -61,9 +61,8 @@ def feddyn(inner: Method, population: int, al: float = 0.01) -> Method:
         return sum(jax.tree.leaves(jax.tree.map(one, w, told.start, told.h, told.mask)), jnp.zeros(()))
 
     def finish(old, new, cohort, sent, received):
-        share = present(cohort) * al / population
-        drift = lambda h, d: h - jnp.einsum("c,c...->...", share.astype(d.dtype), d)
-        h = jax.tree.map(drift, old.own, updates(sent, received))
+        drift = mean(updates(sent, received), present(cohort) / population)
+        h = jax.tree.map(lambda h, d: h - al * d, old.own, drift)
         moved = jax.tree.map(lambda w, h: w - h / al, innermost(new).adapter, h)
         return with_adapter(new, moved), h
 

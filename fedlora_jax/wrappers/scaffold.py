@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, Traffic
+from fedlora_jax.method import Method, Traffic, mean
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
@@ -34,7 +34,7 @@ ABOUT = {
 
 
 class Told(NamedTuple):
-    """c: [C, ...] the server's control. shift: c - c_i. mask: what clients share; both are 0 elsewhere. way: [C] K eta."""
+    """c: [C, ...] the server's control. shift: c - c_i. mask: what is shared, all else is 0. way: [C] K eta."""
 
     c: Adapter
     shift: Adapter
@@ -73,10 +73,9 @@ def scaffold(inner: Method, population: int, local_lr: float) -> Method:
         return jax.tree.map(step, ci, told.c, x, y, told.mask)
 
     def finish(old, new, cohort, sent, received):
-        told, there = sent.anchor, present(cohort) / population
+        told = sent.anchor
         moved = jax.tree.map(lambda d, c: -d / per_client(told.way, d) - c, updates(sent, received), told.c)
-        c = jax.tree.map(lambda c, d: c + jnp.einsum("c,c...->...", there.astype(d.dtype), d), old.own, moved)
-        return new, c
+        return new, jax.tree.map(jnp.add, old.own, mean(moved, present(cohort) / population))
 
     def traffic(own, cohort):
         theirs = inner.traffic(own, cohort)
