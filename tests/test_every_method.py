@@ -129,7 +129,7 @@ def test_dispatch_gives_every_client_a_row_and_leaves_the_rest_of_the_base_alone
 EAGER = [name for name in METHODS if not name.startswith("hyperlora") and name not in CLASSICS]
 
 
-@every([*EAGER, "ditto", "ifca", "corrected", "defended"])
+@every([*EAGER, "ditto", "corrected"])
 def test_jit_changes_nothing(name):
     m = compiled(name)
     c = m.cohort(1)

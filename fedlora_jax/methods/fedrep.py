@@ -32,8 +32,8 @@ def fedrep(share: float = 0.5) -> Method:
         raise ValueError(f"share is the head's part of the local steps: got {share}, expected above 0 and below 1")
 
     def moving(mask, progress):
-        at_head = progress < share
         body, head = lora.split(mask)
-        return lora.join(jax.tree.map(lambda m: m * ~at_head, body), jax.tree.map(lambda m: m * at_head, head))
+        frozen_until = jax.tree.map(lambda m: m * (progress >= share), body)
+        return lora.join(frozen_until, jax.tree.map(lambda m: m * (progress < share), head))
 
     return fedper()._replace(moving=moving)

@@ -7,7 +7,7 @@
 w travels, theta is what a client uses. A local step is the local optimizer's on lam / 2 |w - theta|^2 with theta held,
 so with SGD at eta it is the line above; eta lam should stay below 1. Ours: the theta that a client keeps is that of its
 last w, computed on the examples it keeps apart, because there are no batches when models are used; further local steps
-after that move w alone and leave theta as it is.
+after that move w alone and leave theta as it is. Whoever differentiates a round takes theta in local steps as given.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ def pfedme(lam: float = 15.0, steps: int = 5, lr: float = 0.05, beta: float = 1.
             grads = jax.grad(f)(theta)
             return jax.tree.map(lambda t, g, w: t - lr * (g + lam * (t - w)), theta, grads, w), None
 
-        return jax.lax.stop_gradient(jax.lax.scan(step, w, length=steps)[0])
+        return jax.lax.scan(step, w, length=steps)[0]
 
     def objective(task, carried, anchor):
         w = carried["shared"]
-        theta = towards(task, jax.lax.stop_gradient(w))
+        theta = jax.lax.stop_gradient(towards(task, w))
         return lam / 2 * squared_distance(w, theta), task(theta)
 
     def train(tune, judge, start):
         end, trace = tune(start)
         f = lambda theta: judge(end | {"personal": theta})
-        return end | {"personal": towards(f, jax.lax.stop_gradient(end["shared"]))}, trace, ()
+        return end | {"personal": towards(f, end["shared"])}, trace, ()
 
     inner = personal.beside(fedit())
 
