@@ -131,9 +131,10 @@ def test_dittos_objective_has_its_two_gradients():
     method, w, v, g = ditto(0.7), nudged(ADAPTER, 0), nudged(ADAPTER, 1), nudged(ADAPTER, 2)
     batch = take(cohort().batches, (0, 0))
     f = lambda x: task(x, batch, KEY)
-    grads = jax.grad(lambda x: method.objective(f, x, g)[0])({"shared": w, "personal": v})
-    assert_near(grads["shared"], jax.grad(f)(w))
-    assert_near(grads["personal"], jax.tree.map(lambda d, v, g: d + 0.7 * (v - g), jax.grad(f)(v), v, g))
+    grads, slope = jit(jax.grad(lambda x: method.objective(f, x, g)[0])), jit(jax.grad(f))
+    both = grads({"shared": w, "personal": v})
+    assert_near(both["shared"], slope(w))
+    assert_near(both["personal"], jax.tree.map(lambda d, v, g: d + 0.7 * (v - g), slope(v), v, g))
 
 
 def test_a_client_that_never_took_part_is_served_the_global_adapter():
@@ -253,13 +254,13 @@ def test_per_fedavg_has_the_gradient_of_the_loss_after_a_step(x64, order):
     batch = take(cohort().batches, (0, 0))
     f = lambda x: loss_fn(base, x, batch, KEY)
     method = per_fedavg(al, order)
-    grads, loss = jax.grad(lambda x: method.objective(f, x, ()), has_aux=True)(w)
+    grads, loss = jit(jax.grad(lambda x: method.objective(f, x, ()), has_aux=True))(w)
     np.testing.assert_allclose(loss, f(w))
     after = jax.tree.map(lambda x, g: x - al * g, w, jax.grad(f)(w))
     if order == "first_order":
         assert_near(grads, jax.grad(f)(after), 1e-10)
         return
-    outcome = lambda x: f(jax.tree.map(lambda x, g: x - al * g, x, jax.grad(f)(x)))
+    outcome = jit(lambda x: f(jax.tree.map(lambda x, g: x - al * g, x, jax.grad(f)(x))))
     way = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(3).normal(size=x.shape)), w)
     moved = lambda t: jax.tree.map(lambda x, d: x + t * d, w, way)
     numeric = (outcome(moved(1e-5)) - outcome(moved(-1e-5))) / 2e-5
@@ -285,15 +286,15 @@ def test_pfedhn_learns_by_the_pullback_of_displacements():
     sent = method.dispatch(BASE, state, c)
     local = rounds.make_local(method, loss_fn, SGD)
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(c.ids)
-    received, _ = jax.vmap(lambda *row: local(BASE, *row))(sent.adapter, sent.mask, sent.anchor, c.batches, keys)
+    received, _ = jit(jax.vmap(lambda *row: local(BASE, *row)))(sent.adapter, sent.mask, sent.anchor, c.batches, keys)
 
     def weighted(theta):
         x = method.dispatch(BASE, state._replace(theta=theta), c).adapter
         inner = lambda x, s, y: jnp.einsum("c,c...->", c.weights, x * (s - y))
         return sum(jax.tree.leaves(jax.tree.map(inner, x, sent.adapter, received)))
 
-    grads = jax.grad(weighted)(state.theta)
-    assert optax.global_norm(grads) < 50
+    grads = jit(jax.grad(weighted))(state.theta)
+    assert sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)) < 50**2  # nothing is clipped
     assert_near(new.theta, jax.tree.map(lambda t, g: t - lr * g, state.theta, grads), 1e-4)
     away = np.setdiff1d(np.arange(20), c.ids)
     np.testing.assert_array_equal(new.theta.embeddings[away], state.theta.embeddings[away])
@@ -322,20 +323,20 @@ def test_ifca_with_one_model_is_fedit():
 
 
 def test_ifca_clients_choose_what_fits_and_clusters_are_means_of_who_chose():
-    """Three models, one of them hopeless: nobody chooses it and it stays."""
+    """A whole round with three models against its steps by hand."""
     method, good = ifca(3, query=BATCH), [nudged(ADAPTER, 0), nudged(ADAPTER, 1)]
-    hopeless = nudged(ADAPTER, 2, 30.0)
-    start = jax.tree.map(lambda *xs: jnp.stack(xs), *good, hopeless)
+    third = nudged(ADAPTER, 2)
+    start = jax.tree.map(lambda *xs: jnp.stack(xs), *good, third)
     state, c = IFCAState(start, jnp.ones(3) / 3), normalised(members(method))
     new, chosen, info = jit(rounds.make_round(method, loss_fn, SGD))(BASE, state, c, KEY)
     last, local, ends, choices = jnp.iinfo(jnp.int32).max, rounds.make_local(fedit(), loss_fn, SGD), [], []
     for i in range(CLIENTS):
         own = jax.random.fold_in(KEY, c.ids[i])
-        losses = [task(x, take(c.queries, i), jax.random.fold_in(own, last)) for x in (*good, hopeless)]
+        losses = [task(x, take(c.queries, i), jax.random.fold_in(own, last)) for x in (*good, third)]
         choices.append(int(np.argmin(losses)))
         mask = take(fedit().dispatch(BASE, FedITState(ADAPTER), c).mask, i)
         ends.append(jit(local)(BASE, take(start, choices[i]), mask, (), take(c.batches, i), own)[0])
-    assert 2 not in choices
+    assert len(set(choices)) > 1
     np.testing.assert_array_equal(chosen, np.eye(3)[choices])
     for j in range(3):
         mine = [i for i in range(CLIENTS) if choices[i] == j]
@@ -347,6 +348,18 @@ def test_ifca_clients_choose_what_fits_and_clusters_are_means_of_who_chose():
     assert_near(take(served, 0), take(new.models, choices[0]))
     share = max(np.bincount(choices, np.float64(c.weights), 3))
     np.testing.assert_allclose(info.learned["largest_cluster"], share, rtol=1e-5)
+
+
+def test_a_cluster_that_nobody_chose_keeps_its_model():
+    method, c = ifca(3), normalised(members(ifca(3), weights=[1, 2, 3, 0]))
+    state = IFCAState(nudged(copies(ADAPTER, 3), 1), jnp.ones(3) / 3)
+    sent = method.dispatch(BASE, state, c)
+    received = nudged(sent.adapter, 2)._replace(chosen=jnp.eye(3)[jnp.asarray([0, 0, 0, 2])])  # the last has no weight
+    new = method.aggregate(BASE, state, c, sent, received)
+    for j in (1, 2):
+        assert_near(take(new.models, j), take(state.models, j), 0)
+    means = jax.tree.map(lambda x: np.tensordot(np.float64(c.weights), np.float64(x[:, 0]), 1), received.models)
+    assert_near(take(new.models, 0), means, 1e-5)
 
 
 def test_centralized_is_one_machine_that_reads_all_batches():

@@ -148,13 +148,14 @@ def test_in_scaffolds_first_round_a_control_is_the_mean_gradient():
     c = members(method)
     state, memory, _ = run(method, 1, SGD)
     local = rounds.make_local(fedit(), loss_fn, SGD, watch=lambda base, adapter: adapter)
+    mask = take(fedit().dispatch(BASE, FedITState(ADAPTER), c).mask, 0)
+    local, gradient = jit(local), jit(jax.grad(loss_fn, 1))
     for i in range(CLIENTS):
-        key, mask = jax.random.fold_in(KEY, 0), take(fedit().dispatch(BASE, FedITState(ADAPTER), c).mask, i)
-        own, batches = jax.random.fold_in(key, c.ids[i]), take(c.batches, i)
+        own, batches = jax.random.fold_in(jax.random.fold_in(KEY, 0), c.ids[i]), take(c.batches, i)
         _, trace = local(BASE, ADAPTER, mask, (), batches, own)
         path = [ADAPTER, *(take(trace.seen, t) for t in range(STEPS - 1))]
-        slope = lambda x, t, own=own, b=batches: jax.grad(loss_fn, 1)(BASE, x, take(b, t), jax.random.fold_in(own, t))
-        grads = np.mean([flat(slope(x, t)) for t, x in enumerate(path)], 0)
+        slopes = [gradient(BASE, x, take(batches, t), jax.random.fold_in(own, t)) for t, x in enumerate(path)]
+        grads = np.mean([flat(g) for g in slopes], 0)
         assert_near(flat(take(memory.own, i)), grads, 1e-3)
     assert_near(flat(state.own), flat(memory.own, clients=True).sum(0) / 8, 1e-5)
 
@@ -166,10 +167,10 @@ def test_scaffolds_second_round_follows_its_equations():
     c = members(method, steps=1)
     c = c._replace(memory=c.memory._replace(own=nudged(c.memory.own, 3)))
     new, memory, _ = jit(rounds.make_round(method, loss_fn, SGD))(BASE, state, c, KEY)
-    y = []
+    y, gradient = [], jit(jax.grad(loss_fn, 1))
     for i in range(CLIENTS):
         key = jax.random.fold_in(jax.random.fold_in(KEY, c.ids[i]), 0)
-        g = flat(jax.grad(loss_fn, 1)(BASE, x, take(c.batches, (i, 0)), key))
+        g = flat(gradient(BASE, x, take(c.batches, (i, 0)), key))
         y.append(flat(x) - LOCAL_LR * (g + flat(state.own) - flat(take(c.memory.own, i))))
     ci = flat(c.memory.own, clients=True)
     plus = ci - flat(state.own) + (flat(x) - np.stack(y)) / LOCAL_LR

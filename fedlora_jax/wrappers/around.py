@@ -106,7 +106,7 @@ def around(
 
     def objective(task, adapter, anchor):
         anchor = parts(anchor, has_anchor)
-        seen = (lambda model: task(see(model, anchor.own))) if see else task
+        seen = lambda model: task(see(model, anchor.own) if see else model)
         if inner.objective is not None:
             return inner.objective(seen, adapter, anchor.inner)
         loss = seen(inner.model(adapter, anchor.inner))

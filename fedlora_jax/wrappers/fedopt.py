@@ -89,16 +89,16 @@ def adaptive(second: Callable[[Array, Array], Array], lr: float, b1: float, tau:
     """
     _positive(lr=lr, tau=tau)
 
-    def init(w):
-        # full_like keeps strong types: a weak one would compile round two anew
-        return AdaptiveState(jax.tree.map(jnp.zeros_like, w), jax.tree.map(lambda x: jnp.full_like(x, tau**2), w))
+    def init(params):
+        v = jax.tree.map(lambda x: jnp.full_like(x, tau**2), params)
+        return AdaptiveState(jax.tree.map(jnp.zeros_like, params), v)
 
-    def update(g, state, w=None):
-        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.m, g)
-        v = jax.tree.map(lambda v, g: second(v, g**2), state.v, g)
+    def update(updates, state, params=None):
+        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.m, updates)
+        v = jax.tree.map(lambda v, g: second(v, g**2), state.v, updates)
         return jax.tree.map(lambda m, v: -lr * m / (jnp.sqrt(v) + tau), m, v), AdaptiveState(m, v)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
 
 def _positive(lr: float, tau: float = 1.0) -> float:
