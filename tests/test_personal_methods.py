@@ -281,34 +281,34 @@ def test_per_fedavg_without_an_inner_step_is_fedit():
 def test_pfedhn_learns_by_the_pullback_of_displacements():
     method, lr = pfedhn(20, lr=0.3, size=3, width=5), 0.3
     state, c = method.init(jax.random.key(1), ADAPTER), normalised(members(method))
-    state = state._replace(theta=nudged(state.theta, 2, 0.05))
+    state = state._replace(phi=nudged(state.phi, 2, 0.05))
     new, _, _ = jit(rounds.make_round(method, loss_fn, SGD))(BASE, state, c, KEY)
     sent = method.dispatch(BASE, state, c)
     local = rounds.make_local(method, loss_fn, SGD)
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(c.ids)
     received, _ = jit(jax.vmap(lambda *row: local(BASE, *row)))(sent.adapter, sent.mask, sent.anchor, c.batches, keys)
 
-    def weighted(theta):
-        x = method.dispatch(BASE, state._replace(theta=theta), c).adapter
+    def weighted(phi):
+        x = method.dispatch(BASE, state._replace(phi=phi), c).adapter
         inner = lambda x, s, y: jnp.einsum("c,c...->", c.weights, x * (s - y))
         return sum(jax.tree.leaves(jax.tree.map(inner, x, sent.adapter, received)))
 
-    grads = jit(jax.grad(weighted))(state.theta)
+    grads = jit(jax.grad(weighted))(state.phi)
     assert sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)) < 50**2  # nothing is clipped
-    assert_near(new.theta, jax.tree.map(lambda t, g: t - lr * g, state.theta, grads), 1e-4)
+    assert_near(new.phi, jax.tree.map(lambda t, g: t - lr * g, state.phi, grads), 1e-4)
     away = np.setdiff1d(np.arange(20), c.ids)
-    np.testing.assert_array_equal(new.theta.embeddings[away], state.theta.embeddings[away])
+    np.testing.assert_array_equal(new.phi.embeddings[away], state.phi.embeddings[away])
 
 
 def test_pfedhn_sends_strangers_the_adapter_of_the_mean_embedding():
     method = pfedhn(20, size=3, width=5)
     state = method.init(jax.random.key(1), ADAPTER)
     assert_near(method.dispatch(BASE, state, cohort()).adapter, copies(ADAPTER), 0)  # at first everybody's is fresh
-    theta = nudged(state.theta, 2)
-    state = state._replace(theta=theta)
+    phi = nudged(state.phi, 2)
+    state = state._replace(phi=phi)
     strangers = method.dispatch(BASE, state, cohort()._replace(ids=jnp.asarray([-1, 20, 99, 3]))).adapter
-    middle = theta._replace(embeddings=jnp.broadcast_to(theta.embeddings.mean(0), theta.embeddings.shape))
-    mean = method.dispatch(BASE, state._replace(theta=middle), cohort()).adapter
+    middle = phi._replace(embeddings=jnp.broadcast_to(phi.embeddings.mean(0), phi.embeddings.shape))
+    mean = method.dispatch(BASE, state._replace(phi=middle), cohort()).adapter
     for i in range(3):
         assert_near(take(strangers, i), take(mean, 0), 1e-5)
     assert any((x[3] != x[0]).any() for x in jax.tree.leaves(strangers))

@@ -25,7 +25,7 @@ from fedlora_jax.method import About, Dispatch, Method
 ABOUT = About("pFedHN", "Shamsian et al. ICML 2021", "2103.04628", "a, b, head", "a, b, head", "n/a")
 
 
-class Theta(NamedTuple):
+class Phi(NamedTuple):
     """embeddings: [N, d]. layers: weights and biases of the hidden layers. heads: of the last, by array of x."""
 
     embeddings: Array
@@ -34,10 +34,10 @@ class Theta(NamedTuple):
 
 
 class PFedHNState(NamedTuple):
-    """start: the fresh adapter. theta: what the server learns. meta: its optimizer's state."""
+    """start: the fresh adapter. phi: what the server learns. meta: its optimizer's state."""
 
     start: Adapter
-    theta: Theta
+    phi: Phi
     meta: Any
 
 
@@ -62,29 +62,29 @@ def pfedhn(population: int, lr: float = 0.01, size: int = 16, width: int = 100) 
         embeddings = jax.random.normal(keys[0], (population, size))
         layers = [_dense(k, n, width) for k, n in zip(keys[1:], (size, width, width), strict=True)]
         heads = jax.tree.map(lambda x: (jnp.zeros((width, *x.shape)), jnp.zeros_like(x)), adapter)
-        theta = Theta(embeddings, layers, heads)
-        return PFedHNState(adapter, theta, tx.init(theta))
+        phi = Phi(embeddings, layers, heads)
+        return PFedHNState(adapter, phi, tx.init(phi))
 
-    def starts(theta, state, cohort):
+    def starts(phi, state, cohort):
         known = ((cohort.ids >= 0) & (cohort.ids < population))[:, None]
-        v = jnp.where(known, theta.embeddings[jnp.clip(cohort.ids, 0, population - 1)], theta.embeddings.mean(0))
-        for weight, bias in theta.layers:
+        v = jnp.where(known, phi.embeddings[jnp.clip(cohort.ids, 0, population - 1)], phi.embeddings.mean(0))
+        for weight, bias in phi.layers:
             v = jax.nn.relu(v @ weight + bias)
         out = lambda x, head: x + jnp.tensordot(v, head[0], 1) + head[1]  # [C, ...]
-        return jax.tree.map(out, state.start, theta.heads)
+        return jax.tree.map(out, state.start, phi.heads)
 
     def dispatch(base, state, cohort):
         mask = lora.rank_mask(state.start, cohort.ranks)
-        rows = jax.tree.map(jnp.multiply, starts(state.theta, state, cohort), mask)
+        rows = jax.tree.map(jnp.multiply, starts(state.phi, state, cohort), mask)
         return Dispatch(base, rows, mask, anchor=())
 
     def learn(state, cohort, slopes):
         frozen, cohort, slopes = jax.lax.stop_gradient((state, cohort, slopes))
-        _, pull = jax.vjp(lambda theta: starts(theta, frozen, cohort), frozen.theta)
+        _, pull = jax.vjp(lambda phi: starts(phi, frozen, cohort), frozen.phi)
         (grads,) = pull(jax.tree.map(lambda g: jnp.einsum("c,c...->c...", cohort.weights, g), slopes))
-        updates, moments = tx.update(grads, frozen.meta, frozen.theta)
-        theta: Any = optax.apply_updates(state.theta, updates)
-        return state._replace(theta=theta, meta=moments)
+        updates, moments = tx.update(grads, frozen.meta, frozen.phi)
+        phi: Any = optax.apply_updates(state.phi, updates)
+        return state._replace(phi=phi, meta=moments)
 
     return Method(
         init,
