@@ -98,7 +98,7 @@ WRAPPED: dict[str, Callable[[], Method]] = {
 }
 STACKS: dict[str, Callable[[], Method]] = {
     "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
-    "defended": lambda: nonfinite(median(noise(clip(flexlora("balanced", gauge=True), 0.05)))),
+    "defended": lambda: nonfinite(clip(noise(median(flexlora("balanced", gauge=True))), 0.05)),
     "reversed": lambda: scaffold(feddyn(fedbc(nonfinite(fedlc(ffa_lora(), 0.1))), 8), 8, LOCAL_LR),
     "outliers": lambda: norm_bound(krum(trimmed_mean(fedyogi(fedit()), 0.25), kept=2)),
     "personal": lambda: nonfinite(clip(proximal(ditto()), 0.05)),

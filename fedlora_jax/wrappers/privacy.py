@@ -7,7 +7,8 @@ over all that clients share. The paper's server adds its noise to the sum; here 
 whatever the inner method computes of uploads, linear or not, comes after it. ``n`` clients of equal weight with
 ``deviation = z bound / sqrt(n)`` give their mean the noise ``z bound / n`` of DP-FedAvg at noise multiplier z. That is
 central privacy, towards those who see the aggregate; each upload alone is protected by its own ``deviation / bound``
-only. Which epsilon that makes is not computed here; and the metrics of a run are not private.
+only. Clipping comes first when it is outside: ``clip(noise(m))``, on the command line ``m+noise+clip``.
+Which epsilon that makes is not computed here; and the metrics of a run are not private.
 """
 
 from __future__ import annotations
