@@ -63,6 +63,8 @@ class Plan:
             )
         for name in config.methods:
             methods.check(name)
+            if "+scaffold" in name:
+                raise ValueError(f"{name} is built for one local learning rate, and budget tries several: use compare")
         self.config = config
         self.folder = Path(config.out or f"runs/budget-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         record.check_folder(self.folder, resume=False)

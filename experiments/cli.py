@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
         add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
     text = "seconds per round of learned methods against plain ones, and of the server alone; JSON lines"
     commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
-    text = "the table of methods: paper, what is trained, shared and kept, sizes for a chosen model, tests"
+    text = "tables of methods and wrappers: paper, what is trained, shared and kept, sizes, tests"
     add_options(commands.add_parser("methods", help=text, description=text, allow_abbrev=False), "methods")
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
@@ -80,7 +80,12 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         if field.name in _LEFT_OUT[command]:
             continue
         if field.name == "methods" and command == "run":
-            parser.add_argument("--method", required=True, metavar="NAME", help="the method, by file name")
+            parser.add_argument(
+                "--method",
+                required=True,
+                metavar="NAME",
+                help="the method, by file name, with options and wrappers as in compare --methods",
+            )
         elif hints[field.name] is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:

@@ -24,6 +24,7 @@ from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method
 from fedlora_jax.rounds import Info, Run
 from fedlora_jax.signatures import Signature
+from fedlora_jax.wrappers import innermost
 
 
 class Plan:
@@ -109,6 +110,7 @@ def facts_of(config: Config, signature: Signature) -> dict[str, Any]:
         "signature": signature,
         "population": config.clients,
         "theta": record.read_arrays(config.theta),
+        "local_lr": config.lr,
     }
 
 
@@ -118,6 +120,8 @@ def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
         method = methods.build(name, **facts_of(config, signature))
         if method.query and config.minimum < 2:
             raise ValueError(f"{name} keeps examples of every client apart: --minimum must be at least 2, got 1")
+        if "+scaffold" in name and config.optimizer != "sgd":
+            raise ValueError(f"{name} needs local steps of plain SGD: --optimizer must be sgd, got {config.optimizer}")
         jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0), adapter)
 
 
@@ -130,7 +134,7 @@ class Trial:
         self.rows = Rows(config, problem, name, self.method)
         self.programs: Programs = programs.make(config, problem, self.method)
         run = jax.eval_shape(self.programs.start, problem.adapters, problem.keys)
-        theta = jax.tree.leaves(getattr(run.state, "theta", ()))
+        theta = jax.tree.leaves(getattr(innermost(run.state), "theta", ()))
         self.theta_size = sum(math.prod(x.shape[1:]) for x in theta)  # without the axis of seeds
         # Tracing finds every mistake of shapes and options, before anything compiles.
         self.lowered = self.programs.train.lower(problem.base, problem.train, problem.clients, run, problem.keys)
@@ -161,11 +165,12 @@ class Trial:
             if end % config.checkpoint_every == 0 or end == config.rounds:
                 store.save(end, run)
             bar.update(config.eval_every * len(config.seeds))
-        store.keep_theta(run.state)
+        store.keep_theta(innermost(run.state))
         return {"seconds_per_round": float(np.median(seconds)), "compile_seconds": compile_seconds}
 
     def _check_moved(self, info: Info, end: int) -> None:
-        if not np.isfinite(info.loss).all():
+        failed = ~np.isfinite(info.aggregation.bias) | ~np.isfinite(info.loss).any(-1)  # one client may, if left out
+        if failed.any():
             raise FloatingPointError(f"{self.name}: the loss became infinite by round {end}; try a smaller --lr")
         if not (np.asarray(info.aggregation.update) > 0).all():
             raise FloatingPointError(f"{self.name}: no adapter moved by round {end}; is --lr too small?")

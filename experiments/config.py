@@ -21,7 +21,8 @@ class Config:
     methods: tuple[str, ...] = option(
         ("fedit", "lora_fair", "hyperlora"),
         "methods by file name, comma-separated ('python -m experiments methods'); "
-        "options follow in the form NAME:OPTION=VALUE, as in hyperlora:mode=exact:kappa=1",
+        "options follow in the form NAME:OPTION=VALUE, as in hyperlora:mode=exact:kappa=1, "
+        "and wrappers after a plus sign, as in fedit+proximal:mu=0.1+fedadam:lr=0.01",
     )
     data: str = option("digits", "'digits' (built in) or the path of a .npz file")
     image_size: int | None = option(None, "resize images to this side (default: as they are)")

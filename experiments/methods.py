@@ -1,4 +1,4 @@
-"""Methods by their file names in ``fedlora_jax/methods``: a new file there is a new method here."""
+"""Methods by their file names in ``fedlora_jax/methods``, and wrappers: a new file there is a new method here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 import fedlora_jax.methods
+import fedlora_jax.wrappers
 from fedlora_jax.method import About, Method
+from fedlora_jax.wrappers import AboutWrapper
 
 
 def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(fedlora_jax.methods.__path__))
+
+
+def wrappers() -> dict[str, AboutWrapper]:
+    """All wrappers by function name."""
+    return {name: about for module in _wrapper_modules() for name, about in module.ABOUT.items()}
 
 
 def check(spec: str) -> None:
@@ -23,30 +30,48 @@ def check(spec: str) -> None:
 
 
 def about(spec: str) -> About:
-    """Of ``NAME`` or ``NAME:OPTION=VALUE:...``; options are part of the name shown (words without their key)."""
-    name, *options = spec.split(":")
-    entry = _module(name).ABOUT
+    """Of a method with wrappers; options are part of the name shown (words without their key)."""
+    parts = spec.split("+")
+    entry = _module(parts[0].split(":")[0]).ABOUT
+    names = [entry.name, *(_wrapper(part.split(":")[0])[0].name for part in parts[1:])]
+    shown = [name + _shown(part.split(":")[1:]) for name, part in zip(names, parts, strict=True)]
+    return entry._replace(name=" + ".join(shown))
+
+
+def _shown(options: list[str]) -> str:
     short = [text.partition("=")[2] if text.partition("=")[2].isidentifier() else text for text in options]
-    return entry._replace(name=f"{entry.name} ({', '.join(short)})") if options else entry
+    return f" ({', '.join(short)})" if options else ""
 
 
 def build(spec: str, **facts: Any) -> Method:
-    """The method, given those facts of the run that it asks for by name, and its options.
+    """The method with its wrappers, each given those facts of the run that it asks for by name, and its options.
 
     Args:
-      spec: ``NAME`` or ``NAME:OPTION=VALUE:...``, such as ``lora_fair:lam=0.1:solver=ridge``.
+      spec: ``PART`` or ``PART+PART+...``, the method and then the wrappers around it from the innermost, each ``NAME``
+        or ``NAME:OPTION=VALUE:...``, such as ``fedit+proximal:mu=0.1+fedadam:lr=0.01``.
       **facts: what is known of the run, such as ``participants``.
     """
-    make, chosen = _parse(spec)
-    return make(**{key: facts[key] for key in inspect.signature(make).parameters if key in facts}, **chosen)
+    (make, chosen), *around = _parse(spec)
+    asked = lambda make: {key: facts[key] for key in inspect.signature(make).parameters if key in facts}
+    method = make(**asked(make), **chosen)
+    for wrap, options in around:
+        method = wrap(method, **asked(wrap), **options)
+    return method
 
 
-def _parse(spec: str) -> tuple[Callable[..., Method], dict[str, Any]]:
-    """The function that makes the method, and the options that are set."""
-    name, *options = spec.split(":")
-    make = getattr(_module(name), name)
-    settable = {key: p for key, p in inspect.signature(make).parameters.items() if _is_plain(p.default)}
-    return make, dict(_option(spec, text, settable) for text in options)
+def _parse(spec: str) -> list[tuple[Callable[..., Method], dict[str, Any]]]:
+    """Of the method and each wrapper, the function that makes it and the options that are set."""
+    made = []
+    for i, part in enumerate(spec.split("+")):
+        name, *options = part.split(":")
+        make = getattr(_module(name), name) if i == 0 else _wrapper(name)[1]
+        made.append((make, dict(_option(part, text, settable(make)) for text in options)))
+    return made
+
+
+def settable(make: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters of a method or wrapper that are options."""
+    return {key: p for key, p in inspect.signature(make).parameters.items() if _is_plain(p.default)}
 
 
 def _option(spec: str, text: str, settable: dict[str, inspect.Parameter]) -> tuple[str, Any]:
@@ -65,8 +90,28 @@ def _is_plain(default: Any) -> bool:
     return isinstance(default, (bool, int, float, str))
 
 
+def wrapper_options(name: str) -> str:
+    """A wrapper's options and their defaults, to be shown."""
+    return ", ".join(f"{k}={p.default}" for k, p in settable(_wrapper(name)[1]).items()) or "-"
+
+
 def _module(name: str) -> Any:
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)
         raise ValueError(f"unknown method {name!r}: did you mean {near[0]}? There are {', '.join(names())}")
     return importlib.import_module(f"fedlora_jax.methods.{name}")
+
+
+def _wrapper(name: str) -> tuple[AboutWrapper, Callable[..., Method]]:
+    for module in _wrapper_modules():
+        if name in module.ABOUT:
+            return module.ABOUT[name], getattr(module, name)
+    known = list(wrappers())
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    raise ValueError(f"unknown wrapper {name!r}: did you mean {near[0]}? There are {', '.join(known)}")
+
+
+def _wrapper_modules() -> list[Any]:
+    found = sorted(module.name for module in pkgutil.iter_modules(fedlora_jax.wrappers.__path__))
+    modules = [importlib.import_module(f"fedlora_jax.wrappers.{name}") for name in found]
+    return [module for module in modules if hasattr(module, "ABOUT")]

@@ -35,13 +35,14 @@ class Sizes(NamedTuple):
 
 
 def table(config: Config) -> str:
-    """Two tables of all methods: papers and tests; what moves, with sizes for the configured model."""
+    """Two tables of all methods (papers and tests; what moves, for the configured model) and one of wrappers."""
     adapter, signature = shapes(config)
     who, what = [], []
     for name in methods.names():
         about = methods.about(name)
         who.append((name, about.name, about.paper, about.arxiv, about.exact, shortened(guards(name))))
         what.append((name, about.trains, about.travels, about.personal, *cells(config, name, adapter, signature)))
+    around = [(name, *entry, methods.wrapper_options(name)) for name, entry in methods.wrappers().items()]
     count = config.clients_per_round or config.clients
     adapted = sum(math.prod(x.shape) for x in jax.tree.leaves(adapter))
     return "\n".join(
@@ -53,6 +54,10 @@ def table(config: Config) -> str:
             "state: KiB the server keeps beside the adapter; memory: KiB a client keeps between rounds",
             "",
             *lines(("name", "trains", "shared", "personal", "up", "down", "state", "memory"), what),
+            "",
+            "wrappers, around any method: NAME:OPTION=VALUE+WRAPPER:OPTION=VALUE+...",
+            "",
+            *lines(("name", "wrapper", "paper", "arXiv", "does", "options"), around),
         ]
     )
 

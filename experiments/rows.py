@@ -35,7 +35,7 @@ class Rows:
             for s, seed in enumerate(self._config.seeds):
                 row: dict[str, Any] = {"method": self._name, "seed": seed, "round": end - block + t + 1}
                 row["clients"] = ids[s, t].tolist()
-                row["loss"] = float(info.loss[s, t].mean())
+                row["loss"] = float(_known(np.asarray(info.loss[s, t])).mean())  # who is left out has none
                 row |= {key: float(x[s, t]) for key, x in info.aggregation._asdict().items()}
                 row |= {key: float(x[s, t]) for key, x in info.learned.items()}
                 row["bytes_up"], row["bytes_down"] = self._bytes(s, ids[s, t])

@@ -32,12 +32,19 @@ class Aggregation(NamedTuple):
 def measure(sent: Dispatch, received, weights: Array, after: Dispatch) -> Aggregation:
     """Compare the server's new model with the mean of the models that clients sent back.
 
+    Clients that sent what is not finite are left out: a server that averaged them in none the less has a bias of nan.
+
     Args:
       sent: what the clients started from.
       received: their adapters after local training, ``[C, ...]``.
       weights: ``[C]``, summing to one.
       after: what the new state dispatches to one average client, ``[1, ...]``.
     """
+    fine = finite(received)
+    weights = jnp.where(fine, weights, 0.0)
+    weights = weights / jnp.maximum(weights.sum(), 1e-12)
+    kept = lambda x, y: jnp.where(fine.reshape(-1, *(1,) * (x.ndim - 1)), y, x)
+    received = jax.tree.map(kept, sent.adapter, received)
     old_base, new_base = flatten(sent.base), flatten(after.base)
     start, end, server = (flatten(x) for x in (sent.adapter, received, after.adapter))
     squares = []
@@ -55,6 +62,11 @@ def measure(sent: Dispatch, received, weights: Array, after: Dispatch) -> Aggreg
         squares.append([jnp.sum(n**2) for n in (product.norm(update), bias_norm, product.norm(factor))])
     update, bias, factor = (product.safe_sqrt(jnp.stack(column).sum()) for column in zip(*squares, strict=True))
     return jax.lax.stop_gradient(Aggregation(update, bias, factor, bias / jnp.maximum(update, 1e-30)))
+
+
+def finite(stacked) -> Array:
+    """``[C]`` whether every number of a row of the tree ``[C, ...]`` is finite."""
+    return jnp.stack([jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in jax.tree.leaves(stacked)]).all(0)
 
 
 def _to_server(x: LoRA, weights: Array, server: LoRA) -> LoRA:

@@ -209,6 +209,11 @@ def split(adapter: Adapter) -> tuple[Adapter, Adapter]:
     return unflatten(low_rank), unflatten(full)
 
 
+def join(low_rank: Adapter, full: Adapter) -> Adapter:
+    """The adapter of both parts, which ``split`` takes apart."""
+    return unflatten(flatten(low_rank) | flatten(full))
+
+
 def tree_map(f: Callable, *adapters: Adapter, full: Callable | None = None) -> Adapter:
     """Map ``f`` over ``LoRA`` leaves and ``full`` over the others (``None``: keep the first tree's)."""
     full = full or (lambda x, *rest: x)

@@ -80,6 +80,14 @@ def all_along(mask: Adapter, progress: Array) -> Adapter:
     return mask
 
 
+def all_of_it(mask: Adapter) -> Adapter:
+    return mask
+
+
+def apart(cohort: Cohort) -> Cohort:
+    return cohort
+
+
 class Slope(NamedTuple):
     """How one client trains, and finds out how its start should have been different (``fedlora_jax.meta``)."""
 
@@ -119,6 +127,8 @@ class Method(NamedTuple):
       objective: ``(task, adapter, anchor) -> (minimised, reported)`` losses of one local step, where ``task`` is the
         loss of an adapter as ``model`` gives it; ``None``: both are the loss of the model.
       moving: ``(mask, progress) -> mask`` of one local step, ``progress`` from 0 to below 1: training in phases.
+      shared: ``(mask) -> mask`` without the entries that a client trains and does not send; wrappers act on the rest.
+      pool: ``(cohort) -> cohort`` whose clients take the local steps, where that is not each on its own data.
       traffic: ``(own, cohort) -> Traffic`` for one client that holds the adapter ``own`` in a cohort whose
         members hold the adapters ``cohort``.
       slope: what clients tell beside their adapters of how their starts should have been different.
@@ -136,6 +146,8 @@ class Method(NamedTuple):
     model: Callable[[Adapter, Any], Adapter] = as_carried
     objective: Callable[[Callable[[Adapter], Array], Adapter, Any], tuple[Array, Array]] | None = None
     moving: Callable[[Adapter, Array], Adapter] = all_along
+    shared: Callable[[Adapter], Adapter] = all_of_it
+    pool: Callable[[Cohort], Cohort] = apart
     traffic: Callable[[Adapter, list[Adapter]], Traffic] = same_both_ways
     slope: Slope = no_slope
     learn: Callable[[State, Cohort, Any], State] = no_learning

@@ -28,7 +28,7 @@ class Info(NamedTuple):
     """What one round reports."""
 
     ids: Array  # [C] who took part
-    loss: Array  # [C] each client's task loss (penalties left out), mean over its local steps
+    loss: Array  # [C] each client's task loss (penalties left out), mean over its local steps; [1] of pooled data
     aggregation: Aggregation
     learned: dict[str, Array]  # the method's own report on its new state
 
@@ -126,6 +126,8 @@ def make_round(
     local = make_local(method, loss_fn, optimizer, remat=remat)
 
     def round_fn(base: Params, state: State, cohort: Cohort, key: Array) -> tuple[State, Memory, Info]:
+        ids, cohort = cohort.ids, method.pool(cohort)
+        at_once = chunk if len(ids) == len(cohort.ids) else None
         cohort = cohort._replace(weights=cohort.weights / jnp.maximum(cohort.weights.sum(), 1e-12))
         if method.query and not jax.tree.leaves(cohort.queries):
             raise ValueError("the method judges models on queries and the cohort has none: see make_step, sample_apart")
@@ -142,14 +144,14 @@ def make_round(
             return received, method.remember(memory, anchor, adapter, received), trace.loss.mean(), slope
 
         rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.memory, cohort.batches, cohort.queries)
-        received, memory, loss, slopes = map_clients(client, rows, chunk, mesh)
+        received, memory, loss, slopes = map_clients(client, rows, at_once, mesh)
         learned = method.learn(state, cohort, slopes)
         new_state = method.aggregate(base, learned, cohort, sent, received)
         after = method.dispatch(base, new_state, average_client(cohort._replace(memory=memory)))
         ends = models(method, sent._replace(adapter=received))
         as_models = lambda dispatch: dispatch._replace(adapter=models(method, dispatch))
         bias = diagnostics.measure(as_models(sent), ends, cohort.weights, as_models(after))
-        return new_state, memory, Info(cohort.ids, loss, bias, method.report(new_state))
+        return new_state, memory, Info(ids, loss, bias, method.report(new_state))
 
     return round_fn
 

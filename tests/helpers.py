@@ -16,26 +16,47 @@ from numpy.linalg import norm
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import Population
 from fedlora_jax.method import Cohort, Method, average_client, models
+from fedlora_jax.methods.centralized import centralized
+from fedlora_jax.methods.ditto import ditto
 from fedlora_jax.methods.fed_hello import fed_hello
 from fedlora_jax.methods.fed_sb import fed_sb
 from fedlora_jax.methods.fed_talora import fed_talora
 from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedhl import fedhl
 from fedlora_jax.methods.fedit import fedit
+from fedlora_jax.methods.fedper import fedper
+from fedlora_jax.methods.fedproto import fedproto
 from fedlora_jax.methods.fedra import fedra
+from fedlora_jax.methods.fedrep import fedrep
 from fedlora_jax.methods.fedsa_lora import fedsa_lora
 from fedlora_jax.methods.fedvlm import fedvlm
 from fedlora_jax.methods.ffa_lora import ffa_lora
+from fedlora_jax.methods.finetune import finetune
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.fslora import fslora
 from fedlora_jax.methods.hetlora import hetlora
 from fedlora_jax.methods.hyperlora import hyperlora
+from fedlora_jax.methods.ifca import ifca
+from fedlora_jax.methods.local_only import local_only
 from fedlora_jax.methods.lora_fair import lora_fair
+from fedlora_jax.methods.per_fedavg import per_fedavg
+from fedlora_jax.methods.pfedhn import pfedhn
+from fedlora_jax.methods.pfedme import pfedme
 from fedlora_jax.methods.rac_lora import rac_lora
 from fedlora_jax.methods.rolora import rolora
 from fedlora_jax.methods.sdflora import sdflora
 from fedlora_jax.signatures import Signature
+from fedlora_jax.wrappers.fedbc import fedbc
+from fedlora_jax.wrappers.feddyn import feddyn
+from fedlora_jax.wrappers.fedlc import fedlc
+from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
+from fedlora_jax.wrappers.fedopt import server as server_optimizer
+from fedlora_jax.wrappers.nonfinite import nonfinite
+from fedlora_jax.wrappers.privacy import clip, noise
+from fedlora_jax.wrappers.proximal import proximal
+from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
+from fedlora_jax.wrappers.scaffold import scaffold
 
 CLIENTS, STEPS, BATCH, RANK, SCALE, CLASSES = 4, 2, 3, 2, 0.7, 3
 SIGNATURE = Signature(np.zeros(4), np.zeros(CLASSES), np.zeros(1))  # one client's: its shapes
@@ -67,6 +88,51 @@ METHODS: dict[str, Callable[[], Method]] = {
 }
 
 EXACT = ["ffa_lora", "flora", "fedex_lora", "rolora", "fed_sb", "rac_lora", "fed_talora"]
+# Baselines and personalised methods. Clients' ids in ``cohort`` stay below 100.
+CLASSICS: dict[str, Callable[[], Method]] = {
+    "local_only": local_only,
+    "centralized": centralized,
+    "finetune": lambda: finetune(0.5),
+    "ditto": ditto,
+    "fedper": fedper,
+    "fedrep": fedrep,
+    "fedproto": fedproto,
+    "pfedme": lambda: pfedme(lam=5.0, steps=2, query=BATCH),
+    "per_fedavg": per_fedavg,
+    "pfedhn": lambda: pfedhn(100, size=4, width=8),
+    "ifca": lambda: ifca(query=BATCH),
+}
+
+LOCAL_LR = 0.02
+WRAPPED: dict[str, Callable[[], Method]] = {
+    "proximal": lambda: proximal(fedit(), 0.5),
+    "scaffold": lambda: scaffold(fedit(), 8, LOCAL_LR),
+    "feddyn": lambda: feddyn(fedit(), 8, 0.1),
+    "server": lambda: server_optimizer(fedit(), optax.adam(0.01)),
+    "fedavgm": lambda: fedavgm(fedit()),
+    "fedadam": lambda: fedadam(fedit()),
+    "fedyogi": lambda: fedyogi(fedit()),
+    "fedadagrad": lambda: fedadagrad(fedit()),
+    "fedlc": lambda: fedlc(fedit(), 0.1),
+    "fedbc": lambda: fedbc(fedit(), lr=0.1, lam=0.2),
+    "clip": lambda: clip(fedit(), 0.05),
+    "noise": lambda: noise(fedit()),
+    "median": lambda: median(fedit()),
+    "trimmed_mean": lambda: trimmed_mean(fedit(), 0.25),
+    "krum": lambda: krum(fedit(), kept=2),
+    "norm_bound": lambda: norm_bound(fedit(), 1.0),
+    "nonfinite": lambda: nonfinite(fedit()),
+}
+STACKS: dict[str, Callable[[], Method]] = {
+    "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
+    "defended": lambda: nonfinite(clip(noise(median(flexlora("balanced", gauge=True))), 0.05)),
+    "reversed": lambda: scaffold(feddyn(fedbc(nonfinite(fedlc(ffa_lora(), 0.1))), 8), 8, LOCAL_LR),
+    "outliers": lambda: norm_bound(krum(trimmed_mean(fedyogi(fedit()), 0.25), kept=2)),
+    "personal": lambda: nonfinite(clip(proximal(ditto()), 0.05)),
+}
+METHODS |= CLASSICS
+WRAPPED |= STACKS
+EVERY = METHODS | WRAPPED
 
 
 def float64():
@@ -262,7 +328,7 @@ BASE, ADAPTER = problem()
 @functools.cache
 def compiled(name: str) -> SimpleNamespace:
     """One method with its round compiled once, and the state after one round, when b is no longer 0."""
-    method, traces = METHODS[name](), []
+    method, traces = EVERY[name](), []
 
     def counted(*args):
         traces.append(1)
@@ -288,7 +354,7 @@ def compiled(name: str) -> SimpleNamespace:
 @functools.cache
 def aggregation(name: str) -> tuple[Method, Any, Callable]:
     """A method that has learned nothing, its first state, and its aggregation compiled."""
-    method = UNLEARNED[name]()
+    method = (UNLEARNED | WRAPPED)[name]()
     return method, method.init(jax.random.key(1), ADAPTER), jit(method.aggregate)
 
 

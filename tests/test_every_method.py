@@ -11,11 +11,14 @@ from helpers import (
     ADAPTER,
     BASE,
     BATCH,
+    CLASSICS,
     CLIENTS,
+    EVERY,
     EXACT,
     KEY,
     METHODS,
     OPTIMIZER,
+    STACKS,
     STEPS,
     aggregation,
     assert_near,
@@ -38,13 +41,31 @@ from helpers import (
 )
 
 import fedlora_jax.methods
+from experiments.record import Checkpoints
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import sample_apart
 from fedlora_jax.method import About, models
 
-# Where a test does not apply, and why. Everything else must hold for every method.
+# Where a test does not apply, and why. Everything else must hold for every method and every stack of wrappers.
+_SERVER = "the server takes steps of its own, which a round of identical clients does not stop"
 EXCEPTIONS = {
+    "order": {"centralized": "one machine reads batches one after the other, and its order is that of the clients"},
+    "weight": {"centralized": "pooled examples count alike, whoever brought them"},
+    "fixed point": {
+        "local_only": "the server has no model",
+        "pfedhn": "the server learns a network from what clients changed and averages nothing",
+        "noise": "noise is added",
+        "clip": "the clients' update is cut before it is averaged",
+        "feddyn": "w_g = mean of w_i - h / al goes beyond the mean",
+        "reversed": "has FedDyn in it",
+        "defended": "has noise in it",
+        "personal": "has clipping in it",
+    }
+    | dict.fromkeys(("server", "fedadam", "fedyogi", "fedadagrad", "corrected", "outliers"), _SERVER),
+    "one client": {"outliers": "Krum needs a cohort in which an update can have neighbours"},
     "all of b": {
+        "pfedme": "theta is computed, not trained",
+        "ifca": "of the models, only the one that a client chose is kept as trained",
         "rolora": "the second round trains a",
         "fed_sb": "clients train a core between a and b",
         "fedra": "a shallow client trains b of some blocks",
@@ -56,14 +77,24 @@ EXCEPTIONS = {
         "sdflora": "the local part has one rank for all",
     },
 }
+EXCEPTIONS["one client"] |= EXCEPTIONS["fixed point"]
 # What of all that a client carries the server averages.
-SENT = {"sdflora": lambda carried: carried.shared}
+SENT = {name: lambda carried: carried["shared"] for name in ("finetune", "ditto", "pfedme", "personal")}
+SENT["sdflora"] = lambda carried: carried.shared
 
-every_method = pytest.mark.parametrize("name", METHODS)
+
+def every(names, test: str | None = None):
+    """``names``, without the exceptions of a test."""
+    return pytest.mark.parametrize("name", [name for name in names if name not in EXCEPTIONS.get(test or "", {})])
+
+
+every_method = every(EVERY)
+# Tests that compile most: single wrappers pass them in stacks, where each of their hooks is in use.
+DEEP = METHODS | STACKS
 
 
 def test_exceptions_are_of_methods_that_exist():
-    assert not {name for names in EXCEPTIONS.values() for name in names} - METHODS.keys()
+    assert not {name for names in EXCEPTIONS.values() for name in names} - EVERY.keys()
 
 
 def averaged(name, method, sent, received):
@@ -108,18 +139,11 @@ def test_dispatch_gives_every_client_a_row_and_leaves_the_rest_of_the_base_alone
 
 
 # Step by step takes hyperlora a minute and others seconds: of methods built alike, one.
-EAGER = METHODS.keys() - {
-    "hyperlora",
-    "hyperlora_exact",
-    "lora_fair_columns",
-    "fedvlm",
-    "fed_hello",
-    "fed_talora",
-    "sdflora",
-}
+ALIKE = {"hyperlora", "hyperlora_exact", "lora_fair_columns", "fedvlm", "fed_hello", "fed_talora", "sdflora"}
+EAGER = [name for name in METHODS if name not in ALIKE | CLASSICS.keys()]
 
 
-@pytest.mark.parametrize("name", sorted(EAGER))
+@every([*EAGER, "ditto", "corrected"])
 def test_jit_changes_nothing(name):
     m = compiled(name)
     c = m.cohort(1)
@@ -130,7 +154,7 @@ def test_jit_changes_nothing(name):
     assert_near(info.loss, slow_info.loss)
 
 
-@every_method
+@every(DEEP)
 def test_a_whole_run_is_a_loop_over_single_rounds(name):
     """Seeds side by side, rounds scanned, clients in chunks, state donated: against one round after the other on
     cohorts made by hand."""
@@ -158,7 +182,7 @@ def test_a_whole_run_is_a_loop_over_single_rounds(name):
         assert_near(effective(m.method, BASE, take(runs.state, i), c), effective(m.method, BASE, state, c))
 
 
-@every_method
+@every(EVERY, "order")
 def test_the_order_of_clients_does_not_matter(name):
     m = compiled(name)
     c = m.cohort(1)
@@ -170,10 +194,10 @@ def test_the_order_of_clients_does_not_matter(name):
     assert_near(turned_info.aggregation, info.aggregation, 1e-3, floor=1e-3)
 
 
-@every_method
+@every(EVERY, "weight")
 def test_a_client_of_weight_zero_changes_nothing(name):
-    m, other = compiled(name), cohort(2)
-    c = m.cohort(1, weights=[1, 2, 3, 0])
+    m = compiled(name)
+    c, other = m.cohort(1, weights=[1, 2, 3, 0]), m.cohort(2)
     changed = c._replace(
         ids=c.ids.at[3].set(99),
         **{
@@ -188,7 +212,7 @@ def test_a_client_of_weight_zero_changes_nothing(name):
     assert again_info.loss[3] != info.loss[3]
 
 
-@every_method
+@every(EVERY, "fixed point")
 def test_identical_clients_are_a_fixed_point(name):
     """The server's weights become theirs (FLoRA restarts its factors, and keeps the weights)."""
     method, state, new_state = aggregation(name)
@@ -200,28 +224,42 @@ def test_identical_clients_are_a_fixed_point(name):
     assert_near(after, weights_of(sent.base, take(averaged(name, method, sent, received), 0)))
 
 
-@every_method
+@every(DEEP, "one client")
 def test_one_client_is_plain_fine_tuning(name):
-    """The whole round against a loop written with optax alone."""
+    """The whole round against a loop written with optax alone, of what the method says is minimised."""
     method, state, new_state = aggregation(name)
     c = normalised(members(method, clients=1))
     sent = method.dispatch(BASE, state, c)
     received, losses = train(method, sent, c, KEY)
 
-    adapter, mask, anchor = take((sent.adapter, sent.mask, sent.anchor), 0)
+    @jit
+    def slope(adapter, anchor, batch, key):
+        task = lambda model: loss_fn(sent.base, model, batch, key)
+        return jax.value_and_grad(minimised, 1, has_aux=True)(method, adapter, anchor, task)
+
+    adapter, mask, anchor = (take(x, 0) for x in (sent.adapter, sent.mask, sent.anchor))
     moments = OPTIMIZER.init(adapter)
-    task = lambda adapter, *rest: loss_fn(sent.base, method.model(adapter, anchor), *rest)
     for t in range(STEPS):
         key = jax.random.fold_in(jax.random.fold_in(KEY, c.ids[0]), t)
-        loss, grads = jax.value_and_grad(task)(adapter, take(c.batches, (0, t)), key)
-        grads = jax.tree.map(jnp.multiply, grads, mask)
+        (_, loss), grads = slope(adapter, anchor, take(c.batches, (0, t)), key)
+        moving = method.moving(mask, t / STEPS)
+        grads = jax.tree.map(jnp.multiply, grads, moving)
         updates, moments = OPTIMIZER.update(grads, moments, adapter)
-        adapter = optax.apply_updates(adapter, jax.tree.map(jnp.multiply, updates, mask))
+        adapter = optax.apply_updates(adapter, jax.tree.map(jnp.multiply, updates, moving))
         assert_near(losses[0, t], loss)
     new = new_state(BASE, state, c, sent, received)
     after = effective(method, BASE, new, remembered(method, c, sent, received))
     carried = jax.tree.map(lambda x: x[None], adapter)
     assert_near(after, weights_of(sent.base, take(averaged(name, method, sent, carried), 0)))
+
+
+def minimised(method, adapter, anchor, task):
+    """``(minimised, reported)`` loss of one local step."""
+    if method.objective is None:
+        loss = reported = task(method.model(adapter, anchor))
+    else:
+        loss, reported = method.objective(task, adapter, anchor)
+    return loss + method.penalty(adapter, anchor), reported
 
 
 @every_method
@@ -251,7 +289,7 @@ def test_a_cohort_of_several_ranks_is_aggregated(name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((state, info)) if is_float(x))
 
 
-@every_method
+@every(DEEP)
 def test_a_round_has_finite_derivatives_at_the_start(name):
     """At b = 0, where every run begins: of a loss after one round, in every float of the state before it."""
     m = compiled(name)
@@ -295,3 +333,15 @@ def test_exact_methods_hold_the_mean_of_the_clients_weights(name):
     after = effective(method, BASE, new_state(BASE, state, c, sent, received), c)
     theirs = models(method, sent._replace(adapter=received))
     assert_near(after, mean_weights(sent.base, theirs, c.weights))
+
+
+@every_method
+def test_a_checkpoint_restores_every_bit(name, tmp_path):
+    m = compiled(name)
+    run = rounds.Run(m.state, m.cohort().memory, jnp.ones((), int))
+    store = Checkpoints(tmp_path, name)
+    store.save(1, run)
+    again = store.restore(jax.tree.map(lambda x: x, run))
+    store.close()
+    assert jax.tree.structure(again) == jax.tree.structure(run)
+    assert_near(again, run, 0)

@@ -11,6 +11,7 @@ from helpers import (
     BASE,
     BATCH,
     CLIENTS,
+    EVERY,
     KEY,
     METHODS,
     OPTIMIZER,
@@ -195,11 +196,11 @@ def test_a_run_compiles_once_counts_its_rounds_and_donates_its_state():
     assert not any(x.is_deleted() for x in jax.tree.leaves((adapter, key)))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_run_owns_its_arrays(name):
     """It can be donated: no array is in it twice, none is its caller's."""
     key, adapter = jax.random.key(3), problem().adapter
-    run = rounds.start(METHODS[name](), key, adapter, 5)
+    run = rounds.start(EVERY[name](), key, adapter, 5)
     jit(lambda run: jax.tree.map(jnp.copy, run), donate_argnums=0)(run)
     assert not any(x.is_deleted() for x in jax.tree.leaves((adapter, key)))
 

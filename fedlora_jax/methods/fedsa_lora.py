@@ -78,4 +78,12 @@ def partial_share(share: Share, head: Head = "shared") -> Method:
         told = lora.tree_map(_TOLD[share], own_adapter, full=lambda x: x if head == "shared" else ())
         return Traffic(up=told, down=told)
 
-    return Method(inner.init, dispatch, aggregate, init_client=own, remember=remember, traffic=traffic)
+    return Method(
+        inner.init,
+        dispatch,
+        aggregate,
+        init_client=own,
+        remember=remember,
+        traffic=traffic,
+        shared=lambda mask: with_own(mask, jax.tree.map(jnp.zeros_like, own(mask))),
+    )

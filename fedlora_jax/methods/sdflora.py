@@ -90,7 +90,15 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
     def remember(memory, anchor, sent, received):
         return received.local
 
-    return Method(init, dispatch, aggregate, init_client=init_client, remember=remember, model=together)
+    return Method(
+        init,
+        dispatch,
+        aggregate,
+        init_client=init_client,
+        remember=remember,
+        model=together,
+        shared=lambda mask: Pair(mask.shared, jax.tree.map(jnp.zeros_like, mask.local)),
+    )
 
 
 def together(pair: Pair, anchor) -> Adapter:

@@ -1,0 +1,37 @@
+"""Centralised: what one machine would do with the data of the whole cohort.
+
+    w <- w after C T local steps of B examples, drawn from all batches of the cohort
+
+The upper bound: as many examples as the federation reads in a round, in batches of the same size that mix all clients,
+one after the other, with one optimizer that starts afresh every round. No client's weight p_c counts, only how many
+examples it brings, and no client is anybody: the largest rank trains. The data travel, which no count of ours includes.
+With one client it is FedIT.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fedlora_jax.method import About, Cohort, Method, Traffic, average_client
+from fedlora_jax.methods.fedit import fedit
+
+ABOUT = About("Centralised", "upper bound", "-", "a, b, head", "data", "yes")
+
+
+def centralized() -> Method:
+    return fedit()._replace(pool=pooled, traffic=lambda own, cohort: Traffic(up=(), down=()))
+
+
+def pooled(cohort: Cohort) -> Cohort:
+    """One client that holds the batches ``[1, C T, B, ...]`` (and queries) of all, step by step over all clients."""
+
+    def mixed(x):
+        clients, steps, batch = x.shape[:3]
+        return jnp.moveaxis(x, 0, 2).reshape(1, steps * clients, batch, *x.shape[3:])
+
+    return average_client(cohort)._replace(
+        ids=cohort.ids[:1],
+        batches=jax.tree.map(mixed, cohort.batches),
+        queries=jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), cohort.queries),
+    )

@@ -1,0 +1,39 @@
+"""FedRep: *Exploiting Shared Representations for Personalized Federated Learning*, Collins et al., ICML 2021, arXiv
+2102.07078.
+
+    E_h steps on head_c with (a, b) as sent, then E_b steps on (a_c, b_c) with that head
+    (a, b) = sum_c p_c (a_c, b_c)
+
+FedPer in two phases: the low-rank factors travel, the head stays with its client. E_h is given as a share of the local
+steps.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from fedlora_jax import lora
+from fedlora_jax.method import About, Method
+from fedlora_jax.methods.fedper import fedper
+
+ABOUT = About("FedRep", "Collins et al. ICML 2021", "2102.07078", "head, then a, b", "a, b", "n/a")
+
+
+def fedrep(share: float = 0.5) -> Method:
+    """FedRep.
+
+    Args:
+      share: of the local steps, those on the head.
+
+    Raises:
+      ValueError: a share that leaves no step to one of the two phases.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share is the head's part of the local steps: got {share}, expected above 0 and below 1")
+
+    def moving(mask, progress):
+        body, head = lora.split(mask)
+        frozen_until = jax.tree.map(lambda m: m * (progress >= share), body)
+        return lora.join(frozen_until, jax.tree.map(lambda m: m * (progress < share), head))
+
+    return fedper()._replace(moving=moving)

@@ -1,0 +1,112 @@
+"""IFCA: *An Efficient Framework for Clustered Federated Learning*, Ghosh et al., NeurIPS 2020, arXiv 2006.04088.
+
+    j_c = argmin_j f_c(w_j)        w_j = sum_{c: j_c = j} p_c w_c / sum_{c: j_c = j} p_c
+
+k adapters are sent, each client trains the one that fits it best, and each becomes the mean of those who chose it; one
+that nobody chose keeps its value. k-fold traffic down. Ours: the choice is made on examples kept apart; between rounds
+a client keeps its last choice and is served by it, one that never chose by the mean of all; and since a fresh adapter
+(b = 0) computes the same whatever ``a`` is, the k > 1 adapters start with a small random ``b``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedlora_jax import lora
+from fedlora_jax.lora import Adapter, LoRA
+from fedlora_jax.method import About, Dispatch, Method, Slope, Traffic, no_slope
+
+ABOUT = About("IFCA", "Ghosh et al. NeurIPS 2020", "2006.04088", "a, b, head", "a, b, head; k-fold down", "no")
+
+
+class IFCAState(NamedTuple):
+    """models: adapters [k, ...]. shares: [k] weight of the clients that last chose each."""
+
+    models: Adapter
+    shares: Array
+
+
+class Carried(NamedTuple):
+    """What a client holds: models [k, ...], chosen [k] one-hot."""
+
+    models: Adapter
+    chosen: Array
+
+
+def ifca(k: int = 2, spread: float = 0.1, query: int = 16) -> Method:
+    """IFCA.
+
+    Args:
+      k: number of adapters; 1: FedIT.
+      spread: deviation of each start's ``b``, for k > 1.
+      query: examples a client keeps apart to choose by, for k > 1.
+
+    Raises:
+      ValueError: k, or for k > 1 the query or the spread, not above 0.
+    """
+    if k < 1 or (k > 1 and (query < 1 or spread <= 0)):
+        raise ValueError(f"k, query and spread must be above 0, got {k}, {query} and {spread}")
+
+    def init(key, adapter):
+        return IFCAState(jax.vmap(lambda key: _start(key, adapter, spread))(jax.random.split(key, k)), jnp.ones(k) / k)
+
+    def one_start(key, adapter):
+        return IFCAState(jax.tree.map(lambda x: x[None], adapter), jnp.ones(1))
+
+    def dispatch(base, state, cohort):
+        clients = len(cohort.ids)
+        one = jax.tree.map(lambda x: x[0], state.models)
+        mask = jax.tree.map(lambda m: m[:, None], lora.rank_mask(one, cohort.ranks))  # [C, 1, ...]
+        models = jax.tree.map(jnp.multiply, state.models, mask)  # [C, k, ...]
+        sent = Carried(models, cohort.memory)
+        return Dispatch(base, sent, Carried(mask, jnp.zeros((clients, 1))), anchor=())
+
+    def train(tune, judge, start):
+        losses = jax.vmap(lambda chosen: judge(start._replace(chosen=chosen)))(jnp.eye(k))
+        start = start._replace(chosen=jax.nn.one_hot(losses.argmin(), k))
+        end, trace = tune(start)
+        keep = lambda x, y: jnp.where(start.chosen.reshape(k, *(1,) * (x.ndim - 1)) > 0, y, x)  # not even decay
+        return start._replace(models=jax.tree.map(keep, start.models, end.models)), trace, ()
+
+    def aggregate(base, state, cohort, sent, received):
+        weights = cohort.weights[:, None] * received.chosen  # [C, k]
+        total = weights.sum(0)
+        share = weights / jnp.where(total > 0, total, 1.0)
+
+        def cluster_mean(old, x):
+            new = jnp.einsum("ck,ck...->k...", share.astype(x.dtype), x, precision="highest")
+            return jnp.where(total.reshape(k, *(1,) * (old.ndim - 1)) > 0, new, old)
+
+        return IFCAState(jax.tree.map(cluster_mean, state.models, received.models), total)
+
+    def model(carried, anchor):
+        pick = lambda x: jnp.einsum("k,k...->...", carried.chosen.astype(x.dtype), x, precision="highest")
+        return jax.tree.map(pick, carried.models)
+
+    return Method(
+        init if k > 1 else one_start,
+        dispatch,
+        aggregate,
+        init_client=lambda adapter: jnp.ones(k) / k,
+        remember=lambda memory, anchor, sent, received: received.chosen,
+        model=model,
+        traffic=lambda own, cohort: Traffic(up=(own, jnp.zeros(())), down=[own] * k),
+        slope=Slope(train, lambda steps: steps + k) if k > 1 else no_slope,
+        query=query if k > 1 else 0,
+        report=lambda state: {"largest_cluster": state.shares.max()},
+    )
+
+
+def _start(key: Array, adapter: Adapter, spread: float) -> Adapter:
+    fresh, noise = jax.random.split(key)
+
+    def stirred(name: str, x: LoRA) -> LoRA:
+        own = jax.random.fold_in(noise, sorted(lora.flatten(adapter)).index(name))
+        return LoRA(x.a, spread * jax.random.normal(own, x.b.shape, x.b.dtype), x.scale)
+
+    flat = lora.flatten(lora.restart(fresh, adapter))
+    return lora.unflatten({name: stirred(name, x) if lora.is_lora(x) else x for name, x in flat.items()})

@@ -1,0 +1,90 @@
+"""What clients keep for themselves between rounds, and a model of their own beside the one they share.
+
+Ours in all personalised methods: a client that never took part is served what the server sends to everybody, and the
+average client (``method.average_client``) holds the mean of what those who took part keep.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedlora_jax.lora import Adapter
+from fedlora_jax.method import Cohort, Method
+
+
+class Kept(NamedTuple):
+    """What one client keeps. Zero before it took part, so that the mean over clients is own / met."""
+
+    own: Any  # [...]
+    met: Array  # [] 1 for a client that took part, 0 for others
+
+
+def nothing_yet(like: Any) -> Kept:
+    """Of a client that never took part."""
+    return Kept(jax.tree.map(jnp.zeros_like, like), jnp.zeros(()))
+
+
+def keep(own: Any) -> Kept:
+    return Kept(own, jnp.ones(()))
+
+
+def own_or(cohort: Cohort, rows: Any, *, nobody: bool = True) -> Any:
+    """What each client keeps ``[C, ...]``, and its row of ``rows`` where it keeps nothing.
+
+    Args:
+      cohort: with memory ``Kept`` of the structure of ``rows``.
+      rows: ``[C, ...]``.
+      nobody: does the average client hold the mean of what clients keep? If not, it gets its row.
+
+    Raises:
+      ValueError: the cohort has no such memory.
+    """
+    kept = cohort.memory
+    if not isinstance(kept, Kept):
+        raise ValueError(
+            f"clients of this method keep something between rounds, the cohort's memory is {type(kept).__name__}: "
+            "start from rounds.start, which has a row of memory for each client"
+        )
+    has = kept.met > 0 if nobody else (kept.met > 0) & (cohort.ids >= 0)
+    met = jnp.where(has, kept.met, 1.0)
+    per_client = lambda v, x: v.reshape(-1, *(1,) * (x.ndim - 1))
+    pick = lambda x, row: jnp.where(per_client(has, x), x / per_client(met, x), row)
+    return jax.tree.map(pick, kept.own, rows)
+
+
+def beside(inner: Method) -> Method:
+    """``inner``, whose clients carry and keep a second model, which is the one they use.
+
+    They carry ``{"shared": inner's, "personal": their own}``; the average client's model is the shared one. How the two
+    are trained is up to the method's ``objective``; until it has one nothing but the personal model is.
+    """
+
+    def pair(shared: Adapter, personal: Adapter) -> Adapter:
+        return {"shared": shared, "personal": personal}
+
+    def dispatch(base, state, cohort):
+        sent = inner.dispatch(base, state, cohort)
+        own = jax.tree.map(jnp.multiply, own_or(cohort, sent.adapter, nobody=False), sent.mask)
+        return sent._replace(adapter=pair(sent.adapter, own), mask=pair(sent.mask, sent.mask))
+
+    def aggregate(base, state, cohort, sent, received):
+        only = sent._replace(adapter=sent.adapter["shared"], mask=sent.mask["shared"])
+        return inner.aggregate(base, state, cohort, only, received["shared"])
+
+    return inner._replace(
+        dispatch=dispatch,
+        aggregate=aggregate,
+        init_client=nothing_yet,
+        remember=lambda memory, anchor, sent, received: keep(received["personal"]),
+        model=lambda carried, anchor: carried["personal"],
+        shared=lambda mask: pair(mask["shared"], jax.tree.map(jnp.zeros_like, mask["personal"])),
+    )
+
+
+def squared_distance(x: Adapter, y: Adapter) -> Array:
+    """``|x - y|^2`` over all arrays together."""
+    return sum((jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True)), jnp.zeros(()))

@@ -1,0 +1,14 @@
+"""Wrappers ``Method -> Method``: one small file each, with an ``ABOUT`` of every wrapper in it by function name.
+
+They stack in any order and stay one traced round. The outermost sees first what clients send, and last what the server
+has made of it: ``noise(clip(m))`` adds noise and then clips it away, ``clip(noise(m))`` clips first.
+
+All of them live in *factor* space, on what clients share (``Method.shared``). Methods that take singular vectors for
+factors (FlexLoRA) may turn these from round to round, and momenta or control variates kept over rounds then point
+nowhere: there, use ``flexlora(split="balanced", gauge=True)``. A method that keeps part of what it learned in a dense
+residual, or has no global ``adapter`` at all, is refused by wrappers that keep something in its coordinates.
+"""
+
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapped, innermost
+
+__all__ = ["AboutWrapper", "Wrapped", "innermost"]

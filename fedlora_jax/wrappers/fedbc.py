@@ -1,0 +1,74 @@
+"""FedBC: *FedBC: Calibrating Global and Local Models via Federated Learning Beyond Consensus*, Bedi et al., 2022, arXiv
+2206.10815, algorithm 1.
+
+    minimise  f_i(x) + lam_i (|x - z|^2 - gam)        lam_i <- [lam_i + lr (|z - x_i|^2 - gam)]_+
+    z = sum_i lam_i x_i / sum_i lam_i                 the plain mean while all lam_i are zero
+
+Clients pay for leaving the tolerance gam around what they were sent, the more the longer they do. lam_i is kept by the
+client and sent beside its adapter. Ours: one fixed gam for all clients, and weights in place of a mean, so that any
+aggregation can follow.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedlora_jax.lora import Adapter
+from fedlora_jax.method import Method
+from fedlora_jax.wrappers.around import AboutWrapper, around, present, square_norms, updates
+
+ABOUT = {"fedbc": AboutWrapper("FedBC", "Bedi et al. 2022", "2206.10815", "a learned penalty weighs each client")}
+
+
+class Told(NamedTuple):
+    """z: [C, ...] as sent. mask: of what clients share. lam: [C]."""
+
+    z: Adapter
+    mask: Adapter
+    lam: Array
+
+
+def fedbc(inner: Method, lr: float = 1e-3, gam: float = 0.0, lam: float = 0.0) -> Method:
+    """FedBC around ``inner``; with ``lr = lam = 0`` it is ``inner``.
+
+    Args:
+      inner: any method.
+      lr: of the multipliers lam_i.
+      gam: squared distance that is free.
+      lam: where they start.
+
+    Raises:
+      ValueError: a number below 0.
+    """
+    if min(lr, gam, lam) < 0:
+        raise ValueError(f"lr, gam and lam must be 0 or more, got {lr}, {gam} and {lam}")
+
+    def distance(told, x):
+        return sum(
+            (jnp.sum(m * (x - z) ** 2) for x, z, m in zip(*map(jax.tree.leaves, (x, *told[:2])), strict=True)),
+            jnp.zeros(()),
+        )
+
+    raised = lambda lam, far: jnp.maximum(lam + lr * (far - gam), 0.0)
+
+    def receive(own, cohort, sent, received):
+        new = raised(cohort.memory, square_norms(updates(sent, received))) * present(cohort)
+        total = new.sum()
+        return jnp.where(total > 0, new / jnp.where(total > 0, total, 1.0), cohort.weights), received
+
+    def traffic(own, cohort):
+        theirs = inner.traffic(own, cohort)
+        return theirs._replace(up=(theirs.up, jnp.zeros(())))
+
+    return around(
+        inner,
+        init_client=lambda adapter: jnp.asarray(lam, jnp.float32),
+        tell=lambda own, cohort, sent: Told(sent.adapter, sent.mask, cohort.memory),
+        penalty=lambda x, told: told.lam * (distance(told, x) - gam),
+        remember=lambda old, told, z, x: raised(old, distance(told, x)),
+        receive=receive,
+    )._replace(traffic=traffic)

@@ -1,0 +1,77 @@
+"""FedDyn: *Federated Learning Based on Dynamic Regularization*, Acar et al., ICLR 2021, arXiv 2111.04263, algorithm 1.
+
+    minimise  f_i(w) - <h_i, w> + al / 2 |w - w_g|^2        h_i <- h_i - al (w_i - w_g)
+    h <- h - al / N sum_S (w_i - w_g)                       w_g = mean of w_i - h / al
+
+The mean is that of the inner method. The norm is squared, over what clients share.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedlora_jax.lora import Adapter
+from fedlora_jax.method import Method, mean
+from fedlora_jax.wrappers.around import (
+    AboutWrapper,
+    around,
+    innermost,
+    needs_an_adapter,
+    present,
+    same_structure,
+    updates,
+    with_adapter,
+)
+
+ABOUT = {"feddyn": AboutWrapper("FedDyn", "Acar et al. ICLR 2021", "2111.04263", "dynamic regularisation")}
+
+
+class Told(NamedTuple):
+    """start: [C, ...] w_g as sent. h: [C, ...] the client's, masked. mask: of what clients share."""
+
+    start: Adapter
+    h: Adapter
+    mask: Adapter
+
+
+def feddyn(inner: Method, population: int, al: float = 0.01) -> Method:
+    """FedDyn around ``inner``.
+
+    Args:
+      inner: a method whose server holds one adapter and whose clients carry one like it.
+      population: number of clients N.
+      al: weight of the regularisation.
+
+    Raises:
+      ValueError: N or al not above 0, or (at init or dispatch) another inner method.
+    """
+    if population < 1 or not al > 0:
+        raise ValueError(f"population and al must be above 0, got {population} and {al}")
+    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+
+    def tell(h, cohort, sent):
+        same_structure("feddyn", h, sent.adapter)
+        return Told(sent.adapter, jax.tree.map(jnp.multiply, cohort.memory, sent.mask), sent.mask)
+
+    def penalty(w, told):
+        one = lambda w, x, h, m: jnp.sum(m * (al / 2 * (w - x) ** 2) - h * w)
+        return sum(jax.tree.leaves(jax.tree.map(one, w, told.start, told.h, told.mask)), jnp.zeros(()))
+
+    def finish(old, new, cohort, sent, received):
+        drift = mean(updates(sent, received), present(cohort) / population)
+        h = jax.tree.map(lambda h, d: h - al * d, old.own, drift)
+        moved = jax.tree.map(lambda w, h: w - h / al, innermost(new).adapter, h)
+        return with_adapter(new, moved), h
+
+    return around(
+        inner,
+        init=lambda key, state, adapter: zeros(needs_an_adapter("feddyn", state)),
+        init_client=zeros,
+        tell=tell,
+        penalty=penalty,
+        remember=lambda h, told, x, y: jax.tree.map(lambda h, x, y, m: h - al * m * (y - x), h, x, y, told.mask),
+        finish=finish,
+    )

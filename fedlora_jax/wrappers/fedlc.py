@@ -1,0 +1,55 @@
+"""FedLC: *Federated Learning with Label Distribution Skew via Logits Calibration*, Zhang et al., ICML 2022, arXiv
+2209.00189.
+
+    minimise  - log softmax(logits_k - tau n_k^(-1/4))_y        n_k: how many examples of class k the client holds
+
+Lowering logit k by a number is lowering entry k of the head's bias by it, so clients train with a bias shifted down and
+neither send nor use the shift. This is the variant with the usual denominator (as PFLlib's), not the paper's own, which
+leaves the true class out. n_k comes from the client's signature; a class that it lacks counts as ``ABSENT`` examples:
+practically masked, and finite if its label turns up none the less. The reported loss is the calibrated one.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from fedlora_jax import lora
+from fedlora_jax.method import Method
+from fedlora_jax.signatures import Signature
+from fedlora_jax.wrappers.around import AboutWrapper, around
+
+ABOUT = {"fedlc": AboutWrapper("FedLC", "Zhang et al. ICML 2022", "2209.00189", "logits calibrated by class counts")}
+ABSENT = 1e-4  # lowers the logit of a class that a client lacks by 10 tau
+
+
+def fedlc(inner: Method, tau: float = 1.0) -> Method:
+    """FedLC around ``inner``; ``tau = 0`` is ``inner``.
+
+    Raises:
+      ValueError: tau below 0; (when a round is traced) signatures that do not tell of labels, or a model without one
+        bias of its classes that is trained in full.
+    """
+    if tau < 0:
+        raise ValueError(f"tau is the size of a margin: got {tau}, expected 0 or more")
+
+    def tell(own, cohort, sent):
+        z = cohort.signatures
+        if not isinstance(z, Signature) or z.labels.shape[-1] == 0:
+            raise ValueError(
+                "fedlc needs to know how many examples of each class a client holds, and its signature says nothing of "
+                "labels: use full signatures (fedlora_jax.signatures), or another wrapper"
+            )
+        n = jnp.expm1(10 * z.amount) * z.labels**2  # [C, classes]
+        return tau * jnp.maximum(n, ABSENT) ** -0.25
+
+    def see(model, margin):
+        flat = lora.flatten(model)
+        names = [k for k, x in flat.items() if not lora.is_lora(x) and x.shape == margin.shape and k.endswith("bias")]
+        if len(names) != 1:
+            raise ValueError(
+                f"fedlc shifts the bias of the {margin.shape[0]} classes, trained in full; the adapter has "
+                f"{', '.join(names) or 'none'}: add the head's bias to full in lora.new"
+            )
+        return lora.unflatten(flat | {names[0]: flat[names[0]] - margin})
+
+    return around(inner, tell=tell, see=see)

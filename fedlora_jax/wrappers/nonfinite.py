@@ -1,0 +1,69 @@
+"""Leave out clients whose training failed. Ours; every production server has some such rule.
+
+A client that sends a number that is not finite is treated as if it had sent what it was sent, with weight zero; the
+others share its weight. It keeps the memory it had, and what it tells of slopes counts as zero. If nobody is left the
+server's model stays. ``dropped`` in the round's report is how many clients that were. It belongs outermost (last on the
+command line): a wrapper around it would see what it leaves out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedlora_jax.diagnostics import finite
+from fedlora_jax.method import Method, no_learning
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapped, around, per_client
+
+ABOUT = {"nonfinite": AboutWrapper("Non-finite out", "ours", "-", "clients that send nan or inf are left out, counted")}
+
+
+class Dropped(NamedTuple):
+    """last: [] clients left out of the last round. total: [] of all rounds."""
+
+    last: Array
+    total: Array
+
+
+def nonfinite(inner: Method) -> Method:
+    """``inner`` without clients that send anything that is not finite."""
+
+    def receive(own, cohort, sent, received):
+        fine = finite(received)
+        kept = lambda x, y: jnp.where(per_client(fine, x) > 0, y, x)
+        return _weights(cohort.weights, fine), jax.tree.map(kept, sent.adapter, received)
+
+    def finish(old, new, cohort, sent, received):
+        last = jnp.sum(~finite(received) & (cohort.weights > 0)).astype(jnp.int32)
+        return new, Dropped(last, old.own.total + last)
+
+    method = around(
+        inner,
+        init=lambda key, state, adapter: Dropped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
+        receive=receive,
+        finish=finish,
+        report=lambda own: {"dropped": own.last},
+    )
+
+    def remember(memory, anchor, sent, received):
+        fine = finite(jax.tree.map(lambda x: x[None], received))[0]
+        new = inner.remember(memory, anchor, sent, received)
+        return jax.tree.map(lambda old, x: jnp.where(fine, x, old), memory, new)
+
+    def learn(state, cohort, slopes):
+        fine = finite(slopes)
+        slopes = jax.tree.map(lambda x: jnp.where(per_client(fine, x) > 0, x, 0.0), slopes)
+        cohort = cohort._replace(weights=_weights(cohort.weights, fine))
+        return Wrapped(inner.learn(state.inner, cohort, slopes), state.own)
+
+    learns = inner.learn is not no_learning
+    return method._replace(remember=remember, learn=learn if learns else no_learning)
+
+
+def _weights(weights: Array, fine: Array) -> Array:
+    left = weights * fine
+    total = left.sum()
+    return jnp.where(total > 0, left / jnp.where(total > 0, total, 1.0), weights)

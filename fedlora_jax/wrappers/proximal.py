@@ -1,0 +1,33 @@
+"""FedProx: *Federated Optimization in Heterogeneous Networks*, Li et al., MLSys 2020, arXiv 1812.06127, eq. 2.
+
+    minimise  f_c(w) + mu / 2 |w - w_g|^2        w_g: as sent
+
+The norm is squared, over what clients share.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fedlora_jax.method import Method
+from fedlora_jax.wrappers.around import AboutWrapper, around
+
+ABOUT = {"proximal": AboutWrapper("FedProx", "Li et al. MLSys 2020", "1812.06127", "mu / 2 |w - w_g|^2 on the loss")}
+
+
+def proximal(inner: Method, mu: float = 0.01) -> Method:
+    """FedProx around ``inner``; ``mu = 0`` is ``inner``.
+
+    Raises:
+      ValueError: mu below 0.
+    """
+    if mu < 0:
+        raise ValueError(f"mu is the weight of a penalty: got {mu}, expected 0 or more")
+
+    def penalty(w, anchor):
+        start, mask = anchor
+        squares = jax.tree.map(lambda x, y, m: jnp.sum(m * (x - y) ** 2), w, start, mask)
+        return mu / 2 * sum(jax.tree.leaves(squares), jnp.zeros(()))
+
+    return around(inner, tell=lambda own, cohort, sent: (sent.adapter, sent.mask), penalty=penalty)

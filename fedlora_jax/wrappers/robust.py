@@ -1,0 +1,152 @@
+"""Robust aggregation: what the inner aggregation receives is replaced.
+
+    median, trimmed_mean  *Byzantine-Robust Distributed Learning*, Yin et al., ICML 2018, arXiv 1803.01498
+    krum                  *Machine Learning with Adversaries*, Blanchard et al., NeurIPS 2017, arXiv 1703.02757
+    norm_bound            norm thresholding, *Can You Really Backdoor Federated Learning?*, Sun et al., 2019,
+                          arXiv 1911.07963, at a multiple of the cohort's median norm (ours)
+
+So that they work around any method: the coordinate-wise median and trimmed mean are taken of clients' *updates*, and
+every client's upload becomes what it was sent plus that (a mean of identical uploads is the upload; where all were sent
+the same it is the median of uploads themselves). Krum gives all others the weight zero. All live in factor space. A
+client of weight zero takes no part; as published, the others count alike whatever they weigh.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedlora_jax.method import Method
+from fedlora_jax.wrappers.around import (
+    AboutWrapper,
+    around,
+    needs_plain_uploads,
+    per_client,
+    present,
+    replaced,
+    square_norms,
+    updates,
+)
+from fedlora_jax.wrappers.privacy import shortened
+
+_YIN = "Yin et al. ICML 2018", "1803.01498"
+ABOUT = {
+    "median": AboutWrapper("Median", *_YIN, "coordinate-wise median of updates"),
+    "trimmed_mean": AboutWrapper("Trimmed mean", *_YIN, "coordinate-wise, without the extremes"),
+    "krum": AboutWrapper("Krum", "Blanchard et al. NeurIPS 2017", "1703.02757", "the update nearest to others"),
+    "norm_bound": AboutWrapper("Norm bound", "Sun et al. 2019", "1911.07963", "updates bounded by their median norm"),
+}
+
+
+def median(inner: Method) -> Method:
+    """``inner`` of the coordinate-wise median update.
+
+    Raises:
+      ValueError: an inner method that learns from more than adapters (as for all in this file).
+    """
+    return _coordinatewise("median", inner, lambda n: ((n - 1) // 2, n // 2))
+
+
+def trimmed_mean(inner: Method, share: float = 0.1) -> Method:
+    """``inner`` of the coordinate-wise mean without the ``share`` largest and the ``share`` smallest updates.
+
+    Raises:
+      ValueError: a share that leaves nothing.
+    """
+    if not 0 <= share < 0.5:
+        raise ValueError(f"share is cut off at both ends: got {share}, expected 0 to below 0.5")
+
+    def middle(n):
+        cut = jnp.floor(share * n + 1e-4).astype(int)  # 0.1 * 10 is 1, whatever float32 makes of it
+        return cut, n - 1 - cut
+
+    return _coordinatewise("trimmed_mean", inner, middle)
+
+
+def krum(inner: Method, outliers: int = 1, kept: int = 1) -> Method:
+    """``inner`` of the ``kept`` updates with the smallest sum of squared distances to their nearest others.
+
+    Args:
+      inner: a method whose clients all start from the same.
+      outliers: how many clients may send anything; n clients count their n - outliers - 2 nearest others.
+      kept: 1: Krum; more: Multi-Krum, with the clients' weights.
+
+    Raises:
+      ValueError: a number out of range, or (when a round is traced) fewer than ``outliers + 3`` clients.
+    """
+    if outliers < 0 or kept < 1:
+        raise ValueError(f"outliers must be 0 or more and kept above 0, got {outliers} and {kept}")
+    needs_plain_uploads("krum", inner)
+
+    def receive(own, cohort, sent, received):
+        clients = len(cohort.ids)
+        if clients < outliers + 3:
+            raise ValueError(
+                f"krum with {outliers} outliers needs a cohort of at least {outliers + 3} clients, got {clients}: "
+                "lower outliers or draw more clients per round"
+            )
+        there = cohort.weights > 0
+        scores = _krum_scores(updates(sent, received), there, outliers)
+        rank = jnp.argsort(jnp.argsort(scores))
+        chosen = jnp.where((rank < kept) & there, cohort.weights, 0.0)
+        safe = jax.tree.map(lambda x, y: jnp.where(per_client(chosen > 0, x) > 0, y, x), sent.adapter, received)
+        return chosen / jnp.maximum(chosen.sum(), 1e-12), safe  # 0 * inf is no zero: who is out sends nothing
+
+    return around(inner, receive=receive)
+
+
+def norm_bound(inner: Method, factor: float = 2.0) -> Method:
+    """``inner`` of updates shortened to ``factor`` times the median of their norms.
+
+    Raises:
+      ValueError: a factor not above 0.
+    """
+    if not factor > 0:
+        raise ValueError(f"factor of the median norm: got {factor}, expected above 0")
+    needs_plain_uploads("norm_bound", inner)
+
+    def receive(own, cohort, sent, received):
+        d = updates(sent, received)
+        squares, n = square_norms(d), present(cohort).sum().astype(int)
+        middle = _mean_between(squares[:, None], cohort.weights > 0, (n - 1) // 2, (n - 1) // 2)[0]
+        bound = factor * jnp.sqrt(jnp.maximum(middle, 1e-30))
+        return cohort.weights, replaced(sent, received, shortened(d, jnp.broadcast_to(bound, squares.shape)))
+
+    return around(inner, receive=receive)
+
+
+def _coordinatewise(name: str, inner: Method, middle) -> Method:
+    needs_plain_uploads(name, inner)
+
+    def receive(own, cohort, sent, received):
+        n = present(cohort).sum().astype(int)
+        robust = lambda x: jnp.broadcast_to(_mean_between(x, cohort.weights > 0, *middle(n)), x.shape)
+        return cohort.weights, replaced(sent, received, jax.tree.map(robust, updates(sent, received)))
+
+    return around(inner, receive=receive)
+
+
+def _mean_between(x: Array, there: Array, low: Array, high: Array) -> Array:
+    """The mean of the values from place ``low`` to ``high`` (both in) of ``x [C, ...]`` sorted over those ``there``."""
+    x = jnp.where(per_client(there, x) > 0, x, jnp.inf)  # last, as what is not a number: it is no one's middle
+    x = jnp.sort(jnp.where(jnp.isnan(x), jnp.inf, x), 0)
+    place = jnp.arange(x.shape[0])
+    between = per_client((place >= low) & (place <= high), x) > 0
+    return jnp.where(between, x, 0.0).sum(0) / (high - low + 1)
+
+
+def _krum_scores(d, there: Array, outliers: int) -> Array:
+    """``[C]`` sums of squared distances to the nearest ``n - outliers - 2`` others; infinite for who is not there."""
+    clients, n = there.shape[0], there.sum()
+    far = sum(map(_square_distances, jax.tree.leaves(d)), jnp.zeros(()))
+    apart = there[:, None] & there[None] & ~jnp.eye(clients, dtype=bool)
+    far = jnp.sort(jnp.where(apart & jnp.isfinite(far), far, jnp.inf), 1)
+    nearest = jnp.arange(clients) < jnp.maximum(n - outliers - 2, 1)
+    score = jnp.where(nearest, far, 0.0).sum(1)
+    return jnp.where(there, jnp.minimum(score, 1e30), jnp.inf)  # who is there comes before who is not
+
+
+def _square_distances(x: Array) -> Array:
+    """``[C, C]`` between the rows of one array; as differences, which do not cancel."""
+    return jax.vmap(lambda y: jax.vmap(lambda z: jnp.sum((y - z) ** 2))(x))(x)

@@ -1,0 +1,92 @@
+"""SCAFFOLD: *SCAFFOLD: Stochastic Controlled Averaging for Federated Learning*, Karimireddy et al., ICML 2020, arXiv
+1910.06378, eq. 3 to 5 (option II).
+
+    y <- y - eta (g(y) + c - c_i)        K steps from x        c_i+ = c_i - c + (x - y) / (K eta)
+    c <- c + 1 / N sum_S (c_i+ - c_i)                          all controls start at zero
+
+The correction is the gradient of the penalty ``<w, c - c_i>``. ``(x - y) / (K eta)`` is a mean gradient under plain SGD
+only: no momentum, no Adam inside. A client sends its control's change beside its adapter and receives c.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedlora_jax.lora import Adapter
+from fedlora_jax.method import Method, Traffic, mean
+from fedlora_jax.wrappers.around import (
+    AboutWrapper,
+    around,
+    needs_an_adapter,
+    per_client,
+    present,
+    same_structure,
+    updates,
+)
+
+ABOUT = {
+    "scaffold": AboutWrapper("SCAFFOLD", "Karimireddy et al. ICML 2020", "1910.06378", "control variates; SGD inside")
+}
+
+
+class Told(NamedTuple):
+    """c: [C, ...] the server's control. shift: c - c_i. mask: what is shared, all else is 0. way: [C] K eta."""
+
+    c: Adapter
+    shift: Adapter
+    mask: Adapter
+    way: Array
+
+
+def scaffold(inner: Method, population: int, local_lr: float) -> Method:
+    """SCAFFOLD around ``inner``.
+
+    Args:
+      inner: a method whose server holds one adapter and whose clients carry one like it.
+      population: number of clients N.
+      local_lr: eta, of the clients' SGD.
+
+    Raises:
+      ValueError: N or eta not above 0, or (at init or dispatch) another inner method.
+    """
+    if population < 1 or not local_lr > 0:
+        raise ValueError(f"population and local_lr must be above 0, got {population} and {local_lr}")
+    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+
+    def tell(c, cohort, sent):
+        same_structure("scaffold", c, sent.adapter)
+        batches = jax.tree.leaves(cohort.batches)
+        steps = batches[0].shape[1] if batches else 1  # without batches nobody trains: any number does
+        shift = jax.tree.map(lambda c, ci, m: (c - ci) * m, c, cohort.memory, sent.mask)
+        own = jax.tree.map(lambda c, x, m: jnp.broadcast_to(c, x.shape) * m, c, sent.adapter, sent.mask)
+        return Told(own, shift, sent.mask, jnp.full(len(cohort.ids), steps * local_lr))
+
+    def penalty(w, told):
+        return sum((jnp.sum(x * d) for x, d in zip(*map(jax.tree.leaves, (w, told.shift)), strict=True)), jnp.zeros(()))
+
+    def remember(ci, told, x, y):
+        step = lambda ci, c, x, y, m: ci - c + m * (x - y) / told.way
+        return jax.tree.map(step, ci, told.c, x, y, told.mask)
+
+    def finish(old, new, cohort, sent, received):
+        told = sent.anchor
+        moved = jax.tree.map(lambda d, c: -d / per_client(told.way, d) - c, updates(sent, received), told.c)
+        return new, jax.tree.map(jnp.add, old.own, mean(moved, present(cohort) / population))
+
+    def traffic(own, cohort):
+        theirs = inner.traffic(own, cohort)
+        return Traffic(up=(theirs.up, own), down=(theirs.down, own))
+
+    return around(
+        inner,
+        init=lambda key, state, adapter: zeros(needs_an_adapter("scaffold", state)),
+        init_client=zeros,
+        tell=tell,
+        penalty=penalty,
+        remember=remember,
+        finish=finish,
+    )._replace(traffic=traffic)
