@@ -31,7 +31,7 @@ from experiments import budget_figures, methods, problem, programs, record, summ
 from experiments.compare import acceptable, describe, facts_of
 from experiments.config import Config, check
 from experiments.figures import png
-from experiments.layout import divisor, layout
+from experiments.layout import divisor, layout, mesh_of
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import rounds
 from fedlora_jax.clients import sample_batches
@@ -65,6 +65,7 @@ class Plan:
             methods.check(name)
             if "+scaffold" in name:
                 raise ValueError(f"{name} is built for one local learning rate, and budget tries several: use compare")
+        mesh_of(config)
         self.config = config
         self.folder = Path(config.out or f"runs/budget-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         record.check_folder(self.folder, resume=False)

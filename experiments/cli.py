@@ -66,7 +66,10 @@ _MODEL = {"data", "weights", "image_size", "targets", "adapt_last", "full", "ran
 _LEFT_OUT = {
     "compare": _TUNED,
     "run": _TUNED,
-    "bounds": _TUNED | _RECORDED | {"methods", "out", "eval_every", "chunk", "seeds_at_once", "signature", "theta"},
+    "bounds": _TUNED
+    | _RECORDED
+    | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
+    | {"signature", "theta"},
     "budget": {"resume", "checkpoint_every", "local_steps", "lr", "validation"},
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from experiments import methods, problem, programs, record, report, summary
 from experiments.config import Config, check
+from experiments.layout import mesh_of
 from experiments.problem import Problem
 from experiments.programs import Programs
 from experiments.rows import Rows, holdings
@@ -36,6 +37,7 @@ class Plan:
             raise ValueError(f"--checkpoint-every {config.checkpoint_every} is no multiple of --eval-every")
         for name in config.methods:
             methods.check(name)  # a misspelt name is refused before data are loaded
+        mesh_of(config)  # refuses more devices than there are
         self.command, self.config = command, config
         self.folder = Path(config.out or f"runs/{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         record.check_folder(self.folder, config.resume)

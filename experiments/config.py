@@ -58,6 +58,7 @@ class Config:
     target: float = option(0.8, "accuracy for rounds to target (global; in budget, of personal models as sent)")
     eval_every: int = option(1, "rounds between evaluations; the last round is always evaluated")
     chunk: int | None = option(None, "clients trained at once; must divide the cohort (default: chosen by device)")
+    devices: int = option(1, "devices that share the clients of a round; must divide the cohort")
     seeds_at_once: int | None = option(None, "seeds run side by side; must divide their number (default: by device)")
     checkpoint_every: int = option(10, "rounds between checkpoints, a multiple of --eval-every")
     theta: str | None = option(
@@ -80,7 +81,7 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse what can be seen to be wrong without looking at data or weights."""
-    for name in ("clients", "rounds", "local_steps", "batch", "eval_every", "checkpoint_every", "minimum"):
+    for name in ("clients", "rounds", "local_steps", "batch", "eval_every", "checkpoint_every", "minimum", "devices"):
         _at_least(config, name, 1)
     _at_least(config, "holdout_clients", 0)
     for name in ("clients_per_round", "chunk", "seeds_at_once", "image_size", "adapt_last", "test_images"):
@@ -111,8 +112,10 @@ def check(config: Config) -> None:
     if config.clients_per_round is not None and config.clients_per_round > config.clients:
         raise ValueError(f"--clients-per-round {config.clients_per_round} is more than --clients {config.clients}")
     cohort = config.clients_per_round or config.clients
-    if config.chunk is not None and cohort % config.chunk:
-        raise ValueError(f"--chunk {config.chunk} does not divide the {cohort} clients of a round")
+    if cohort % config.devices:
+        raise ValueError(f"--devices {config.devices} does not divide the {cohort} clients of a round")
+    if config.chunk is not None and cohort // config.devices % config.chunk:
+        raise ValueError(f"--chunk {config.chunk} does not divide the {cohort // config.devices} clients of a device")
     if config.rounds % config.eval_every:
         raise ValueError(f"--eval-every {config.eval_every} does not divide --rounds {config.rounds}")
     for name in ("budgets", "lrs", "tuning_seeds"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.sharding import AxisType, Mesh
 
 from experiments.config import Config
 from experiments.problem import Problem
@@ -19,9 +20,24 @@ CACHE = 4 * 2**20  # bytes: a CPU loses time where the arrays of one operation o
 SHARE = 0.6  # of an accelerator's memory, for what clients keep for their backward pass
 
 
+def mesh_of(config: Config) -> Mesh | None:
+    """The devices that share a cohort, where it is more than one.
+
+    Raises:
+      ValueError: there are fewer devices than asked for.
+    """
+    if config.devices == 1:
+        return None
+    if config.devices > jax.device_count():
+        more = f"XLA_FLAGS=--xla_force_host_platform_device_count={config.devices} makes a CPU count as more"
+        raise ValueError(f"--devices {config.devices}: jax finds {jax.device_count()} ({more})")
+    devices = jax.devices()[: config.devices]
+    return jax.make_mesh((config.devices,), ("clients",), axis_types=(AxisType.Auto,), devices=devices)
+
+
 def layout(config: Config, problem: Problem) -> tuple[int, int]:
-    """Clients and seeds at once: as set, or as they fit. A CPU takes one seed after another."""
-    clients, seeds = config.clients_per_round or config.clients, len(config.seeds)
+    """Clients and seeds at once on each device: as set, or as they fit. A CPU takes one seed after another."""
+    clients, seeds = (config.clients_per_round or config.clients) // config.devices, len(config.seeds)
     if jax.default_backend() == "cpu":
         fit = CACHE // largest(problem.loss_fn, *one_step(config, problem))
         return config.chunk or divisor(clients, fit), config.seeds_at_once or 1

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments.config import Config
-from experiments.layout import layout
+from experiments.layout import layout, mesh_of
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import sample_batches
@@ -83,7 +83,7 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
 def make_block(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int | None) -> Callable:
     """The rounds between two evaluations, sampling included: ``rounds.scan_rounds`` with a run's options."""
     step = rounds.make_step(
-        rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk),
+        rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk, mesh=mesh_of(config)),
         participants=config.clients_per_round or config.clients,
         steps=config.local_steps,
         batch=config.batch,

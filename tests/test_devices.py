@@ -3,6 +3,7 @@
 Devices are CPU devices here; each case is a process of its own, because their number is fixed when jax starts.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -98,3 +99,30 @@ assert_near(shared, results("flexlora", None), 1e-5)
         count=2,
         port=port,
     )
+
+
+def test_a_comparison_on_two_devices(tmp_path):
+    """The command line: the numbers of one device, and a word where there are too few."""
+    command = (
+        "-m experiments run --method fedit --clients 4 --holdout-clients 0 --seeds 1 --rounds 1 --devices 2 --out "
+    )
+    command += f"{tmp_path}/"
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    call = lambda options, flags: subprocess.run(
+        [sys.executable, *(command + options).split()],
+        env=env | {"XLA_FLAGS": flags},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+    )
+    refused = call("few", "")
+    assert refused.returncode == 2
+    assert "--devices 2: jax finds 1" in refused.stderr
+    two = "--xla_force_host_platform_device_count=2"
+    rows = []
+    for name, options in (("two", ""), ("one", " --devices 1")):
+        done = call(name + options, two)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]))
+    for key in ("loss", "update", "personal_accuracy", "global_accuracy"):
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4)
