@@ -14,6 +14,12 @@ from experiments.bench.measure import Line
 from experiments.bench.works import Work
 
 ROOT = Path(__file__).parents[2]
+OWN = {
+    "PYTHONPATH": str(ROOT),
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share one accelerator
+    "FLWR_TELEMETRY_ENABLED": "0",  # nothing leaves this machine
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 class Child:
@@ -22,15 +28,13 @@ class Child:
     def __init__(self, name: str, work: Work, chunk: int | None = None, python: str | None = None):
         self.name, self.work, self.turns = name, work, []
         arguments = [python or sys.executable, "-m", "experiments.bench.peer", name, work.name]
-        # Several processes share one accelerator: none may take all of its memory at its start.
-        own = {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._process = subprocess.Popen(
             arguments + ([] if chunk is None else [str(chunk)]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=os.environ | own,
+            env=os.environ | OWN,
         )
         self.about = self._answer()
 

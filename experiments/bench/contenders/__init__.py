@@ -10,5 +10,5 @@ INSTALL = {
     "torch_vmap": "torch",
     "torch_compile": "torch",
     "flwr": "torch flwr[simulation]",
-    "fedjax": "-e . fedjax",
+    "fedjax": "fedjax 'jax<0.6' 'flax<0.12' optax orbax-checkpoint scikit-learn matplotlib safetensors tqdm",
 }

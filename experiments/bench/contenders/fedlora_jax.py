@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import programs
+from experiments import methods, programs
 from experiments.bench import works
 from experiments.bench.measure import Contender
 from experiments.bench.works import Arrays, Work
 from experiments.compare import describe
 from experiments.config import Config
-from fedlora_jax import lora, rounds
+from fedlora_jax import lora, rounds, signatures
 from fedlora_jax.lora import Adapter, LoRA, Params
 from fedlora_jax.method import Cohort, Method
-from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.signatures import Signature
 from models.vit import ViT, normalise
 
@@ -45,17 +44,21 @@ class Compiled(NamedTuple):
 def problem(work: Work) -> Problem:
     base = lora.unflatten({name: jnp.asarray(x) for name, x in works.weights(work).items()})
     images, labels = map(jnp.asarray, works.batches(work))
-    rng = np.random.default_rng(3)
-    told = (jnp.asarray(rng.normal(size=(work.clients, size)), jnp.float32) for size in (128, work.classes, 1))
     cohort = Cohort(
         ids=jnp.arange(work.clients),
         weights=jnp.ones(work.clients) / work.clients,
         ranks=jnp.full(work.clients, work.rank),
-        signatures=Signature(*told),
+        signatures=_told(work, work.clients),
         batches=(images, labels),
         queries=(images[:, 0], labels[:, 0]),  # of methods that learn; what they are does not matter for speed
     )
     return Problem(base, _adapter(work), cohort, _loss(work))
+
+
+def _told(work: Work, clients: int) -> Signature:
+    rng = np.random.default_rng(3)
+    sizes = (2 * signatures.SIZE, work.classes, 1)
+    return Signature(*(jnp.asarray(rng.normal(size=(clients, size)), jnp.float32) for size in sizes))
 
 
 def _adapter(work: Work) -> Adapter:
@@ -81,8 +84,17 @@ def chunk_of(work: Work, chunk: int | None) -> int | None:
     return programs.layout(Config(chunk=chunk), work.clients)[0]
 
 
-def make_round(work: Work, method: Method, loss_fn: Callable, chunk: int | None, remat: bool = True) -> Callable:
-    return rounds.make_round(method, loss_fn, optax.sgd(work.lr), chunk=chunk_of(work, chunk), remat=remat)
+def method(work: Work, name: str) -> Method:
+    one = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), _told(work, 1))
+    return methods.build(name, participants=work.clients, signature=one, population=work.clients, theta=None)
+
+
+def arguments(work: Work, p: Problem, name: str, chunk: int | None = None, remat: bool = True) -> tuple:
+    """A method's round, and what to call it with, for ``compiled``."""
+    made = method(work, name)
+    run = rounds.start(made, jax.random.key(0), p.adapter, work.clients)
+    round_fn = rounds.make_round(made, p.loss_fn, optax.sgd(work.lr), chunk=chunk_of(work, chunk), remat=remat)
+    return round_fn, p.base, run.state, p.cohort._replace(memory=run.memory), jax.random.key(1)
 
 
 def compiled(function: Callable, *arguments: Any) -> Compiled:
@@ -100,9 +112,7 @@ def compiled(function: Callable, *arguments: Any) -> Compiled:
 
 def contender(work: Work, chunk: int | None = None) -> Contender:
     """FedIT. The round includes what our rounds always do: losses and the bias of the aggregation."""
-    p, method = problem(work), fedit()
-    state = method.init(jax.random.key(0), p.adapter)
-    made = compiled(make_round(work, method, p.loss_fn, chunk), p.base, state, p.cohort, jax.random.key(1))
+    made = compiled(*arguments(work, problem(work), "fedit", chunk))
     memory = made.program.memory_analysis()
     about = {
         **describe(),
