@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from experiments import bench
 from experiments.cli import fail, parse
 
 
@@ -12,10 +13,11 @@ def main() -> None:
 
         print(table())
         return
-    if command == "bench":
-        from experiments import bench
-
-        bench.Plan().execute()
+    if isinstance(config, bench.Options):
+        try:
+            bench.execute(config)
+        except (ValueError, OSError) as error:
+            fail(str(error))
         return
     from experiments import bounds, budget, compare  # after parsing: --help and typing errors need no jax
 

@@ -103,7 +103,10 @@ def line(bench: str, work: Work | str, contender: str, **found: Any) -> Line:
     """A line with every field of ``FIELDS`` (``None`` where it does not apply), then what else was found."""
     found |= {"bench": bench, "work": work if isinstance(work, str) else work.name, "contender": contender}
     found["date"] = f"{datetime.date.today()}"
-    found = {name: _digits(x) if isinstance(x, float) and name not in ("squares", "moved") else x for name, x in found.items()}
+    found = {
+        name: _digits(x) if isinstance(x, float) and name not in ("squares", "moved") else x
+        for name, x in found.items()
+    }
     return {name: found.pop(name, None) for name in FIELDS} | found
 
 

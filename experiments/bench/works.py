@@ -54,11 +54,9 @@ WORKS = {
         Work("base", 768, 12, 12, 3072, 16, 224, 100, 16, 32, 4, 32, "bfloat16", 8192),  # ViT-B/16, for a GPU
     )
 }
-BY_DEFAULT = {"learning": "learning", "scaling": "nano"}  # of a bench; the others' is tiny
 
 
-def find(name: str | None, bench: str = "") -> Work:
-    name = name or BY_DEFAULT.get(bench, "tiny")
+def find(name: str) -> Work:
     if name not in WORKS:
         raise ValueError(f"unknown work {name!r}: expected one of {', '.join(WORKS)}")
     return WORKS[name]

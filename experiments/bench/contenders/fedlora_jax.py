@@ -118,9 +118,8 @@ def contender(work: Work, chunk: int | None = None) -> Contender:
         **describe(),
         "compile_seconds": sum(made.seconds.values()),
         "chunk": chunk_of(work, chunk),
-        "predicted_mb": sum(
-            getattr(memory, f"{part}_size_in_bytes") for part in ("temp", "argument", "output")
-        ) / 2**20,
+        "predicted_mb": sum(getattr(memory, f"{part}_size_in_bytes") for part in ("temp", "argument", "output"))
+        / 2**20,
     }
     return Contender(made.call, lambda out: flat(out[0].adapter), matmul(work), about, device_memory_mb)
 

@@ -51,7 +51,7 @@ def _client_app(name: str) -> ClientApp:
 
 
 class _Clocked(FedAvg):
-    """FedAvg over everybody that starts each round from the first weights and notes when the last one began and ended."""
+    """FedAvg over everybody; every round starts from the first weights, and the last one is timed."""
 
     def __init__(self, clients: int, start: ArrayRecord):
         everybody = {"min_train_nodes": clients, "min_available_nodes": clients}

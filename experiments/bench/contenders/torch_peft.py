@@ -65,7 +65,9 @@ def _named(work: Work) -> Arrays:
     named = {
         "vit.embeddings.cls_token": w["cls"][None],
         "vit.embeddings.position_embeddings": w["pos"][None],
-        "vit.embeddings.patch_embeddings.projection.weight": w["embed/kernel"].T.reshape(-1, p, p, 3).transpose(0, 3, 1, 2),
+        "vit.embeddings.patch_embeddings.projection.weight": w["embed/kernel"]
+        .T.reshape(-1, p, p, 3)
+        .transpose(0, 3, 1, 2),
         "vit.embeddings.patch_embeddings.projection.bias": w["embed/bias"],
         "vit.layernorm.weight": w["norm/scale"],
         "vit.layernorm.bias": w["norm/bias"],
