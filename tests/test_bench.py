@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from experiments import bench, cli
 from experiments.bench import children, machine, measure, works
@@ -105,7 +106,7 @@ def _products(jaxpr) -> int:
             (left, _), _ = equation.params["dimension_numbers"]
             inner = math.prod(equation.invars[0].aval.shape[i] for i in left)
             total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        total += times * sum(map(_products, jax.core.jaxprs_in_params(equation.params)))
+        total += times * sum(map(_products, jaxprs_in_params(equation.params)))
     return total
 
 

@@ -1,5 +1,7 @@
 """A round of ours is the round that PyTorch computes: transformers' ViT with peft's LoRA, and a vmapped one."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from experiments.bench import works
 from experiments.bench.contenders import fedlora_jax
 
 TOY = works.find("toy")
+NEEDS = {"torch_peft": ("torch", "transformers", "peft"), "torch_vmap": ("torch",)}
 
 
 @pytest.fixture(scope="module")
@@ -15,15 +18,11 @@ def ours():
     return contender.adapter(contender.round())
 
 
-@pytest.mark.parametrize(
-    ("name", "needs"), [("torch_peft", ("torch", "transformers", "peft")), ("torch_vmap", ("torch",))]
-)
+@pytest.mark.parametrize("name", NEEDS)
 @pytest.mark.filterwarnings("ignore")  # other people's
-def test_a_round_is_the_same_in_pytorch(ours, name, needs):
-    for package in needs:
+def test_a_round_is_the_same_in_pytorch(ours, name):
+    for package in NEEDS[name]:
         pytest.importorskip(package)
-    from importlib import import_module
-
     contender = import_module(f"experiments.bench.contenders.{name}").contender(TOY)
     theirs = contender.adapter(contender.round())
     start = works.adapter(TOY)

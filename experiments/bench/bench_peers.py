@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from experiments.bench import works
 from experiments.bench.children import Child, together
-from experiments.bench.measure import Line, line
+from experiments.bench.measure import Line, digits, line
 from experiments.bench.options import Options, interpreter
 from experiments.bench.works import Work
 
@@ -69,9 +69,9 @@ def compared(work: Work, lines: list[Line]) -> list[Line]:
         return lines
     exact = work.dtype == "float32" and all("cpu" in found["device"] for found in ran)  # a GPU's products are shorter
     for found in ran:
-        found["seconds_scaled"] = found["seconds_per_round"] * found["peak_gflops"] / ours["peak_gflops"]
-        found["difference"] = abs(found["squares"] / ours["squares"] - 1)
-        found["moved_difference"] = abs(found["moved"] / ours["moved"] - 1)
+        found["seconds_scaled"] = digits(found["seconds_per_round"] * found["peak_gflops"] / ours["peak_gflops"])
+        found["difference"] = digits(abs(found["squares"] / ours["squares"] - 1))
+        found["moved_difference"] = digits(abs(found["moved"] / ours["moved"] - 1))
         limits = (1e-5, 1e-3) if exact else (1e-2, 1e-1)
         found["agrees"] = found["difference"] < limits[0] and found["moved_difference"] < limits[1]
     return lines

@@ -25,6 +25,7 @@ FIELDS = (
     "device",
     "date",
 )
+EXACT = ("squares", "moved")  # compared to the last digits
 Line = dict[str, Any]
 
 
@@ -77,13 +78,13 @@ def summary(work: Work, turns: list[dict[str, Any]]) -> Line:
     seconds = median(t["seconds"] for t in turns)
     others = [t["others_share"] for t in turns if t["others_share"] is not None]
     return {
-        "seconds_per_round": _digits(seconds),
-        "peak_fraction": _digits(median(works.flops(work) / t["seconds"] / t["peak_flops"] for t in turns)),
-        "peak_gflops": _digits(median(t["peak_flops"] for t in turns) / 1e9),
-        "cpu_seconds": _digits(median(t["cpu_seconds"] for t in turns)),
-        "peak_memory_mb": _digits(max(t["peak_memory_mb"] for t in turns)),
+        "seconds_per_round": digits(seconds),
+        "peak_fraction": digits(median(works.flops(work) / t["seconds"] / t["peak_flops"] for t in turns)),
+        "peak_gflops": digits(median(t["peak_flops"] for t in turns) / 1e9),
+        "cpu_seconds": digits(median(t["cpu_seconds"] for t in turns)),
+        "peak_memory_mb": digits(max(t["peak_memory_mb"] for t in turns)),
         "quiet": max(others) <= machine.NOISE if others else None,
-        "others_share": _digits(max(others)) if others else None,
+        "others_share": digits(max(others)) if others else None,
         "rounds": len(turns),
         "squares": turns[-1]["squares"],
         "moved": turns[-1]["moved"],
@@ -99,17 +100,14 @@ def interleaved(calls: Mapping[Any, Callable[[], Any]], repeats: Iterable[Any]) 
     return {key: statistics.median(values) for key, values in times.items()}
 
 
-def line(bench: str, work: Work | str, contender: str, **found: Any) -> Line:
+def line(bench: str, work: Work, contender: str, **found: Any) -> Line:
     """A line with every field of ``FIELDS`` (``None`` where it does not apply), then what else was found."""
-    found |= {"bench": bench, "work": work if isinstance(work, str) else work.name, "contender": contender}
-    found["date"] = f"{datetime.date.today()}"
-    found = {
-        name: _digits(x) if isinstance(x, float) and name not in ("squares", "moved") else x
-        for name, x in found.items()
-    }
+    found |= {"bench": bench, "work": work.name, "contender": contender, "date": f"{datetime.date.today()}"}
+    rounded = lambda name, x: digits(x) if isinstance(x, float) and name not in EXACT else x
+    found = {name: rounded(name, x) for name, x in found.items()}
     return {name: found.pop(name, None) for name in FIELDS} | found
 
 
-def _digits(x: float) -> float:
+def digits(x: float) -> float:
     """Four significant digits: more are noise."""
     return float(f"{x:.4g}")

@@ -18,7 +18,7 @@ BENCHES = {
 }
 
 USES = {  # beside --out
-    "learning": ("work", "repeats"),
+    "learning": ("work", "repeats", "methods"),
     "round": ("work", "repeats", "chunk", "force"),
     "peers": ("work", "repeats", "chunk", "contenders", "python", "force"),
     "scaling": ("work", "repeats", "clients", "ranks", "local_steps", "depths"),
@@ -29,8 +29,9 @@ USES = {  # beside --out
 }
 
 CONTENDERS = ("fedlora_jax", "torch_peft", "torch_vmap", "torch_compile", "flwr", "fedjax")
+LEARNING = ("fedit", "flexlora", "hyperlora", "hyperlora:mode=first_order", "hyperlora:mode=exact")
 BY_DEFAULT = {  # of some benches; the others' is the field's own
-    "learning": {"work": "learning"},
+    "learning": {"work": "learning", "methods": LEARNING},
     "scaling": {"work": "nano", "clients": (16, 64, 256, 1024, 4096), "repeats": 1},
     "gpu": {"contenders": ("fedlora_jax", "torch_peft", "torch_vmap", "torch_compile")},
 }
@@ -51,7 +52,7 @@ class Options:
     local_steps: tuple[int, ...] = option((1, 5, 20), "numbers of local steps, comma-separated")
     depths: tuple[int, ...] = option((1, 2, 4, 8), "numbers of blocks, comma-separated")
     kernels: str = option("base", "the work whose adapted kernels are aggregated")
-    methods: tuple[str, ...] = option((), "methods, comma-separated (default: all)")
+    methods: tuple[str, ...] = option((), "methods, comma-separated (all, where no default is given)")
     contenders: tuple[str, ...] = option(CONTENDERS, "who computes the round, comma-separated")
     python: tuple[str, ...] = option(
         (), "interpreters for contenders, as in torch_peft=venv/bin/python; one without a name is for all the others"

@@ -62,12 +62,11 @@ def build(work: Work) -> torch.nn.Module:
 def _named(work: Work) -> Arrays:
     """The weights under the names and in the layouts of transformers."""
     w, p = works.weights(work), work.patch
+    patches = w["embed/kernel"].T.reshape(-1, p, p, 3)
     named = {
         "vit.embeddings.cls_token": w["cls"][None],
         "vit.embeddings.position_embeddings": w["pos"][None],
-        "vit.embeddings.patch_embeddings.projection.weight": w["embed/kernel"]
-        .T.reshape(-1, p, p, 3)
-        .transpose(0, 3, 1, 2),
+        "vit.embeddings.patch_embeddings.projection.weight": patches.transpose(0, 3, 1, 2),
         "vit.embeddings.patch_embeddings.projection.bias": w["embed/bias"],
         "vit.layernorm.weight": w["norm/scale"],
         "vit.layernorm.bias": w["norm/bias"],

@@ -23,10 +23,8 @@ def contender(work: Work, chunk: int | None = None) -> Contender:
     def client(images: torch.Tensor, labels: torch.Tensor) -> common.Tensors:
         adapter = sent
         for x, y in zip(images, labels, strict=True):
-            adapter = {
-                name: p - work.lr * g
-                for (name, p), g in zip(adapter.items(), slope(adapter, x, y).values(), strict=True)
-            }
+            slopes = slope(adapter, x, y)
+            adapter = {name: p - work.lr * slopes[name] for name, p in adapter.items()}
         return adapter
 
     def round_(images: torch.Tensor = images, labels: torch.Tensor = labels) -> common.Tensors:
