@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import jit
 from jax.extend.core import jaxprs_in_params
 
 from experiments import bench, cli
@@ -33,7 +34,8 @@ SMALL = {  # of each bench: options that make it quick
 
 
 @pytest.mark.parametrize("name", BENCHES)
-def test_every_bench_gives_lines_with_the_same_fields(name, tmp_path, capsys):
+def test_every_bench_gives_lines_with_the_same_fields(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ours, "jit", jit)
     options = Options(name, work="toy", repeats=1, out=f"{tmp_path / 'new'}")
     lines = bench.execute(dataclasses.replace(options, **SMALL[name]))
     assert lines

@@ -37,34 +37,31 @@ class Contender(NamedTuple):
     matmul: Callable[[], None]  # one square product of side ``Work.matmul``, to its end
     about: dict[str, Any]  # versions, device, compile_seconds, and what else belongs on the line
     device_memory_mb: Callable[[], float | None] = lambda: None  # the peak, where the device has memory of its own
-    clock: Callable[[Any], dict[str, float]] = lambda out: {}  # its own times, where ``round`` does more than a round
+    clock: Callable[[Any], dict[str, Any]] = lambda out: {}  # its own measurements, where ``round`` does more
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+def timed(call: Callable[[], Any]) -> float:
     begin = time.perf_counter()
-    out = call()
-    return time.perf_counter() - begin, out
+    call()
+    return time.perf_counter() - begin
 
 
 def rate(side: int, matmul: Callable[[], None], products: int = 5) -> float:
     """FLOP/s of a square product, median."""
-    return 2 * side**3 / statistics.median(timed(matmul)[0] for _ in range(products))
+    return 2 * side**3 / statistics.median(timed(matmul) for _ in range(products))
 
 
 def turn(work: Work, contender: Contender) -> dict[str, Any]:
     """One round between two measurements of the peak."""
     before = rate(work.matmul, contender.matmul)
-    busy, own = machine.busy_seconds(), machine.own_seconds()
-    seconds, out = timed(contender.round)
-    own = machine.own_seconds() - own
-    busy = None if busy is None else (machine.busy_seconds() or busy) - busy
+    watch = machine.Watch()
+    out = contender.round()
+    measured = watch.read()
     peak = (before + rate(work.matmul, contender.matmul)) / 2
     adapter = contender.adapter(out)
     return {
-        "seconds": seconds,
-        "cpu_seconds": own,
+        **measured,
         "peak_flops": peak,
-        "others_share": machine.others_share(busy, own, seconds),
         "peak_memory_mb": contender.device_memory_mb() or machine.peak_memory_mb(),
         "squares": works.squares(adapter),
         "moved": works.moved(work, adapter),
@@ -96,7 +93,7 @@ def interleaved(calls: Mapping[Any, Callable[[], Any]], repeats: Iterable[Any]) 
     times: dict[Any, list[float]] = {key: [] for key in calls}
     for _ in repeats:
         for key, call in calls.items():
-            times[key].append(timed(call)[0])
+            times[key].append(timed(call))
     return {key: statistics.median(values) for key, values in times.items()}
 
 

@@ -32,6 +32,7 @@ class Work(NamedTuple):
     batch: int
     dtype: str = "float32"  # of the activations
     matmul: int = 2048  # side of the square product whose rate is the peak
+    chunk: int | None = None  # clients at once where a run would take all and they do not fit
     lr: float = 0.1
     scale: float = 2.0
 
@@ -51,7 +52,7 @@ WORKS = {
         Work("nano", 64, 4, 4, 128, 4, 16, 10, 4, 256, 10, 16),  # the built-in model on the built-in digits
         Work("tiny", 192, 12, 3, 768, 4, 32, 10, 8, 16, 5, 32),  # ViT-Ti on images like CIFAR's
         Work("learning", 192, 12, 3, 768, 4, 32, 10, 8, 32, 5, 8),  # ViT-Ti, more clients, smaller batches
-        Work("base", 768, 12, 12, 3072, 16, 224, 100, 16, 32, 4, 32, "bfloat16", 8192),  # ViT-B/16, for a GPU
+        Work("base", 768, 12, 12, 3072, 16, 224, 100, 16, 32, 4, 32, "bfloat16", 8192, 8),  # ViT-B/16, for a GPU
     )
 }
 

@@ -7,6 +7,8 @@ fedjax 0.0.17 calls ``jax.tree_map``, which JAX has removed: it needs an environ
     python -m experiments bench peers --python fedjax=old/bin/python
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.metadata

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import jit
 
 from experiments import methods, programs
 from experiments.bench import works
@@ -81,7 +82,7 @@ def _loss(work: Work) -> Callable:
 
 def chunk_of(work: Work, chunk: int | None) -> int | None:
     """As a run would choose it."""
-    return programs.layout(Config(chunk=chunk), work.clients)[0]
+    return programs.layout(Config(chunk=chunk or work.chunk), work.clients)[0]
 
 
 def method(work: Work, name: str) -> Method:
@@ -100,7 +101,7 @@ def arguments(work: Work, p: Problem, name: str, chunk: int | None = None, remat
 def compiled(function: Callable, *arguments: Any) -> Compiled:
     """Compile ahead of time, a clock at each stage."""
     begin = time.perf_counter()
-    traced = jax.jit(function).trace(*arguments)
+    traced = jit(function).trace(*arguments)
     after_trace = time.perf_counter()
     lowered = traced.lower()
     after_lowering = time.perf_counter()

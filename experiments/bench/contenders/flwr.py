@@ -1,14 +1,16 @@
 """Flower's simulation (ray workers) of ``torch_peft``'s clients under Flower's FedAvg.
 
 A simulation starts workers, and each builds its model once; neither is part of a round. So every turn simulates two
-rounds from the same weights and counts the second, from its first message to the aggregated weights.
+rounds from the same weights and counts the second, from its first message to the aggregated weights. Memory is of
+all processes together, those of ray included.
 """
+
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
 import functools
 import os
-import time
 from typing import Any
 
 import numpy as np
@@ -59,13 +61,12 @@ class _Clocked(FedAvg):
         self.start_arrays = start
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: Any, grid: Grid):
-        self.began = time.perf_counter(), machine.own_seconds()
+        self.watch = machine.Watch()
         return super().configure_train(server_round, self.start_arrays, config, grid)
 
     def aggregate_train(self, server_round: int, replies: Any):
         arrays, metrics = super().aggregate_train(server_round, replies)
-        now = time.perf_counter(), machine.own_seconds()
-        self.seconds, self.cpu_seconds = (end - begin for end, begin in zip(now, self.began, strict=True))
+        self.measured = self.watch.read() | {"peak_memory_mb": machine.family_memory_mb()}
         self.arrays = arrays
         return arrays, metrics
 
@@ -90,6 +91,7 @@ def contender(work: Work, chunk: int | None = None) -> Contender:
     def adapter(strategy: _Clocked) -> works.Arrays:
         return torch_peft.ours(work, {k: x.numpy() for k, x in strategy.arrays.to_torch_state_dict().items()})
 
-    clock = lambda strategy: {"seconds": strategy.seconds, "cpu_seconds": strategy.cpu_seconds}
     about = common.about("transformers", "peft", "flwr", "ray", workers=f"{os.cpu_count()} of 1 thread")
-    return Contender(simulate, adapter, common.matmul(work), about, common.device_memory_mb, clock)
+    return Contender(
+        simulate, adapter, common.matmul(work), about, common.device_memory_mb, lambda strategy: strategy.measured
+    )

@@ -1,5 +1,7 @@
 """What the PyTorch contenders share: tensors of a work, a functional ViT with LoRA, and the peak of this process."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.metadata

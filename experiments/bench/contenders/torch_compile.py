@@ -1,5 +1,7 @@
 """A lean loop, as fast as PyTorch goes on one client after another: ``torch.compile`` of loss and gradient."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import time

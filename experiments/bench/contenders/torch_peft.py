@@ -1,5 +1,7 @@
 """What most people run: transformers' ViT with peft's LoRA, an SGD optimizer, one client after another."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import contextlib
@@ -56,7 +58,11 @@ def build(work: Work) -> torch.nn.Module:
         lora_dropout=0.0,
         modules_to_save=["classifier"],
     )
-    return get_peft_model(model, lora).to(common.DEVICE).train()  # type: ignore[arg-type]
+    model = get_peft_model(model, lora).to(common.DEVICE).train()  # type: ignore[arg-type]
+    for p in model.parameters():
+        if not p.requires_grad:  # what is frozen is converted once, not in every step
+            p.data = p.data.to(getattr(torch, work.dtype))
+    return model
 
 
 def _named(work: Work) -> Arrays:

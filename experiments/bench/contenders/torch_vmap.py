@@ -1,5 +1,7 @@
 """Our idea in PyTorch: ``torch.func`` gradients, local steps vmapped over clients in chunks."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import time
@@ -17,7 +19,7 @@ CPU_CHUNK = 4  # what a CPU's memory likes; all at once elsewhere
 
 def contender(work: Work, chunk: int | None = None) -> Contender:
     base, sent, (images, labels) = common.frozen(work), common.tensors(works.adapter(work)), common.batches(work)
-    chunk = chunk or (work.clients if common.ON_GPU else CPU_CHUNK)
+    chunk = chunk or work.chunk or (work.clients if common.ON_GPU else CPU_CHUNK)
     slope = grad(lambda adapter, x, y: common.loss_fn(work, base, adapter, x, y))
 
     def client(images: torch.Tensor, labels: torch.Tensor) -> common.Tensors:
