@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,10 @@ def draw(bench: str, lines: list[Line]) -> bytes:
     return png(makers.get(bench, _rounds)(lines))
 
 
-def _new(panels: int, height: float, title: str) -> tuple[Figure, Sequence[Axes]]:
+def _new(panels: int, height: float, title: str) -> tuple[Figure, list[Axes]]:
     figure = Figure((7.2, height), 150, layout="constrained")
     figure.suptitle(title, fontsize=12, weight="bold", x=0.015, ha="left")
-    return figure, figure.subplots(panels, 1, squeeze=False)[:, 0]
+    return figure, list(figure.subplots(panels, 1, squeeze=False)[:, 0])
 
 
 def _rounds(lines: list[Line]) -> Figure:
@@ -67,7 +67,9 @@ def _memory(lines: list[Line]) -> Figure:
     figure, (axes,) = _new(1, 4.0, "Memory against clients trained at once")
     dress(axes, "", "clients trained at once", "MiB")
     own = [line for line in lines if line["peak_memory_mb"] is not None]
-    for i, (key, label) in enumerate({"peak_memory_mb": "measured", "predicted_mb": "predicted"}.items()):
+    for i, (key, label) in enumerate(
+        {"peak_memory_mb": "measured", "predicted_mb": "predicted", "idle_mb": "before the first round"}.items()
+    ):
         values = [line[key] for line in own]
         axes.plot([line["chunk"] for line in own], values, MARKERS[i] + DASHES[i], color=METHODS[i], label=label)
     axes.set(ylim=(0, None))

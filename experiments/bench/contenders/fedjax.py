@@ -7,7 +7,7 @@ fedjax 0.0.17 calls ``jax.tree_map``, which JAX has removed: it needs an environ
     python -m experiments bench peers --python fedjax=old/bin/python
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 

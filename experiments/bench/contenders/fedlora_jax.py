@@ -13,7 +13,7 @@ import optax
 from jax import jit
 
 from experiments import methods, programs
-from experiments.bench import works
+from experiments.bench import machine, works
 from experiments.bench.measure import Contender
 from experiments.bench.works import Arrays, Work
 from experiments.compare import describe
@@ -122,6 +122,7 @@ def contender(work: Work, chunk: int | None = None) -> Contender:
         "predicted_mb": sum(getattr(memory, f"{part}_size_in_bytes") for part in ("temp", "argument", "output"))
         / 2**20,
     }
+    about["idle_mb"] = device_memory_mb() or machine.peak_memory_mb()
     return Contender(made.call, lambda out: flat(out[0].adapter), matmul(work), about, device_memory_mb)
 
 

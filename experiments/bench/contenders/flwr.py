@@ -92,6 +92,5 @@ def contender(work: Work, chunk: int | None = None) -> Contender:
         return torch_peft.ours(work, {k: x.numpy() for k, x in strategy.arrays.to_torch_state_dict().items()})
 
     about = common.about("transformers", "peft", "flwr", "ray", workers=f"{os.cpu_count()} of 1 thread")
-    return Contender(
-        simulate, adapter, common.matmul(work), about, common.device_memory_mb, lambda strategy: strategy.measured
-    )
+    measured = lambda strategy: strategy.measured
+    return Contender(simulate, adapter, common.matmul(work), about, common.device_memory_mb, measured)
