@@ -42,7 +42,18 @@ def frozen(work: Work) -> Tensors:
     return {name: x if name.startswith(kept) else x.to(dtype) for name, x in tensors(works.weights(work)).items()}
 
 
-def loss_fn(work: Work, base: Tensors, adapter: Tensors, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def attention_by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+
+def loss_fn(
+    work: Work,
+    base: Tensors,
+    adapter: Tensors,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    attention: Callable = F.scaled_dot_product_attention,
+) -> torch.Tensor:
     """Mean cross-entropy of one batch ``[B, 3, side, side]``."""
     d, h = work.width, work.heads
     dtype = getattr(torch, work.dtype)
@@ -66,7 +77,7 @@ def loss_fn(work: Work, base: Tensors, adapter: Tensors, images: torch.Tensor, l
         y = norm("blocks/norm1", x, layer)
         split = lambda z: z.reshape(*z.shape[:-1], h, d // h).transpose(-3, -2)
         q, k, v = (split(dense(f"blocks/attn/{name}", y, layer)) for name in ("query", "key", "value"))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).reshape(x.shape)
+        y = attention(q, k, v).transpose(-3, -2).reshape(x.shape)
         x = x + dense("blocks/attn/out", y, layer)
         y = F.gelu(dense("blocks/mlp/fc1", norm("blocks/norm2", x, layer), layer))
         x = x + dense("blocks/mlp/fc2", y, layer)

@@ -8,6 +8,7 @@ import time
 
 import torch
 from torch.func import grad, vmap
+from torch.nn import functional as F
 
 from experiments.bench import works
 from experiments.bench.contenders import torch_common as common
@@ -20,7 +21,9 @@ CPU_CHUNK = 4  # what a CPU's memory likes; all at once elsewhere
 def contender(work: Work, chunk: int | None = None) -> Contender:
     base, sent, (images, labels) = common.frozen(work), common.tensors(works.adapter(work)), common.batches(work)
     chunk = chunk or work.chunk or (work.clients if common.ON_GPU else CPU_CHUNK)
-    slope = grad(lambda adapter, x, y: common.loss_fn(work, base, adapter, x, y))
+    # On a CPU the derivative of fused attention has no batching rule: clients would follow one another in it.
+    attention = F.scaled_dot_product_attention if common.ON_GPU else common.attention_by_products
+    slope = grad(lambda adapter, x, y: common.loss_fn(work, base, adapter, x, y, attention))
 
     def client(images: torch.Tensor, labels: torch.Tensor) -> common.Tensors:
         adapter = sent
