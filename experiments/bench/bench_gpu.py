@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 from experiments.bench import bench_peers, works
-from experiments.bench.measure import Line
+from experiments.bench.measure import Line, line
 from experiments.bench.options import Options
 
 
@@ -19,4 +19,4 @@ def run(options: Options) -> Iterator[Line]:
         try:
             yield from bench_peers.compare(dataclasses.replace(options, work=name), work, deadline)
         except ValueError as error:
-            yield bench_peers.line(options.bench, work, "fedlora_jax", skipped=f"{error}")
+            yield from (line(options.bench, work, contender, skipped=f"{error}") for contender in options.contenders)

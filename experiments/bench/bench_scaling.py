@@ -3,6 +3,7 @@
 Everybody takes part in every round: their images (uint8) and one adapter for each lie on the device, and nothing else
 grows with the clients. FedIT's clients keep nothing between rounds; for a method whose clients do, ``rounds.start``
 makes one row of memory for each client of the population, of which a round reads and writes those that take part.
+``peak_memory_mb`` is of this process so far, so it says something only where sizes rise.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ def _scaling(lines: list[Line]) -> Figure:
         own = [line for line in lines if line["axis"] == axis]
         axes = dress(figure.add_subplot(2, -(-len(axis_names) // 2), i + 1), "", axis, "seconds per client")
         axes.plot([line[axis] for line in own], [line["seconds_per_client"] for line in own], "o-", color=METHODS[i])
-        axes.set(xscale="log", ylim=(0, None))
+        axes.set_ylim(0, 1.1 * max(line["seconds_per_client"] for line in own))
+        _logarithmic(axes, [line[axis] for line in own])
     return figure
 
 
@@ -67,9 +68,8 @@ def _memory(lines: list[Line]) -> Figure:
     figure, (axes,) = _new(1, 4.0, "Memory against clients trained at once")
     dress(axes, "", "clients trained at once", "MiB")
     own = [line for line in lines if line["peak_memory_mb"] is not None]
-    for i, (key, label) in enumerate(
-        {"peak_memory_mb": "measured", "predicted_mb": "predicted", "idle_mb": "before the first round"}.items()
-    ):
+    drawn = {"peak_memory_mb": "measured", "predicted_mb": "predicted", "idle_mb": "before the first round"}
+    for i, (key, label) in enumerate(drawn.items()):
         values = [line[key] for line in own]
         axes.plot([line["chunk"] for line in own], values, MARKERS[i] + DASHES[i], color=METHODS[i], label=label)
     axes.set(ylim=(0, None))
@@ -86,7 +86,8 @@ def _server(lines: list[Line]) -> Figure:
         points = [(line["clients"], line["server_seconds"]) for line in own if line["method"] == name]
         style: dict[str, Any] = {"color": METHODS[i % 8], "marker": MARKERS[i % 8], "linestyle": DASHES[i // 8 % 4]}
         axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.set(xscale="log", yscale="log")
+    axes.set_yscale("log")
+    _logarithmic(axes, [line["clients"] for line in own])
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
@@ -100,6 +101,13 @@ def _compile(lines: list[Line]) -> Figure:
     axes.plot(cached, range(len(names)), "k|", markersize=14, label="all, from a persistent cache")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
+
+
+def _logarithmic(axes: Axes, values: list[int]) -> None:
+    """A logarithmic axis that is labelled where something was measured."""
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(set(values)), [f"{value}" for value in sorted(set(values))])
+    axes.minorticks_off()
 
 
 def _bars(axes: Axes, names: list[str], parts: dict[str, list[float]], x: str) -> None:
