@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
-from experiments import process
+from collections.abc import Callable
+from typing import Any
+
+from experiments import bench, process
 from experiments.cli import fail, parse
 
 
 def main() -> None:
-    command, config = parse()
-    if command == "methods":
-        from experiments.overview import table
-
-        assert config is not None
-        try:
-            print(table(config))
-        except (ValueError, OSError) as error:
-            fail(str(error))
-        return
-    if command == "bench":
-        from experiments import bench
-
-        bench.Plan().execute()
-        return
-    from experiments import bounds, budget, compare  # after parsing: --help and typing errors need no jax
-
-    assert config is not None
+    command, options = parse()
     try:
-        match command:
-            case "bounds":
-                plan = bounds.Plan(config)
-            case "budget":
-                plan = budget.Plan(config)
-            case _:
-                plan = compare.Plan(command, config)
+        execute = planned(command, options)
     except (ValueError, OSError) as error:
         fail(str(error))
     try:
-        plan.execute()
+        execute()
     except FloatingPointError as error:
         fail(str(error))
+
+
+def planned(command: str, options: Any) -> Callable[[], Any]:
+    """What remains to be done once everything that can be refused has been."""
+    match command:  # imports wait until here: --help and typing errors need no jax
+        case "bench":  # many small runs, each of which may be refused: nothing is left for later
+            bench.execute(options)
+            return lambda: None
+        case "methods":
+            from experiments import overview
+
+            text = overview.table(options)
+            return lambda: print(text)
+        case "bounds":
+            from experiments import bounds
+
+            return bounds.Plan(options).execute
+        case "budget":
+            from experiments import budget
+
+            return budget.Plan(options).execute
+        case _:
+            from experiments import compare
+
+            return compare.Plan(command, options).execute
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from experiments.bench import options as bench
 from experiments.config import Config
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
@@ -27,8 +28,8 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
-    """The command and its options (``None`` for ``bench``, which has none)."""
+def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.Options]:
+    """The command and its options."""
     parser = _Parser(
         prog="python -m experiments",
         description="Federated LoRA fine-tuning: run methods side by side, every round one compiled program.",
@@ -47,14 +48,13 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | None]:
         ),
     ):
         add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
-    text = "seconds per round of learned methods against plain ones, and of the server alone; JSON lines"
-    commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
+    _add_benches(commands)
     text = "tables of methods and wrappers: paper, what is trained, shared and kept, sizes, tests"
     add_options(commands.add_parser("methods", help=text, description=text, allow_abbrev=False), "methods")
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
     if command == "bench":
-        return command, None
+        return command, bench.Options(**given)
     if command == "run":
         given["methods"] = (given.pop("method"),)
     return command, Config(**given)
@@ -75,11 +75,23 @@ _LEFT_OUT = {
 }
 
 
+def _add_benches(commands: Any) -> None:
+    text = "how fast, how large, compared with whom: one bench for each question; JSON lines"
+    benches = commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
+    names = benches.add_subparsers(dest="bench", required=True, metavar="BENCH", parser_class=_Parser)
+    fields = {field.name: field for field in dataclasses.fields(bench.Options)}
+    hints = typing.get_type_hints(bench.Options)
+    for name, text in bench.BENCHES.items():
+        parser = names.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for key in (*bench.USES[name], "out"):
+            default = bench.BY_DEFAULT.get(name, {}).get(key, fields[key].default)
+            _add_option(parser, fields[key], hints[key], default)
+
+
 def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     """One option for each field of ``Config``; ``run`` has ``--method``, every command only what it depends on."""
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
         if field.name in _LEFT_OUT[command]:
             continue
         if field.name == "methods" and command == "run":
@@ -89,14 +101,18 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
                 metavar="NAME",
                 help="the method, by file name, with options and wrappers as in compare --methods",
             )
-        elif hints[field.name] is bool:
-            parser.add_argument(flag, action="store_true", help=text)
         else:
-            shown = "" if field.default is None else f" (default: {_show(field.default)})"
-            kind, metavar = _converter(field.name, hints[field.name])
-            parser.add_argument(
-                flag, type=kind, default=field.default, metavar=metavar, help=(text + shown).replace("%", "%%")
-            )
+            _add_option(parser, field, hints[field.name], field.default)
+
+
+def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any, default: Any) -> None:
+    flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+    if hint is bool:
+        parser.add_argument(flag, action="store_true", help=text)
+        return
+    shown = "" if default in (None, ()) else f" (default: {_show(default)})"
+    kind, metavar = _converter(field.name, hint)
+    parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=(text + shown).replace("%", "%%"))
 
 
 def _show(value: Any) -> str:

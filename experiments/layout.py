@@ -38,13 +38,18 @@ def mesh_of(config: Config) -> Mesh | None:
 def layout(config: Config, problem: Problem) -> tuple[int, int]:
     """Clients and seeds at once on each device: as set, or as they fit. A CPU takes one seed after another."""
     clients, seeds = (config.clients_per_round or config.clients) // config.devices, len(config.seeds)
+    fit = at_once(problem.loss_fn, *one_step(config, problem))
+    cpu = jax.default_backend() == "cpu"
+    together = config.seeds_at_once or (1 if cpu else divisor(seeds, fit // clients))
+    return config.chunk or divisor(clients, fit if cpu else fit // together), together
+
+
+def at_once(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> int:
+    """Clients in one device's memory, or a CPU's caches; the arguments are a local step's, or their shapes."""
     if jax.default_backend() == "cpu":
-        fit = CACHE // largest(problem.loss_fn, *one_step(config, problem))
-        return config.chunk or divisor(clients, fit), config.seeds_at_once or 1
+        return CACHE // largest(loss_fn, base, adapter, batch, key)
     memory = jax.local_devices()[0].memory_stats()["bytes_limit"]
-    fit = int(SHARE * memory / kept(problem.loss_fn, *one_step(config, problem)))
-    together = config.seeds_at_once or divisor(seeds, fit // clients)
-    return config.chunk or divisor(clients, fit // together), together
+    return int(SHARE * memory / kept(loss_fn, base, adapter, batch, key))
 
 
 def divisor(number: int, most: int) -> int:

@@ -1,0 +1,14 @@
+"""Who computes the same round: one module for each, with ``contender(work, chunk) -> Contender``.
+
+``INSTALL`` says what each needs beside this repository. None of it is needed for anything else; a second virtual
+environment, named by ``bench peers --python``, keeps it apart.
+"""
+
+INSTALL = {
+    "fedlora_jax": "-e .",
+    "torch_peft": "torch transformers>=5 peft",
+    "torch_vmap": "torch",
+    "torch_compile": "torch",
+    "flwr": "torch flwr[simulation]",
+    "fedjax": "fedjax 'jax<0.6' 'flax<0.12' optax orbax-checkpoint scikit-learn matplotlib safetensors tqdm",
+}

@@ -1,0 +1,82 @@
+"""What a bench can be told: the only place where a default lives. Needs neither JAX nor anything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experiments.config import option
+
+BENCHES = {
+    "learning": "rounds of learned methods against plain ones, and the server's part alone",
+    "round": "one FedIT round: seconds, share of the machine's peak, memory",
+    "peers": "the same round by PyTorch, Flower and fedjax (where installed), results compared",
+    "scaling": "seconds per client against the number of clients, rank, local steps and depth",
+    "memory": "predicted and measured peak memory against the number of clients trained at once",
+    "server": "every method's aggregation alone, at the size of ViT-B, and its share of a round",
+    "compile": "seconds to trace, lower and compile each method's round, and with a persistent cache",
+    "gpu": "round and peers' PyTorch on every work, within eight minutes on one GPU",
+}
+
+USES = {  # beside --out
+    "learning": ("work", "repeats", "methods"),
+    "round": ("work", "repeats", "chunk", "force"),
+    "peers": ("work", "repeats", "chunk", "contenders", "python", "force"),
+    "scaling": ("work", "repeats", "clients", "ranks", "local_steps", "depths"),
+    "memory": ("work", "chunks", "force"),
+    "server": ("work", "repeats", "kernels", "clients", "methods"),
+    "compile": ("work", "methods"),
+    "gpu": ("works", "repeats", "contenders", "python", "minutes", "force"),
+}
+
+CONTENDERS = ("fedlora_jax", "torch_peft", "torch_vmap", "torch_compile", "flwr", "fedjax")
+LEARNING = ("fedit", "flexlora", "hyperlora", "hyperlora:mode=first_order", "hyperlora:mode=exact")
+BY_DEFAULT = {  # of some benches; the others' is the field's own
+    "learning": {"work": "learning", "methods": LEARNING},
+    "scaling": {"work": "nano", "clients": (16, 64, 256, 1024, 4096), "repeats": 1},
+    "gpu": {"contenders": ("fedlora_jax", "torch_peft", "torch_vmap", "torch_compile")},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of all benches; each takes what ``USES`` says."""
+
+    bench: str
+    work: str = option("tiny", "the fixed work: toy, nano, tiny, learning or base (experiments/bench/works.py)")
+    works: tuple[str, ...] = option(("tiny", "nano", "base"), "the fixed works, comma-separated")
+    repeats: int = option(3, "measurements of each program, in turns; the median is given")
+    chunk: int | None = option(None, "clients trained at once (default: as a run chooses)")
+    chunks: tuple[int, ...] = option((1, 2, 4, 8, 16), "numbers of clients trained at once, comma-separated")
+    clients: tuple[int, ...] = option((8, 32, 128), "numbers of clients, comma-separated")
+    ranks: tuple[int, ...] = option((1, 4, 16, 64), "ranks, comma-separated")
+    local_steps: tuple[int, ...] = option((1, 5, 20), "numbers of local steps, comma-separated")
+    depths: tuple[int, ...] = option((1, 2, 4, 8), "numbers of blocks, comma-separated")
+    kernels: str = option("base", "the work whose adapted kernels are aggregated")
+    methods: tuple[str, ...] = option((), "methods, comma-separated (all, where no default is given)")
+    contenders: tuple[str, ...] = option(CONTENDERS, "who computes the round, comma-separated")
+    python: tuple[str, ...] = option(
+        (), "interpreters for contenders, as in torch_peft=venv/bin/python; one without a name is for all the others"
+    )
+    minutes: float = option(8.0, "start no further contender after so many minutes")
+    force: bool = option(False, "run works that are meant for a GPU on a CPU too")
+    out: str | None = option(None, "folder for bench.jsonl and a picture (default: print only)")
+
+
+def check(options: Options) -> None:
+    """Refuse what can be seen to be wrong at once."""
+    for name in ("repeats", "chunk", "minutes"):
+        if (value := getattr(options, name)) is not None and not value > 0:
+            raise ValueError(f"--{name} must be above 0, got {value}")
+    for name in ("clients", "ranks", "local_steps", "depths", "chunks"):
+        values = getattr(options, name)
+        if not values or min(values) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} needs numbers above 0, got {','.join(map(str, values))}")
+    if unknown := set(options.contenders) - set(CONTENDERS):
+        raise ValueError(f"unknown contenders {', '.join(sorted(unknown))}: expected some of {', '.join(CONTENDERS)}")
+
+
+def interpreter(options: Options, contender: str) -> str | None:
+    """The Python that runs a contender; ``None``: this one. Our own round runs with this one unless named."""
+    named = dict(entry.split("=", 1) for entry in options.python if "=" in entry)
+    others = [entry for entry in options.python if "=" not in entry]
+    return named.get(contender, others[-1] if others and contender != "fedlora_jax" else None)

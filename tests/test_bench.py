@@ -1,0 +1,168 @@
+"""Benches measure what they say: the same fields everywhere, operations counted right, every bench runs."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import jit
+from jax.extend.core import jaxprs_in_params
+
+from experiments import bench, cli
+from experiments.bench import children, machine, measure, works
+from experiments.bench.contenders import INSTALL
+from experiments.bench.contenders import fedlora_jax as ours
+from experiments.bench.options import BENCHES, BY_DEFAULT, CONTENDERS, USES, Options, interpreter
+from experiments.compare import describe
+from fedlora_jax import lora
+from models.vit import SIZES, vit
+
+TOY = works.find("toy")
+SMALL = {  # of each bench: options that make it quick
+    "learning": {"methods": ("fedit", "flexlora")},
+    "round": {},
+    "peers": {"contenders": ("fedlora_jax", "torch_peft")},
+    "scaling": {"clients": (2, 4), "ranks": (1,), "local_steps": (1,), "depths": (1,)},
+    "memory": {"chunks": (2, 3)},
+    "server": {"kernels": "toy", "clients": (2, 4), "methods": ("fedit", "flexlora")},
+    "compile": {"methods": ("fedit",)},
+    "gpu": {"works": ("toy", "base"), "contenders": ("fedlora_jax",)},
+}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_bench_gives_lines_with_the_same_fields(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ours, "jit", jit)
+    options = Options(name, work="toy", repeats=1, out=f"{tmp_path / 'new'}")
+    lines = bench.execute(dataclasses.replace(options, **SMALL[name]))
+    assert lines
+    assert [json.loads(text) for text in capsys.readouterr().out.splitlines()] == lines
+    assert [json.loads(text) for text in (tmp_path / "new/bench.jsonl").read_text().splitlines()] == lines
+    assert (tmp_path / f"new/{name}.png").read_bytes().startswith(b"\x89PNG")
+    for line in lines:
+        assert list(line)[: len(measure.FIELDS)] == list(measure.FIELDS)
+        assert (line["bench"], line["date"][:2]) == (name, "20")
+        assert "failed" not in line
+    ran = [line for line in lines if "skipped" not in line]
+    assert ran
+    assert all(line["versions"]["jax"] and line["device"] for line in ran if line["contender"] == "fedlora_jax")
+
+
+def test_every_option_of_the_command_line_belongs_to_a_bench():
+    fields = {field.name for field in dataclasses.fields(Options)} - {"bench", "out"}
+    assert set(USES) == set(BENCHES) >= set(BY_DEFAULT)
+    assert fields == {option for used in USES.values() for option in used}
+    for name in BENCHES:
+        command, options = cli.parse(["bench", name])
+        assert (command, options) == ("bench", Options(name, **BY_DEFAULT.get(name, {})))
+    assert cli.parse(["bench", "memory", "--chunks", "1,2", "--work", "toy"])[1] == Options(
+        "memory", "toy", chunks=(1, 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"work": "huge"}, "expected one of toy"),
+        ({"repeats": 0}, "--repeats must be above 0, got 0"),
+        ({"contenders": ("torch",)}, "unknown contenders torch: expected some of fedlora_jax"),
+        ({"chunks": (0,)}, "--chunks needs numbers above 0, got 0"),
+        ({"work": "base"}, "takes hours on a CPU"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, said):
+    if options.get("work") == "base" and jax.default_backend() != "cpu":
+        pytest.skip("here it can")
+    with pytest.raises(ValueError, match=said):
+        bench.execute(Options("round", **options))
+
+
+def test_operations_of_tiny_are_as_counted_by_hand():
+    """Per image and block, in millions: projections 19.2, MLP 38.3, attention 3.2, LoRA 0.8; once more, with
+    attention and LoRA twice, on the way back; 14.8 + 1.6 of that are not needed in the first block."""
+    by_hand = 2560 * (12 * (2 * (19.17 + 38.34) + 3 * (3.24 + 0.80)) - 14.78 - 1.62 + 1.18) * 1e6
+    assert math.isclose(works.flops(works.find("tiny")), by_hand, rel_tol=1e-3)
+    assert math.isclose(works.flops(works.find("tiny")), 3.87e12, rel_tol=0.02)
+
+
+def test_operations_are_those_of_the_products_in_our_program():
+    """But for the first block, of which the loop over blocks cannot know that its inputs need no gradient."""
+    work = works.find("tiny")
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    p = jax.eval_shape(lambda: ours.problem(work._replace(clients=1, steps=1))[:2])
+    batch = (jax.ShapeDtypeStruct((work.batch, 32, 32, 3), np.uint8), jax.ShapeDtypeStruct((work.batch,), np.int32))
+    gradient = jax.grad(lambda adapter, base, batch: ours._loss(work)(base, adapter, batch, None))
+    traced = jax.make_jaxpr(gradient)(*jax.tree.map(shape, (p[1], p[0])), batch)
+    assert math.isclose(_products(traced.jaxpr) * 80, works.flops(work), rel_tol=0.02)
+
+
+def _products(jaxpr) -> int:
+    """FLOPs of all matrix products of a program."""
+    total = 0
+    for equation in jaxpr.eqns:
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        if equation.primitive.name == "dot_general":
+            (left, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[i] for i in left)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        total += times * sum(map(_products, jaxprs_in_params(equation.params)))
+    return total
+
+
+def test_weights_and_adapters_are_those_of_the_model():
+    for name, size in (("tiny", "Ti"), ("base", "B"), ("nano", "nano")):
+        work = works.find(name)
+        assert (work.width, work.depth, work.heads, work.mlp) == SIZES[size]
+        if name == "nano":
+            model = vit(f"{size}/{work.patch}", work.classes)
+            images = jnp.zeros((1, work.side, work.side, 3))
+            made = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+            assert {k: x.shape for k, x in lora.flatten(made).items()} == {
+                k: x.shape for k, x in works.weights(work).items()
+            }
+    named = works.adapter(TOY)
+    assert {k: x.tolist() for k, x in ours.flat(ours.problem(TOY).adapter).items()} == {
+        k: x.tolist() for k, x in named.items()
+    }
+
+
+def test_a_contender_that_is_not_installed_says_how_to_install_it(tmp_path):
+    assert set(INSTALL) == set(CONTENDERS)
+    (tmp_path / "python").write_text('#!/bin/sh\necho \'{"skipped": "pip install it"}\'\n')
+    (tmp_path / "python").chmod(0o755)
+    lines = bench.execute(
+        Options("peers", "toy", contenders=("fedlora_jax", "flwr"), repeats=1, python=(f"flwr={tmp_path / 'python'}",))
+    )
+    assert [line.get("skipped") for line in lines] == [None, "pip install it"]
+    assert lines[1]["seconds_per_round"] is None
+
+
+def test_a_contender_that_dies_is_told_apart(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    child = children.Child("flwr", TOY, python=f"{tmp_path / 'python'}")
+    child.turn()
+    child.close()
+    assert child.line("peers")["failed"].startswith("ended with exit status 3")
+
+
+def test_an_interpreter_is_named_for_one_contender_or_for_all_others():
+    options = Options("peers", python=("a", "flwr=b"))
+    assert [interpreter(options, name) for name in ("fedlora_jax", "torch_peft", "flwr")] == [None, "a", "b"]
+
+
+def test_what_others_use_makes_a_measurement_unquiet():
+    assert machine.others_share(None, 1.0, 1.0) is None
+    assert machine.others_share(5.0, 5.0, 2.0) == 0.0
+    assert machine.others_share(2.0, 1.0, 0.01) is None  # too short to tell
+    turns = [
+        {"seconds": 1.0, "cpu_seconds": 1.0, "peak_flops": 1.0, "peak_memory_mb": 1.0, "squares": 1.0, "moved": 1.0}
+        | {"others_share": share}
+        for share in (0.0, 0.4)
+    ]
+    assert measure.summary(TOY, turns[:1])["quiet"] is True
+    assert measure.summary(TOY, turns)["quiet"] is False
+    assert describe()["versions"]
