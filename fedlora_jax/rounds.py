@@ -127,7 +127,7 @@ def make_round(
 
     def round_fn(base: Params, state: State, cohort: Cohort, key: Array) -> tuple[State, Memory, Info]:
         ids, cohort = cohort.ids, method.pool(cohort)
-        at_once = chunk if len(ids) == len(cohort.ids) else None
+        at_once, shared_by = (chunk, mesh) if len(ids) == len(cohort.ids) else (None, None)
         cohort = cohort._replace(weights=cohort.weights / jnp.maximum(cohort.weights.sum(), 1e-12))
         if method.query and not jax.tree.leaves(cohort.queries):
             raise ValueError("the method judges models on queries and the cohort has none: see make_step, sample_apart")
@@ -144,7 +144,7 @@ def make_round(
             return received, method.remember(memory, anchor, adapter, received), trace.loss.mean(), slope
 
         rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.memory, cohort.batches, cohort.queries)
-        received, memory, loss, slopes = map_clients(client, rows, at_once, mesh)
+        received, memory, loss, slopes = map_clients(client, rows, at_once, shared_by)
         learned = method.learn(state, cohort, slopes)
         new_state = method.aggregate(base, learned, cohort, sent, received)
         after = method.dispatch(base, new_state, average_client(cohort._replace(memory=memory)))
