@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 NOISE = 0.05  # of the machine's CPU time: more than that by others and a measurement is not quiet
 SHORTEST = 0.5  # seconds: the machine counts CPU time in hundredths, and in less one cannot tell
@@ -42,11 +45,11 @@ def peak_memory_mb() -> float:
 
 def family_memory_mb() -> float:
     """Resident size, now, of all living children, and the peak of this process."""
-    return peak_memory_mb() + sum(child.memory_info().rss for child in _children()) / 2**20
+    return peak_memory_mb() + sum(_of_children(lambda child: child.memory_info().rss)) / 2**20
 
 
 def _own_seconds() -> float:
-    return sum(os.times()[:4]) + sum(sum(child.cpu_times()[:2]) for child in _children())
+    return sum(os.times()[:4]) + sum(_of_children(lambda child: sum(child.cpu_times()[:2])))
 
 
 def _busy_seconds() -> float | None:
@@ -59,9 +62,14 @@ def _busy_seconds() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _children() -> list:
+def _of_children(read: Callable[[Any], float]) -> list[float]:
+    """A number of every child that still lives when it is asked."""
     try:
         import psutil
     except ImportError:
         return []
-    return psutil.Process().children(recursive=True)
+    numbers = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            numbers.append(read(child))
+    return numbers
