@@ -33,6 +33,7 @@ SMALL = {  # of each bench: options that make it quick
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BENCHES)
 def test_every_bench_gives_lines_with_the_same_fields(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ours, "jit", jit)

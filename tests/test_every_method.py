@@ -83,9 +83,16 @@ SENT = {name: lambda carried: carried["shared"] for name in ("finetune", "ditto"
 SENT["sdflora"] = lambda carried: carried.shared
 
 
+# Built from the same parts as another that always runs: these run with the long tests.
+SECOND = {"lora_fair_ridge", "flexlora_balanced", "fedvlm", "fed_talora", "fed_hello", "hyperlora_exact", "fedproto"}
+SECOND |= {"server", "fedavgm", "fedyogi", "fedadagrad", "trimmed_mean", "norm_bound", "clip", "feddyn", "fedlc"}
+
+
 def every(names, test: str | None = None):
     """``names``, without the exceptions of a test."""
-    return pytest.mark.parametrize("name", [name for name in names if name not in EXCEPTIONS.get(test or "", {})])
+    held = [name for name in names if name not in EXCEPTIONS.get(test or "", {})]
+    mark = lambda name: pytest.param(name, marks=pytest.mark.long) if name in SECOND else name
+    return pytest.mark.parametrize("name", [mark(name) for name in held])
 
 
 every_method = every(EVERY)
@@ -94,7 +101,7 @@ DEEP = METHODS | STACKS
 
 
 def test_exceptions_are_of_methods_that_exist():
-    assert not {name for names in EXCEPTIONS.values() for name in names} - EVERY.keys()
+    assert not ({name for names in EXCEPTIONS.values() for name in names} | SECOND) - EVERY.keys()
 
 
 def averaged(name, method, sent, received):
