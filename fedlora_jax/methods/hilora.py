@@ -51,7 +51,8 @@ class HiLoRAState(NamedTuple):
     clusters: Adapter  # [K, ...] each with its head
     assignment: Array  # [N] the cluster of each client
     bases: dict[str, Array]  # [N, ..., r, out] of each adapted kernel, the average of a client's b / |b| over rounds
-    key: Array
+    leaf: Adapter  # how the leaf of every client begins: b = 0, one a for all
+    key: Array  # of the starts of k-means
     stage: Array  # of the next round
     rounds: Array  # done in this stage
     last: Array  # stage of the last round
@@ -116,11 +117,12 @@ def hilora(
     most = max(1, min(k_max, population - 1))
 
     def init(key, adapter):
-        fresh, key = jax.random.split(key)
+        fresh, own, key = jax.random.split(key, 3)
         clusters = jax.vmap(lambda key: lora.restart(key, adapter))(jax.random.split(fresh, most))
         nobody = jnp.zeros(population, jnp.int32)
         bases = {name: jnp.zeros((population, *x.b.shape), x.b.dtype) for name, x in _factors(adapter).items()}
-        return HiLoRAState(adapter, clusters, nobody, bases, key, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+        zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return HiLoRAState(adapter, clusters, nobody, bases, lora.restart(own, adapter), key, *zeros)
 
     def dispatch(base, state, cohort):
         first, second = (state.stage == ROOT), (state.stage == CLUSTER)
@@ -138,8 +140,7 @@ def hilora(
             root,
             full=lambda x, y: _rows(placed & ~first, x, y),
         )
-        anew = jax.vmap(lambda id_: lora.restart(jax.random.fold_in(state.key, id_), state.root))(cohort.ids)
-        leaf = lora.join(lora.split(anew)[0], lora.split(cluster)[1])
+        leaf = held(lora.join(lora.split(state.leaf)[0], lora.split(cluster)[1]))
         leaf = held(personal.own_or(cohort._replace(memory=memory.leaf), leaf, nobody=False))
 
         moving = jax.tree.map(lambda *xs: jnp.select([first, second], xs[:2], xs[2]), root, cluster, leaf)
