@@ -28,10 +28,10 @@ _FAR = 1e9
 
 
 class Clusters(NamedTuple):
-    """assignment: [N] integers. count: [] clusters in use. gap: [] the eigengap that chose it."""
+    """assignment: [N] integers. number: [] clusters in use. gap: [] the eigengap that chose it."""
 
     assignment: Array
-    count: Array
+    number: Array
     gap: Array
 
 
@@ -75,7 +75,7 @@ def distances(x: Sequence[Array], y: Sequence[Array]) -> Array:
         return jax.lax.scan(layer, jnp.zeros((q.shape[1], p.shape[1]), q.dtype), (q, p))[0], len(q)
 
     sums, layers = zip(*map(stack, x, y), strict=True)
-    return 1.0 - sum(sums) / sum(layers)
+    return 1.0 - jnp.stack(sums).sum(0) / sum(layers)
 
 
 def moving_average(old: Array, b: Array, lam: float, *, align: bool = True) -> Array:

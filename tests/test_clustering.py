@@ -51,7 +51,7 @@ def test_planted_clusters_are_found(k, within, between):
     np.testing.assert_allclose(np.asarray(d)[alike & ~np.eye(CLIENTS, dtype=bool)].mean(), within, atol=0.02)
     np.testing.assert_allclose(np.asarray(d)[~alike].mean(), between, atol=0.02)
     found = spectral(jax.random.key(1), d, jnp.ones(CLIENTS, bool), 2, 12)
-    assert found.count == k
+    assert found.number == k
     assert same(found.assignment, labels)
 
 
@@ -106,7 +106,7 @@ def test_the_gap_after_the_first_eigenvalue_is_never_chosen():
     np.testing.assert_allclose(gap, 0.1, rtol=1e-5)
     assert clustering.eigengap(values, jnp.asarray(2), 2, 6)[0] == 1  # two clients: no gap to look at
     d = distance_of(planted(1, 0.5, 0.6)[0])  # no clusters at all
-    assert 2 <= clustering.spectral(jax.random.key(0), d, jnp.ones(CLIENTS, bool), 2, 12).count <= 12
+    assert 2 <= clustering.spectral(jax.random.key(0), d, jnp.ones(CLIENTS, bool), 2, 12).number <= 12
 
 
 def test_clients_without_a_basis_do_not_disturb_the_others():
@@ -114,7 +114,7 @@ def test_clients_without_a_basis_do_not_disturb_the_others():
     known = np.arange(20) % 5 > 0
     d = distance_of(jnp.where(known[:, None, None, None], b, 0.0))
     found = spectral(jax.random.key(1), d, jnp.asarray(known), 2, 12)
-    assert found.count == 4
+    assert found.number == 4
     assert same(found.assignment[known], labels[known])
     sizes = np.bincount(np.asarray(found.assignment)[known])
     assert set(np.asarray(found.assignment)[~known]) == {sizes.argmax()}

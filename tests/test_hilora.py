@@ -33,6 +33,9 @@ from fedlora_jax import clustering, lora, rounds
 from fedlora_jax.method import average_client, models
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.hilora import CLUSTER, LEAF, ROOT, hilora
+from fedlora_jax.wrappers.fedlc import fedlc
+from fedlora_jax.wrappers.privacy import noise
+from fedlora_jax.wrappers.proximal import proximal
 
 IDS = jnp.arange(CLIENTS)
 
@@ -291,6 +294,19 @@ def test_a_trial_takes_the_steps_of_a_root_client():
     alone = flexlora()
     c = cohort()
     assert rounds.make_meet(alone, loss_fn, OPTIMIZER)(BASE, (), c, KEY) is c.memory
+
+
+def test_wrappers_pass_the_trial_on():
+    method, states, _, _ = history()
+    around = fedlc(noise(proximal(method, 0.1)), 0.1)
+    assert around.meet is not None
+    strangers = members(around)._replace(ids=IDS + 50)
+    whole = around.init(KEY, ADAPTER)
+    state = whole._replace(inner=states[4])
+    memory = jit(rounds.make_meet(around, loss_fn, OPTIMIZER))(BASE, state, strangers, KEY)
+    assert jax.tree.structure(memory) == jax.tree.structure(strangers.memory)
+    assert (memory.cluster >= 0).all()
+    assert proximal(flexlora(), 0.1).meet is None
 
 
 def test_bases_are_averages_over_the_rounds_a_client_took_part_in():

@@ -16,11 +16,14 @@ A client carries the tier that moves; the frozen ones stand beside it in the anc
 rounds of all stages are one program, and a tier that does not move is the same array as before.
 
 Ours, where the paper is not public: all numbers; stages as shares of the run, the leaf stage taking what is left; the
-rotation before averages; the head belongs to the tier that moves (global, per cluster, personal) and starts as that of
-the tier before; the truncations are by subspace iteration where cohorts are wide; a client that was never drawn in the
-root stage joins the largest cluster; the global model is the root alone. A client that never took part finds its
-cluster by a trial (``Method.meet``): local steps from the root, whose b is compared with the bases of the clusters'
-members (the paper: a few probe steps, then the cluster of the largest mean cos^2).
+rotation before averages; all leaves start from one random a; the head belongs to the tier that moves (global, per
+cluster, personal) and starts as that of the tier before; the truncations are by subspace iteration where cohorts are
+wide; a client that was never drawn in the root stage joins the largest cluster. The global model is the root alone (so
+the bias that a round reports is, after the root stage, all that the other tiers add). A client that never took part
+finds its cluster by a trial (``Method.meet``): local steps from the root, whose b is compared with the bases of the
+clusters' members (the paper: a few probe steps, then the cluster of the largest mean cos^2); without one it is served
+the root. The split makes steps of a large: a smaller learning rate than FedIT's is in order. At the start of a stage
+the tier just frozen comes down once more, which ``traffic`` leaves out.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from jax import Array
 
 from fedlora_jax import clustering, lora, personal, product
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Dispatch, Meet, Method, memory_of
+from fedlora_jax.method import About, Dispatch, Meet, Method, mean, memory_of
 from fedlora_jax.personal import Kept
 
 ABOUT = About(
@@ -252,13 +255,10 @@ def _best(old: Adapter, received: Adapter, weights: Array) -> Adapter:
 
     def truncated(old: LoRA, x: LoRA) -> LoRA:
         rank = old.a.shape[-1]
-        new = product.truncate(product.total(x, p), rank, split="right", spare=max(8, rank))
-        return LoRA(jnp.where(total > 0, new.a, old.a), jnp.where(total > 0, new.b, old.b), old.scale)
+        return product.truncate(product.total(x, p), rank, split="right", spare=max(8, rank))
 
-    head = lambda old, x: jnp.where(
-        total > 0, jnp.einsum("c,c...->...", p.astype(x.dtype), x, precision="highest"), old
-    )
-    return lora.tree_map(truncated, old, received, full=head)
+    new = lambda old: lora.tree_map(truncated, old, received, full=lambda old, x: mean(x, p))
+    return jax.lax.cond(total > 0, new, lambda old: old, old)  # idle clusters cost nothing
 
 
 def _change(new: Adapter, old: Adapter) -> Array:

@@ -120,15 +120,17 @@ def around(
         state = parts(state, has_state)
         return inner.report(state.inner) | (report(state.own) if report else {})
 
-    def start(state):
-        state = parts(state, has_state)
-        return whole(trial.start(state.inner), state.own, has_state)
+    def meet(trial: Meet) -> Meet:
+        def start(state):
+            state = parts(state, has_state)
+            return whole(trial.start(state.inner), state.own, has_state)
 
-    def place(state, memory, received):
-        memory = parts(memory, has_memory)
-        return whole(trial.place(parts(state, has_state).inner, memory.inner, received), memory.own, has_memory)
+        def place(state, memory, received):
+            memory = parts(memory, has_memory)
+            return whole(trial.place(parts(state, has_state).inner, memory.inner, received), memory.own, has_memory)
 
-    trial = inner.meet
+        return Meet(start, place)
+
     if has_anchor or penalty:
         inner_model, own_penalty = lambda x, anchor: inner.model(x, parts(anchor, has_anchor).inner), penalties
     else:
@@ -144,7 +146,7 @@ def around(
         objective=objective if see or (inner.objective is not None and has_anchor) else inner.objective,
         learn=no_learning if inner.learn is no_learning else learn,
         report=report_both,
-        meet=trial and Meet(start, place),
+        meet=None if inner.meet is None else meet(inner.meet),
     )
 
 
