@@ -111,6 +111,7 @@ def facts_of(config: Config, signature: Signature) -> dict[str, Any]:
         "participants": config.clients_per_round or config.clients,
         "signature": signature,
         "population": config.clients,
+        "rounds": config.rounds,
         "theta": record.read_arrays(config.theta),
         "local_lr": config.lr,
     }

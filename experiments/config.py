@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedlora_jax import partition
+
 
 def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -37,7 +39,7 @@ class Config:
     clients: int = option(12, "clients that train")
     clients_per_round: int | None = option(None, "clients drawn each round (default: all)")
     holdout_clients: int = option(6, "further clients with data of their own that never train: the unseen ones")
-    partition: str = option("domain_dirichlet:1.0", "iid, dirichlet:ALPHA, classes:N, domain or domain_dirichlet:ALPHA")
+    partition: str = option("domain_dirichlet:1.0", partition.FORMS)
     minimum: int = option(10, "training images of the smallest client, at least")
     signature: str = option(
         "full",

@@ -1,7 +1,8 @@
 """Labelled images with domains and a fixed train/test split, from a ``.npz`` file or built in.
 
 The contract of a file (no pickles): ``x`` uint8 ``[N, H, W, 3]``, ``y`` integer ``[N]``, ``classes [n_classes]``, and
-where they exist ``domain`` integer ``[N]``, ``domains [n_domains]``, ``split [N]`` (0 train, 1 test).
+where they exist ``domain`` integer ``[N]``, ``domains [n_domains]``, ``split [N]`` (0 train, 1 test), ``superclass``
+integer ``[n_classes]`` (the one of each class; those of CIFAR-100 are known by the names of its classes).
 """
 
 from __future__ import annotations
@@ -15,6 +16,30 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+# The superclasses of CIFAR-100 (Krizhevsky 2009), each with its five classes.
+CIFAR100 = {
+    "aquatic mammals": "beaver dolphin otter seal whale",
+    "fish": "aquarium_fish flatfish ray shark trout",
+    "flowers": "orchid poppy rose sunflower tulip",
+    "food containers": "bottle bowl can cup plate",
+    "fruit and vegetables": "apple mushroom orange pear sweet_pepper",
+    "household electrical devices": "clock keyboard lamp telephone television",
+    "household furniture": "bed chair couch table wardrobe",
+    "insects": "bee beetle butterfly caterpillar cockroach",
+    "large carnivores": "bear leopard lion tiger wolf",
+    "large man-made outdoor things": "bridge castle house road skyscraper",
+    "large natural outdoor scenes": "cloud forest mountain plain sea",
+    "large omnivores and herbivores": "camel cattle chimpanzee elephant kangaroo",
+    "medium-sized mammals": "fox porcupine possum raccoon skunk",
+    "non-insect invertebrates": "crab lobster snail spider worm",
+    "people": "baby boy girl man woman",
+    "reptiles": "crocodile dinosaur lizard snake turtle",
+    "small mammals": "hamster mouse rabbit shrew squirrel",
+    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "vehicles 1": "bicycle bus motorcycle pickup_truck train",
+    "vehicles 2": "lawn_mower rocket streetcar tank tractor",
+}
+
 
 class Images(NamedTuple):
     """One data set; arrays on the host."""
@@ -26,6 +51,7 @@ class Images(NamedTuple):
     test: np.ndarray  # bool [N]
     classes: tuple[str, ...]
     domains: tuple[str, ...]  # ("all",) where the file has none
+    superclass: np.ndarray | None = None  # int32 [n_classes], where classes belong to superclasses
 
     @property
     def has_domains(self) -> bool:
@@ -97,7 +123,17 @@ def _checked(name: str, arrays: dict[str, np.ndarray], test_share: float) -> Ima
         for part, where in (("training", ~test), ("test", test)):
             if not (domain[where] == j).any():
                 raise ValueError(f"{name}: domain {label!r} has no {part} images")
-    return Images(name, x, y, domain, test, classes, domains)
+    return Images(name, x, y, domain, test, classes, domains, _superclass(name, arrays, classes))
+
+
+def _superclass(name: str, arrays: dict[str, np.ndarray], classes: tuple[str, ...]) -> np.ndarray | None:
+    found = arrays.get("superclass")
+    if found is None:
+        of = {label: i for i, labels in enumerate(CIFAR100.values()) for label in labels.split()}
+        return np.array([of[label] for label in classes], np.int32) if set(classes) == of.keys() else None
+    if found.shape != (len(classes),) or not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"{name}: superclass is {found.dtype} {list(found.shape)}; expected integers [{len(classes)}]")
+    return found.astype(np.int32)
 
 
 def validation(images: Images, share: float, seed: int = 1) -> Images:

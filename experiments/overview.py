@@ -79,7 +79,8 @@ def shapes(config: Config) -> tuple[Adapter, Signature]:
 def sizes(config: Config, name: str, adapter: Adapter, signature: Signature) -> Sizes:
     """Of one method, by shapes alone."""
     clients = config.clients_per_round or config.clients
-    method = methods.build(name, participants=clients, signature=signature, population=config.clients, theta=None)
+    facts = {"participants": clients, "signature": signature, "population": config.clients, "rounds": config.rounds}
+    method = methods.build(name, theta=None, **facts)
     state = jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0), adapter)
     up, down = traffic_bytes(method, adapter, tuple(int(r) for r in np.resize(config.rank, clients)))
     memory = jax.eval_shape(method.init_client, adapter)

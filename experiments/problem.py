@@ -203,7 +203,8 @@ def _clients(config: Config, images: Images, train: np.ndarray, test: np.ndarray
     rng = np.random.default_rng([seed, 1])
     total = config.clients + config.holdout_clients
     domains = images.domain[train] if images.has_domains else None
-    parts = partition.split(config.partition, images.y[train], domains, total, rng, config.minimum)
+    groups = None if images.superclass is None else images.superclass[images.y[train]]
+    parts = partition.split(config.partition, images.y[train], domains, total, rng, config.minimum, groups)
     cell = images.domain * len(images.classes) + images.y
     tests = partition.matching_tests(parts, cell[train], cell[test], rng)
     if config.test_images is not None:

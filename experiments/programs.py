@@ -25,7 +25,8 @@ class Scores(NamedTuple):
     """Accuracies after a block of rounds; clients are the training ones, then the unseen ones."""
 
     correct: Array  # [n_test] 1 where the global model is right
-    personal: Array  # [N + K] each client's model, as dispatched, on the client's own test images
+    personal: Array  # [N + K] each client's model, as dispatched, on the client's own test images; of unseen clients
+    #   after the trial by which the method gets to know them, where it has one (Method.meet)
     tuned: Array  # [N + K] the same after local steps; nan where they were not asked for
 
 
@@ -42,6 +43,7 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
     optimizer = make_optimizer(config)
     block = make_block(config, problem, method, optimizer, chunk)
     score = rounds.make_evaluate(method, problem.correct_fn, problem.loss_fn, optimizer)
+    meet = rounds.make_meet(method, problem.loss_fn, optimizer)
 
     def start(adapters: Adapter, keys: Array) -> Run:
         return jax.vmap(lambda adapter, key: rounds.start(method, key, adapter, config.clients))(adapters, keys)
@@ -62,6 +64,14 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
             everybody = jnp.arange(config.clients + config.holdout_clients)
             fresh = rounds.start(method, key, jax.tree.map(lambda a: a[0], problem.adapters), config.holdout_clients)
             memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh.memory)
+            if method.meet and config.holdout_clients:
+                unseen = everybody[config.clients :]
+                trial = sample_batches(
+                    jax.random.fold_in(key, 1), train, clients.population, unseen, config.local_steps, config.batch,
+                    problem.smallest,
+                )  # fmt: skip
+                told = meet(base, run.state, clients.population.cohort(unseen, memory, trial), key)
+                memory = jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
             examples = (x[clients.test_rows], y[clients.test_rows])
 
             def tuned() -> Array:

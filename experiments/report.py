@@ -18,13 +18,16 @@ ACCURACIES = {
     "personal": "personal_accuracy",
     "personal, local steps": "personal_accuracy_tuned",
     "worst 10\u00a0%": "worst10_accuracy",
+    "10th percentile": "p10_accuracy",
+    "worst client": "worst_accuracy",
     "unseen": "unseen_accuracy",
     "unseen, local steps": "unseen_accuracy_tuned",
 }
 MEANING = (
     "<b>Global</b>: the global model on all test images, mean over domains. <b>Personal</b>: the model that each "
     "training client is sent, on that client's own test images, mean over clients. <b>Worst 10 %</b>: the same over "
-    "the tenth of clients where it is lowest. <b>Unseen</b>: the same for clients that never train. <b>Local "
+    "the tenth of clients where it is lowest; <b>10th percentile</b>, <b>worst client</b>: single clients, "
+    "the whole distribution is drawn below. <b>Unseen</b>: the same for clients that never train. <b>Local "
     "steps</b>: after one round's local steps on the client's own training images. <b>Bias share</b>: how far the "
     "server's model is from the mean of its clients' models, as a share of the mean update."
 )

@@ -38,7 +38,8 @@ class Rows:
                 row["loss"] = float(_known(np.asarray(info.loss[s, t])).mean())  # who is left out has none
                 row |= {key: float(x[s, t]) for key, x in info.aggregation._asdict().items()}
                 row |= {key: float(x[s, t]) for key, x in info.learned.items()}
-                row["bytes_up"], row["bytes_down"] = self._bytes(s, ids[s, t])
+                moved = row.pop("travels", 1.0)
+                row["bytes_up"], row["bytes_down"] = (round(moved * x) for x in self._bytes(s, ids[s, t]))
                 if t == block - 1:
                     row |= self._accuracies(jax.tree.map(lambda x, s=s: x[s], scores), end == self._config.rounds)
                 rows.append(row)
@@ -65,6 +66,8 @@ class Rows:
                 continue
             row[f"personal_accuracy{suffix}"] = number(_mean(accuracy[:n]))
             row[f"worst10_accuracy{suffix}"] = number(_worst(accuracy[:n]))
+            row[f"p10_accuracy{suffix}"] = number(_lowest(accuracy[:n], 10))
+            row[f"worst_accuracy{suffix}"] = number(_lowest(accuracy[:n], 0))
             row[f"unseen_accuracy{suffix}"] = number(_mean(accuracy[n:]))
             if final:
                 row[f"client_accuracies{suffix}"] = [number(x) for x in accuracy[:n]]
@@ -101,3 +104,9 @@ def _worst(values: np.ndarray) -> float:
     """Mean over the lowest tenth of clients, at least one."""
     known = np.sort(_known(values))
     return float(known[: max(1, math.ceil(len(known) / 10))].mean()) if len(known) else math.nan
+
+
+def _lowest(values: np.ndarray, percent: float) -> float:
+    """That percentile of clients (0: the worst), between two of them in proportion."""
+    known = _known(values)
+    return float(np.percentile(known, percent)) if len(known) else math.nan

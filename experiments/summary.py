@@ -10,6 +10,9 @@ data would be selection.
     per_domain                 {domain: ...}
     personal_accuracy          each training client's model, as dispatched, on its own test images; mean over clients
     worst10_accuracy           mean over the tenth of clients where it is lowest
+    p10_accuracy               the 10th percentile of clients
+    worst_accuracy             the worst client
+    personal_std               deviation over clients
     unseen_accuracy            as personal, clients that never trained
     *_tuned                    the same after the local steps of one round on the client's own training images
     bias, bias_share           |server's model - mean of clients' models|, absolute and as a share of the mean update
@@ -33,9 +36,14 @@ MEASURES = (
     "pooled_accuracy",
     "personal_accuracy",
     "worst10_accuracy",
+    "p10_accuracy",
+    "worst_accuracy",
+    "personal_std",
     "unseen_accuracy",
     "personal_accuracy_tuned",
     "worst10_accuracy_tuned",
+    "p10_accuracy_tuned",
+    "worst_accuracy_tuned",
     "unseen_accuracy_tuned",
     "bias",
     "bias_share",

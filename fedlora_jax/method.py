@@ -96,6 +96,13 @@ class Slope(NamedTuple):
     passes: Callable[[int], int]  # local steps -> forward and backward computations of a batch, all in all
 
 
+class Meet(NamedTuple):
+    """How a method gets to know a client that never took part, by a trial (``rounds.make_meet``)."""
+
+    start: Callable[[State], State]  # what is dispatched from this state, the client takes its local steps from
+    place: Callable[[State, Memory, Adapter], Memory]  # (state, memory [C, ...], received [C, ...]) -> memory
+
+
 no_slope = Slope(lambda tune, judge, start: (*tune(start), ()), lambda steps: steps)
 
 
@@ -133,8 +140,11 @@ class Method(NamedTuple):
         members hold the adapters ``cohort``.
       slope: what clients tell beside their adapters of how their starts should have been different.
       learn: ``(state, cohort, slopes [C, ...]) -> state``, before the aggregation: what the server learns from them.
-      report: ``(state) -> {name: scalar}``, what is worth knowing of what the server has learned.
+      report: ``(state) -> {name: scalar}``, what is worth knowing of what the server has learned. One called
+        ``travels`` is the share of ``traffic`` that moved in the last round, where that is not all of it.
       query: examples that each client keeps apart in a round for ``judge``; 0 where the slope needs none.
+      meet: how a client that never took part finds its place, where what it holds before does not say; ``None``: it
+        needs none.
     """
 
     init: Callable[[Array, Adapter], State]
@@ -153,6 +163,7 @@ class Method(NamedTuple):
     learn: Callable[[State, Cohort, Any], State] = no_learning
     report: Callable[[State], dict[str, Array]] = no_report
     query: int = 0
+    meet: Meet | None = None
 
 
 def models(method: Method, sent: Dispatch) -> Adapter:

@@ -2,6 +2,10 @@
 
 Every function returns one array of example numbers per client: disjoint, covering all examples, none smaller than
 ``minimum``. Randomness comes from the generator that is passed in and from nowhere else.
+
+The splits of personalised federated learning (HiLoRA, arXiv 2603.02785) by other names: GL-Dir(0.3) is
+``dirichlet:0.3``, SC-Dir(3) is ``superclass_dirichlet:3`` and Patho(10) is ``classes:10`` (each class has exactly ten
+owners where 100 clients share 100 classes).
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("iid", "dirichlet", "classes", "domain", "domain_dirichlet")
+KINDS = ("iid", "dirichlet", "classes", "superclass_dirichlet", "domain", "domain_dirichlet")
+FORMS = "iid, dirichlet:ALPHA, classes:N, superclass_dirichlet:ALPHA, domain or domain_dirichlet:ALPHA"
 _TRIES = 100
 
 
@@ -26,12 +31,11 @@ def parse(text: str) -> Partition:
     """``iid``, ``dirichlet:0.5``, ``classes:2``, ``domain``, ``domain_dirichlet:0.5``; ``dirichlet(0.5)`` works too."""
     found = re.fullmatch(r"([a-z_ ]+?)\s*(?:[:(]\s*([0-9.eE+-]+)\s*\)?)?", text.strip())
     kind = re.sub(r"\s*( x |_| )\s*", "_", found[1]) if found else ""
-    forms = "iid, dirichlet:ALPHA, classes:N, domain or domain_dirichlet:ALPHA"
     if found is None or kind not in KINDS:
-        raise ValueError(f"unknown partition {text!r}: expected {forms}")
+        raise ValueError(f"unknown partition {text!r}: expected {FORMS}")
     needs_value = kind not in ("iid", "domain")
     if needs_value != (found[2] is not None):
-        raise ValueError(f"partition {text!r} {'lacks its number' if needs_value else 'takes no number'}: use {forms}")
+        raise ValueError(f"partition {text!r} {'lacks its number' if needs_value else 'takes no number'}: use {FORMS}")
     if not needs_value:
         return Partition(kind, None)
     try:
@@ -52,13 +56,14 @@ def split(
     clients: int,
     rng: np.random.Generator,
     minimum: int = 1,
+    superclasses: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """Split examples with ``labels [n]`` (and ``domains [n]``) over ``clients``.
+    """Split examples with ``labels [n]`` (and ``domains [n]``, ``superclasses [n]``) over ``clients``.
 
     In the domain kinds client ``j`` belongs to domain ``j mod n_domains``.
 
     Raises:
-      ValueError: the kind needs domains and there are none, or the minimum cannot be met.
+      ValueError: the kind needs domains or superclasses and there are none, or the minimum cannot be met.
     """
     kind, value = parse(partition) if isinstance(partition, str) else partition
     if clients < 1 or clients * minimum > len(labels):
@@ -74,6 +79,14 @@ def split(
             return _shuffled(_dirichlet(everything, labels, clients, float(value or 0), rng, minimum), rng)
         case "classes":
             return _shuffled(_classes(labels, clients, int(value or 0), rng, minimum), rng)
+        case "superclass_dirichlet":
+            if superclasses is None:
+                raise ValueError(
+                    "partition superclass_dirichlet needs data whose classes belong to superclasses: use "
+                    "dirichlet:ALPHA or classes:N"
+                )
+            inside = _superclasses(labels, superclasses, clients, float(value or 0), rng, minimum)
+            return _shuffled(inside, rng)
     if domains is None:
         raise ValueError(f"partition {kind} needs data with domains: use iid, dirichlet:ALPHA or classes:N")
     names = np.unique(domains)
@@ -188,6 +201,43 @@ def _classes(
     raise ValueError(
         f"classes:{per_client} over {clients} clients left one with fewer than {minimum} examples in {_TRIES} tries: "
         "use fewer clients, more classes per client or a smaller minimum"
+    )
+
+
+def _superclasses(
+    labels: np.ndarray, superclasses: np.ndarray, clients: int, alpha: float, rng: np.random.Generator, minimum: int
+) -> list[np.ndarray]:
+    """Each client holds one or two superclasses; per class, shares over its owners from Dirichlet(alpha).
+
+    Our reading of HiLoRA's SC-Dir: how many superclasses a client holds is a fair coin, and they are dealt in passes,
+    so that each has about as many owners.
+    """
+    names = np.unique(superclasses)
+    for _ in range(_TRIES):
+        counts = rng.integers(1, min(2, len(names)) + 1, clients)
+        if counts.sum() < len(names):
+            continue
+        deck = np.concatenate([rng.permutation(names) for _ in range(-(-counts.sum() // len(names)))])
+        hands = np.split(deck[: counts.sum()], np.cumsum(counts)[:-1])
+        hands = [hand if len(set(hand)) == len(hand) else _without_repeats(hand, names, rng) for hand in hands]
+        owned = {name: [j for j, hand in enumerate(hands) if name in hand] for name in names}
+        if not all(owned.values()):
+            continue
+        bins: list[list[np.ndarray]] = [[labels[:0].astype(int)] for _ in range(clients)]
+        for name, label in np.unique(np.stack([superclasses, labels]), axis=1).T:
+            own = rng.permutation(np.flatnonzero((superclasses == name) & (labels == label)))
+            share = rng.dirichlet(np.full(len(owned[name]), alpha))
+            for j, piece in zip(
+                owned[name], np.split(own, (np.cumsum(share)[:-1] * len(own)).astype(int)), strict=True
+            ):
+                bins[j].append(piece)
+        parts = [np.concatenate(pieces) for pieces in bins]
+        if min(map(len, parts)) >= minimum:
+            return parts
+    raise ValueError(
+        f"superclass_dirichlet with alpha {alpha:g}: {clients} clients with one or two of {len(names)} superclasses "
+        f"each left a superclass without an owner or a client with fewer than {minimum} examples in {_TRIES} tries: "
+        "use another number of clients, a larger alpha or a smaller minimum"
     )
 
 

@@ -194,6 +194,31 @@ def make_evaluate(
     return evaluate
 
 
+def make_meet(
+    method: Method, loss_fn: LossFn, optimizer: optax.GradientTransformation, *, chunk: int | None = None
+) -> Callable[[Params, State, Cohort, Array], Memory]:
+    """``meet(base, state, cohort, key) -> memory [C, ...]`` of clients that never took part, after ``method.meet``.
+
+    They take the cohort's local steps once; the server learns nothing. Where the method has no use for it (``None``)
+    memory stays as it is.
+    """
+    local, trial = make_local(method, loss_fn, optimizer), method.meet
+
+    def meet(base: Params, state: State, cohort: Cohort, key: Array) -> Memory:
+        if trial is None:
+            return cohort.memory
+        sent = method.dispatch(base, trial.start(state), cohort)
+
+        def client(row):
+            id_, *own = row
+            return local(sent.base, *own, jax.random.fold_in(key, id_))[0]
+
+        received = map_clients(client, (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.batches), chunk)
+        return trial.place(state, cohort.memory, received)
+
+    return meet
+
+
 def map_clients(f: Callable, rows: Any, chunk: int | None, mesh: Mesh | None = None) -> Any:
     """``vmap(f)`` over the leading axis, at most ``chunk`` clients at once on each device of ``mesh``."""
     clients = jax.tree.leaves(rows)[0].shape[0]

@@ -36,6 +36,7 @@ from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.fslora import fslora
 from fedlora_jax.methods.hetlora import hetlora
+from fedlora_jax.methods.hilora import hilora
 from fedlora_jax.methods.hyperlora import hyperlora
 from fedlora_jax.methods.ifca import ifca
 from fedlora_jax.methods.local_only import local_only
@@ -101,6 +102,8 @@ CLASSICS: dict[str, Callable[[], Method]] = {
     "per_fedavg": per_fedavg,
     "pfedhn": lambda: pfedhn(100, size=4, width=8),
     "ifca": lambda: ifca(query=BATCH),
+    "hilora": lambda: hilora(100, 10),
+    "hilora_cluster": lambda: hilora(100, 10, root=0.1),  # the second round is of the next stage
 }
 
 LOCAL_LR = 0.02

@@ -125,3 +125,17 @@ def test_bounds_start_from_the_frozen_model(monkeypatch, capsys):
     assert abs(lines["zero_shot"] - expected) < 0.1
     assert lines["zero_shot"] < lines["centralised"]
     assert set(lines) == {"zero_shot", "linear_probe", "local_only", "centralised"}
+
+
+def test_what_did_not_travel_is_not_counted_and_newcomers_have_a_trial(tmp_path, monkeypatch):
+    """HiLoRA's leaf stage sends nothing; the lowest clients are told apart."""
+    more = ("--methods", "hilora:root=0.5:cluster=0.0", "--partition", "classes:3", "--seeds", "1")
+    monkeypatch.setattr(sys, "argv", ["experiments", "compare", *OPTIONS, *more, "--out", str(tmp_path / "out")])
+    main()
+    first, last = (json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    assert first["bytes_up"] > 0 == last["bytes_up"] == last["bytes_down"]
+    assert (first["stage"], last["stage"], "travels" in last) == (0, 2, False)
+    own = last["client_accuracies"]
+    np.testing.assert_allclose(last["worst_accuracy"], min(own), atol=1e-6)
+    np.testing.assert_allclose(last["p10_accuracy"], np.percentile(own, 10), atol=1e-6)
+    assert 0 <= last["unseen_accuracy"] <= 1

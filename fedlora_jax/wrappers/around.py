@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Cohort, Dispatch, Method, State, no_learning
+from fedlora_jax.method import Cohort, Dispatch, Meet, Method, State, no_learning
 
 
 class Wrapped(NamedTuple):
@@ -120,6 +120,17 @@ def around(
         state = parts(state, has_state)
         return inner.report(state.inner) | (report(state.own) if report else {})
 
+    def meet(trial: Meet) -> Meet:
+        def start(state):
+            state = parts(state, has_state)
+            return whole(trial.start(state.inner), state.own, has_state)
+
+        def place(state, memory, received):
+            memory = parts(memory, has_memory)
+            return whole(trial.place(parts(state, has_state).inner, memory.inner, received), memory.own, has_memory)
+
+        return Meet(start, place)
+
     if has_anchor or penalty:
         inner_model, own_penalty = lambda x, anchor: inner.model(x, parts(anchor, has_anchor).inner), penalties
     else:
@@ -135,6 +146,7 @@ def around(
         objective=objective if see or (inner.objective is not None and has_anchor) else inner.objective,
         learn=no_learning if inner.learn is no_learning else learn,
         report=report_both,
+        meet=None if inner.meet is None else meet(inner.meet),
     )
 
 

@@ -88,7 +88,8 @@ def chunk_of(work: Work, p: Problem, chunk: int | None) -> int:
 
 def method(work: Work, name: str) -> Method:
     one = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), _told(work, 1))
-    return methods.build(name, participants=work.clients, signature=one, population=work.clients, theta=None)
+    facts = {"participants": work.clients, "population": work.clients, "rounds": 50}
+    return methods.build(name, signature=one, theta=None, **facts)
 
 
 def arguments(work: Work, p: Problem, name: str, chunk: int | None = None, remat: bool = True) -> tuple:

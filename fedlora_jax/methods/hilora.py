@@ -1,0 +1,299 @@
+"""HiLoRA: *HiLoRA: Hierarchical Low-Rank Adaptation for Personalized Federated Learning*, Peng et al., CVPR 2026,
+arXiv 2603.02785.
+
+    W_i = W + s (a_r b_r + a_k(i) b_k(i) + a_i b_i)        root (all), cluster k(i), leaf (one client)
+
+    root      sum_i p_i f_i
+    cluster   sum_{i in k} p_i f_i + g_c |b_r b_k^T|^2                      root frozen
+    leaf      f_i + g_c |b_r b_i^T|^2 + g_l |b_k b_i^T|^2                   root and cluster frozen
+
+Three stages, one tier in each. The server's root and clusters are T_r(sum p_i a_i b_i), all clients' or a cluster's,
+with rows of b orthonormal (split ``right``); the root stage ends early when its product changes by less than ``tau``.
+Then clients are clustered by the row spaces of their ``b`` (``fedlora_jax.clustering``), averaged over rounds; the
+cluster tier and the leaf start at b = 0. Factors and head travel in the first two stages, nothing in the third.
+
+A client carries the tier that moves; the frozen ones stand beside it in the anchor, at zero before their time, so that
+rounds of all stages are one program, and a tier that does not move is the same array as before.
+
+Ours, where the paper is not public: all numbers; stages as shares of the run, the leaf stage taking what is left; the
+rotation before averages; all leaves start from one random a; the head belongs to the tier that moves (global, per
+cluster, personal) and starts as that of the tier before; the truncations are by subspace iteration where cohorts are
+wide; a client that was never drawn in the root stage joins the largest cluster. The global model is the root alone (so
+the bias that a round reports is, after the root stage, all that the other tiers add). A client that never took part
+finds its cluster by a trial (``Method.meet``): local steps from the root, whose b is compared with the bases of the
+clusters' members (the paper: a few probe steps, then the cluster of the largest mean cos^2); without one it is served
+the root. The split makes steps of a large: a smaller learning rate than FedIT's is in order. At the start of a stage
+the tier just frozen comes down once more, which ``traffic`` leaves out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedlora_jax import clustering, lora, personal, product
+from fedlora_jax.lora import Adapter, LoRA
+from fedlora_jax.method import About, Dispatch, Meet, Method, mean, memory_of
+from fedlora_jax.personal import Kept
+
+ABOUT = About(
+    "HiLoRA", "Peng et al. CVPR 2026", "2603.02785", "a, b of one tier, head", "a, b, head; leaves: nothing",
+    "to rank r", "leaf, its head",
+)  # fmt: skip
+
+ROOT, CLUSTER, LEAF = 0, 1, 2
+
+
+class HiLoRAState(NamedTuple):
+    """What the server holds; N clients, K clusters at most."""
+
+    root: Adapter  # with the head of the root stage
+    clusters: Adapter  # [K, ...] each with its head
+    assignment: Array  # [N] the cluster of each client
+    bases: dict[str, Array]  # [N, ..., r, out] of each adapted kernel, the average of a client's b / |b| over rounds
+    leaf: Adapter  # how the leaf of every client begins: b = 0, one a for all
+    key: Array  # of the starts of k-means
+    stage: Array  # of the next round
+    rounds: Array  # done in this stage
+    last: Array  # stage of the last round
+
+
+class Frozen(NamedTuple):
+    """The tiers beside the one that moves, zero where they are not frozen yet: LoRA leaves ``[C, ...]``."""
+
+    root: Adapter
+    cluster: Adapter
+    leaf: Array  # [C] 1 where it is the leaf that moves
+
+
+class Own(NamedTuple):
+    """What a client keeps. cluster: where its trial sent a client that never took part, -1: nowhere."""
+
+    leaf: Kept
+    cluster: Array
+
+
+def hilora(
+    population: int,
+    rounds: int,
+    root: float = 0.4,
+    cluster: float = 0.4,
+    tau: float = 0.01,
+    g_c: float = 0.1,
+    g_l: float = 0.1,
+    lam: float = 0.9,
+    k_min: int = 2,
+    k_max: int = 12,
+    subspace: Literal["b", "change"] = "b",
+) -> Method:
+    """HiLoRA.
+
+    Args:
+      population: clients, with ids from 0; others never took part.
+      rounds: of the run.
+      root, cluster: share of the rounds for the first two stages; the third has the rest.
+      tau: the root stage ends when |new product - old| <= tau |old|, over all layers together; 0: it does not.
+      g_c, g_l: weights of the orthogonality to the root and to the cluster.
+      lam: weight of the past in the averages of b; 0: the last b alone.
+      k_min, k_max: bounds of the number of clusters, at least 2, and below the population (or 1 and 1: one cluster).
+      subspace: cluster by clients' ``b``, or by its ``change`` since it was sent (all start a round from one b, so
+        that their b differ little).
+
+    Raises:
+      ValueError: a number out of its range.
+    """
+    if population < 1 or rounds < 1 or not (0 < root <= 1 and 0 <= cluster <= 1 and root + cluster <= 1 + 1e-9):
+        raise ValueError(
+            f"expected population and rounds of at least 1, root in (0, 1] and root + cluster at most 1; got "
+            f"{population}, {rounds}, {root:g} and {cluster:g}"
+        )
+    if min(tau, g_c, g_l) < 0 or not 0 <= lam < 1:
+        raise ValueError(f"expected tau, g_c, g_l >= 0 and 0 <= lam < 1, got {tau:g}, {g_c:g}, {g_l:g} and {lam:g}")
+    if not (2 <= k_min <= k_max or k_min == k_max == 1):
+        raise ValueError(f"expected 2 <= k_min <= k_max, or 1 and 1 for a single cluster; got {k_min} and {k_max}")
+    if subspace not in ("b", "change"):
+        raise ValueError(f"subspace must be 'b' or 'change', got {subspace!r}")
+    lengths = jnp.asarray([max(1, round(root * rounds)), round(cluster * rounds), rounds])
+    most = max(1, min(k_max, population - 1))
+
+    def init(key, adapter):
+        fresh, own, key = jax.random.split(key, 3)
+        clusters = jax.vmap(lambda key: lora.restart(key, adapter))(jax.random.split(fresh, most))
+        nobody = jnp.zeros(population, jnp.int32)
+        bases = {name: jnp.zeros((population, *x.b.shape), x.b.dtype) for name, x in _factors(adapter).items()}
+        zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return HiLoRAState(adapter, clusters, nobody, bases, lora.restart(own, adapter), key, *zeros)
+
+    def dispatch(base, state, cohort):
+        first, second = (state.stage == ROOT), (state.stage == CLUSTER)
+        mask = lora.rank_mask(state.root, cohort.ranks)
+        held = lambda tree: jax.tree.map(jnp.multiply, tree, mask)  # within each client's rank
+        memory = memory_of(cohort)
+        theirs, placed = _cluster_of(state, cohort.ids, memory.cluster)
+
+        root = held(state.root)
+        cluster = held(jax.tree.map(lambda x: x[theirs], state.clusters))
+        # Who has no cluster is sent what a cluster begins as: b = 0 and the root's head.
+        cluster = lora.tree_map(
+            lambda x, y: LoRA(x.a, _rows(placed, x.b, 0.0), x.scale),
+            cluster,
+            root,
+            full=lambda x, y: _rows(placed & ~first, x, y),
+        )
+        leaf = held(lora.join(lora.split(state.leaf)[0], lora.split(cluster)[1]))
+        leaf = held(personal.own_or(cohort._replace(memory=memory.leaf), leaf, nobody=False))
+
+        moving = jax.tree.map(lambda *xs: jnp.select([first, second], xs[:2], xs[2]), root, cluster, leaf)
+        frozen = Frozen(
+            _switched(root, ~first), _switched(cluster, ~first & ~second), jnp.full(len(cohort.ids), ~first & ~second)
+        )
+        return Dispatch(base, moving, mask, frozen)
+
+    def model(carried, frozen):
+        flat = lora.flatten(carried)
+        tiers = (lora.flatten(frozen.root), lora.flatten(frozen.cluster))
+        for name in tiers[0]:
+            flat[name] = product.plus(product.plus(flat[name], tiers[0][name]), tiers[1][name])
+        return lora.unflatten(flat)
+
+    def penalty(carried, frozen):
+        own, *tiers = (_factors(tree) for tree in (carried, frozen.root, frozen.cluster))
+        total = jnp.zeros(())
+        for g, tier in zip((g_c, g_l), tiers, strict=True):
+            for name, x in own.items():
+                total += g * jnp.sum((tier[name].b @ x.b.mT) ** 2)
+        return total
+
+    def aggregate(base, state, cohort, sent, received):
+        p, ids = cohort.weights, cohort.ids
+        theirs, _ = _cluster_of(state, ids, jnp.full_like(ids, -1))
+
+        def of_root(state):
+            new = _best(state.root, received, p)
+            seen = jnp.where((p > 0) & (ids >= 0), ids, population)  # out of range: not written
+            before, after = _factors(sent.adapter), _factors(received)
+            told = {k: x.b - before[k].b if subspace == "change" else x.b for k, x in after.items()}
+
+            def averaged(rows, b):
+                own = clustering.moving_average(rows[jnp.clip(ids, 0, population - 1)], b, lam)
+                return rows.at[seen].set(own, mode="drop")
+
+            bases = jax.tree.map(averaged, state.bases, jax.lax.stop_gradient(told))
+            still = tau > 0
+            done = (state.rounds + 1 >= lengths[ROOT]) | (still & (_change(new, state.root) <= tau))
+            state = state._replace(root=new, bases=bases)
+            return jax.lax.cond(done, gather, lambda state: state, state), done
+
+        def gather(state):
+            bases = {k: clustering.bases(jax.lax.stop_gradient(x)) for k, x in state.bases.items()}
+            q, known = list(bases.values()), _known(state)
+            found = clustering.spectral(state.key, clustering.distances(q, q), known, k_min, k_max)
+            heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (most, *x.shape)), lora.split(state.root)[1])
+            clusters = lora.join(lora.split(state.clusters)[0], heads)
+            return state._replace(assignment=found.assignment, clusters=clusters)
+
+        def of_clusters(state):
+            one = lambda row: _best(row[0], received, p * (theirs == row[1]))
+            clusters = jax.lax.map(one, (state.clusters, jnp.arange(most)))
+            return state._replace(clusters=clusters), state.rounds + 1 >= lengths[CLUSTER]
+
+        def of_leaves(state):
+            return state, jnp.zeros((), bool)
+
+        last = state.stage
+        state, done = jax.lax.switch(last, (of_root, of_clusters, of_leaves), state)
+        after = jnp.where((last == ROOT) & (lengths[CLUSTER] > 0), CLUSTER, LEAF)
+        return state._replace(
+            stage=jnp.where(done, after, last).astype(last.dtype),
+            rounds=jnp.where(done, 0, state.rounds + 1),
+            last=last,
+        )
+
+    def init_client(adapter):
+        return Own(personal.nothing_yet(adapter), jnp.full((), -1, jnp.int32))
+
+    def remember(memory, frozen, sent, received):
+        kept = jax.tree.map(lambda x, y: jnp.where(frozen.leaf, y, x), memory.leaf, personal.keep(received))
+        return memory._replace(leaf=kept)
+
+    def place(state, memory, received):
+        q = {name: clustering.bases(x.b) for name, x in _factors(received).items()}
+        names = sorted(q)
+        members = [clustering.bases(state.bases[name]) for name in names]
+        d = clustering.distances([q[name] for name in names], members)
+        where = clustering.nearest(d, state.assignment, _known(state), most).astype(memory.cluster.dtype)
+        return memory._replace(cluster=jnp.where(state.stage == ROOT, -1, where))
+
+    def report(state):
+        used = jnp.zeros(most).at[state.assignment].max(1.0).sum()
+        return {
+            "stage": state.last,
+            "clusters": jnp.where(state.stage == ROOT, 1.0, used),
+            "travels": jnp.where(state.last == LEAF, 0.0, 1.0),
+        }
+
+    return Method(
+        init,
+        dispatch,
+        aggregate,
+        penalty=penalty,
+        init_client=init_client,
+        remember=remember,
+        model=model,
+        report=report,
+        meet=Meet(lambda state: state._replace(stage=jnp.full_like(state.stage, ROOT)), place),
+    )
+
+
+def _best(old: Adapter, received: Adapter, weights: Array) -> Adapter:
+    """``T_r`` of the mean of products over the clients that have weight, and their mean head; ``old`` if nobody has."""
+    total = weights.sum()
+    p = weights / jnp.where(total > 0, total, 1.0)
+
+    def truncated(old: LoRA, x: LoRA) -> LoRA:
+        rank = old.a.shape[-1]
+        return product.truncate(product.total(x, p), rank, split="right", spare=max(8, rank))
+
+    new = lambda old: lora.tree_map(truncated, old, received, full=lambda old, x: mean(x, p))
+    return jax.lax.cond(total > 0, new, lambda old: old, old)  # idle clusters cost nothing
+
+
+def _change(new: Adapter, old: Adapter) -> Array:
+    """|new product - old| / |old| over all layers together."""
+    pairs = [(x, y) for x, y in zip(lora.low_rank_leaves(new), lora.low_rank_leaves(old), strict=True)]
+    square = lambda products: sum(jnp.sum(product.norm(x) ** 2) for x in products)
+    moved, size = square([product.difference(x, y) for x, y in pairs]), square([y for _, y in pairs])
+    return jax.lax.stop_gradient(product.safe_sqrt(moved / jnp.maximum(size, 1e-30)))
+
+
+def _cluster_of(state: HiLoRAState, ids: Array, tried: Array) -> tuple[Array, Array]:
+    """``[C]`` each client's cluster, and whether it has one: members by their id, others where their trial sent them.
+
+    Nobody in particular (id -1) has none.
+    """
+    population = state.assignment.shape[0]
+    member = (ids >= 0) & (ids < population)
+    cluster = jnp.where(member, state.assignment[jnp.clip(ids, 0, population - 1)], tried)
+    return jnp.maximum(cluster, 0), member | ((ids >= population) & (tried >= 0))
+
+
+def _known(state: HiLoRAState) -> Array:
+    """``[N]`` who was drawn in the root stage."""
+    some = next(iter(state.bases.values()))
+    return jnp.any(some != 0, tuple(range(1, some.ndim)))
+
+
+def _factors(adapter: Adapter) -> dict[str, LoRA]:
+    return lora.flatten(lora.split(adapter)[0])
+
+
+def _switched(adapter: Adapter, on: Array) -> Adapter:
+    """The low-rank part, ``b`` at zero where ``on`` is not."""
+    return lora.tree_map(lambda x: LoRA(x.a, jnp.where(on, x.b, 0.0), x.scale), lora.split(adapter)[0])
+
+
+def _rows(which: Array, x: Array, y: Any) -> Array:
+    return jnp.where(which.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
