@@ -60,6 +60,14 @@ class About(NamedTuple):
     personal: str = "-"  # what stays with a client
 
 
+def known(*numbers: Any) -> bool:
+    """Are these plain numbers, so that they can be compared with their bounds now?
+
+    A traced hyper-parameter is being learned or swept over: whoever traces it looks at its values first.
+    """
+    return not any(isinstance(x, jax.core.Tracer) for x in numbers)
+
+
 def no_penalty(adapter: Adapter, anchor: Any) -> Array:
     return jnp.zeros(())
 
