@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, Params
@@ -65,7 +66,7 @@ def known(*numbers: Any) -> bool:
 
     A traced hyper-parameter is being learned or swept over: whoever traces it looks at its values first.
     """
-    return not any(isinstance(x, jax.core.Tracer) for x in numbers)
+    return not any(isinstance(x, Tracer) for x in numbers)
 
 
 def no_penalty(adapter: Adapter, anchor: Any) -> Array:
