@@ -112,8 +112,8 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
             *summary.aligned(rows),
             "",
             "trained: numbers that may move on a client in the first round; KiB: of one client in one round;",
-            f"run s: {config.rounds} rounds of {len(config.seeds)} seeds, from a local step of {step.clients} clients that "
-            f"was compiled alone and timed now ({1e3 * step.seconds:.3g} ms);",
+            f"run s: {config.rounds} rounds of {len(config.seeds)} seeds, from a local step of {step.clients} clients "
+            f"compiled alone and timed now ({1e3 * step.seconds:.3g} ms);",
             "evaluation at a third of a step for each image; without aggregation and compiling",
             f"memory there is: {'unknown' if have is None else _size(have)}",
             *notes,

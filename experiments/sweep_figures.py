@@ -33,7 +33,8 @@ def draw(result: dict[str, Any]) -> Figure:
         axes.set_title(title, loc="left", fontsize=10)
         for name, own in lines.items():
             known = sorted((e for e in own if not e["diverged"]), key=lambda e: _value(e, option))
-            line(axes, looks, name, [places[_value(e, option)] for e in known], [e[key]["last5"] for e in known])
+            if known:
+                line(axes, looks, name, [places[_value(e, option)] for e in known], [e[key]["last5"] for e in known])
         _ticks(axes, places)
     return legend(figure, looks, looks)
 
