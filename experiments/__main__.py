@@ -17,7 +17,7 @@ def main() -> None:
         fail(str(error))
     try:
         execute()
-    except FloatingPointError as error:
+    except (FloatingPointError, MemoryError) as error:
         fail(str(error))
 
 
@@ -40,10 +40,15 @@ def planned(command: str, options: Any) -> Callable[[], Any]:
             from experiments import budget
 
             return budget.Plan(options).execute
+        case "sweep":
+            from experiments import sweep
+
+            return sweep.Plan(options).execute
         case _:
             from experiments import compare
 
-            return compare.Plan(command, options).execute
+            plan = compare.Plan(command, options)
+            return plan.forecast if options.dry_run else plan.execute
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ from experiments import budget_figures, methods, problem, programs, record, summ
 from experiments.compare import acceptable, describe, facts_of
 from experiments.config import Config, check
 from experiments.figures import png
-from experiments.layout import divisor, layout, mesh_of
-from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
+from experiments.layout import divisor, mesh_of
+from experiments.problem import Clients, Problem, own_accuracy
+from experiments.programs import Arrays, Point, Scoring, Seed
 from fedlora_jax import rounds
 from fedlora_jax.clients import sample_batches
 from fedlora_jax.method import Method, average_client, models
@@ -98,12 +99,12 @@ class Plan:
     def _entry(self, name: str, steps: int) -> dict[str, Any]:
         config, method = dataclasses.replace(self.config, local_steps=steps), self.built[name]
         scores: dict[tuple[float, int], float] = {}
-        run = program(config, self.problems["validation"], method)
-        for rate in config.lrs:
-            clients = np.asarray(run(rate).clients)
+        run = program(config, self.problems["validation"], method, len(config.lrs))
+        for rate, clients in zip(config.lrs, np.asarray(run(config.lrs).clients), strict=True):
             scores |= {(rate, t): float(np.nanmean(clients[:, TAUS.index(t)])) for t in (0, steps)}
         lr, tau = max(scores, key=scores.__getitem__)
-        result = jax.device_get(program(config, self.problems["test"], method)(lr))
+        result = program(config, self.problems["test"], method, 1)((lr,))
+        result = jax.tree.map(lambda x: np.asarray(x[0]), result)
         return {"method": name, "about": methods.about(name)._asdict(), "steps": steps, "lr": lr, "tau": tau,
                 "validation": [{"lr": r, "tau": t, "accuracy": a} for (r, t), a in scores.items()],
                 "passes": method.slope.passes(steps), **_numbers(config, result)}  # fmt: skip
@@ -118,43 +119,36 @@ class Plan:
             record.write_atomically(self.folder / f"{name}.png", png(figure))
 
 
-class Arrays(NamedTuple):
-    """What the programs read; arguments, so that no image becomes a constant of a program."""
-
-    base: Any
-    train: tuple[Array, Array]
-    test: tuple[Array, Array]
-
-
-def program(config: Config, p: Problem, method: Method) -> Callable[[float], Outcome]:
-    """All rounds of all seeds and their scores as one jitted function of the learning rate."""
+def program(config: Config, p: Problem, method: Method, points: int) -> Callable[[tuple[float, ...]], Outcome]:
+    """All rounds of all seeds and their scores as one jitted function of ``points`` learning rates: ``[P, ...]``."""
     n = config.clients
-    chunk, seeds_at_once = layout(config, p)
 
-    def one(lr: Array, arrays: Arrays, clients: Clients, adapter: Any, key: Array) -> Outcome:
-        optimizer = make_optimizer(config, lr)
-        block = programs.make_block(config, p, method, optimizer, chunk)
+    def scoring(method: Method, optimizer: Any) -> Scoring:
         local = rounds.make_local(method, p.loss_fn, optimizer, watch=lambda base, now: now)
 
-        def advance(run: Run, _):
-            run, _info = block(arrays.base, arrays.train, clients.training(n), run, key)
-            cohort = clients.training(n).cohort(jnp.arange(n), run.memory)
+        def block(arrays: Arrays, seed: Seed, run: Run, info, end) -> tuple[Array, Array]:
+            cohort = seed.clients.training(n).cohort(jnp.arange(n), run.memory)
             sent = method.dispatch(arrays.base, run.state, average_client(cohort))
             whole = p.correct_fn(sent.base, jax.tree.map(lambda x: x[0], models(method, sent)), arrays.test)
-            as_sent = _served(config, p, method, None, arrays, clients, adapter, run, key)[0]
-            return run, (jnp.nanmean(as_sent[:n]), whole.mean())
+            as_sent = _served(config, p, method, None, arrays, *seed, run)[0]
+            return jnp.nanmean(as_sent[:n]), whole.mean()
 
-        run = rounds.start(method, key, adapter, n)
-        run, (personal, overall) = jax.lax.scan(advance, run, length=config.rounds // config.eval_every)
-        return Outcome(_served(config, p, method, local, arrays, clients, adapter, run, key), personal, overall)
+        def end(arrays: Arrays, seed: Seed, run: Run) -> Array:
+            return _served(config, p, method, local, arrays, *seed, run)
 
-    arrays = Arrays(p.base, p.train, p.test[:2])
-    rows = (p.clients, p.adapters, p.keys)
-    run = jax.jit(lambda lr, arrays, rows: rounds.map_clients(lambda row: one(lr, arrays, *row), rows, seeds_at_once))
-    return lambda lr: run(jnp.float32(lr), arrays, rows)
+        return Scoring(block, end)
+
+    runs, arguments = programs.make_runs(config, p, points, lambda point: method, scoring)
+    run = jax.jit(runs)
+
+    def at(lrs: tuple[float, ...]) -> Outcome:
+        blocks, end = run(Point(jnp.asarray(lrs), jnp.zeros(points)), *arguments)
+        return Outcome(end, *blocks)
+
+    return at
 
 
-def _served(config, p: Problem, method: Method, local, arrays: Arrays, clients: Clients, adapter, run: Run, key):
+def _served(config, p: Problem, method: Method, local, arrays: Arrays, clients: Clients, adapter, key, run: Run):
     """Accuracy of every client, ``[taus, N + K]``, after ``TAUS`` local steps (as sent only, without ``local``)."""
     everybody = jnp.arange(config.clients + config.holdout_clients)
     fresh = rounds.start(method, key, adapter, config.holdout_clients).memory
@@ -265,7 +259,7 @@ def table(result: dict[str, Any]) -> str:
 
     def part(title: str, read: Callable[[dict[str, Any]], str]) -> list[str]:
         cells = [[name, *(read(find[name, b]) if (name, b) in find else "-" for b in budgets)] for name in names]
-        return [title, *_aligned([["local steps per round", *map(str, budgets)], *cells]), ""]
+        return [title, *summary.aligned([["local steps per round", *map(str, budgets)], *cells]), ""]
 
     lines = []
     for group, title in GROUPS.items():
@@ -279,12 +273,6 @@ def table(result: dict[str, Any]) -> str:
 
     lines += part(f"rounds / passes of a client until personal models as sent reach {100 * target:g} %", reached)
     return "\n".join([*lines, *map(_sentence, result["claims"])]).rstrip()
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    pad = lambda row: [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-    return ["  ".join(pad(row)) for row in rows]
 
 
 def _sentence(c: dict[str, Any]) -> str:

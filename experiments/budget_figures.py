@@ -25,7 +25,7 @@ def budget(looks: Looks, result: dict[str, Any]) -> Figure:
     for axes, group in panels:
         for name in looks:
             own = sorted((e for e in result["entries"] if e["method"] == name), key=lambda e: e["steps"])
-            _line(axes, looks, name, [e["steps"] for e in own], [e[group][str(e["tau"])] for e in own])
+            line(axes, looks, name, [e["steps"] for e in own], [e[group][str(e["tau"])] for e in own])
         _log(axes, sorted({e["steps"] for e in result["entries"]}))
     return legend(figure, looks, looks)
 
@@ -39,7 +39,7 @@ def steps(looks: Looks, result: dict[str, Any]) -> Figure:
     for axes, group in panels:
         for name in looks:
             for e in (e for e in result["entries"] if e["method"] == name and e["steps"] == at):
-                _line(axes, looks, name, [0.5 if t == 0 else t for t in result["taus"]],
+                line(axes, looks, name, [0.5 if t == 0 else t for t in result["taus"]],
                       [e[group][str(t)] for t in result["taus"]])  # fmt: skip
         _log(axes, [0.5, *(t for t in result["taus"] if t)], ["0", *(str(t) for t in result["taus"] if t)])
     return legend(figure, looks, looks)
@@ -72,7 +72,7 @@ def _panels(title: str, x: str, result: dict[str, Any]) -> tuple[Figure, list[tu
     return figure, list(zip(grid, groups, strict=True))
 
 
-def _line(axes: Axes, looks: Looks, name: str, x: list[float], values: list[dict[str, Any]]) -> None:
+def line(axes: Axes, looks: Looks, name: str, x: list[float], values: list[dict[str, Any]]) -> None:
     mean = [100 * v["mean"] for v in values]
     axes.plot(x, mean, **stroke(looks, name, len(x)))
     if all(v["ci95"] for v in values):

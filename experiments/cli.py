@@ -42,6 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
         ("compare", "run several methods on the same seeds, clients and batches; the main job"),
         ("run", "run one method"),
         ("bounds", "what needs no federation: zero-shot, linear probe, local-only and centralised tuning"),
+        ("sweep", "accuracy against the learning rate and one option: all values and seeds in one compiled program"),
         (
             "budget",
             "accuracy against the number of local steps, learning rates chosen on a part of the training images",
@@ -60,8 +61,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
     return command, Config(**given)
 
 
-_RECORDED = {"resume", "target", "checkpoint_every"}
-_TUNED = {"budgets", "lrs", "tuning_seeds"}
+_RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
+_TUNED = {"budgets", "lrs", "tuning_seeds", "vary"}
 _MODEL = {"data", "weights", "image_size", "targets", "adapt_last", "full", "rank", "scale"}
 _LEFT_OUT = {
     "compare": _TUNED,
@@ -70,7 +71,8 @@ _LEFT_OUT = {
     | _RECORDED
     | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
     | {"signature", "theta"},
-    "budget": {"resume", "checkpoint_every", "local_steps", "lr", "validation"},
+    "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"},
+    "budget": {"resume", "checkpoint_every", "dry_run", "local_steps", "lr", "validation", "vary"},
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }
 

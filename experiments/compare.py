@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import platform
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import methods, problem, programs, record, report, summary
+from experiments import forecast, methods, problem, programs, record, report, summary
 from experiments.config import Config, check
 from experiments.layout import mesh_of
 from experiments.problem import Problem
@@ -54,14 +55,24 @@ class Plan:
         }
         self.trials = {name: Trial(config, self.problem, name) for name in config.methods}
 
+    def forecast(self) -> None:
+        """Print what the run would need."""
+        print(forecast.table(self.config, self.problem, self._compiled(self.trials)))
+
     def execute(self) -> Path:
-        """Run, write, print. Returns the report's path."""
+        """Run, write, print. Returns the report's path.
+
+        Raises:
+          MemoryError: it would need more memory than there is; nothing has been written.
+        """
         config = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not config.resume:
+            self._refuse_what_does_not_fit(self.trials)
+            self.folder.mkdir(parents=True, exist_ok=True)
             record.write_json(self.folder / "config.json", self.about)
         stores = {name: record.Checkpoints(self.folder, name) for name in self.trials}
         done = {name: store.latest() for name, store in stores.items()}
+        self._refuse_what_does_not_fit([name for name in self.trials if done[name] < config.rounds])
         metrics = record.Metrics(self.folder)
         metrics.keep(done)
         left = sum(config.rounds - rounds for rounds in done.values())
@@ -71,6 +82,16 @@ class Plan:
                 timings[name] = trial.run(done[name], stores[name], metrics, bar)
                 stores[name].close()
         return self._finish(metrics.read(), timings)
+
+    def _compiled(self, names: Iterable[str]) -> list[Trial]:
+        for name in tqdm(names, desc="compiling", unit="method", leave=False, dynamic_ncols=True):
+            self.trials[name].compile()
+        return [self.trials[name] for name in names]
+
+    def _refuse_what_does_not_fit(self, names: Iterable[str]) -> None:
+        for trial in self._compiled(names):
+            if reason := forecast.too_large(self.config, self.problem, trial.name, trial.need()):
+                raise MemoryError(reason)
 
     def _finish(self, rows: list[dict[str, Any]], timings: dict[str, dict[str, float | None]]) -> Path:
         entries = {}
@@ -140,17 +161,31 @@ class Trial:
         theta = jax.tree.leaves(getattr(innermost(run.state), "theta", ()))
         self.theta_size = sum(math.prod(x.shape[1:]) for x in theta)  # without the axis of seeds
         # Tracing finds every mistake of shapes and options, before anything compiles.
+        self.start = run
         self.lowered = self.programs.train.lower(problem.base, problem.train, problem.clients, run, problem.keys)
+
+    def compile(self) -> None:
+        """Compile the rounds and the evaluation, once."""
+        if hasattr(self, "train"):
+            return
+        p, begin = self.problem, time.perf_counter()
+        self.train = self.lowered.compile()
+        self.compile_seconds = time.perf_counter() - begin
+        arguments = (p.base, p.train, p.test, p.clients, self.start, p.keys, np.bool_(True))
+        self.evaluate = self.programs.evaluate.lower(*arguments).compile()
+
+    def need(self) -> forecast.Need | None:
+        """Memory of the run; ``None`` where XLA does not tell."""
+        p = self.problem
+        held = (p.base, p.train, p.test, p.clients, p.adapters, p.keys, self.start)
+        return forecast.need(held, [self.train, self.evaluate])
 
     def run(self, done: int, store: record.Checkpoints, metrics: record.Metrics, bar: tqdm) -> dict[str, float | None]:
         """Rounds after ``done``; rows and checkpoints as they come. Returns timings."""
         config, p = self.config, self.problem
         if done == config.rounds:
             return {"seconds_per_round": None, "compile_seconds": None}
-        bar.set_description(f"{self.name}: compiling")
-        begin = time.perf_counter()
-        train = self.lowered.compile()
-        compile_seconds = time.perf_counter() - begin
+        self.compile()
         bar.set_description(self.name)
 
         run: Run = self.programs.start(p.adapters, p.keys)
@@ -159,17 +194,17 @@ class Trial:
         seconds = []
         for end in range(done + config.eval_every, config.rounds + 1, config.eval_every):
             begin = time.perf_counter()
-            run, info = jax.block_until_ready(train(p.base, p.train, p.clients, run, p.keys))
+            run, info = jax.block_until_ready(self.train(p.base, p.train, p.clients, run, p.keys))
             seconds.append((time.perf_counter() - begin) / (config.eval_every * len(config.seeds)))
             self._check_moved(info, end)
-            tune = end > config.rounds - summary.WINDOW
-            scores = jax.device_get(self.programs.evaluate(p.base, p.train, p.test, p.clients, run, p.keys, tune))
+            tune = np.bool_(end > config.rounds - summary.WINDOW)
+            scores = jax.device_get(self.evaluate(p.base, p.train, p.test, p.clients, run, p.keys, tune))
             metrics.append(self.rows.of_block(end, jax.device_get(info), scores))
             if end % config.checkpoint_every == 0 or end == config.rounds:
                 store.save(end, run)
             bar.update(config.eval_every * len(config.seeds))
         store.keep_theta(innermost(run.state))
-        return {"seconds_per_round": float(np.median(seconds)), "compile_seconds": compile_seconds}
+        return {"seconds_per_round": float(np.median(seconds)), "compile_seconds": self.compile_seconds}
 
     def _check_moved(self, info: Info, end: int) -> None:
         failed = ~np.isfinite(info.aggregation.bias) | ~np.isfinite(info.loss).any(-1)  # one client may, if left out

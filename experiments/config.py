@@ -68,16 +68,24 @@ class Config:
     )
     out: str | None = option(None, "folder to write (default: runs/ and the time)")
     resume: bool = option(False, "go on with the run in --out from its last checkpoint")
+    dry_run: bool = option(False, "say what the run would need (memory, traffic, arithmetic, time) and write nothing")
 
     budgets: tuple[int, ...] = option(
         (1, 2, 5, 10), "numbers of local steps per round to compare (1, 2, 5 and 10 only)"
     )
-    lrs: tuple[float, ...] = option((0.05, 0.1, 0.2), "learning rates to choose from, for each method and budget")
+    lrs: tuple[float, ...] = option(
+        (0.05, 0.1, 0.2), "local learning rates: in sweep to show, in budget to choose from for each method and budget"
+    )
+    vary: str | None = option(
+        None,
+        "an option of the methods or their wrappers and its values, as in mu=0,0.01,0.1 (or proximal:mu=0,0.01,0.1 "
+        "where more than one has it); with each learning rate",
+    )
     tuning_seeds: tuple[int, ...] = option((100, 101), "seeds of the runs that choose the learning rate")
 
     def identity(self) -> dict[str, Any]:
         """What decides the results: everything but where they are written and how fast they are computed."""
-        free = {"out", "resume", "checkpoint_every"}
+        free = {"out", "resume", "checkpoint_every", "dry_run"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
 

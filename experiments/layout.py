@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,12 +36,16 @@ def mesh_of(config: Config) -> Mesh | None:
     return jax.make_mesh((config.devices,), ("clients",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def layout(config: Config, problem: Problem) -> tuple[int, int]:
-    """Clients and seeds at once on each device: as set, or as they fit. A CPU takes one seed after another."""
-    clients, seeds = (config.clients_per_round or config.clients) // config.devices, len(config.seeds)
+def layout(config: Config, problem: Problem, points: int = 1) -> tuple[int, int]:
+    """Clients and runs (every seed at each of ``points``) at once on each device: as set, or as they fit.
+
+    A CPU takes one run after another.
+    """
+    clients = (config.clients_per_round or config.clients) // config.devices
+    runs = points * problem.keys.shape[0]
     fit = at_once(problem.loss_fn, *one_step(config, problem))
     cpu = jax.default_backend() == "cpu"
-    together = config.seeds_at_once or (1 if cpu else divisor(seeds, fit // clients))
+    together = divisor(runs, config.seeds_at_once or (1 if cpu else fit // clients))
     return config.chunk or divisor(clients, fit if cpu else fit // together), together
 
 
@@ -50,6 +55,26 @@ def at_once(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) ->
         return CACHE // largest(loss_fn, base, adapter, batch, key)
     memory = jax.local_devices()[0].memory_stats()["bytes_limit"]
     return int(SHARE * memory / kept(loss_fn, base, adapter, batch, key))
+
+
+def memory() -> int | None:
+    """Bytes that a device has for arrays: an accelerator's limit; of a CPU what is free and what ours hold already.
+
+    ``None`` where the system does not say.
+    """
+    if jax.default_backend() != "cpu":
+        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    free = _free()
+    return None if free is None else free + sum(x.nbytes for x in jax.live_arrays())
+
+
+def _free() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return 1024 * kib["MemAvailable"] if "MemAvailable" in kib else None
 
 
 def divisor(number: int, most: int) -> int:

@@ -6,8 +6,9 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import fedlora_jax.methods
 import fedlora_jax.wrappers
@@ -43,15 +44,58 @@ def _shown(options: list[str]) -> str:
     return f" ({', '.join(short)})" if options else ""
 
 
-def build(spec: str, **facts: Any) -> Method:
+class Varied(NamedTuple):
+    """An option of one part of a method with wrappers."""
+
+    part: int
+    key: str
+
+
+def find(spec: str, option: str) -> Varied:
+    """Where a method with wrappers has an option that is a real number.
+
+    Args:
+      spec: as for ``build``.
+      option: ``KEY``, or ``NAME:KEY`` where more than one part has it.
+
+    Raises:
+      ValueError: no part has it, or several have, or it is already set.
+    """
+    name, _, key = option.rpartition(":")
+    parts = list(zip(spec.split("+"), _parse(spec), strict=True))
+    chosen = [(i, text, p) for i, (text, p) in enumerate(parts) if name in ("", text.split(":")[0])]
+    real = lambda make: [k for k, p in settable(make).items() if type(p.default) is float]
+    found = [(i, taken) for i, _, (make, taken) in chosen if key in real(make)]
+    if len(found) != 1:
+        has = [f"{text.split(':')[0]}:{k}" for text, (make, _) in parts for k in real(make)]
+        what = "no part has" if not found else "several parts have"
+        raise ValueError(f"--vary {option}: {what} such a number in {spec}; it has {', '.join(has) or 'none'}")
+    part, taken = found[0]
+    if key in taken:
+        raise ValueError(f"--vary {option}: {spec} sets it already; leave it out there")
+    return Varied(part, key)
+
+
+def with_option(spec: str, option: Varied, value: float) -> str:
+    """The method with one more option set, as it is written on the command line."""
+    parts = spec.split("+")
+    parts[option.part] += f":{option.key}={value:g}"
+    return "+".join(parts)
+
+
+def build(spec: str, varied: Mapping[Varied, Any] = MappingProxyType({}), **facts: Any) -> Method:
     """The method with its wrappers, each given those facts of the run that it asks for by name, and its options.
 
     Args:
       spec: ``PART`` or ``PART+PART+...``, the method and then the wrappers around it from the innermost, each ``NAME``
         or ``NAME:OPTION=VALUE:...``, such as ``fedit+proximal:mu=0.1+fedadam:lr=0.01``.
+      varied: options on top of those in ``spec``, whose values may be traced.
       **facts: what is known of the run, such as ``participants``.
     """
-    (make, chosen), *around = _parse(spec)
+    parsed = _parse(spec)
+    for option, value in varied.items():
+        parsed[option.part][1][option.key] = value
+    (make, chosen), *around = parsed
     asked = lambda make: {key: facts[key] for key in inspect.signature(make).parameters if key in facts}
     method = make(**asked(make), **chosen)
     for wrap, options in around:

@@ -49,6 +49,14 @@ MEASURES = (
     "bias_share",
 )
 WINDOW = 5
+COLUMNS = (  # of tables
+    ("global", "global_accuracy"),
+    ("personal", "personal_accuracy"),
+    ("+steps", "personal_accuracy_tuned"),
+    ("worst 10%", "worst10_accuracy"),
+    ("unseen", "unseen_accuracy"),
+    ("+steps", "unseen_accuracy_tuned"),
+)
 
 
 def spread(values: Iterable[float | None]) -> dict[str, Any]:
@@ -107,15 +115,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 def table(summary: dict[str, Any]) -> str:
     """The terminal's table: last five rounds, mean and half-width of the 95 % interval, in per cent."""
-    columns = (
-        ("global", "global_accuracy"),
-        ("personal", "personal_accuracy"),
-        ("+steps", "personal_accuracy_tuned"),
-        ("worst 10%", "worst10_accuracy"),
-        ("unseen", "unseen_accuracy"),
-        ("+steps", "unseen_accuracy_tuned"),
-    )
-    header = ["method", *(title for title, _ in columns), "vs first", "bias", "KiB up", "s/round"]
+    header = ["method", *(title for title, _ in COLUMNS), "vs first", "bias", "KiB up", "s/round"]
     rows = [header]
     for name, entry in summary["methods"].items():
         difference = summary["paired"].get(name)
@@ -123,19 +123,22 @@ def table(summary: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                *(percent(entry[key]["last5"]) for _, key in columns),
+                *(percent(entry[key]["last5"]) for _, key in COLUMNS),
                 percent(difference, signed=True) if difference else "",
                 _share(entry["bias_share"]["last5"]["mean"]),
                 f"{entry['bytes_up']['per_client_round'] / 1024:.1f}",
                 "-" if seconds is None else f"{seconds:.3f}",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    line = lambda row: "  ".join(
-        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-    )
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+    title, *lines = aligned(rows)
+    return "\n".join([title, "  ".join("-" * max(map(len, column)) for column in zip(*rows, strict=True)), *lines])
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """A line for each row, columns as wide as what is in them, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    pad = lambda row: [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+    return ["  ".join(pad(row)) for row in rows]
 
 
 def percent(value: dict[str, Any], signed: bool = False) -> str:

@@ -21,6 +21,10 @@ class Population(NamedTuple):
     ranks: Array  # [N]
     signatures: Any = ()  # a Signature [N, 1 + V, ...]: view 0 is of all of a client's data, the others of random parts
 
+    def members(self, ids: Array | np.ndarray) -> Population:
+        """The clients ``ids`` alone, in that order."""
+        return jax.tree.map(lambda x: x[ids], self)
+
     def cohort(
         self, ids: Array, memory: Memory, batches: Any = (), queries: Any = (), views: Array | int = 0
     ) -> Cohort:
@@ -89,11 +93,18 @@ def sample_apart(
     A client sets at most a quarter of its examples apart, at least one, others in every draw; a client with fewer than
     ``query`` of them repeats them.
     """
+    return sample_members(key, data, population.members(ids), ids, steps, batch, smallest, query)
+
+
+def sample_members(
+    key: Array, data: Any, members: Population, ids: Array, steps: int, batch: int, smallest: int, query: int
+) -> tuple[Any, Any]:
+    """``sample_apart`` for the clients ``ids [C]``, of whom ``members`` holds one row each."""
     if query and smallest < 2:
         raise ValueError("a client with one example has none to keep apart: raise the minimum to 2, or query to 0")
 
-    def one(id_: Array) -> tuple[Array, Array]:
-        own, rows, size = jax.random.fold_in(key, id_), population.rows[id_], population.sizes[id_]
+    def one(id_: Array, rows: Array, size: Array) -> tuple[Array, Array]:
+        own = jax.random.fold_in(key, id_)
         if not query:
             return sample_rows(own, rows, size, steps, batch, smallest), jnp.zeros(0, rows.dtype)
         apart = lambda n: jnp.maximum(1, jnp.minimum(query, n // 4))
@@ -102,7 +113,7 @@ def sample_apart(
         queries = rows[kept + jnp.arange(query) % held]
         return sample_rows(own, rows, kept, steps, batch, smallest - max(1, min(query, smallest // 4))), queries
 
-    batches, queries = jax.vmap(one)(ids)
+    batches, queries = jax.vmap(one)(ids, members.rows, members.sizes)
     examples = lambda rows: jax.tree.map(lambda x: x[rows], data)
     return examples(batches), examples(queries) if query else ()
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, Params
@@ -58,6 +59,14 @@ class About(NamedTuple):
     travels: str
     exact: str  # is the new server model the mean of the clients' models?
     personal: str = "-"  # what stays with a client
+
+
+def known(*numbers: Any) -> bool:
+    """Are these plain numbers, so that they can be compared with their bounds now?
+
+    A traced hyper-parameter is being learned or swept over: whoever traces it looks at its values first.
+    """
+    return not any(isinstance(x, Tracer) for x in numbers)
 
 
 def no_penalty(adapter: Adapter, anchor: Any) -> Array:

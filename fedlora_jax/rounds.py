@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from fedlora_jax import diagnostics
-from fedlora_jax.clients import Population, sample_apart, sample_ids, sample_views
+from fedlora_jax.clients import Population, sample_ids, sample_members, sample_views
 from fedlora_jax.diagnostics import Aggregation
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client, models
@@ -248,6 +249,13 @@ def start(method: Method, key: Array, adapter: Adapter, clients: int) -> Run:
     return Run(state, memory, jnp.zeros((), jnp.int32))
 
 
+def start_on_host(method: Method, key: Array, adapter: Adapter, clients: int) -> Run:
+    """``start`` with what clients keep as NumPy arrays ``[N, ...]``, for ``make_host_step``."""
+    row = jax.device_get(method.init_client(adapter))
+    memory = jax.tree.map(lambda x: np.tile(x, (clients, *(1,) * np.ndim(x))), row)
+    return start(method, key, adapter, clients=0)._replace(memory=memory)
+
+
 def make_step(
     round_fn: Callable, *, participants: int, steps: int, batch: int, smallest: int, query: int = 0
 ) -> Callable[[Params, Any, Population, Run, Array], tuple[Run, Info]]:
@@ -260,17 +268,72 @@ def make_step(
       smallest: images of the smallest client (static: it bounds how many epochs ``T * B`` images can be).
       query: of the method. That many images are kept apart from the local steps, others each round.
     """
+    cohort_step = make_cohort_step(round_fn, steps=steps, batch=batch, smallest=smallest, query=query)
 
     def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
-        who, draw, train = jax.random.split(jax.random.fold_in(key, run.round), 3)
-        ids = sample_ids(who, population.sizes.shape[0], participants)
-        batches, queries = sample_apart(draw, data, population, ids, steps, batch, smallest, query)
-        cohort = population.cohort(ids, run.memory, batches, queries, views=sample_views(draw, population, ids))
-        state, memory, info = round_fn(base, run.state, cohort, train)
+        ids = draw_ids(key, run.round, population.sizes.shape[0], participants)
+        memory = jax.tree.map(lambda x: x[ids], run.memory)
+        state, memory, info = cohort_step(base, data, population.members(ids), ids, run.state, memory, run.round, key)
         kept = jax.tree.map(lambda rows, new: rows.at[ids].set(new), run.memory, memory)
         return Run(state, kept, run.round + 1), info
 
     return step
+
+
+def make_host_step(
+    cohort_step: Callable, *, participants: int
+) -> Callable[[Params, Any, Population, Run, Array], tuple[Run, Info]]:
+    """``make_step`` for populations that the device cannot hold; the same numbers, not to be jitted.
+
+    Who takes part is drawn on the CPU; of what clients are and keep the device is given the cohort's rows. Its memory
+    does not depend on the number of clients.
+
+    Args:
+      cohort_step: ``make_cohort_step``, jitted.
+      participants: clients per round.
+
+    Returns:
+      ``step(base, data, population, run, key) -> (run, info)`` on a population of NumPy arrays and a run from
+      ``start_on_host``, **whose memory is written in place**.
+    """
+    cpu = jax.local_devices(backend="cpu")[0]
+
+    def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
+        with jax.default_device(cpu):
+            who, count = jax.device_put((key, run.round), cpu)
+            ids = np.asarray(draw_ids(who, count, len(population.sizes), participants))
+        memory = jax.tree.map(lambda x: x[ids], run.memory)
+        state, memory, info = cohort_step(base, data, population.members(ids), ids, run.state, memory, run.round, key)
+        for rows, new in zip(*map(jax.tree.leaves, (run.memory, jax.device_get(memory))), strict=True):
+            rows[ids] = new
+        return Run(state, run.memory, run.round + 1), info
+
+    return step
+
+
+def make_cohort_step(round_fn: Callable, *, steps: int, batch: int, smallest: int, query: int = 0) -> Callable:
+    """What follows once it is known who takes part; arguments as for ``make_step``.
+
+    Returns:
+      ``cohort_step(base, data, members [C], ids [C], state, memory [C, ...], round, key) -> (state, memory, info)``,
+      where ``members`` is the part of the population that takes part.
+    """
+
+    def cohort_step(
+        base, data, members: Population, ids: Array, state: State, memory: Memory, number: Array, key: Array
+    ):
+        _, draw, train = jax.random.split(jax.random.fold_in(key, number), 3)
+        batches, queries = sample_members(draw, data, members, ids, steps, batch, smallest, query)
+        views = sample_views(draw, members, ids)
+        cohort = members.cohort(jnp.arange(len(ids)), (), batches, queries, views)
+        return round_fn(base, state, cohort._replace(ids=ids, memory=memory), train)
+
+    return cohort_step
+
+
+def draw_ids(key: Array, number: Array, clients: int, participants: int) -> Array:
+    """``[participants]`` clients of round ``number``."""
+    return sample_ids(jax.random.split(jax.random.fold_in(key, number), 3)[0], clients, participants)
 
 
 def scan_rounds(step: Callable, rounds: int) -> Callable:

@@ -9,7 +9,7 @@ as sent. The global adapter travels, v_c never does. Twice the local work.
 from __future__ import annotations
 
 from fedlora_jax import personal
-from fedlora_jax.method import About, Method, Slope
+from fedlora_jax.method import About, Method, Slope, known
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.personal import squared_distance
 
@@ -25,7 +25,7 @@ def ditto(lam: float = 0.1) -> Method:
     Raises:
       ValueError: lam below 0.
     """
-    if lam < 0:
+    if known(lam) and lam < 0:
         raise ValueError(f"lam is the weight of a penalty: got {lam}, expected 0 or more")
 
     def objective(task, carried, w):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 
 from fedlora_jax import lora
-from fedlora_jax.method import About, Method
+from fedlora_jax.method import About, Method, known
 from fedlora_jax.methods.fedper import fedper
 
 ABOUT = About("FedRep", "Collins et al. ICML 2021", "2102.07078", "head, then a, b", "a, b", "n/a")
@@ -28,7 +28,7 @@ def fedrep(share: float = 0.5) -> Method:
     Raises:
       ValueError: a share that leaves no step to one of the two phases.
     """
-    if not 0 < share < 1:
+    if known(share) and not 0 < share < 1:
         raise ValueError(f"share is the head's part of the local steps: got {share}, expected above 0 and below 1")
 
     def moving(mask, progress):

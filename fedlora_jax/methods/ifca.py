@@ -18,7 +18,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Dispatch, Method, Slope, Traffic, no_slope
+from fedlora_jax.method import About, Dispatch, Method, Slope, Traffic, known, no_slope
 
 ABOUT = About("IFCA", "Ghosh et al. NeurIPS 2020", "2006.04088", "a, b, head", "a, b, head; k-fold down", "no")
 
@@ -48,7 +48,7 @@ def ifca(k: int = 2, spread: float = 0.1, query: int = 16) -> Method:
     Raises:
       ValueError: k, or for k > 1 the query or the spread, not above 0.
     """
-    if k < 1 or (k > 1 and (query < 1 or spread <= 0)):
+    if k < 1 or (k > 1 and (query < 1 or (known(spread) and spread <= 0))):
         raise ValueError(f"k, query and spread must be above 0, got {k}, {query} and {spread}")
 
     def init(key, adapter):

@@ -20,7 +20,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import LoRA
-from fedlora_jax.method import About, Method, mean
+from fedlora_jax.method import About, Method, known, mean
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.product import matmul, norm, safe_sqrt, total
 
@@ -49,7 +49,7 @@ def lora_fair(
         the noise outlives the descent, and the result is worse than FedIT: an ablation.
       on: the factor that is corrected, the paper's ablation; ``both``: b, then a with the corrected b (ours).
     """
-    if not isinstance(lam, Array) and lam < 0:  # a traced lam is being learned
+    if known(lam) and lam < 0:
         raise ValueError(f"lam is the weight of a penalty: got {lam}, expected 0 or more")
     if solver not in ("cosine", "column_cosine", "ridge"):
         raise ValueError(f"solver must be 'cosine', 'column_cosine' or 'ridge', got {solver!r}")

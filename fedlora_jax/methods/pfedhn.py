@@ -20,7 +20,7 @@ from jax import Array
 
 from fedlora_jax import lora, meta
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Dispatch, Method
+from fedlora_jax.method import About, Dispatch, Method, known
 
 ABOUT = About("pFedHN", "Shamsian et al. ICML 2021", "2103.04628", "a, b, head", "a, b, head", "n/a")
 
@@ -53,7 +53,7 @@ def pfedhn(population: int, lr: float = 0.01, size: int = 16, width: int = 100) 
     Raises:
       ValueError: a number that is not above 0.
     """
-    if min(population, size, width) < 1 or lr <= 0:
+    if min(population, size, width) < 1 or (known(lr) and lr <= 0):
         raise ValueError(f"population, lr, size and width must be above 0, got {population}, {lr}, {size} and {width}")
     tx = optax.chain(optax.clip_by_global_norm(50.0), optax.sgd(lr))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from fedlora_jax import lora
-from fedlora_jax.method import Method
+from fedlora_jax.method import Method, known
 from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers.around import AboutWrapper, around
 
@@ -29,7 +29,7 @@ def fedlc(inner: Method, tau: float = 1.0) -> Method:
       ValueError: tau below 0; (when a round is traced) signatures that do not tell of labels, or a model without one
         bias of its classes that is trained in full.
     """
-    if tau < 0:
+    if known(tau) and tau < 0:
         raise ValueError(f"tau is the size of a margin: got {tau}, expected 0 or more")
 
     def tell(own, cohort, sent):

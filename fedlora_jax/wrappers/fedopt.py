@@ -22,7 +22,7 @@ import optax
 from jax import Array
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method
+from fedlora_jax.method import Method, known
 from fedlora_jax.wrappers.around import AboutWrapper, around, innermost, needs_an_adapter, with_adapter
 
 _REDDI = "Reddi et al. ICLR 2021", "2003.00295"
@@ -102,6 +102,6 @@ def adaptive(second: Callable[[Array, Array], Array], lr: float, b1: float, tau:
 
 
 def _positive(lr: float, tau: float = 1.0) -> float:
-    if not (lr > 0 and tau > 0):
+    if known(lr, tau) and not (lr > 0 and tau > 0):
         raise ValueError(f"the server's lr and tau must be above 0, got {lr} and {tau}")
     return lr

@@ -16,7 +16,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax.method import Method
+from fedlora_jax.method import Method, known
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
@@ -42,7 +42,7 @@ def clip(inner: Method, bound: float = 1.0) -> Method:
     Raises:
       ValueError: a bound not above 0, or an inner method that learns from more than adapters.
     """
-    if not bound > 0:
+    if known(bound) and not bound > 0:
         raise ValueError(f"bound is a norm: got {bound}, expected above 0")
     needs_plain_uploads("clip", inner)
 
@@ -59,7 +59,7 @@ def noise(inner: Method, deviation: float = 0.01) -> Method:
     Raises:
       ValueError: a deviation below 0, or an inner method that learns from more than adapters.
     """
-    if deviation < 0:
+    if known(deviation) and deviation < 0:
         raise ValueError(f"deviation of the noise: got {deviation}, expected 0 or more")
     needs_plain_uploads("noise", inner)
 

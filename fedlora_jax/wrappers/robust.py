@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax.method import Method
+from fedlora_jax.method import Method, known
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
@@ -54,7 +54,7 @@ def trimmed_mean(inner: Method, share: float = 0.1) -> Method:
     Raises:
       ValueError: a share that leaves nothing.
     """
-    if not 0 <= share < 0.5:
+    if known(share) and not 0 <= share < 0.5:
         raise ValueError(f"share is cut off at both ends: got {share}, expected 0 to below 0.5")
 
     def middle(n):
@@ -102,7 +102,7 @@ def norm_bound(inner: Method, factor: float = 2.0) -> Method:
     Raises:
       ValueError: a factor not above 0.
     """
-    if not factor > 0:
+    if known(factor) and not factor > 0:
         raise ValueError(f"factor of the median norm: got {factor}, expected above 0")
     needs_plain_uploads("norm_bound", inner)
 

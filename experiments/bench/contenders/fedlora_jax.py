@@ -88,7 +88,7 @@ def chunk_of(work: Work, p: Problem, chunk: int | None) -> int:
 
 def method(work: Work, name: str) -> Method:
     one = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), _told(work, 1))
-    facts = {"participants": work.clients, "population": work.clients, "rounds": 50}
+    facts: dict[str, Any] = {"participants": work.clients, "population": work.clients, "rounds": 50}
     return methods.build(name, signature=one, theta=None, **facts)
 
 

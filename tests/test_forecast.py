@@ -1,0 +1,91 @@
+"""What a run would need is told without writing anything, and a run that does not fit is refused with what does."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_bad_input import change
+
+from experiments import compare, forecast, layout
+from experiments.__main__ import planned
+from experiments.cli import parse
+from experiments.config import Config
+from experiments.forecast import Need
+
+GIB = 2**30
+SMALL = (
+    "--partition iid --clients 4 --holdout-clients 0 --minimum 2 --rounds 2 --seeds 1 --local-steps 2 --batch 4 "
+    "--adapt-last 1 --chunk 4"
+)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forecast")
+    change()(folder / "data.npz")
+    options = f"run --method ffa_lora --dry-run {SMALL} --data {folder / 'data.npz'} --out {folder / 'out'}"
+    return planned(*parse(options.split())).__self__
+
+
+@pytest.mark.long
+def test_a_dry_run_tells_and_writes_nothing(plan, capsys):
+    assert isinstance(plan, compare.Plan)
+    plan.forecast()
+    header, line, *_ = capsys.readouterr().out.splitlines()
+    cells = dict(zip(re.split(r"\s{2,}", header), re.split(r"\s{2,}", line), strict=True))
+    rank, width, classes = 4, 64, 3  # one block, query and value; of a pair only b moves, and the head
+    moving = 2 * rank * width + (width + 1) * classes
+    assert cells["method"] == "ffa_lora"
+    assert int(cells["trained"].replace(",", "")) == moving
+    assert cells["KiB up"] == cells["KiB down"] == f"{4 * moving / 1024:.1f}"
+    assert all(float(cells[name]) > 0 for name in ("GFLOP/round", "compile s", "run s"))
+    assert not plan.folder.exists()
+
+
+@pytest.mark.long
+def test_memory_is_what_the_arrays_and_the_programs_take(plan):
+    plan.trials["ffa_lora"].compile()
+    needed = plan.trials["ffa_lora"].need()
+    arrays = sum(x.nbytes for x in (*plan.problem.train, *plan.problem.test))
+    assert arrays < needed.held < 2 * arrays + 4 * 10**6
+    assert needed.work > 0
+
+
+@pytest.mark.long
+def test_a_run_that_does_not_fit_is_refused_before_its_first_round(plan, monkeypatch):
+    trial = plan.trials["ffa_lora"]
+    trial.compile()
+    needed = trial.need()
+    monkeypatch.setattr(layout, "memory", lambda: needed.held + needed.work // 2 + 1)
+    with pytest.raises(MemoryError, match=r"ffa_lora needs about .* MiB of memory .*--chunk 2 should fit"):
+        plan.execute()
+    assert not plan.folder.exists()
+    monkeypatch.setattr(layout, "memory", lambda: needed.peak)
+    assert forecast.too_large(plan.config, plan.problem, "ffa_lora", needed) is None
+
+
+@pytest.mark.parametrize(
+    ("have", "advice"),
+    [(9, "--seeds-at-once 1 --chunk 8"), (4, "--seeds-at-once 1 --chunk 4"), (2, "--seeds-at-once 1 --chunk 1"),
+     (1.1, "even one client")],
+)  # fmt: skip
+def test_first_fewer_seeds_are_advised_then_fewer_clients(monkeypatch, have, advice):
+    monkeypatch.setattr(layout, "layout", lambda config, problem: (8, 2))
+    monkeypatch.setattr(layout, "memory", lambda: have * GIB)
+    config, problem = Config(clients=8, seeds=(0, 1)), SimpleNamespace(keys=np.zeros(2))
+    text = forecast.too_large(config, problem, "fedit", Need(GIB, 12 * GIB))  # type: ignore[arg-type]
+    assert advice in text
+    assert "needs about 13.00 GiB" in text
+    assert f"{have:.2f} GiB" in text
+
+
+def test_where_memory_is_unknown_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(layout, "memory", lambda: None)
+    assert forecast.too_large(Config(), None, "fedit", Need(GIB, GIB)) is None  # type: ignore[arg-type]
+    monkeypatch.setattr(layout, "memory", lambda: 0)
+    assert forecast.too_large(Config(), None, "fedit", None) is None  # type: ignore[arg-type]
+
+
+def test_a_cpu_has_what_is_free_and_what_our_arrays_hold():
+    assert layout.memory() is None or layout.memory() > 2**20
