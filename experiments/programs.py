@@ -17,7 +17,7 @@ from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import sample_batches
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, average_client
+from fedlora_jax.method import Method, average_client, no_learning
 from fedlora_jax.rounds import Run
 
 
@@ -180,7 +180,13 @@ def make_block(config: Config, problem: Problem, method: Method, optimizer: Any,
         smallest=problem.smallest,
         query=method.query,
     )
-    return rounds.scan_rounds(step, config.eval_every)
+    block = rounds.scan_rounds(step, config.eval_every)
+    if method.learn is not no_learning:
+        return block
+    # Signatures of random parts are there lest a server learns its clients by heart. One that learns nothing from
+    # them (FedLC counts with them) is told of all of a client's data.
+    whole = lambda population: population._replace(signatures=jax.tree.map(lambda x: x[:, :1], population.signatures))
+    return lambda base, data, population, run, key: block(base, data, whole(population), run, key)
 
 
 def traffic_bytes(method: Method, adapter: Adapter, ranks: tuple[int, ...]) -> tuple[int, int]:
