@@ -1,5 +1,6 @@
 """A whole round, sampling included, is one program: compiled once, blind to chunks, honest about who saw what."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -33,10 +34,12 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.config import Config
+from experiments.programs import make_block
 from fedlora_jax import rounds
 from fedlora_jax.clients import sample_batches, sample_ids, sample_rows
 from fedlora_jax.method import Method, average_client
-from fedlora_jax.methods.fedit import fedit
+from fedlora_jax.methods.fedit import FedITState, fedit
 
 SIZES = (5, 9, 3, 7, 4)
 
@@ -266,3 +269,25 @@ def test_an_average_client_gets_the_global_model():
     evaluate = rounds.make_evaluate(method, accuracy_and_loss)
     scores = evaluate(BASE, state, one, jax.tree.map(lambda x: x[None], examples()), KEY)
     assert_near(take(scores.before, 0), accuracy_and_loss(BASE, state.adapter, examples()))
+
+
+def test_only_servers_that_learn_from_signatures_are_told_of_random_parts():
+    """FedLC counts with the label histogram: of all of a client's data, whatever view training would draw."""
+    told = jax.tree.map(lambda x: jnp.concatenate([x, x + 1, x + 2], 1), population(SIZES).signatures)
+    clients = population(SIZES)._replace(signatures=told)
+    config = Config(clients=len(SIZES), local_steps=1, batch=BATCH, seeds=(0,))
+    data = SimpleNamespace(loss_fn=loss_fn, smallest=min(SIZES))
+
+    def keep(base, state, cohort, sent, received):
+        return state._replace(adapter=cohort.signatures)
+
+    def seen(**hooks):
+        send = lambda base, state, cohort: fedit().dispatch(base, FedITState(ADAPTER), cohort)
+        method = fedit()._replace(aggregate=keep, dispatch=send, **hooks)
+        block = make_block(config, data, method, OPTIMIZER, None)
+        run = rounds.Run(FedITState(jax.tree.map(lambda x: x[:, 0], told)), (), jnp.zeros((), int))
+        return jit(block)(BASE, examples(), clients, run, KEY)[0].state.adapter
+
+    assert_near(seen(), jax.tree.map(lambda x: x[:, 0], told), 0)
+    learning = seen(learn=lambda state, cohort, slopes: state)
+    assert np.all(learning.amount > told.amount[:, 0] + 0.5)
