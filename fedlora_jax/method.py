@@ -15,7 +15,7 @@ from jax import Array
 from jax.core import Tracer
 
 from fedlora_jax import lora
-from fedlora_jax.lora import Adapter, Params
+from fedlora_jax.lora import Adapter, LoRA, Params
 
 State = Any
 Memory = Any
@@ -198,6 +198,25 @@ def mean_of_holders(old: Any, stacked: Any, mask: Any, weights: Array) -> Any:
         return jnp.where(held > 0, mean(x * m, weights) / jnp.where(held > 0, held, 1.0), old)
 
     return jax.tree.map(one, old, stacked, mask)
+
+
+def revived(old: Adapter, new: Adapter, ranks: Array, weights: Array) -> Adapter:
+    """``new`` whose columns that no client holds continue with the ``a`` of ``old`` and ``b = 0``.
+
+    A mean of factors makes both zero there: the same product, and neither factor would ever have a gradient again.
+
+    Args:
+      old, new: adapters without client axis.
+      ranks: ``[C]`` columns that each client holds.
+      weights: ``[C]``; a client of weight zero holds none.
+    """
+    most = jnp.where(weights > 0, ranks, 0).max()
+
+    def low_rank(x: LoRA, y: LoRA) -> LoRA:
+        held = jnp.arange(y.a.shape[-1]) < most
+        return LoRA(jnp.where(held, y.a, x.a), jnp.where(held[:, None], y.b, 0.0), y.scale)
+
+    return lora.tree_map(low_rank, old, new, full=lambda x, y: y)
 
 
 def uniform(cohort: Cohort) -> Array:

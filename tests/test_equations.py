@@ -107,6 +107,15 @@ def test_flexlora_gives_each_client_the_truncation_to_its_own_rank():
             assert_near(dense(take(lora.flatten(sent.adapter)[name], client)), dense_truncation(m, int(rank)))
 
 
+@pytest.mark.parametrize("gauge", [True, False])
+def test_flexlora_with_balanced_factors_goes_on_with_the_old_a_where_nothing_was_learned(gauge):
+    _, _, _, received, new = aggregated(flexlora("balanced", gauge), cohort(clients=1, ranks=[1]))
+    for name in KERNELS:
+        x, sent = lora.flatten(new.adapter)[name], lora.flatten(received)[name]
+        assert_near(dense(x), dense(take(sent, 0)))
+        assert (x.a.any(-2) | x.b.any(-1)).all()
+
+
 @pytest.mark.parametrize("ranks", [[2, 2, 2, 2], [1, 2, 1, 2]])
 def test_fedex_is_exact(ranks):
     c, _, sent, received, new = aggregated(fedex_lora(), cohort(ranks=ranks))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fedlora_jax import lora, product
 from fedlora_jax.lora import Adapter, LoRA, Params
-from fedlora_jax.method import About, Method, Traffic, broadcast, mean
+from fedlora_jax.method import About, Method, Traffic, broadcast, mean, revived
 
 ABOUT = About("FedEx-LoRA", "Singhal et al. ACL 2025", "2410.09432", "a, b, head", "a, b, head; residual down", "yes")
 
@@ -37,13 +37,14 @@ def fedex_lora() -> Method:
 
     def aggregate(base, state, cohort, sent, received):
         p = cohort.weights
-        adapter = mean(received, p)
+        center = mean(received, p)
 
         def missed(x: LoRA, center: LoRA) -> jax.Array:
             return lora.delta(product.total(LoRA(x.a - center.a, x.b - center.b, x.scale), p))
 
         low_rank, _ = lora.split(received)
-        missing = lora.tree_map(missed, low_rank, lora.split(adapter)[0])
+        missing = lora.tree_map(missed, low_rank, lora.split(center)[0])
+        adapter = revived(state.adapter, center, cohort.ranks, p)  # the same product
         return FedExState(adapter, jax.tree.map(jnp.add, state.residual, missing))
 
     def traffic(own, cohort):
