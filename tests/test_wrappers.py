@@ -199,6 +199,20 @@ def test_feddyn_follows_its_equations():
     assert_near(flat(grads), al * d[0] - flat(take(c.memory.own, 0)), 1e-5)
 
 
+@pytest.mark.parametrize("wrap", [fedadam, fedavgm, lambda m: feddyn(m, 8, 0.1)])
+def test_what_no_client_may_move_has_no_momentum(wrap):
+    """A round of full ranks, then one of rank 1: the second column is as the inner method leaves it."""
+    method = wrap(fedit())
+    round_fn = jit(rounds.make_round(method, loss_fn, OPTIMIZER))
+    full, few = members(method, 0), members(method, 1, ranks=[1] * CLIENTS)
+    state, *_ = round_fn(BASE, method.init(KEY, ADAPTER), full, KEY)
+    new, *_ = round_fn(BASE, state, few, KEY)
+    for x, old in zip(*(lora.low_rank_leaves(innermost(s).adapter) for s in (new, state)), strict=True):
+        assert_near(x.a[..., 1], old.a[..., 1], 0)
+        assert not x.b[..., 1, :].any()
+        assert (x.a[..., 0] != old.a[..., 0]).all()
+
+
 def test_feddyn_stays_finite_over_fifty_rounds():
     method = feddyn(fedit(), CLIENTS, 0.1)
     round_fn, c = rounds.make_round(method, loss_fn, SGD), members(method)
