@@ -140,6 +140,8 @@ class Method(NamedTuple):
       remember: ``(memory, anchor, sent adapter, received adapter) -> memory``, on one client, after its local steps.
       model: ``(adapter, anchor) -> adapter`` the model of one client computes with, where that is not what the client
         trains and sends (two models side by side, a factorisation of its own). Defines what is evaluated as well.
+      told: ``(carried) -> adapter`` the part of what a client carries (or of its mask) that the server averages, where
+        that is not the whole model (``None``): the round's report compares it with the server's model.
       objective: ``(task, adapter, anchor) -> (minimised, reported)`` losses of one local step, where ``task`` is the
         loss of an adapter as ``model`` gives it; ``None``: both are the loss of the model.
       moving: ``(mask, progress) -> mask`` of one local step, ``progress`` from 0 to below 1: training in phases.
@@ -163,6 +165,7 @@ class Method(NamedTuple):
     init_client: Callable[[Adapter], Memory] = no_memory
     remember: Callable[[Memory, Any, Adapter, Adapter], Memory] = keep_memory
     model: Callable[[Adapter, Any], Adapter] = as_carried
+    told: Callable[[Adapter], Adapter] | None = None
     objective: Callable[[Callable[[Adapter], Array], Adapter, Any], tuple[Array, Array]] | None = None
     moving: Callable[[Adapter, Array], Adapter] = all_along
     shared: Callable[[Adapter], Adapter] = all_of_it

@@ -81,6 +81,7 @@ def beside(inner: Method) -> Method:
         init_client=nothing_yet,
         remember=lambda memory, anchor, sent, received: keep(received["personal"]),
         model=lambda carried, anchor: carried["personal"],
+        told=lambda carried: carried["shared"],
         shared=lambda mask: pair(mask["shared"], jax.tree.map(jnp.zeros_like, mask["personal"])),
     )
 

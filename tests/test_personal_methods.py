@@ -48,6 +48,19 @@ from fedlora_jax.wrappers.proximal import proximal
 SGD = optax.sgd(0.05)
 
 
+@pytest.fixture(scope="module")
+def reported():
+    return run(fedit())[2].aggregation
+
+
+@pytest.mark.parametrize("make", [ditto, lambda: proximal(ditto(), 0.0), finetune])
+def test_the_report_of_a_round_is_on_what_was_sent(make, reported):
+    """FedIT beside a model that does not travel: what averaging gets wrong is FedIT's."""
+    info = run(make())[2]
+    assert reported.bias_share > 1e-3
+    assert_near(info.aggregation, reported, 1e-4)
+
+
 def run(method, count=2, optimizer=OPTIMIZER, adapter=ADAPTER):
     """Some rounds of all clients from a fresh state: the state, the last cohort with its new memory, and info."""
     round_fn = jit(rounds.make_round(method, loss_fn, optimizer))

@@ -201,15 +201,11 @@ def present(cohort: Cohort) -> Array:
     return (cohort.weights > 0).astype(cohort.weights.dtype)
 
 
-def where_moved(cohort: Cohort, sent: Dispatch, new: Adapter, old: Adapter) -> Adapter:
-    """``new`` where any client that takes part may move an entry that it shares, ``old`` elsewhere; both ``[...]``.
-
-    Of clients that carry more than an adapter like the server's the masks say nothing of it: then it is ``new``.
-    """
-    if jax.tree.structure(sent.mask) != jax.tree.structure(new):
-        return new
+def where_moved(inner: Method, cohort: Cohort, sent: Dispatch, new: Adapter, old: Adapter) -> Adapter:
+    """``new`` where any client that takes part may move an entry that it shares, ``old`` elsewhere; both ``[...]``."""
+    mask = inner.told(sent.mask) if inner.told else sent.mask
     by_any = lambda m: ((m > 0) & (per_client(cohort.weights > 0, m) > 0)).any(0)
-    return jax.tree.map(lambda m, x, y: jnp.where(by_any(m), x, y), sent.mask, new, old)
+    return jax.tree.map(lambda m, x, y: jnp.where(by_any(m), x, y), mask, new, old)
 
 
 def updates(sent: Dispatch, received: Adapter) -> Adapter:

@@ -67,7 +67,7 @@ def feddyn(inner: Method, population: int, al: float = 0.01) -> Method:
         h = jax.tree.map(lambda h, d: h - al * d, old.own, drift)
         theirs = innermost(new).adapter
         moved = jax.tree.map(lambda w, h: w - h / al, theirs, h)
-        return with_adapter(new, where_moved(cohort, sent, moved, theirs)), h
+        return with_adapter(new, where_moved(inner, cohort, sent, moved, theirs)), h
 
     return around(
         inner,

@@ -48,9 +48,11 @@ def server(inner: Method, tx: optax.GradientTransformation) -> Method:
     def finish(old, new, cohort, sent, received):
         w = innermost(old.inner).adapter
         theirs = innermost(new).adapter
-        gradient = where_moved(cohort, sent, jax.tree.map(jnp.subtract, w, theirs), jax.tree.map(jnp.zeros_like, w))
+        gradient = where_moved(
+            inner, cohort, sent, jax.tree.map(jnp.subtract, w, theirs), jax.tree.map(jnp.zeros_like, w)
+        )
         steps, own = tx.update(gradient, old.own, w)
-        return with_adapter(new, where_moved(cohort, sent, optax.apply_updates(w, steps), theirs)), own
+        return with_adapter(new, where_moved(inner, cohort, sent, optax.apply_updates(w, steps), theirs)), own
 
     return around(inner, init=lambda key, state, adapter: tx.init(needs_an_adapter("server", state)), finish=finish)
 
