@@ -86,6 +86,11 @@ def beside(inner: Method) -> Method:
     )
 
 
+def within(progress: Array | float, share: float | Array) -> Array | bool:
+    """Is a local step, begun at ``progress`` (``t / T``), one of the first ``share`` of all, whatever rounding says?"""
+    return progress + 1e-6 < share
+
+
 def squared_distance(x: Adapter, y: Adapter) -> Array:
     """``|x - y|^2`` over all arrays together."""
     return sum((jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True)), jnp.zeros(()))

@@ -208,6 +208,24 @@ def test_fedrep_trains_the_head_first_and_then_the_factors():
         assert all((a != b).mean() > 0.9 for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True))
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.7, 0.9])
+@pytest.mark.parametrize("steps", [10, 20])
+def test_a_share_of_the_local_steps_is_that_many_whatever_rounding_says(share, steps):
+    mask, counted = {"kernel": jnp.ones(())}, 0
+    for t in range(steps):
+        moving = finetune(share).moving({"shared": mask, "personal": mask}, jnp.float32(t) / steps)
+        counted += moving["personal"]["kernel"]
+        assert fedrep(share).moving(mask, jnp.float32(t) / steps)["kernel"] == moving["personal"]["kernel"]
+    assert counted == round(share * steps)
+
+
+def test_fedrep_refuses_local_steps_that_are_all_for_the_head():
+    for share, steps in (0.5, 1), (0.6, 2):
+        method = fedrep(share)
+        with pytest.raises(ValueError, match="leaves none for the low-rank factors"):
+            rounds.make_round(method, loss_fn, SGD)(BASE, method.init(KEY, ADAPTER), members(method, steps=steps), KEY)
+
+
 def test_fedproto_averages_each_class_over_the_clients_that_have_it():
     method, shares = fedproto(0.3), np.asarray([[0.5, 0.5, 0], [0.2, 0.8, 0], [1, 0, 0], [0, 1, 0]])
     c = normalised(members(method))

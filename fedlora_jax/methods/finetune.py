@@ -34,7 +34,7 @@ def finetune(share: float = 1.0) -> Method:
         return loss + task(carried["personal"]), loss
 
     def moving(mask, progress):
-        own = jax.tree.map(lambda m: m * (progress < share), mask["personal"])
+        own = jax.tree.map(lambda m: m * personal.within(progress, share), mask["personal"])
         return mask | {"personal": own}
 
     def train(tune, judge, start):
