@@ -48,11 +48,15 @@ def fedex_lora() -> Method:
         return FedExState(adapter, jax.tree.map(jnp.add, state.residual, missing))
 
     def traffic(own, cohort):
-        def residual(x: LoRA):
-            rank, dense = (len(cohort) - 1) * x.a.shape[-1], lora.delta(x)
+        def residual(x: LoRA, *held: LoRA):
+            # Everybody needs the same one. Column k adds the rank of its holders' centred columns.
+            ranks, dense = [y.a.shape[-1] for y in held], lora.delta(x)
+            holders = [sum(r > k for r in ranks) for k in range(max(ranks, default=0))]
+            rank = sum(min(n, len(held) - 1) for n in holders)
             factored = jnp.zeros((*dense.shape[:-2], rank, sum(dense.shape[-2:])))
             return factored if factored.size < dense.size else dense
 
-        return Traffic(up=own, down=(own, lora.tree_map(residual, lora.split(own)[0])))
+        low_rank = [lora.split(x)[0] for x in (own, *cohort)]
+        return Traffic(up=own, down=(own, lora.tree_map(residual, *low_rank)))
 
     return Method(init, dispatch, aggregate, traffic=traffic)

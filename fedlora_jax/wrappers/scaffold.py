@@ -79,7 +79,7 @@ def scaffold(inner: Method, population: int, local_lr: float) -> Method:
 
     def traffic(own, cohort):
         theirs = inner.traffic(own, cohort)
-        return Traffic(up=(theirs.up, own), down=(theirs.down, own))
+        return Traffic(up=(theirs.up, theirs.up), down=(theirs.down, theirs.up))  # controls of what is shared
 
     return around(
         inner,
