@@ -33,6 +33,8 @@ from experiments.config import Config
 from experiments.methods import wrappers
 from fedlora_jax import lora, rounds
 from fedlora_jax.losses import fedga
+from fedlora_jax.methods.ditto import ditto
+from fedlora_jax.methods.fed_sb import fed_sb
 from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.methods.flexlora import flexlora
@@ -407,6 +409,20 @@ def test_median_and_trimmed_mean_are_coordinatewise_over_who_is_there(weights):
     assert_near(adapter_of(new), np.sort(there, 0)[1:-1].mean(0), 1e-5)
 
 
+@pytest.mark.parametrize("weights", [[1, 2, 3, 1], [1, 0, 2, 1]])
+def test_norm_bound_shortens_to_the_median_of_the_norms(weights):
+    """Of an even number of clients it is the mean of the two in the middle."""
+    c, w, start = normalised(cohort(weights=weights)), uploads(), flat(nudged(ADAPTER, 0))
+    w = jax.tree.map(
+        lambda x, y: x + jnp.asarray([0.2, 1, 2, 4]).reshape(-1, *(1,) * x.ndim) * (y - x), nudged(ADAPTER, 0), w
+    )
+    _, new = aggregated(norm_bound(fedit(), 0.9), w, c)
+    d = flat(w, clients=True) - start
+    norms = np.linalg.norm(d, axis=1)
+    factor = np.minimum(1, 0.9 * np.median(norms[np.asarray(weights) > 0]) / norms)
+    assert_near(adapter_of(new), start + np.float64(c.weights) @ (factor[:, None] * d), 1e-5)
+
+
 def test_krum_picks_the_update_with_the_nearest_others():
     w, c = uploads(), normalised(cohort())
     rows = flat(w, clients=True)
@@ -471,6 +487,14 @@ def test_without_the_wrapper_a_round_that_failed_says_so():
 def test_what_lives_in_factor_space_refuses_residuals_and_methods_without_an_adapter(wrap, make):
     with pytest.raises(ValueError, match=r"residual on the base|no global adapter"):
         jax.eval_shape(wrap(make()).init, KEY, ADAPTER)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: scaffold(m, 8, 0.1), lambda m: feddyn(m, 8)])
+@pytest.mark.parametrize("make", [fed_sb, ditto])
+def test_what_clients_keep_for_every_entry_refuses_methods_whose_clients_carry_something_else(wrap, make):
+    method = wrap(make())
+    with pytest.raises(ValueError, match="tree of another structure"):
+        method.dispatch(BASE, method.init(KEY, ADAPTER), members(method))
 
 
 @pytest.mark.parametrize("wrap", [clip, noise, median, trimmed_mean, krum, norm_bound])

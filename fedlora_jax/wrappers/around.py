@@ -224,9 +224,9 @@ def square_norms(stacked: Adapter) -> Array:
     return sum((jnp.sum(x**2, tuple(range(1, x.ndim))) for x in jax.tree.leaves(stacked)), jnp.zeros(()))
 
 
-def same_structure(wrapper: str, mine: Adapter, theirs: Adapter) -> None:
-    """Refuse a method whose clients carry something else than an adapter like the server's."""
-    if jax.tree.structure(mine) != jax.tree.structure(theirs):
+def same_structure(wrapper: str, mine: Adapter, *theirs: Adapter) -> None:
+    """Refuse a method whose clients carry or keep something else than an adapter like the server's."""
+    if any(jax.tree.structure(mine) != jax.tree.structure(x) for x in theirs):
         raise ValueError(
             f"{wrapper} keeps a number for every entry of the server's adapter, and clients of this method carry a "
             "tree of another structure: wrap a method whose clients carry one adapter, such as fedit"

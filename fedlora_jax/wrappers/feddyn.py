@@ -55,7 +55,7 @@ def feddyn(inner: Method, population: int, al: float = 0.01) -> Method:
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
 
     def tell(h, cohort, sent):
-        same_structure("feddyn", h, sent.adapter)
+        same_structure("feddyn", h, sent.adapter, cohort.memory)
         return Told(sent.adapter, jax.tree.map(jnp.multiply, cohort.memory, sent.mask), sent.mask)
 
     def penalty(w, told):

@@ -58,7 +58,7 @@ def scaffold(inner: Method, population: int, local_lr: float) -> Method:
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
 
     def tell(c, cohort, sent):
-        same_structure("scaffold", c, sent.adapter)
+        same_structure("scaffold", c, sent.adapter, cohort.memory)
         batches = jax.tree.leaves(cohort.batches)
         steps = batches[0].shape[1] if batches else 1  # without batches nobody trains: any number does
         shift = jax.tree.map(lambda c, ci, m: (c - ci) * m, c, cohort.memory, sent.mask)
