@@ -1,7 +1,8 @@
 """What clients keep for themselves between rounds, and a model of their own beside the one they share.
 
-Ours in all personalised methods: a client that never took part is served what the server sends to everybody, and the
-average client (``method.average_client``) holds the mean of what those who took part keep.
+Ours in all methods that use it: a client that never took part is served what the server sends to everybody, and the
+average client (``method.average_client``) holds the mean of what those who took part keep. FedSA-LoRA and FedVLM do
+not: there it begins with what everybody began with.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     w = sum_c p_c w_c        v_c = w after H local steps of client c
 
 FedIT trains and travels as ever; each client uses what it has made of the last global adapter it was sent. H is given
-as a share of the local steps. Ours: the two are trained side by side, which costs the shared steps twice.
+as a share of the local steps. Ours: the two are trained side by side, which costs the shared steps twice, and by one
+optimizer: one that clips by the global norm scales them together.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@
     c <- c + 1 / N sum_S (c_i+ - c_i)                          all controls start at zero
 
 The correction is the gradient of the penalty ``<w, c - c_i>``. ``(x - y) / (K eta)`` is a mean gradient under plain SGD
-only: no momentum, no Adam inside. A client sends its control's change beside its adapter and receives c.
+only: no momentum, no Adam inside. A client sends its control's change beside its adapter and receives c. Controls are
+made of what clients send: among wrappers that change uploads (clip, noise, median) it should be outermost, or server
+and clients keep controls that do not match.
 """
 
 from __future__ import annotations
