@@ -15,7 +15,7 @@ from jax import Array
 from jax.core import Tracer
 
 from fedlora_jax import lora
-from fedlora_jax.lora import Adapter, Params
+from fedlora_jax.lora import Adapter, LoRA, Params
 
 State = Any
 Memory = Any
@@ -140,6 +140,8 @@ class Method(NamedTuple):
       remember: ``(memory, anchor, sent adapter, received adapter) -> memory``, on one client, after its local steps.
       model: ``(adapter, anchor) -> adapter`` the model of one client computes with, where that is not what the client
         trains and sends (two models side by side, a factorisation of its own). Defines what is evaluated as well.
+      told: ``(carried) -> adapter`` the part of what a client carries (or of its mask) that the server averages, where
+        that is not the whole model (``None``): the round's report compares it with the server's model.
       objective: ``(task, adapter, anchor) -> (minimised, reported)`` losses of one local step, where ``task`` is the
         loss of an adapter as ``model`` gives it; ``None``: both are the loss of the model.
       moving: ``(mask, progress) -> mask`` of one local step, ``progress`` from 0 to below 1: training in phases.
@@ -163,6 +165,7 @@ class Method(NamedTuple):
     init_client: Callable[[Adapter], Memory] = no_memory
     remember: Callable[[Memory, Any, Adapter, Adapter], Memory] = keep_memory
     model: Callable[[Adapter, Any], Adapter] = as_carried
+    told: Callable[[Adapter], Adapter] | None = None
     objective: Callable[[Callable[[Adapter], Array], Adapter, Any], tuple[Array, Array]] | None = None
     moving: Callable[[Adapter, Array], Adapter] = all_along
     shared: Callable[[Adapter], Adapter] = all_of_it
@@ -198,6 +201,25 @@ def mean_of_holders(old: Any, stacked: Any, mask: Any, weights: Array) -> Any:
         return jnp.where(held > 0, mean(x * m, weights) / jnp.where(held > 0, held, 1.0), old)
 
     return jax.tree.map(one, old, stacked, mask)
+
+
+def revived(old: Adapter, new: Adapter, ranks: Array, weights: Array) -> Adapter:
+    """``new`` whose columns that no client holds continue with the ``a`` of ``old`` and ``b = 0``.
+
+    A mean of factors makes both zero there: the same product, and neither factor would ever have a gradient again.
+
+    Args:
+      old, new: adapters without client axis.
+      ranks: ``[C]`` columns that each client holds.
+      weights: ``[C]``; a client of weight zero holds none.
+    """
+    most = jnp.where(weights > 0, ranks, 0).max()
+
+    def low_rank(x: LoRA, y: LoRA) -> LoRA:
+        held = jnp.arange(y.a.shape[-1]) < most
+        return LoRA(jnp.where(held, y.a, x.a), jnp.where(held[:, None], y.b, 0.0), y.scale)
+
+    return lora.tree_map(low_rank, old, new, full=lambda x, y: y)
 
 
 def uniform(cohort: Cohort) -> Array:

@@ -1,7 +1,8 @@
 """What clients keep for themselves between rounds, and a model of their own beside the one they share.
 
-Ours in all personalised methods: a client that never took part is served what the server sends to everybody, and the
-average client (``method.average_client``) holds the mean of what those who took part keep.
+Ours in all methods that use it: a client that never took part is served what the server sends to everybody, and the
+average client (``method.average_client``) holds the mean of what those who took part keep. FedSA-LoRA and FedVLM do
+not: there it begins with what everybody began with.
 """
 
 from __future__ import annotations
@@ -81,8 +82,14 @@ def beside(inner: Method) -> Method:
         init_client=nothing_yet,
         remember=lambda memory, anchor, sent, received: keep(received["personal"]),
         model=lambda carried, anchor: carried["personal"],
+        told=lambda carried: carried["shared"],
         shared=lambda mask: pair(mask["shared"], jax.tree.map(jnp.zeros_like, mask["personal"])),
     )
+
+
+def within(progress: Array | float, share: float | Array) -> Array | bool:
+    """Is a local step, begun at ``progress`` (``t / T``), one of the first ``share`` of all, whatever rounding says?"""
+    return progress + 1e-6 < share
 
 
 def squared_distance(x: Adapter, y: Adapter) -> Array:

@@ -149,9 +149,9 @@ def make_round(
         learned = method.learn(state, cohort, slopes)
         new_state = method.aggregate(base, learned, cohort, sent, received)
         after = method.dispatch(base, new_state, average_client(cohort._replace(memory=memory)))
-        ends = models(method, sent._replace(adapter=received))
-        as_models = lambda dispatch: dispatch._replace(adapter=models(method, dispatch))
-        bias = diagnostics.measure(as_models(sent), ends, cohort.weights, as_models(after))
+        told = lambda d: d._replace(adapter=method.told(d.adapter) if method.told else models(method, d))
+        ends = told(sent._replace(adapter=received)).adapter
+        bias = diagnostics.measure(told(sent), ends, cohort.weights, told(after))
         return new_state, memory, Info(ids, loss, bias, method.report(new_state))
 
     return round_fn

@@ -43,6 +43,7 @@ from fedlora_jax.methods.ffa_lora import ffa_lora
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.lora_fair import lora_fair
+from fedlora_jax.wrappers.scaffold import scaffold
 
 AGGREGATORS = [name for name in UNLEARNED if name not in CLASSICS]
 KERNELS = ["blocks/kernel", "mix/kernel"]
@@ -105,6 +106,15 @@ def test_flexlora_gives_each_client_the_truncation_to_its_own_rank():
         m = mean_product(lora.flatten(received)[name], c.weights)
         for client, rank in enumerate(c.ranks):
             assert_near(dense(take(lora.flatten(sent.adapter)[name], client)), dense_truncation(m, int(rank)))
+
+
+@pytest.mark.parametrize("gauge", [True, False])
+def test_flexlora_with_balanced_factors_goes_on_with_the_old_a_where_nothing_was_learned(gauge):
+    _, _, _, received, new = aggregated(flexlora("balanced", gauge), cohort(clients=1, ranks=[1]))
+    for name in KERNELS:
+        x, sent = lora.flatten(new.adapter)[name], lora.flatten(received)[name]
+        assert_near(dense(x), dense(take(sent, 0)))
+        assert (x.a.any(-2) | x.b.any(-1)).all()
 
 
 @pytest.mark.parametrize("ranks", [[2, 2, 2, 2], [1, 2, 1, 2]])
@@ -351,9 +361,25 @@ def test_counts_of_what_travels_are_the_formulas():
     for name, (up, down) in expected.items():
         traffic = UNLEARNED[name]().traffic(ADAPTER, [ADAPTER] * 4)
         assert (count(traffic.up), count(traffic.down)) == (up, down), name
+        if name == "ffa_lora":  # a control for every entry that is shared, both ways
+            around = scaffold(UNLEARNED[name](), 8, 0.1).traffic(ADAPTER, [ADAPTER] * 4)
+            assert (count(around.up), count(around.down)) == (2 * up, down + up)
+    small, p1 = lora.cut(ADAPTER, 1), p // RANK
+    mixed = {"fedit": p1 + head, "flora": (2 * p1 + 2 * p) + head, "fedex_lora": p1 + head + residual}
+    for name, down in mixed.items():  # of a client of rank 1
+        traffic = UNLEARNED[name]().traffic(small, [small, ADAPTER, ADAPTER, small])
+        assert (count(traffic.up), count(traffic.down)) == (p1 + head, down), name
 
 
 def test_a_residual_of_few_clients_travels_as_factors():
     wide = {"kernel": LoRA(jnp.zeros((60, 2)), jnp.zeros((2, 50)))}
     traffic = fedex_lora().traffic(wide, [wide] * 3)
     assert sum(x.size for x in jax.tree.leaves(traffic.down)) == 2 * 110 + 2 * 2 * 110
+    rng, narrow = np.random.default_rng(0), lora.cut(wide, 1)
+    rows = [(rng.normal(size=(60, 2)), rng.normal(size=(2, 50))) for _ in range(3)]
+    a, b = (np.stack(x) for x in zip(*rows, strict=True))
+    a[1:, :, 1], b[1:, 1] = 0, 0  # clients of ranks 2, 1 and 1
+    rank = np.linalg.matrix_rank((a @ b).mean(0) - a.mean(0) @ b.mean(0))
+    for own, columns in (wide, 2), (narrow, 1):
+        traffic = fedex_lora().traffic(own, [wide, narrow, narrow])
+        assert sum(x.size for x in jax.tree.leaves(traffic.down)) == (columns + rank) * 110

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import BASE, aggregated, assert_near, dense, jit, mean_product
+from helpers import BASE, aggregated, assert_near, cohort, dense, jit, mean_product
 from numpy.linalg import norm
 
 from fedlora_jax import lora
@@ -72,9 +72,10 @@ def test_the_column_objective_only_falls(x64, size, rows):
 
 def test_correcting_a_is_correcting_b_of_the_transposed_problem():
     _, _, _, received, new = aggregated(lora_fair(solver="ridge", on="a"))
-    c, *_ = aggregated(fedit())
+    c, state, *_ = aggregated(fedit())
     flip = lambda tree: lora.tree_map(lambda x: LoRA(x.b.mT, x.a.mT, x.scale), tree)
-    other = lora_fair(solver="ridge").aggregate(BASE, None, c, None, flip(received))  # type: ignore[arg-type]
+    turned = state._replace(adapter=flip(state.adapter))
+    other = lora_fair(solver="ridge").aggregate(BASE, turned, c, None, flip(received))  # type: ignore[arg-type]
     assert_near(new.adapter, flip(other.adapter))
 
 
@@ -96,6 +97,14 @@ def test_no_correction_is_worse_than_fedit_and_both_are_better_than_one(solver, 
 
         assert far(new) < far(plain)
         assert on != "both" or far(new) < far(one)
+
+
+@pytest.mark.parametrize("on", ["a", "b"])
+def test_without_a_penalty_columns_that_nobody_holds_are_harmless(on):
+    *_, new = aggregated(lora_fair(lam=0.0, solver="ridge", on=on), cohort(ranks=[1, 1, 1, 1]))
+    for x in lora.low_rank_leaves(new.adapter):
+        assert all(np.isfinite(factor).all() for factor in (x.a, x.b))
+        assert x.a[..., 1].any()
 
 
 @pytest.mark.parametrize("lam", [0.01, 1.0])

@@ -48,6 +48,19 @@ from fedlora_jax.wrappers.proximal import proximal
 SGD = optax.sgd(0.05)
 
 
+@pytest.fixture(scope="module")
+def reported():
+    return run(fedit())[2].aggregation
+
+
+@pytest.mark.parametrize("make", [ditto, lambda: proximal(ditto(), 0.0), finetune])
+def test_the_report_of_a_round_is_on_what_was_sent(make, reported):
+    """FedIT beside a model that does not travel: what averaging gets wrong is FedIT's."""
+    info = run(make())[2]
+    assert reported.bias_share > 1e-3
+    assert_near(info.aggregation, reported, 1e-4)
+
+
 def run(method, count=2, optimizer=OPTIMIZER, adapter=ADAPTER):
     """Some rounds of all clients from a fresh state: the state, the last cohort with its new memory, and info."""
     round_fn = jit(rounds.make_round(method, loss_fn, optimizer))
@@ -193,6 +206,24 @@ def test_fedrep_trains_the_head_first_and_then_the_factors():
     assert_near(head(end), head(middle), 0)
     for x, y in ((head(middle), head(start)), (body(end), body(middle))):
         assert all((a != b).mean() > 0.9 for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.7, 0.9])
+@pytest.mark.parametrize("steps", [10, 20])
+def test_a_share_of_the_local_steps_is_that_many_whatever_rounding_says(share, steps):
+    mask, counted = {"kernel": jnp.ones(())}, 0
+    for t in range(steps):
+        moving = finetune(share).moving({"shared": mask, "personal": mask}, jnp.float32(t) / steps)
+        counted += moving["personal"]["kernel"]
+        assert fedrep(share).moving(mask, jnp.float32(t) / steps)["kernel"] == moving["personal"]["kernel"]
+    assert counted == round(share * steps)
+
+
+def test_fedrep_refuses_local_steps_that_are_all_for_the_head():
+    for share, steps in (0.5, 1), (0.6, 2):
+        method = fedrep(share)
+        with pytest.raises(ValueError, match="leaves none for the low-rank factors"):
+            rounds.make_round(method, loss_fn, SGD)(BASE, method.init(KEY, ADAPTER), members(method, steps=steps), KEY)
 
 
 def test_fedproto_averages_each_class_over_the_clients_that_have_it():

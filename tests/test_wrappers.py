@@ -33,12 +33,15 @@ from experiments.config import Config
 from experiments.methods import wrappers
 from fedlora_jax import lora, rounds
 from fedlora_jax.losses import fedga
+from fedlora_jax.methods.ditto import ditto
+from fedlora_jax.methods.fed_sb import fed_sb
 from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.ifca import ifca
 from fedlora_jax.methods.pfedhn import pfedhn
+from fedlora_jax.methods.rac_lora import rac_lora
 from fedlora_jax.signatures import Signature, label_free
 from fedlora_jax.wrappers import innermost
 from fedlora_jax.wrappers.around import with_adapter
@@ -197,6 +200,20 @@ def test_feddyn_follows_its_equations():
     assert_near(flat(memory.own, clients=True), flat(c.memory.own, clients=True) - al * d, 1e-5)
     grads = jax.grad(method.penalty)(take(w, 0), take(sent.anchor, 0))
     assert_near(flat(grads), al * d[0] - flat(take(c.memory.own, 0)), 1e-5)
+
+
+@pytest.mark.parametrize("wrap", [fedadam, fedavgm, lambda m: feddyn(m, 8, 0.1)])
+def test_what_no_client_may_move_has_no_momentum(wrap):
+    """A round of full ranks, then one of rank 1: the second column is as the inner method leaves it."""
+    method = wrap(fedit())
+    round_fn = jit(rounds.make_round(method, loss_fn, OPTIMIZER))
+    full, few = members(method, 0), members(method, 1, ranks=[1] * CLIENTS)
+    state, *_ = round_fn(BASE, method.init(KEY, ADAPTER), full, KEY)
+    new, *_ = round_fn(BASE, state, few, KEY)
+    for x, old in zip(*(lora.low_rank_leaves(innermost(s).adapter) for s in (new, state)), strict=True):
+        assert_near(x.a[..., 1], old.a[..., 1], 0)
+        assert not x.b[..., 1, :].any()
+        assert (x.a[..., 0] != old.a[..., 0]).all()
 
 
 def test_feddyn_stays_finite_over_fifty_rounds():
@@ -392,6 +409,20 @@ def test_median_and_trimmed_mean_are_coordinatewise_over_who_is_there(weights):
     assert_near(adapter_of(new), np.sort(there, 0)[1:-1].mean(0), 1e-5)
 
 
+@pytest.mark.parametrize("weights", [[1, 2, 3, 1], [1, 0, 2, 1]])
+def test_norm_bound_shortens_to_the_median_of_the_norms(weights):
+    """Of an even number of clients it is the mean of the two in the middle."""
+    c, w, start = normalised(cohort(weights=weights)), uploads(), flat(nudged(ADAPTER, 0))
+    w = jax.tree.map(
+        lambda x, y: x + jnp.asarray([0.2, 1, 2, 4]).reshape(-1, *(1,) * x.ndim) * (y - x), nudged(ADAPTER, 0), w
+    )
+    _, new = aggregated(norm_bound(fedit(), 0.9), w, c)
+    d = flat(w, clients=True) - start
+    norms = np.linalg.norm(d, axis=1)
+    factor = np.minimum(1, 0.9 * np.median(norms[np.asarray(weights) > 0]) / norms)
+    assert_near(adapter_of(new), start + np.float64(c.weights) @ (factor[:, None] * d), 1e-5)
+
+
 def test_krum_picks_the_update_with_the_nearest_others():
     w, c = uploads(), normalised(cohort())
     rows = flat(w, clients=True)
@@ -425,13 +456,19 @@ def test_a_client_that_is_not_finite_changes_nothing_and_is_counted(bad):
     assert np.isnan(info.loss[2])
 
 
-def test_if_all_clients_fail_the_server_stays():
-    method = nonfinite(fedit())
+@pytest.mark.parametrize(
+    "make",
+    [fedit, flexlora, rac_lora, lambda: fedadam(fedit()), lambda: noise(feddyn(fedit(), 8)), lambda: pfedhn(100)],
+)
+def test_if_all_clients_fail_the_servers_state_stays(make):
+    """With momenta inside, keys, counts of rounds and residuals; after a round that went well."""
+    method = nonfinite(make())
+    round_fn = jit(rounds.make_round(method, loss_fn, SGD))
     c = members(method)
-    broken = c._replace(batches=c.batches | {"x": c.batches["x"] * jnp.nan})
-    start = with_adapter(method.init(KEY, ADAPTER), nudged(ADAPTER, 0))
-    state, _, info = jit(rounds.make_round(method, loss_fn, OPTIMIZER))(BASE, start, broken, KEY)
-    assert_near(innermost(state), innermost(start), 1e-6)
+    start, memory, _ = round_fn(BASE, method.init(KEY, ADAPTER), c, KEY)
+    broken = c._replace(batches=c.batches | {"x": c.batches["x"] * jnp.nan}, memory=memory)
+    state, after, info = round_fn(BASE, start, broken, KEY)
+    assert_near((state.inner, after), (start.inner, memory), 0)
     assert info.learned["dropped"] == CLIENTS
 
 
@@ -450,6 +487,14 @@ def test_without_the_wrapper_a_round_that_failed_says_so():
 def test_what_lives_in_factor_space_refuses_residuals_and_methods_without_an_adapter(wrap, make):
     with pytest.raises(ValueError, match=r"residual on the base|no global adapter"):
         jax.eval_shape(wrap(make()).init, KEY, ADAPTER)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: scaffold(m, 8, 0.1), lambda m: feddyn(m, 8)])
+@pytest.mark.parametrize("make", [fed_sb, ditto])
+def test_what_clients_keep_for_every_entry_refuses_methods_whose_clients_carry_something_else(wrap, make):
+    method = wrap(make())
+    with pytest.raises(ValueError, match="tree of another structure"):
+        method.dispatch(BASE, method.init(KEY, ADAPTER), members(method))
 
 
 @pytest.mark.parametrize("wrap", [clip, noise, median, trimmed_mean, krum, norm_bound])

@@ -3,7 +3,8 @@
     w = sum_c p_c w_c  (FedIT)        v_c <- argmin  f_c(v) + lam / 2 |v - w|^2
 
 Clients train the global adapter and one of their own side by side and use their own; w in the penalty is the adapter
-as sent. The global adapter travels, v_c never does. Twice the local work.
+as sent. The global adapter travels, v_c never does. Twice the local work. Both are trained by one optimizer: one that
+clips by the global norm scales them together, and the global adapter is then no longer exactly FedIT's.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fedlora_jax import lora, product
 from fedlora_jax.lora import Adapter, LoRA, Params
-from fedlora_jax.method import About, Method, Traffic, broadcast, mean
+from fedlora_jax.method import About, Method, Traffic, broadcast, mean, revived
 
 ABOUT = About("FedEx-LoRA", "Singhal et al. ACL 2025", "2410.09432", "a, b, head", "a, b, head; residual down", "yes")
 
@@ -37,21 +37,26 @@ def fedex_lora() -> Method:
 
     def aggregate(base, state, cohort, sent, received):
         p = cohort.weights
-        adapter = mean(received, p)
+        center = mean(received, p)
 
         def missed(x: LoRA, center: LoRA) -> jax.Array:
             return lora.delta(product.total(LoRA(x.a - center.a, x.b - center.b, x.scale), p))
 
         low_rank, _ = lora.split(received)
-        missing = lora.tree_map(missed, low_rank, lora.split(adapter)[0])
+        missing = lora.tree_map(missed, low_rank, lora.split(center)[0])
+        adapter = revived(state.adapter, center, cohort.ranks, p)  # the same product
         return FedExState(adapter, jax.tree.map(jnp.add, state.residual, missing))
 
     def traffic(own, cohort):
-        def residual(x: LoRA):
-            rank, dense = (len(cohort) - 1) * x.a.shape[-1], lora.delta(x)
+        def residual(x: LoRA, *held: LoRA):
+            # Everybody needs the same one. Column k adds the rank of its holders' centred columns.
+            ranks, dense = [y.a.shape[-1] for y in held], lora.delta(x)
+            holders = [sum(r > k for r in ranks) for k in range(max(ranks, default=0))]
+            rank = sum(min(n, len(held) - 1) for n in holders)
             factored = jnp.zeros((*dense.shape[:-2], rank, sum(dense.shape[-2:])))
             return factored if factored.size < dense.size else dense
 
-        return Traffic(up=own, down=(own, lora.tree_map(residual, lora.split(own)[0])))
+        low_rank = [lora.split(x)[0] for x in (own, *cohort)]
+        return Traffic(up=own, down=(own, lora.tree_map(residual, *low_rank)))
 
     return Method(init, dispatch, aggregate, traffic=traffic)

@@ -4,7 +4,7 @@
 
 The mean of products is not the product of means: the server misses E = sum_c p_c (a_c - abar)(b_c - bbar).
 Both factors and the head travel, both ways; nothing stays with a client. Under several ranks the smaller factors
-count as zero-padded.
+count as zero-padded. Ours: columns that nobody in a cohort holds keep their a, so that they can be trained again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Method, broadcast, mean
+from fedlora_jax.method import About, Method, broadcast, mean, revived
 
 ABOUT = About("FedIT", "Zhang et al. 2023", "2305.05644", "a, b, head", "a, b, head", "no")
 
@@ -31,6 +31,7 @@ def fedit() -> Method:
         return broadcast(base, state.adapter, cohort)
 
     def aggregate(base, state, cohort, sent, received):
-        return FedITState(mean(received, cohort.weights))
+        new = mean(received, cohort.weights)
+        return FedITState(revived(state.adapter, new, cohort.ranks, cohort.weights))
 
     return Method(init, dispatch, aggregate)

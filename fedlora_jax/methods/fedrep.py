@@ -11,8 +11,9 @@ steps.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
-from fedlora_jax import lora
+from fedlora_jax import lora, personal
 from fedlora_jax.method import About, Method, known
 from fedlora_jax.methods.fedper import fedper
 
@@ -26,14 +27,25 @@ def fedrep(share: float = 0.5) -> Method:
       share: of the local steps, those on the head.
 
     Raises:
-      ValueError: a share that leaves no step to one of the two phases.
+      ValueError: a share that leaves no step to one of the two phases, of all or (when a round is traced) of those that
+        the cohort's batches make.
     """
     if known(share) and not 0 < share < 1:
         raise ValueError(f"share is the head's part of the local steps: got {share}, expected above 0 and below 1")
 
     def moving(mask, progress):
         body, head = lora.split(mask)
-        frozen_until = jax.tree.map(lambda m: m * (progress >= share), body)
-        return lora.join(frozen_until, jax.tree.map(lambda m: m * (progress < share), head))
+        first = personal.within(progress, share)
+        only = lambda part, on: jax.tree.map(lambda m: m * on, part)
+        return lora.join(only(body, jnp.logical_not(first)), only(head, first))
 
-    return fedper()._replace(moving=moving)
+    def with_both_phases(cohort):
+        steps = jax.tree.leaves(cohort.batches)[0].shape[1]
+        if known(share) and personal.within((steps - 1) / steps, share):
+            raise ValueError(
+                f"a share of {share} of {steps} local steps for the head leaves none for the low-rank factors: "
+                f"expected at most {steps - 1} of {steps}, lower the share or take more steps"
+            )
+        return cohort
+
+    return fedper()._replace(moving=moving, pool=with_both_phases)

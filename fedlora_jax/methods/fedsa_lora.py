@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method, Traffic, mean, memory_of
+from fedlora_jax.method import About, Method, Traffic, mean, memory_of, revived
 from fedlora_jax.methods.fedit import FedITState, fedit
 
 ABOUT = About("FedSA-LoRA", "Guo et al. ICLR 2025", "2410.01463", "a, b, head", "a, head", "n/a (personal)", "b")
@@ -69,7 +69,8 @@ def partial_share(share: Share, head: Head = "shared") -> Method:
         return sent._replace(adapter=rows, anchor=rows)
 
     def aggregate(base, state, cohort, sent, received):
-        return FedITState(with_own(mean(received, cohort.weights), own(state.adapter)))
+        new = revived(state.adapter, mean(received, cohort.weights), cohort.ranks, cohort.weights)
+        return FedITState(with_own(new, own(state.adapter)))
 
     def remember(memory, anchor, sent, received):
         return own(received)

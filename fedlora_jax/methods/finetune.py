@@ -4,7 +4,8 @@
     w = sum_c p_c w_c        v_c = w after H local steps of client c
 
 FedIT trains and travels as ever; each client uses what it has made of the last global adapter it was sent. H is given
-as a share of the local steps. Ours: the two are trained side by side, which costs the shared steps twice.
+as a share of the local steps. Ours: the two are trained side by side, which costs the shared steps twice, and by one
+optimizer: one that clips by the global norm scales them together.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def finetune(share: float = 1.0) -> Method:
         return loss + task(carried["personal"]), loss
 
     def moving(mask, progress):
-        own = jax.tree.map(lambda m: m * (progress < share), mask["personal"])
+        own = jax.tree.map(lambda m: m * personal.within(progress, share), mask["personal"])
         return mask | {"personal": own}
 
     def train(tune, judge, start):

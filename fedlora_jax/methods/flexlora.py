@@ -9,7 +9,10 @@ Factors and head travel, both ways.
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
 from fedlora_jax import lora, product
+from fedlora_jax.lora import LoRA
 from fedlora_jax.method import About, Method, mean
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.product import Split
@@ -32,7 +35,11 @@ def flexlora(split: Split = "left", gauge: bool = False) -> Method:
 
         def truncated(old, x):
             like = old if gauge else None
-            return product.truncate(product.total(x, p), old.a.shape[-1], split=split, like=like)
+            new = product.truncate(product.total(x, p), old.a.shape[-1], split=split, like=like)
+            if split != "balanced" or gauge:
+                return new
+            dead = ~new.b.any(-1)[..., None, :]  # zero in both factors: goes on with the old a, or it never moves again
+            return LoRA(jnp.where(dead, old.a, new.a), new.b, new.scale)
 
         return FedITState(lora.tree_map(truncated, state.adapter, received, full=lambda old, x: mean(x, p)))
 

@@ -18,7 +18,7 @@ from jax import Array
 
 from fedlora_jax import lora, product
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method, known, mean, memory_of, uniform
+from fedlora_jax.method import About, Method, known, mean, memory_of, revived, uniform
 from fedlora_jax.methods.fedit import FedITState, fedit
 
 ABOUT = About("HetLoRA", "Cho et al. EMNLP 2024", "2401.06432", "a, b, head", "a, b, head", "no", "rank")
@@ -68,7 +68,7 @@ def hetlora(gamma: float = 0.99, lam: float = 1e-3, min_rank: int = 4) -> Method
         )
         size *= cohort.weights > 0
         p = jnp.where(size.sum() > 0, size / jnp.maximum(size.sum(), 1e-30), uniform(cohort))
-        return FedITState(mean(cut, p))
+        return FedITState(revived(state.adapter, mean(cut, p), ranks, p))
 
     nothing = lambda adapter: jnp.zeros((), jnp.int32)  # columns pruned so far
     return Method(inner.init, dispatch, aggregate, penalty, init_client=nothing, remember=remember)

@@ -18,7 +18,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Dispatch, Method, Slope, Traffic, known, no_slope
+from fedlora_jax.method import About, Dispatch, Method, Slope, Traffic, known, mean, no_slope, revived
 
 ABOUT = About("IFCA", "Ghosh et al. NeurIPS 2020", "2006.04088", "a, b, head", "a, b, head; k-fold down", "no")
 
@@ -75,13 +75,13 @@ def ifca(k: int = 2, spread: float = 0.1, query: int = 16) -> Method:
     def aggregate(base, state, cohort, sent, received):
         weights = cohort.weights[:, None] * received.chosen  # [C, k]
         total = weights.sum(0)
-        share = weights / jnp.where(total > 0, total, 1.0)
 
-        def cluster_mean(old, x):
-            new = jnp.einsum("ck,ck...->k...", share.astype(x.dtype), x, precision="highest")
-            return jnp.where(total.reshape(k, *(1,) * (old.ndim - 1)) > 0, new, old)
+        def cluster_mean(old, rows, p, total):
+            new = revived(old, mean(rows, p / jnp.where(total > 0, total, 1.0)), cohort.ranks, p)
+            return jax.tree.map(lambda x, y: jnp.where(total > 0, y, x), old, new)
 
-        return IFCAState(jax.tree.map(cluster_mean, state.models, received.models), total)
+        models = jax.vmap(cluster_mean, (0, 1, 1, 0))(state.models, received.models, weights, total)
+        return IFCAState(models, total)
 
     def model(carried, anchor):
         pick = lambda x: jnp.einsum("k,k...->...", carried.chosen.astype(x.dtype), x, precision="highest")

@@ -20,7 +20,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import LoRA
-from fedlora_jax.method import About, Method, known, mean
+from fedlora_jax.method import About, Method, known, mean, revived
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.product import matmul, norm, safe_sqrt, total
 
@@ -73,15 +73,16 @@ def lora_fair(
     def aggregate(base, state, cohort, sent, received):
         p = cohort.weights
 
-        def corrected(x: LoRA) -> LoRA:
-            abar, bbar = mean(x.a, p), mean(x.b, p)
+        def corrected(center: LoRA, x: LoRA) -> LoRA:
+            abar, bbar = center.a, center.b
             if on != "a":
                 bbar = bbar + correction(x, p, abar, bbar, -2)
             if on != "b":  # the same for the transposed product
                 abar = abar + correction(LoRA(x.b.mT, x.a.mT, x.scale), p, bbar.mT, abar.mT, -1).mT
             return LoRA(abar, bbar, x.scale)
 
-        return FedITState(lora.tree_map(corrected, received, full=lambda x: mean(x, p)))
+        means = revived(state.adapter, mean(received, p), cohort.ranks, p)
+        return FedITState(lora.tree_map(corrected, means, received))
 
     return fedit()._replace(aggregate=aggregate)
 
@@ -89,7 +90,8 @@ def lora_fair(
 def ridge(g: Array, y: Array, bbar: Array, lam: float | Array) -> Array:
     """``d = (G + lam I)^-1 (Y - G bbar)``, the minimiser of ``|M - abar (bbar + d)|^2 + lam |d|^2``."""
     identity = jnp.eye(g.shape[-1], dtype=g.dtype)
-    return jnp.linalg.solve(g + lam * identity, y - matmul(g, bbar))
+    empty = jnp.diagonal(g, axis1=-2, axis2=-1) == 0  # a zero column: without lam any d does, and 0 is the smallest
+    return jnp.linalg.solve(g + (lam + empty[..., None, :]) * identity, y - matmul(g, bbar))
 
 
 def cosine(

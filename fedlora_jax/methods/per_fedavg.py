@@ -4,8 +4,9 @@ Fallah et al., NeurIPS 2020, arXiv 2002.07948.
     w_c <- w_c - eta grad F_c(w_c)        F_c(w) = f_c(w - al grad f_c(w))        w = sum_c p_c w_c
 
 Clients train the global adapter for what it becomes after one more step. ``exact`` differentiates that step,
-``first_order`` takes its shift as given (FO-MAML). Everything travels; a client's model is w after a local step of its
-own (``after`` in ``Scores``). Ours: one batch serves both steps; the paper draws another for each.
+``first_order`` takes its shift as given (FO-MAML). Everything travels. Ours: one batch serves both steps; the paper
+draws another for each. In the paper a client's model is w after one plain step of its own, ``w - al grad f_c(w)``; the
+``after`` of ``Scores`` follows the local steps of training, along the meta-gradient and as long as eta, and is not it.
 """
 
 from __future__ import annotations

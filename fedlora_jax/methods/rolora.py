@@ -17,7 +17,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method, Traffic, broadcast, mean
+from fedlora_jax.method import About, Method, Traffic, broadcast, mean, revived
 
 ABOUT = About("RoLoRA", "Chen et al. NeurIPS 2025", "2502.01755", "b or a in turn, head", "that factor, head", "yes")
 
@@ -44,6 +44,7 @@ def rolora() -> Method:
         new = mean(received, cohort.weights)
         keep = lambda old, x: LoRA(jnp.where(only_b, old.a, x.a), jnp.where(only_b, x.b, old.b), x.scale)
         adapter = lora.tree_map(keep, state.adapter, new, full=lambda old, x: x)
+        adapter = revived(state.adapter, adapter, cohort.ranks, cohort.weights)
         return RoLoRAState(adapter, state.round + 1)
 
     def traffic(own, cohort):

@@ -97,6 +97,7 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
         init_client=init_client,
         remember=remember,
         model=together,
+        told=lambda pair: pair.shared,
         shared=lambda mask: Pair(mask.shared, jax.tree.map(jnp.zeros_like, mask.local)),
     )
 

@@ -201,6 +201,13 @@ def present(cohort: Cohort) -> Array:
     return (cohort.weights > 0).astype(cohort.weights.dtype)
 
 
+def where_moved(inner: Method, cohort: Cohort, sent: Dispatch, new: Adapter, old: Adapter) -> Adapter:
+    """``new`` where any client that takes part may move an entry that it shares, ``old`` elsewhere; both ``[...]``."""
+    mask = inner.told(sent.mask) if inner.told else sent.mask
+    by_any = lambda m: ((m > 0) & (per_client(cohort.weights > 0, m) > 0)).any(0)
+    return jax.tree.map(lambda m, x, y: jnp.where(by_any(m), x, y), mask, new, old)
+
+
 def updates(sent: Dispatch, received: Adapter) -> Adapter:
     """What clients changed of what they share, ``[C, ...]``."""
     return jax.tree.map(lambda x, y, m: (y - x) * m.astype(x.dtype), sent.adapter, received, sent.mask)
@@ -217,9 +224,9 @@ def square_norms(stacked: Adapter) -> Array:
     return sum((jnp.sum(x**2, tuple(range(1, x.ndim))) for x in jax.tree.leaves(stacked)), jnp.zeros(()))
 
 
-def same_structure(wrapper: str, mine: Adapter, theirs: Adapter) -> None:
-    """Refuse a method whose clients carry something else than an adapter like the server's."""
-    if jax.tree.structure(mine) != jax.tree.structure(theirs):
+def same_structure(wrapper: str, mine: Adapter, *theirs: Adapter) -> None:
+    """Refuse a method whose clients carry or keep something else than an adapter like the server's."""
+    if any(jax.tree.structure(mine) != jax.tree.structure(x) for x in theirs):
         raise ValueError(
             f"{wrapper} keeps a number for every entry of the server's adapter, and clients of this method carry a "
             "tree of another structure: wrap a method whose clients carry one adapter, such as fedit"

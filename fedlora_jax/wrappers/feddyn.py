@@ -3,7 +3,8 @@
     minimise  f_i(w) - <h_i, w> + al / 2 |w - w_g|^2        h_i <- h_i - al (w_i - w_g)
     h <- h - al / N sum_S (w_i - w_g)                       w_g = mean of w_i - h / al
 
-The mean is that of the inner method. The norm is squared, over what clients share.
+The mean is that of the inner method. The norm is squared, over what clients share. Ours: h waits where no
+client of the cohort may move an entry.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fedlora_jax.wrappers.around import (
     present,
     same_structure,
     updates,
+    where_moved,
     with_adapter,
 )
 
@@ -53,7 +55,7 @@ def feddyn(inner: Method, population: int, al: float = 0.01) -> Method:
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
 
     def tell(h, cohort, sent):
-        same_structure("feddyn", h, sent.adapter)
+        same_structure("feddyn", h, sent.adapter, cohort.memory)
         return Told(sent.adapter, jax.tree.map(jnp.multiply, cohort.memory, sent.mask), sent.mask)
 
     def penalty(w, told):
@@ -63,8 +65,9 @@ def feddyn(inner: Method, population: int, al: float = 0.01) -> Method:
     def finish(old, new, cohort, sent, received):
         drift = mean(updates(sent, received), present(cohort) / population)
         h = jax.tree.map(lambda h, d: h - al * d, old.own, drift)
-        moved = jax.tree.map(lambda w, h: w - h / al, innermost(new).adapter, h)
-        return with_adapter(new, moved), h
+        theirs = innermost(new).adapter
+        moved = jax.tree.map(lambda w, h: w - h / al, theirs, h)
+        return with_adapter(new, where_moved(inner, cohort, sent, moved, theirs)), h
 
     return around(
         inner,

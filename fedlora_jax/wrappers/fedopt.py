@@ -8,7 +8,7 @@ FedAvgM: *Measuring the Effects of Non-Identical Data Distribution for Federated
     fedavgm     m = b1 m + D,  w <- w + lr m
 
 As published: v starts at tau^2 and nothing is corrected for bias, unlike optax's own adam and yogi. An entry that no
-client moves has D = 0 and stays.
+client of the cohort may move has D = 0 and is the inner method's, whatever its momentum.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax import Array
 
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method, known
-from fedlora_jax.wrappers.around import AboutWrapper, around, innermost, needs_an_adapter, with_adapter
+from fedlora_jax.wrappers.around import AboutWrapper, around, innermost, needs_an_adapter, where_moved, with_adapter
 
 _REDDI = "Reddi et al. ICLR 2021", "2003.00295"
 ABOUT = {
@@ -47,9 +47,12 @@ def server(inner: Method, tx: optax.GradientTransformation) -> Method:
 
     def finish(old, new, cohort, sent, received):
         w = innermost(old.inner).adapter
-        gradient = jax.tree.map(jnp.subtract, w, innermost(new).adapter)
+        theirs = innermost(new).adapter
+        gradient = where_moved(
+            inner, cohort, sent, jax.tree.map(jnp.subtract, w, theirs), jax.tree.map(jnp.zeros_like, w)
+        )
         steps, own = tx.update(gradient, old.own, w)
-        return with_adapter(new, optax.apply_updates(w, steps)), own
+        return with_adapter(new, where_moved(inner, cohort, sent, optax.apply_updates(w, steps), theirs)), own
 
     return around(inner, init=lambda key, state, adapter: tx.init(needs_an_adapter("server", state)), finish=finish)
 

@@ -2,8 +2,8 @@
 
 A client that sends a number that is not finite is treated as if it had sent what it was sent, with weight zero; the
 others share its weight. It keeps the memory it had, and what it tells of slopes counts as zero. If nobody is left the
-server's model stays. ``dropped`` in the round's report is how many clients that were. It belongs outermost (last on the
-command line): a wrapper around it would see what it leaves out.
+server's state stays as it was, with all that wrappers inside keep. ``dropped`` in the round's report is how many
+clients that were. It belongs outermost (last on the command line): a wrapper around it would see what it leaves out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.diagnostics import finite
-from fedlora_jax.method import Method, no_learning
+from fedlora_jax.method import Method, State, no_learning
 from fedlora_jax.wrappers.around import AboutWrapper, Wrapped, around, per_client
 
 ABOUT = {"nonfinite": AboutWrapper("Non-finite out", "ours", "-", "clients that send nan or inf are left out, counted")}
@@ -37,8 +37,9 @@ def nonfinite(inner: Method) -> Method:
         return _weights(cohort.weights, fine), jax.tree.map(kept, sent.adapter, received)
 
     def finish(old, new, cohort, sent, received):
-        last = jnp.sum(~finite(received) & (cohort.weights > 0)).astype(jnp.int32)
-        return new, Dropped(last, old.own.total + last)
+        fine, there = finite(received), cohort.weights > 0
+        last = jnp.sum(~fine & there).astype(jnp.int32)
+        return _if_any(fine & there, new, old.inner), Dropped(last, old.own.total + last)
 
     method = around(
         inner,
@@ -56,11 +57,16 @@ def nonfinite(inner: Method) -> Method:
     def learn(state, cohort, slopes):
         fine = finite(slopes)
         slopes = jax.tree.map(lambda x: jnp.where(per_client(fine, x) > 0, x, 0.0), slopes)
+        there = fine & (cohort.weights > 0)
         cohort = cohort._replace(weights=_weights(cohort.weights, fine))
-        return Wrapped(inner.learn(state.inner, cohort, slopes), state.own)
+        return Wrapped(_if_any(there, inner.learn(state.inner, cohort, slopes), state.inner), state.own)
 
     learns = inner.learn is not no_learning
     return method._replace(remember=remember, learn=learn if learns else no_learning)
+
+
+def _if_any(there: Array, new: State, old: State) -> State:
+    return jax.tree.map(lambda x, y: jnp.where(there.any(), x, y), new, old)
 
 
 def _weights(weights: Array, fine: Array) -> Array:

@@ -108,10 +108,9 @@ def norm_bound(inner: Method, factor: float = 2.0) -> Method:
 
     def receive(own, cohort, sent, received):
         d = updates(sent, received)
-        squares, n = square_norms(d), present(cohort).sum().astype(int)
-        middle = _mean_between(squares[:, None], cohort.weights > 0, (n - 1) // 2, (n - 1) // 2)[0]
-        bound = factor * jnp.sqrt(jnp.maximum(middle, 1e-30))
-        return cohort.weights, replaced(sent, received, shortened(d, jnp.broadcast_to(bound, squares.shape)))
+        norms, n = jnp.sqrt(jnp.maximum(square_norms(d), 1e-30)), present(cohort).sum().astype(int)
+        bound = factor * _mean_between(norms, cohort.weights > 0, (n - 1) // 2, n // 2)
+        return cohort.weights, replaced(sent, received, shortened(d, jnp.broadcast_to(bound, norms.shape)))
 
     return around(inner, receive=receive)
 

@@ -5,7 +5,9 @@
     c <- c + 1 / N sum_S (c_i+ - c_i)                          all controls start at zero
 
 The correction is the gradient of the penalty ``<w, c - c_i>``. ``(x - y) / (K eta)`` is a mean gradient under plain SGD
-only: no momentum, no Adam inside. A client sends its control's change beside its adapter and receives c.
+only: no momentum, no Adam inside. A client sends its control's change beside its adapter and receives c. Controls are
+made of what clients send: among wrappers that change uploads (clip, noise, median) it should be outermost, or server
+and clients keep controls that do not match.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def scaffold(inner: Method, population: int, local_lr: float) -> Method:
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
 
     def tell(c, cohort, sent):
-        same_structure("scaffold", c, sent.adapter)
+        same_structure("scaffold", c, sent.adapter, cohort.memory)
         batches = jax.tree.leaves(cohort.batches)
         steps = batches[0].shape[1] if batches else 1  # without batches nobody trains: any number does
         shift = jax.tree.map(lambda c, ci, m: (c - ci) * m, c, cohort.memory, sent.mask)
@@ -79,7 +81,7 @@ def scaffold(inner: Method, population: int, local_lr: float) -> Method:
 
     def traffic(own, cohort):
         theirs = inner.traffic(own, cohort)
-        return Traffic(up=(theirs.up, own), down=(theirs.down, own))
+        return Traffic(up=(theirs.up, theirs.up), down=(theirs.down, theirs.up))  # controls of what is shared
 
     return around(
         inner,
