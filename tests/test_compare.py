@@ -127,6 +127,7 @@ def test_bounds_start_from_the_frozen_model(monkeypatch, capsys):
     assert set(lines) == {"zero_shot", "linear_probe", "local_only", "centralised"}
 
 
+@pytest.mark.long
 def test_what_did_not_travel_is_not_counted_and_newcomers_have_a_trial(tmp_path, monkeypatch):
     """HiLoRA's leaf stage sends nothing; the lowest clients are told apart."""
     more = ("--methods", "hilora:root=0.5:cluster=0.0", "--partition", "classes:3", "--seeds", "1")

@@ -101,10 +101,11 @@ assert_near(shared, results("flexlora", None), 1e-5)
     )
 
 
+@pytest.mark.long
 def test_a_comparison_on_two_devices(tmp_path):
     """The command line: the numbers of one device, and a word where there are too few."""
     command = (
-        "-m experiments run --method fedit --clients 4 --holdout-clients 0 --seeds 1 --rounds 1 --devices 2 --out "
+        "-m experiments run --method fedit --clients 6 --holdout-clients 0 --seeds 1 --rounds 1 --devices 2 --out "
     )
     command += f"{tmp_path}/"
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

@@ -85,7 +85,16 @@ SENT["sdflora"] = lambda carried: carried.shared
 
 
 # Built from the same parts as another that always runs: these run with the long tests.
-SECOND = {"lora_fair_ridge", "flexlora_balanced", "fedvlm", "fed_talora", "fed_hello", "hyperlora_exact", "fedproto"}
+SECOND = {
+    "lora_fair_ridge",
+    "flexlora_balanced",
+    "fedvlm",
+    "fed_talora",
+    "fed_hello",
+    "hyperlora_exact",
+    "fedproto",
+    "hilora_cluster",
+}
 SECOND |= {"server", "fedavgm", "fedyogi", "fedadagrad", "trimmed_mean", "norm_bound", "clip", "feddyn", "fedlc"}
 
 

@@ -456,6 +456,7 @@ def test_the_unrolled_objective_agrees_with_finite_differences(x64):
         np.testing.assert_allclose(flat(getattr(grads, field)) @ flat(way), slope, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.long
 def test_first_order_tends_to_exact_as_local_steps_shrink(x64):
     base, adapter, theta, last, _ = _problem64()
     c, apart = normalised(cohort(1, steps=3)), []

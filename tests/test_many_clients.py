@@ -52,6 +52,7 @@ def test_memory_on_the_host_gives_the_same_numbers(name):
     assert_near((hosted, same), (run, info), 1e-6)
 
 
+@pytest.mark.long
 def test_a_device_holds_one_cohort_of_ten_thousand_clients():
     method, data, name = METHODS["ditto"](), examples(count=28), "ditto"
     outside = rounds.make_host_step(cohort_step(name), participants=PARTICIPANTS)
