@@ -1,15 +1,27 @@
 """Tests run on the CPU unless told otherwise; ``x64`` computes one test in float64."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see experiments/__init__.py
 
 import pytest
-from helpers import float64
+from helpers import float64, forget
+
+MAPPINGS = 30_000  # Linux allows a process 65,530; every compiled program takes some, and one too many aborts it
 
 
 @pytest.fixture
 def x64():
     with float64():
         yield
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Programs of tests that have run are forgotten before the process holds too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        forget()

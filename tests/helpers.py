@@ -389,3 +389,10 @@ def dense(x: lora.LoRA) -> np.ndarray:
 
 def mean_product(x: lora.LoRA, p: Any) -> np.ndarray:
     return np.tensordot(np.float64(p), dense(x), 1)
+
+
+def forget() -> None:
+    """Drop all compiled programs, and what counted how often they were traced."""
+    compiled.cache_clear()
+    aggregation.cache_clear()
+    jax.clear_caches()
