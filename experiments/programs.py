@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.config import Config
 from experiments.layout import divisor, layout, mesh_of
@@ -85,7 +86,11 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
         one = lambda row: scores(Arrays(base, train, test[:2]), *row, tune)
         return rounds.map_clients(one, (Seed(clients, problem.adapters, keys), runs), seeds_at_once)
 
-    return Programs(jax.jit(start), jax.jit(train, donate_argnums=3), jax.jit(evaluate))
+    # Only clients in training are shared by devices; whatever goes in or comes out, every device has all of.
+    mesh = mesh_of(config)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    jit = partial(jax.jit, **({} if mesh is None else {"in_shardings": everywhere, "out_shardings": everywhere}))
+    return Programs(jit(start), jit(train, donate_argnums=3), jit(evaluate))
 
 
 def make_runs(config: Config, problem: Problem, points: int, build: Callable[[Point], Method], scoring: Callable):
