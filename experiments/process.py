@@ -1,8 +1,8 @@
 """How the command line runs its own process: memory is kept, compiled programs are found again.
 
 A compiled program allocates its temporaries anew in each call. glibc hands blocks of that size back to the kernel at
-once, so every call pays for fresh pages: two fifths of a lone training step of a small ViT. Its settings are read when
-a process starts, hence the command line starts itself again with them; a program that uses the library sets
+once, so every call pays for fresh pages, a large part of a lone training step of a small ViT. Its settings are read
+when a process starts, hence the command line starts itself again with them; a program that uses the library sets
 ``GLIBC_TUNABLES`` in its environment. What is already in the environment stays.
 """
 

@@ -17,7 +17,7 @@ from jax import Array
 
 from fedlora_jax import product
 from fedlora_jax.lora import LoRA, delta, flatten, is_lora
-from fedlora_jax.method import Dispatch, mean
+from fedlora_jax.method import Dispatch, mean, per_client
 
 
 class Aggregation(NamedTuple):
@@ -43,7 +43,7 @@ def measure(sent: Dispatch, received, weights: Array, after: Dispatch) -> Aggreg
     fine = finite(received)
     weights = jnp.where(fine, weights, 0.0)
     weights = weights / jnp.maximum(weights.sum(), 1e-12)
-    kept = lambda x, y: jnp.where(fine.reshape(-1, *(1,) * (x.ndim - 1)), y, x)
+    kept = lambda x, y: jnp.where(per_client(fine, x), y, x)
     received = jax.tree.map(kept, sent.adapter, received)
     old_base, new_base = flatten(sent.base), flatten(after.base)
     start, end, server = (flatten(x) for x in (sent.adapter, received, after.adapter))

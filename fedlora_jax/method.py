@@ -188,6 +188,11 @@ def mean(stacked: Any, weights: Array) -> Any:
     return jax.tree.map(lambda x: jnp.einsum("c,c...->...", weights.astype(x.dtype), x, precision="highest"), stacked)
 
 
+def per_client(values: Array, x: Array) -> Array:
+    """``[C]`` as an array of the type of ``x [C, ...]`` that is broadcast against it."""
+    return values.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+
 def mean_of_holders(old: Any, stacked: Any, mask: Any, weights: Array) -> Any:
     """The mean of every entry over the clients whose mask holds it, ``[...]``; ``old`` where nobody's does.
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedlora_jax import lora
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Cohort, Method
+from fedlora_jax.method import Cohort, Method, per_client
 
 
 class Kept(NamedTuple):
@@ -52,9 +53,14 @@ def own_or(cohort: Cohort, rows: Any, *, nobody: bool = True) -> Any:
         )
     has = kept.met > 0 if nobody else (kept.met > 0) & (cohort.ids >= 0)
     met = jnp.where(has, kept.met, 1.0)
-    per_client = lambda v, x: v.reshape(-1, *(1,) * (x.ndim - 1))
     pick = lambda x, row: jnp.where(per_client(has, x), x / per_client(met, x), row)
     return jax.tree.map(pick, kept.own, rows)
+
+
+def needs_head(adapter: Adapter, what: str) -> None:
+    """Refuse an adapter that trains nothing in full, for a method that does ``what`` with it."""
+    if not jax.tree.leaves(lora.split(adapter)[1]):
+        raise ValueError(f"{what} need a head: the adapter trains nothing in full, see full in lora.new")
 
 
 def beside(inner: Method) -> Method:

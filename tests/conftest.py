@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see experiments/__init__.py
 
+import jax
 import pytest
 from helpers import float64, forget
 
@@ -16,6 +17,16 @@ MAPPINGS = 30_000  # Linux allows a process 65,530; every compiled program takes
 def x64():
     with float64():
         yield
+
+
+@pytest.fixture
+def compilations():
+    """Counts what XLA compiles while the test runs."""
+    seen: list[str] = []
+    listen = lambda event, duration, **_: seen.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -153,16 +152,6 @@ def places(tmp_path_factory):
         "full": folder / "full",
         "other": folder / "other",
     }
-
-
-@pytest.fixture
-def compilations():
-    """Counts what XLA compiles while the test runs."""
-    seen: list[str] = []
-    listen = lambda event, duration, **_: seen.append(event) if "backend_compile" in event else None
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def refused(arguments: list[str], capsys, monkeypatch) -> str:

@@ -57,6 +57,12 @@ def test_devices_share_a_cohort():
 for name, count in (("flexlora", 2), ("hyperlora_exact", 4)):
     assert_near(results(name, mesh_of(jax.devices()[:count])), results(name, None), 1e-5)
 
+def scores(mesh):
+    method, own = METHODS["flexlora"](), take(examples(), jnp.arange(CLIENTS * 3).reshape(CLIENTS, 3))
+    evaluate = rounds.make_evaluate(method, lambda base, adapter, x: logits(base, adapter, x["x"]), mesh=mesh)
+    return jit(evaluate)(BASE, method.init(KEY, ADAPTER), cohort()._replace(batches=()), own, KEY).before
+assert_near(scores(mesh_of(jax.devices()[:2])), scores(None), 1e-5)
+
 method = METHODS["flexlora"]()
 def after(scale, mesh):
     round_fn = rounds.make_round(method, lambda *args: scale * loss_fn(*args), OPTIMIZER, mesh=mesh)

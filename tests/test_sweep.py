@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from test_bad_input import change
@@ -22,15 +21,6 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     change()(folder / "data.npz")
     return [*SMALL, "--data", str(folder / "data.npz")]
-
-
-@pytest.fixture
-def compilations():
-    seen: list[str] = []
-    listen = lambda event, duration, **_: seen.append(event) if "backend_compile" in event else None
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def plan(*arguments: str) -> sweep.Plan:

@@ -21,8 +21,7 @@ def fedper() -> Method:
     inner = fedit()
 
     def init(key, adapter):
-        if not lora.flatten(lora.split(adapter)[1]):
-            raise ValueError("personal heads need a head: the adapter trains nothing in full, see full in lora.new")
+        personal.needs_head(adapter, "personal heads")
         return inner.init(key, adapter)
 
     def dispatch(base, state, cohort):

@@ -38,8 +38,7 @@ def fedproto(lam: float = 1.0) -> Method:
     inner = fedit()
 
     def init(key, adapter):
-        if not lora.flatten(lora.split(adapter)[1]):
-            raise ValueError("prototypes need a head: the adapter trains nothing in full, see full in lora.new")
+        personal.needs_head(adapter, "prototypes")
         return inner.init(key, adapter)
 
     def dispatch(base, state, cohort):

@@ -28,7 +28,7 @@ the tier just frozen comes down once more, which ``traffic`` leaves out.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from jax import Array
 
 from fedlora_jax import clustering, lora, personal, product
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Dispatch, Meet, Method, mean, memory_of
+from fedlora_jax.method import About, Dispatch, Meet, Method, mean, memory_of, per_client
 from fedlora_jax.personal import Kept
 
 ABOUT = About(
@@ -138,10 +138,10 @@ def hilora(
         cluster = held(jax.tree.map(lambda x: x[theirs], state.clusters))
         # Who has no cluster is sent what a cluster begins as: b = 0 and the root's head.
         cluster = lora.tree_map(
-            lambda x, y: LoRA(x.a, _rows(placed, x.b, 0.0), x.scale),
+            lambda x, y: LoRA(x.a, jnp.where(per_client(placed, x.b), x.b, 0.0), x.scale),
             cluster,
             root,
-            full=lambda x, y: _rows(placed & ~first, x, y),
+            full=lambda x, y: jnp.where(per_client(placed & ~first, x), x, y),
         )
         leaf = held(lora.join(lora.split(state.leaf)[0], lora.split(cluster)[1]))
         leaf = held(personal.own_or(cohort._replace(memory=memory.leaf), leaf, nobody=False))
@@ -293,7 +293,3 @@ def _factors(adapter: Adapter) -> dict[str, LoRA]:
 def _switched(adapter: Adapter, on: Array) -> Adapter:
     """The low-rank part, ``b`` at zero where ``on`` is not."""
     return lora.tree_map(lambda x: LoRA(x.a, jnp.where(on, x.b, 0.0), x.scale), lora.split(adapter)[0])
-
-
-def _rows(which: Array, x: Array, y: Any) -> Array:
-    return jnp.where(which.reshape(-1, *(1,) * (x.ndim - 1)), x, y)

@@ -20,7 +20,7 @@ from jax import Array
 
 from fedlora_jax import lora, product
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method, memory_of
+from fedlora_jax.method import About, Method, memory_of, per_client
 from fedlora_jax.methods.fedit import FedITState
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.product import Split
@@ -72,7 +72,7 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
     def dispatch(base, state, cohort):
         sent = inner.dispatch(base, FedITState(state.adapter), cohort)
         somebody = cohort.ids >= 0
-        switch = lambda x: x * somebody.reshape(-1, *(1,) * (x.ndim - 1))
+        switch = lambda x: x * per_client(somebody, x)
         local = lora.tree_map(lambda x: LoRA(x.a, switch(x.b), x.scale), memory_of(cohort))
         free = jax.tree.map(lambda x: jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), x.dtype), local)
         return sent._replace(adapter=Pair(sent.adapter, local), mask=Pair(sent.mask, free), anchor=())

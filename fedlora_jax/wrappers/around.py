@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Cohort, Dispatch, Meet, Method, State, no_learning
+from fedlora_jax.method import Cohort, Dispatch, Meet, Method, State, no_learning, per_client
 
 
 class Wrapped(NamedTuple):
@@ -189,11 +189,6 @@ def needs_plain_uploads(wrapper: str, inner: Method) -> None:
             f"{wrapper} acts on the adapters that clients send, and this method also learns from slopes, which it "
             "would not reach: wrap a method that aggregates adapters only, such as fedit"
         )
-
-
-def per_client(values: Array, x: Array) -> Array:
-    """``[C]`` against ``[C, ...]``."""
-    return values.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def present(cohort: Cohort) -> Array:

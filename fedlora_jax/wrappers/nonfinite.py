@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.diagnostics import finite
-from fedlora_jax.method import Method, State, no_learning
-from fedlora_jax.wrappers.around import AboutWrapper, Wrapped, around, per_client
+from fedlora_jax.method import Method, State, no_learning, per_client
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapped, around
 
 ABOUT = {"nonfinite": AboutWrapper("Non-finite out", "ours", "-", "clients that send nan or inf are left out, counted")}
 

@@ -16,12 +16,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax.method import Method, known
+from fedlora_jax.method import Method, known, per_client
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
     needs_plain_uploads,
-    per_client,
     replaced,
     square_norms,
     updates,

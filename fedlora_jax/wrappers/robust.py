@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax.method import Method, known
+from fedlora_jax.method import Method, known, per_client
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
     needs_plain_uploads,
-    per_client,
     present,
     replaced,
     square_norms,

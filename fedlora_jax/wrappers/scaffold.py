@@ -19,12 +19,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, Traffic, known, mean
+from fedlora_jax.method import Method, Traffic, known, mean, per_client
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
     needs_an_adapter,
-    per_client,
     present,
     same_structure,
     updates,
