@@ -54,6 +54,7 @@ def draw(summary: dict[str, Any], rows: Rows, holdings: dict[str, Any]) -> dict[
         "domains": domains(looks, summary),
         "bias": bias(looks, rows),
         "clients": clients(looks, rows),
+        "map": client_map(looks, rows, holdings),
         "traffic": traffic(looks, rows),
         "holdings": held(holdings),
     }
@@ -168,6 +169,57 @@ def clients(looks: Looks, rows: Rows) -> Figure | None:
     return legend(figure, looks, looks)
 
 
+def client_map(looks: Looks, rows: Rows, holdings: dict[str, Any]) -> Figure | None:
+    """Every client of the first seed as a point, the nearer the more alike their models' subspaces after local steps.
+
+    The colour says what most of its images are (a domain, where there are several; a class or a superclass, where
+    there are not), the shape its cluster; clients that never train are hollow.
+    """
+    last = {row["method"]: row for row in rows if row["seed"] == holdings["seed"] and "client_positions" in row}
+    shown = [name for name in looks if name in last]
+    counts = np.asarray(holdings["counts"])  # [clients, domains, classes]
+    if not shown or not counts.sum():
+        return None
+    kinds, names = _kinds(counts, holdings)
+    own = _colours(len(names))
+    across = min(3, len(shown))
+    down = -(-len(shown) // across)
+    figure = Figure((7.2, 1.3 + 2.3 * down), 150, layout="constrained")
+    figure.suptitle("Clients by the subspaces of their models", **_TITLE, x=0.015, ha="left")
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_axis_off()
+    for axes, name in zip(grid.flat, shown, strict=False):
+        axes.set_title(looks[name].label, loc="left", fontsize=9)
+        axes.set(xticks=[], yticks=[])
+        axes.margins(0.1)
+        axes.spines[:].set_color("#dddddd")
+        for i, ((x, y), cluster) in enumerate(
+            zip(last[name]["client_positions"], last[name]["client_clusters"], strict=True)
+        ):
+            face = own[kinds[i]] if i < holdings["training"] else "none"
+            axes.scatter(x, y, 26, facecolor=face, edgecolor=own[kinds[i]], marker=MARKERS[cluster % len(MARKERS)])
+    present = sorted(set(kinds.tolist()))
+    figure.legend(handles=[Patch(color=own[j], label=_plain(names[j])) for j in present], **_LEGEND)
+    return figure
+
+
+def _kinds(counts: np.ndarray, holdings: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
+    """What most images of each client are, ``[clients]``, and what the kinds are called."""
+    if counts.shape[1] > 1:
+        return counts.sum(2).argmax(1), holdings["domains"]
+    by_class, above = counts.sum(1), holdings.get("superclasses")
+    if above is None:
+        return by_class.argmax(1), holdings["classes"]
+    groups = np.eye(max(above) + 1, dtype=int)[above]  # [classes, superclasses]
+    first = [holdings["classes"][above.index(j)] for j in range(groups.shape[1])]
+    return (by_class @ groups).argmax(1), [f"{name} ..." for name in first]
+
+
+def _colours(number: int) -> Any:
+    return DOMAINS if number <= len(DOMAINS) else matplotlib.colormaps["turbo"](np.linspace(0, 1, number))
+
+
 def held(holdings: dict[str, Any]) -> Figure | None:
     """Training images of each client by class (across) and domain (colour); the area of a dot is their number."""
     counts, names, training = np.asarray(holdings["counts"]), holdings["domains"], holdings["training"]
@@ -178,7 +230,7 @@ def held(holdings: dict[str, Any]) -> Figure | None:
     rings = counts[order].cumsum(1)  # [clients, domains, classes]: within one dot, the first domain innermost
     step = float(np.clip(9 / n, 0.02, 0.26))  # inches from one client to the next
     figure, axes = _new("Who holds what", "class", "client", 2 + step * n)
-    colours = DOMAINS if len(names) <= len(DOMAINS) else matplotlib.colormaps["turbo"](np.linspace(0, 1, len(names)))
+    colours = _colours(len(names))
     widest = max(4, 68 * min(step, 5.4 / width))  # points
     for j in reversed(range(len(names))):
         y, x = np.nonzero(counts[order][:, j])

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments.config import Config
 from experiments.layout import divisor, layout, mesh_of
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
-from fedlora_jax import lora, rounds
+from fedlora_jax import clustering, lora, rounds
 from fedlora_jax.clients import sample_batches
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method, average_client, no_learning
@@ -29,6 +29,7 @@ class Scores(NamedTuple):
     personal: Array  # [N + K] each client's model, as dispatched, on the client's own test images; of unseen clients
     #   after the trial by which the method gets to know them, where it has one (Method.meet)
     tuned: Array  # [N + K] the same after local steps; nan where they were not asked for
+    apart: Array | None  # [N + K, N + K] distances of their subspaces after local steps (clustering.distances); or nan
 
 
 class Arrays(NamedTuple):
@@ -142,7 +143,8 @@ def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any
     """
     total = config.clients + config.holdout_clients
     score_one = rounds.make_evaluate(method, problem.correct_fn)
-    score = rounds.make_evaluate(method, problem.correct_fn, problem.loss_fn, optimizer, chunk=divisor(total, chunk))
+    seen = lambda base, model, examples: (problem.correct_fn(base, model, examples), subspaces(model))
+    score = rounds.make_evaluate(method, seen, problem.loss_fn, optimizer, chunk=divisor(total, chunk))
     meet = rounds.make_meet(method, problem.loss_fn, optimizer)
     drawn = lambda train, clients, ids, key: sample_batches(
         key, train, clients.population, ids, config.local_steps, config.batch, problem.smallest
@@ -164,15 +166,22 @@ def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any
             memory = jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
         examples = (x[clients.test_rows], y[clients.test_rows])
 
-        def tuned() -> Array:
+        def tuned() -> tuple[Array, Array]:
             cohort = clients.population.cohort(everybody, memory, drawn(arrays.train, clients, everybody, key))
-            return own_accuracy(score(base, run.state, cohort, examples, key).after, clients.test_counts)
+            correct, q = score(base, run.state, cohort, examples, key).after
+            return own_accuracy(correct, clients.test_counts), clustering.distances(q, q)
 
-        as_sent = score(base, run.state, clients.population.cohort(everybody, memory), examples, key).before
+        as_sent, _ = score(base, run.state, clients.population.cohort(everybody, memory), examples, key).before
         personal = own_accuracy(as_sent, clients.test_counts)
-        return Scores(whole, personal, jax.lax.cond(tune, tuned, lambda: jnp.full_like(personal, jnp.nan)))
+        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(tuned))
+        return Scores(whole, personal, *jax.lax.cond(tune, tuned, lambda: nothing))
 
     return scores
+
+
+def subspaces(model: Adapter) -> list[Array]:
+    """Orthonormal bases ``[..., r, out]`` of what the rows of ``b`` span in one model, for each adapted kernel."""
+    return [clustering.bases(x.b) for x in lora.low_rank_leaves(model)]
 
 
 def make_block(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int | None) -> Callable:

@@ -41,6 +41,9 @@ CAPTIONS = {
     "aggregation shrinks as training settles. (An interval that reaches zero is not drawn on a logarithmic axis.)",
     "clients": "Fairness: the flatter a line and the higher its left end, the more evenly clients are served; clients "
     "of all seeds together.",
+    "map": "Who resembles whom: one point for each client of the first seed, its distances those of the subspaces that "
+    "its model's b spans after local steps, as near as a plane allows. The colour is what most of its images are, the "
+    "shape the cluster that spectral clustering of the distances finds; hollow clients never train.",
     "traffic": "Accuracy per byte: at the same height, the line further to the left has moved less.",
     "holdings": "How unlike the clients are: what is empty in a row, its client has never seen. The number of images "
     "sets the area of a dot, the domain its colour; clients on grey never train.",

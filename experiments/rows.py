@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import programs
+from experiments import client_map, programs
 from experiments.config import Config
 from experiments.problem import Problem, domain_accuracies
 from experiments.programs import Scores
@@ -71,6 +71,9 @@ class Rows:
             row[f"unseen_accuracy{suffix}"] = number(_mean(accuracy[n:]))
             if final:
                 row[f"client_accuracies{suffix}"] = [number(x) for x in accuracy[:n]]
+        if final and scores.apart is not None and np.isfinite(scores.apart).all():
+            row["client_positions"] = client_map.positions(scores.apart).round(6).tolist()
+            row["client_clusters"] = client_map.clusters(scores.apart).tolist()
         return row
 
 
@@ -86,6 +89,7 @@ def holdings(config: Config, problem: Problem) -> dict[str, Any]:
         "training": config.clients,
         "domains": list(images.domains),
         "classes": list(images.classes),
+        "superclasses": None if images.superclass is None else images.superclass.tolist(),
         "seed": config.seeds[0],
     }
 

@@ -130,7 +130,8 @@ class Plan:
             score = programs.make_scores(config, p, method, optimizer, chunk)
 
             def block(arrays: Arrays, seed: Seed, run: Run, info: Info, end: jax.Array) -> tuple[Info, Scores]:
-                return info, score(arrays, seed, run, end > config.rounds - summary.WINDOW)
+                scores = score(arrays, seed, run, end > config.rounds - summary.WINDOW)
+                return info, scores._replace(apart=None)  # a sweep draws no map of clients
 
             return Scoring(block)
 

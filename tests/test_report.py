@@ -10,7 +10,7 @@ import pytest
 from experiments import figures, report
 from experiments.summary import paired, summarise
 
-FIGURES = ("curves", "accuracies", "domains", "bias", "clients", "traffic", "holdings")
+FIGURES = ("curves", "accuracies", "domains", "bias", "clients", "map", "traffic", "holdings")
 DOMAINS = ("ink", "chalk", "_neon $x$")
 ABOUT = {"paper": "Zhang et al. 2023", "arxiv": "2305.05644", "trains": "a, b", "travels": "a, b", "exact": "no"}
 SHARES = (0.4, 3e-7, 0.0, 0.05)
@@ -41,6 +41,8 @@ def make_rows(method, index, seeds, rounds=8, clients=10, unseen=True, every=1, 
                     row[f"unseen_accuracy{suffix}"] = values.mean() - 0.1 if unseen else None
                     if final:
                         row[f"client_accuracies{suffix}"] = [None, *values[1:].tolist()]
+                        row["client_positions"] = rng.normal(size=(clients + 3 * unseen, 2)).tolist()
+                        row["client_clusters"] = [i % 3 for i in range(clients + 3 * unseen)]
             rows.append(row)
     return rows
 
@@ -193,7 +195,7 @@ def test_missing_values_are_dashes(tmp_path):
 def test_figures_without_data_are_left_out(tmp_path, seeds):
     summary, rows, holdings = make(names=("FedIT",), seeds=seeds, domains=("all",), rounds=1)
     for row in rows:
-        for key in ("client_accuracies", "client_accuracies_tuned", "bias_share"):
+        for key in ("client_accuracies", "client_accuracies_tuned", "client_positions", "bias_share"):
             row.pop(key, None)
     text = write(tmp_path, summary, rows, holdings)
     assert sorted(p.stem for p in tmp_path.glob("*.png")) == ["accuracies", "curves", "holdings", "traffic"]
