@@ -14,6 +14,7 @@ from helpers import (
     CLIENTS,
     KEY,
     OPTIMIZER,
+    SIGNATURE,
     assert_near,
     cohort,
     copies,
@@ -33,6 +34,7 @@ from fedlora_jax import clustering, lora, rounds
 from fedlora_jax.method import average_client, models
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.hilora import CLUSTER, LEAF, ROOT, hilora
+from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers.fedlc import fedlc
 from fedlora_jax.wrappers.privacy import noise
 from fedlora_jax.wrappers.proximal import proximal
@@ -42,7 +44,9 @@ IDS = jnp.arange(CLIENTS)
 
 @functools.cache
 def make(total=5, population=CLIENTS, **options):
-    return hilora(population, total, **{"root": 0.4, "cluster": 0.4, "tau": 0.0, "k_max": 3} | options)
+    return hilora(
+        population, total, signature=SIGNATURE, **{"root": 0.4, "cluster": 0.4, "tau": 0.0, "k_max": 3} | options
+    )
 
 
 @functools.cache
@@ -235,9 +239,9 @@ def test_a_run_without_cluster_rounds_goes_from_the_root_to_the_leaves():
     assert int(method.aggregate(BASE, state, c, sent, uploads(sent)).stage) == LEAF
 
 
-def planted(clients=12):
+def planted(clients=12, **options):
     """Clients of two groups, whose b lie in two orthogonal subspaces: the end of the root stage, and uploads."""
-    method = make(10, population=clients + 2, root=0.1, k_max=6)
+    method = make(10, population=clients + 2, root=0.1, k_max=6, **options)
     state = method.init(KEY, ADAPTER)
     c = normalised(members(method, clients=clients))._replace(ids=jnp.arange(clients))
     sent = dispatch(method)(state, c)
@@ -268,6 +272,36 @@ def test_clients_are_clustered_by_b_at_the_switch_and_newcomers_find_their_clust
     strangers = c._replace(ids=c.ids + 50, memory=memory)
     theirs, own = (models(method, dispatch(method)(new, x)) for x in (strangers, c))
     assert same(theirs, own)
+
+
+def test_newcomers_are_placed_by_their_signatures_where_that_is_asked_for():
+    """Against distances in NumPy: members' signatures are noise about one of two points, newcomers' as well."""
+    method, state, c, sent, received, labels = planted(newcomers="signature")
+    assert method.meet is None
+    rng = np.random.default_rng(1)
+    about = lambda groups: Signature(
+        *(jnp.asarray(rng.normal(size=(2, len(x)))[groups] + 0.3 * rng.normal(size=(12, len(x)))) for x in SIGNATURE)
+    )
+    c = c._replace(signatures=about(labels))
+    new = aggregate(method)(BASE, state, c, sent, received)
+    new = new._replace(clusters=nudged(new.clusters, 5))
+    strangers = c._replace(ids=c.ids + 50, signatures=about(labels[::-1]))
+
+    weigh = lambda z: np.concatenate([np.asarray(z.shape) / np.sqrt(z.shape.shape[1]), np.asarray(z.labels)], 1)
+    own, theirs = weigh(c.signatures), weigh(strangers.signatures)
+    square = ((theirs[:, None] - own) ** 2).sum(-1)
+    of = [square[:, np.asarray(new.assignment[:12]) == k].mean(1) for k in np.unique(new.assignment)]
+    expected = np.unique(new.assignment)[np.argmin(of, 0)]
+    assert len(set(expected)) == 2
+    placed = c._replace(memory=c.memory._replace(cluster=jnp.asarray(expected, jnp.int32)), ids=c.ids + 50)
+    by_trial = make(10, population=14, root=0.1, k_max=6)
+    found, wanted = (
+        models(m, dispatch(m)(s, x))
+        for m, s, x in ((method, new, strangers), (by_trial, new._replace(told=()), placed))
+    )
+    assert same(found, wanted)
+    before = models(method, dispatch(method)(state, strangers))
+    assert same(take(before, 0), take(before, 1)), "all are served the root before there are clusters"
 
 
 def test_nobody_in_particular_is_served_the_root():
@@ -344,6 +378,7 @@ def test_clusters_by_change_look_at_b_minus_the_b_that_was_sent():
         {"k_min": 1},
         {"k_min": 4},
         {"subspace": "a"},
+        {"newcomers": "nearest"},
         {"population": 0},
         {"total": 0},
     ],
@@ -351,3 +386,8 @@ def test_clusters_by_change_look_at_b_minus_the_b_that_was_sent():
 def test_hilora_refuses_what_it_cannot_do(wrong):
     with pytest.raises(ValueError, match="got"):
         make(**wrong)
+
+
+def test_hilora_cannot_place_newcomers_by_signatures_it_does_not_know():
+    with pytest.raises(ValueError, match="expected signature=Signature, got NoneType"):
+        hilora(4, 5, newcomers="signature")

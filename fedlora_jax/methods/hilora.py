@@ -22,13 +22,15 @@ wide; a client that was never drawn in the root stage joins the largest cluster.
 the bias that a round reports is, after the root stage, all that the other tiers add). A client that never took part
 finds its cluster by a trial (``Method.meet``): local steps from the root, whose b is compared with the bases of the
 clusters' members (the paper: a few probe steps, then the cluster of the largest mean cos^2); without one it is served
-the root. The split makes steps of a large: a smaller learning rate than FedIT's is in order. At the start of a stage
-the tier just frozen comes down once more, which ``traffic`` leaves out.
+the root. With ``newcomers="signature"`` (ours, HyperLoRA's idea on HiLoRA's tiers) it takes no step: it is served the
+cluster whose members' signatures are nearest to its own on average. The split makes steps of a large: a smaller
+learning rate than FedIT's is in order. At the start of a stage the tier just frozen comes down once more, which
+``traffic`` leaves out.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,7 @@ from fedlora_jax import clustering, lora, personal, product
 from fedlora_jax.lora import Adapter, LoRA
 from fedlora_jax.method import About, Dispatch, Meet, Method, mean, memory_of, per_client
 from fedlora_jax.personal import Kept
+from fedlora_jax.signatures import Signature
 
 ABOUT = About(
     "HiLoRA", "Peng et al. CVPR 2026", "2603.02785", "a, b of one tier, head", "a, b, head; leaves: nothing",
@@ -54,6 +57,7 @@ class HiLoRAState(NamedTuple):
     clusters: Adapter  # [K, ...] each with its head
     assignment: Array  # [N] the cluster of each client
     bases: dict[str, Array]  # [N, ..., r, out] of each adapted kernel, the average of a client's b / |b| over rounds
+    told: Any  # [N, m] signatures, where newcomers are placed by them
     leaf: Adapter  # how the leaf of every client begins: b = 0, one a for all
     key: Array  # of the starts of k-means
     stage: Array  # of the next round
@@ -88,6 +92,8 @@ def hilora(
     k_min: int = 2,
     k_max: int = 12,
     subspace: Literal["b", "change"] = "b",
+    newcomers: Literal["trial", "signature"] = "trial",
+    signature: Signature | None = None,
 ) -> Method:
     """HiLoRA.
 
@@ -116,6 +122,13 @@ def hilora(
         raise ValueError(f"expected 2 <= k_min <= k_max, or 1 and 1 for a single cluster; got {k_min} and {k_max}")
     if subspace not in ("b", "change"):
         raise ValueError(f"subspace must be 'b' or 'change', got {subspace!r}")
+    if newcomers not in ("trial", "signature"):
+        raise ValueError(f"newcomers must be 'trial' or 'signature', got {newcomers!r}")
+    if newcomers == "signature" and not isinstance(signature, Signature):
+        raise ValueError(
+            f"newcomers are placed by signatures: expected signature=Signature, got {type(signature).__name__}; "
+            "see fedlora_jax.signatures"
+        )
     lengths = jnp.asarray([max(1, round(root * rounds)), round(cluster * rounds), rounds])
     most = max(1, min(k_max, population - 1))
 
@@ -124,15 +137,17 @@ def hilora(
         clusters = jax.vmap(lambda key: lora.restart(key, adapter))(jax.random.split(fresh, most))
         nobody = jnp.zeros(population, jnp.int32)
         bases = {name: jnp.zeros((population, *x.b.shape), x.b.dtype) for name, x in _factors(adapter).items()}
+        told = jnp.zeros((population, len(_about(signature)))) if newcomers == "signature" else ()
         zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return HiLoRAState(adapter, clusters, nobody, bases, lora.restart(own, adapter), key, *zeros)
+        return HiLoRAState(adapter, clusters, nobody, bases, told, lora.restart(own, adapter), key, *zeros)
 
     def dispatch(base, state, cohort):
         first, second = (state.stage == ROOT), (state.stage == CLUSTER)
         mask = lora.rank_mask(state.root, cohort.ranks)
         held = lambda tree: jax.tree.map(jnp.multiply, tree, mask)  # within each client's rank
         memory = memory_of(cohort)
-        theirs, placed = _cluster_of(state, cohort.ids, memory.cluster)
+        tried = by_signature(state, cohort.signatures) if newcomers == "signature" else memory.cluster
+        theirs, placed = _cluster_of(state, cohort.ids, tried)
 
         root = held(state.root)
         cluster = held(jax.tree.map(lambda x: x[theirs], state.clusters))
@@ -151,6 +166,11 @@ def hilora(
             _switched(root, ~first), _switched(cluster, ~first & ~second), jnp.full(len(cohort.ids), ~first & ~second)
         )
         return Dispatch(base, moving, mask, frozen)
+
+    def by_signature(state, signatures):
+        d = jnp.sum((_about(signatures)[:, None] - state.told) ** 2, -1)
+        where = clustering.nearest(d, state.assignment, _known(state), most)
+        return jnp.where(state.stage == ROOT, -1, where)
 
     def model(carried, frozen):
         flat = lora.flatten(carried)
@@ -175,16 +195,19 @@ def hilora(
             new = _best(state.root, received, p)
             seen = jnp.where((p > 0) & (ids >= 0), ids, population)  # out of range: not written
             before, after = _factors(sent.adapter), _factors(received)
-            told = {k: x.b - before[k].b if subspace == "change" else x.b for k, x in after.items()}
+            sent_up = {k: x.b - before[k].b if subspace == "change" else x.b for k, x in after.items()}
 
             def averaged(rows, b):
                 own = clustering.moving_average(rows[jnp.clip(ids, 0, population - 1)], b, lam)
                 return rows.at[seen].set(own, mode="drop")
 
-            bases = jax.tree.map(averaged, state.bases, jax.lax.stop_gradient(told))
+            bases = jax.tree.map(averaged, state.bases, jax.lax.stop_gradient(sent_up))
             still = tau > 0
             done = (state.rounds + 1 >= lengths[ROOT]) | (still & (_change(new, state.root) <= tau))
-            state = state._replace(root=new, bases=bases)
+            told = state.told
+            if newcomers == "signature":
+                told = told.at[seen].set(_about(cohort.signatures), mode="drop")
+            state = state._replace(root=new, bases=bases, told=told)
             return jax.lax.cond(done, gather, lambda state: state, state), done
 
         def gather(state):
@@ -235,6 +258,7 @@ def hilora(
             "travels": jnp.where(state.last == LEAF, 0.0, 1.0),
         }
 
+    trial = Meet(lambda state: state._replace(stage=jnp.full_like(state.stage, ROOT)), place)
     return Method(
         init,
         dispatch,
@@ -244,8 +268,13 @@ def hilora(
         remember=remember,
         model=model,
         report=report,
-        meet=Meet(lambda state: state._replace(stage=jnp.full_like(state.stage, ROOT)), place),
+        meet=trial if newcomers == "trial" else None,
     )
+
+
+def _about(signature: Signature) -> Array:
+    """``[..., m]`` where a client's features lie and what its labels are, each with the same say in distances."""
+    return jnp.concatenate([signature.shape / signature.shape.shape[-1] ** 0.5, signature.labels], -1)
 
 
 def _best(old: Adapter, received: Adapter, weights: Array) -> Adapter:
