@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
 
 _RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
 _TUNED = {"budgets", "lrs", "tuning_seeds", "vary"}
-_MODEL = {"data", "weights", "image_size", "targets", "adapt_last", "full", "rank", "scale"}
+_MODEL = {"data", "weights", "image_size", "targets", "adapt_last", "prefix", "full", "rank", "scale"}
 _LEFT_OUT = {
     "compare": _TUNED,
     "run": _TUNED,

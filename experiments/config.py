@@ -13,6 +13,7 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+PREFIXES = ("auto", "stored", "anew")
 SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 
 
@@ -33,7 +34,12 @@ class Config:
         ("attn/(query|value)/kernel",), "regular expressions, comma-separated: kernels that get low-rank adapters"
     )
     adapt_last: int | None = option(
-        None, "adapt the last N blocks only; what the others compute is stored once per image (default: all blocks)"
+        None, "adapt the last N blocks only; what the others compute can be stored, see --prefix (default: all blocks)"
+    )
+    prefix: str = option(
+        "auto",
+        "what the blocks before --adapt-last compute: 'stored' once per image, 'anew' in every step, "
+        "or 'auto': stored where that takes at most a quarter of the memory there is",
     )
     full: tuple[str, ...] = option(("^head/",), "regular expressions, comma-separated: parameters trained in full")
     clients: int = option(12, "clients that train")
@@ -105,6 +111,8 @@ def check(config: Config) -> None:
         raise ValueError(f"--validation is a share from 0 to below 1; got {config.validation:g}")
     if config.signature not in SIGNATURES:
         raise ValueError(f"--signature must be one of {', '.join(SIGNATURES)}; got {config.signature}")
+    if config.prefix not in PREFIXES:
+        raise ValueError(f"--prefix must be one of {', '.join(PREFIXES)}; got {config.prefix}")
     if not 0 < config.target <= 1:
         raise ValueError(f"--target is an accuracy above 0, at most 1; got {config.target:g}")
     if not config.rank or min(config.rank) < 1:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType, Mesh
 
 from experiments.config import Config
-from experiments.problem import Problem
+
+if TYPE_CHECKING:
+    from experiments.problem import Problem
 
 CACHE = 4 * 2**20  # bytes: a CPU loses time where the arrays of one operation outgrow its caches
 SHARE = 0.6  # of an accelerator's memory, for what clients keep for their backward pass

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from experiments import data
+from experiments import data, layout
 from experiments.config import Config
 from experiments.data import Images
 from fedlora_jax import lora, partition, signatures
@@ -26,6 +26,8 @@ from models.pretrained import Pretrained, load_vit
 from models.vit import normalise
 
 VIEWS = 16  # random halves of its data that describe each client in training
+STEM = "stem"  # the name under which a base holds the blocks that come before the adapted ones
+KEPT = 0.25  # of the memory there is, at most, for what the stem makes of all images
 NANO = Path(__file__).parent / "data" / "nano_glyphs.npz"
 
 
@@ -73,19 +75,23 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
         images = data.validation(images, config.validation)
     side = config.image_size or _side(images)
     pretrained = load_vit(NANO if config.weights == "nano" else config.weights, len(images.classes), side)
-    stem, top = _cut(pretrained, config.adapt_last)
-    base = top.params
+    stem, top = cut(pretrained, config.adapt_last)
     new = partial(
-        lora.new, params=base, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
+        lora.new, params=top.params, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
     )
     shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
     accept(signature_of_one(config, len(images.classes)), shapes)
     train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
     made = [_clients(config, images, train_rows, test_rows, seed) for seed in config.seeds]
 
-    images, base = data.resized(images, side), jax.device_put(base)
-    inputs = images.x if stem is None else _applied(stem, images.x)
-    loss_fn, correct_fn = objectives(top)
+    images, base = data.resized(images, side), top.params
+    shown = images.x
+    if stem is not None and is_stored(config, stem, images):
+        stem, shown = None, _applied(stem, images.x)
+    elif stem is not None:
+        base = {**base, STEM: stem.params}
+    base = jax.device_put(base)
+    loss_fn, correct_fn = objectives(top, stem)
     features = frozen_features(pretrained, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
@@ -94,8 +100,8 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
         images=images,
         pretrained=pretrained,
         base=base,
-        train=(jnp.asarray(inputs[train_rows]), jnp.asarray(images.y[train_rows])),
-        test=tuple(jnp.asarray(a[test_rows]) for a in (inputs, images.y, images.domain)),  # type: ignore[arg-type]
+        train=(jnp.asarray(shown[train_rows]), jnp.asarray(images.y[train_rows])),
+        test=tuple(jnp.asarray(a[test_rows]) for a in (shown, images.y, images.domain)),  # type: ignore[arg-type]
         clients=stacked,
         adapters=jax.vmap(new)(keys),
         keys=keys,
@@ -108,19 +114,37 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
             "weights": pretrained.name,
             "weights_hash": _hash_tree(pretrained.params),
             "partition_hash": digest.hexdigest()[:16],
-            "adapted": sorted(lora.select(base, config.targets)),
-            "trained_in_full": sorted(lora.select(base, config.full)),
+            "adapted": sorted(lora.select(top.params, config.targets)),
+            "trained_in_full": sorted(lora.select(top.params, config.full)),
         },
     )
 
 
-def objectives(pretrained: Pretrained) -> tuple[Callable, Callable]:
-    """Cross-entropy of a batch, and which predictions are right, for images as uint8 (or tokens of a stem)."""
+def is_stored(config: Config, stem: Pretrained, images: Images) -> bool:
+    """Is what the stem makes of all images computed once and kept?"""
+    if config.prefix != "auto":
+        return config.prefix == "stored"
+    apply = lambda x: stem.model.apply({"params": stem.params}, x)[0]
+    tokens = jax.eval_shape(apply, jax.ShapeDtypeStruct(images.x.shape, jnp.float32))
+    have = layout.memory()
+    return have is None or tokens.size * tokens.dtype.itemsize <= KEPT * have
+
+
+def objectives(pretrained: Pretrained, stem: Pretrained | None = None) -> tuple[Callable, Callable]:
+    """Cross-entropy of a batch, and which predictions are right, for images as uint8 (or tokens of a stem).
+
+    Args:
+      pretrained: the model that is trained.
+      stem: what comes before it and is computed anew each time; its parameters are ``base[STEM]``.
+    """
     # Unrolled blocks are faster to differentiate, and only that; a loop over blocks compiles faster.
     unrolled, looped = pretrained.model.clone(unroll=True), pretrained.model.clone(unroll=False)
 
     def logits(model: vit.ViT, base: Params, adapter: Adapter, x: Array) -> Array:
-        return model.apply(lora.variables(base, adapter), _inputs(pretrained, x))[0]  # type: ignore[index]
+        if stem is not None:
+            base, before = {name: x for name, x in base.items() if name != STEM}, base[STEM]
+            x = stem.model.apply({"params": before}, inputs(stem, x))[0]  # type: ignore[assignment, index]
+        return model.apply(lora.variables(base, adapter), inputs(pretrained, x))[0]  # type: ignore[index]
 
     def loss_fn(base, adapter, batch, key):
         x, y = batch
@@ -175,7 +199,7 @@ def frozen_features(pretrained: Pretrained, x: np.ndarray) -> np.ndarray:
 def _applied(pretrained: Pretrained, x: np.ndarray, read: Callable = lambda out: out[0]) -> np.ndarray:
     """A model's output for all images, in batches of one size (so one compilation: the last one starts earlier)."""
     model, params = pretrained.model, jax.device_put(pretrained.params)
-    apply = jax.jit(lambda params, x: read(model.apply({"params": params}, _inputs(pretrained, x))))
+    apply = jax.jit(lambda params, x: read(model.apply({"params": params}, inputs(pretrained, x))))
     size = min(256, len(x))
     starts = [min(i, len(x) - size) for i in range(0, len(x), size)]
     parts = {i: np.asarray(apply(params, x[i : i + size])) for i in starts}
@@ -185,11 +209,12 @@ def _applied(pretrained: Pretrained, x: np.ndarray, read: Callable = lambda out:
     return out
 
 
-def _inputs(pretrained: Pretrained, x: Any) -> Array:
+def inputs(pretrained: Pretrained, x: Any) -> Array:
+    """What a model reads, of images as uint8 (or of tokens of a stem, which pass)."""
     return x if pretrained.model.part == "top" else normalise(x, pretrained.mean, pretrained.std)
 
 
-def _cut(pretrained: Pretrained, top: int | None) -> tuple[Pretrained | None, Pretrained]:
+def cut(pretrained: Pretrained, top: int | None) -> tuple[Pretrained | None, Pretrained]:
     """The part of the model that runs once per image, if any, and the part that is trained."""
     if top is None or top == pretrained.model.depth:
         return None, pretrained

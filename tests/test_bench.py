@@ -29,6 +29,7 @@ SMALL = {  # of each bench: options that make it quick
     "memory": {"chunks": (2, 3)},
     "server": {"kernels": "toy", "clients": (2, 4), "methods": ("fedit", "flexlora")},
     "compile": {"methods": ("fedit",)},
+    "prefix": {"last": 1},
     "gpu": {"works": ("toy", "base"), "contenders": ("fedlora_jax",)},
 }
 

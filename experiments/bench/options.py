@@ -10,6 +10,7 @@ BENCHES = {
     "learning": "rounds of learned methods against plain ones, and the server's part alone",
     "round": "one FedIT round: seconds, share of the machine's peak, memory",
     "peers": "the same round by PyTorch, Flower and fedjax (where installed), results compared",
+    "prefix": "a round that adapts the last blocks, what the others compute stored or computed in each step",
     "scaling": "seconds per client against the number of clients, rank, local steps and depth",
     "memory": "predicted and measured peak memory against the number of clients trained at once",
     "server": "every method's aggregation alone, at the size of ViT-B, and its share of a round",
@@ -21,6 +22,7 @@ USES = {  # beside --out
     "learning": ("work", "repeats", "methods"),
     "round": ("work", "repeats", "chunk", "force"),
     "peers": ("work", "repeats", "chunk", "contenders", "python", "force"),
+    "prefix": ("work", "repeats", "chunk", "last"),
     "scaling": ("work", "repeats", "clients", "ranks", "local_steps", "depths"),
     "memory": ("work", "chunks", "force"),
     "server": ("work", "repeats", "kernels", "clients", "methods"),
@@ -51,6 +53,7 @@ class Options:
     ranks: tuple[int, ...] = option((1, 4, 16, 64), "ranks, comma-separated")
     local_steps: tuple[int, ...] = option((1, 5, 20), "numbers of local steps, comma-separated")
     depths: tuple[int, ...] = option((1, 2, 4, 8), "numbers of blocks, comma-separated")
+    last: int = option(3, "adapted blocks, from the end")
     kernels: str = option("base", "the work whose adapted kernels are aggregated")
     methods: tuple[str, ...] = option((), "methods, comma-separated (all, where no default is given)")
     contenders: tuple[str, ...] = option(CONTENDERS, "who computes the round, comma-separated")
@@ -64,7 +67,7 @@ class Options:
 
 def check(options: Options) -> None:
     """Refuse what can be seen to be wrong at once."""
-    for name in ("repeats", "chunk", "minutes"):
+    for name in ("repeats", "chunk", "minutes", "last"):
         if (value := getattr(options, name)) is not None and not value > 0:
             raise ValueError(f"--{name} must be above 0, got {value}")
     for name in ("clients", "ranks", "local_steps", "depths", "chunks"):

@@ -68,12 +68,16 @@ def _adapter(work: Work) -> Adapter:
     return lora.unflatten(full | low_rank)
 
 
-def _loss(work: Work) -> Callable:
+def model(work: Work) -> ViT:
     sizes = (work.classes, work.patch, work.width, work.depth, work.heads, work.mlp)
-    model = ViT(*sizes, unroll=True, dtype=jnp.dtype(work.dtype))
+    return ViT(*sizes, unroll=True, dtype=jnp.dtype(work.dtype))
+
+
+def _loss(work: Work) -> Callable:
+    vit = model(work)
 
     def loss_fn(base, adapter, batch, key):
-        logits, _ = model.apply(lora.variables(base, adapter), normalise(batch[0], 0.5, 0.5))
+        logits, _ = vit.apply(lora.variables(base, adapter), normalise(batch[0], 0.5, 0.5))
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     return loss_fn
