@@ -75,7 +75,8 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
         images = data.validation(images, config.validation)
     side = config.image_size or _side(images)
     pretrained = load_vit(NANO if config.weights == "nano" else config.weights, len(images.classes), side)
-    stem, top = cut(pretrained, config.adapt_last)
+    blocks = config.adapt_last or pretrained.model.depth
+    stem, top = (None, pretrained) if blocks == pretrained.model.depth else cut(pretrained, blocks)
     new = partial(
         lora.new, params=top.params, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
     )
@@ -214,13 +215,10 @@ def inputs(pretrained: Pretrained, x: Any) -> Array:
     return x if pretrained.model.part == "top" else normalise(x, pretrained.mean, pretrained.std)
 
 
-def cut(pretrained: Pretrained, top: int | None) -> tuple[Pretrained | None, Pretrained]:
-    """The part of the model that runs once per image, if any, and the part that is trained."""
-    if top is None or top == pretrained.model.depth:
-        return None, pretrained
-    parts = vit.cut(pretrained.model, pretrained.params, top)
-    stem, rest = (pretrained._replace(model=model, params=params) for model, params in parts)
-    return stem, rest
+def cut(pretrained: Pretrained, top: int) -> tuple[Pretrained, Pretrained]:
+    """The blocks before the last ``top``, and the rest: a model each."""
+    (first, before), (last, rest) = vit.cut(pretrained.model, pretrained.params, top)
+    return pretrained._replace(model=first, params=before), pretrained._replace(model=last, params=rest)
 
 
 def _clients(config: Config, images: Images, train: np.ndarray, test: np.ndarray, seed: int):

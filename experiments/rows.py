@@ -71,9 +71,10 @@ class Rows:
             row[f"unseen_accuracy{suffix}"] = number(_mean(accuracy[n:]))
             if final:
                 row[f"client_accuracies{suffix}"] = [number(x) for x in accuracy[:n]]
-        if final and scores.apart is not None and np.isfinite(scores.apart).all():
-            row["client_positions"] = client_map.positions(scores.apart).round(6).tolist()
-            row["client_clusters"] = client_map.clusters(scores.apart).tolist()
+        apart = np.asarray(scores.apart, float)  # nan for None
+        if final and np.isfinite(apart).all():
+            row["client_positions"] = client_map.positions(apart).round(6).tolist()
+            row["client_clusters"] = client_map.clusters(apart).tolist()
         return row
 
 

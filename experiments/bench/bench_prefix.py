@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from experiments import problem
@@ -30,7 +31,7 @@ def run(options: Options) -> Iterator[Line]:
     if not options.last < work.depth:
         raise ValueError(f"--last must leave blocks below: got {options.last} of {work.depth}")
     p, model = ours.problem(work), ours.model(work)
-    whole = Pretrained(model, p.base, (0.5,) * 3, (0.5,) * 3, work.name)
+    whole = Pretrained(model, p.base, np.full(3, 0.5), np.full(3, 0.5), work.name)
     (stem, top), images = problem.cut(whole, options.last), p.cohort.batches[0]
     adapter = lora.tree_map(lambda x: LoRA(x.a[-options.last :], x.b[-options.last :], x.scale), p.adapter)
 

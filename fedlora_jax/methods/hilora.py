@@ -137,7 +137,7 @@ def hilora(
         clusters = jax.vmap(lambda key: lora.restart(key, adapter))(jax.random.split(fresh, most))
         nobody = jnp.zeros(population, jnp.int32)
         bases = {name: jnp.zeros((population, *x.b.shape), x.b.dtype) for name, x in _factors(adapter).items()}
-        told = jnp.zeros((population, len(_about(signature)))) if newcomers == "signature" else ()
+        told = jnp.zeros((population, len(_about(signature)))) if signature and newcomers == "signature" else ()
         zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
         return HiLoRAState(adapter, clusters, nobody, bases, told, lora.restart(own, adapter), key, *zeros)
 
