@@ -30,6 +30,7 @@ SMALL = {  # of each bench: options that make it quick
     "server": {"kernels": "toy", "clients": (2, 4), "methods": ("fedit", "flexlora")},
     "compile": {"methods": ("fedit",)},
     "prefix": {"last": 1},
+    "population": {"clients": (4, 9)},
     "gpu": {"works": ("toy", "base"), "contenders": ("fedlora_jax",)},
 }
 

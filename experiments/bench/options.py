@@ -11,6 +11,7 @@ BENCHES = {
     "round": "one FedIT round: seconds, share of the machine's peak, memory",
     "peers": "the same round by PyTorch, Flower and fedjax (where installed), results compared",
     "prefix": "a round that adapts the last blocks, what the others compute stored or computed in each step",
+    "population": "seconds of a round of 64 clients against the size of the population, whose memory is on the host",
     "scaling": "seconds per client against the number of clients, rank, local steps and depth",
     "memory": "predicted and measured peak memory against the number of clients trained at once",
     "server": "every method's aggregation alone, at the size of ViT-B, and its share of a round",
@@ -23,6 +24,7 @@ USES = {  # beside --out
     "round": ("work", "repeats", "chunk", "force"),
     "peers": ("work", "repeats", "chunk", "contenders", "python", "force"),
     "prefix": ("work", "repeats", "chunk", "last"),
+    "population": ("work", "repeats", "chunk", "clients"),
     "scaling": ("work", "repeats", "clients", "ranks", "local_steps", "depths"),
     "memory": ("work", "chunks", "force"),
     "server": ("work", "repeats", "kernels", "clients", "methods"),
@@ -35,6 +37,7 @@ LEARNING = ("fedit", "flexlora", "hyperlora", "hyperlora:mode=first_order", "hyp
 BY_DEFAULT = {  # of some benches; the others' is the field's own
     "learning": {"work": "learning", "methods": LEARNING},
     "scaling": {"work": "nano", "clients": (16, 64, 256, 1024, 4096), "repeats": 1},
+    "population": {"work": "nano", "clients": (100, 1000, 10_000)},
     "gpu": {"contenders": ("fedlora_jax", "torch_peft", "torch_vmap", "torch_compile")},
 }
 

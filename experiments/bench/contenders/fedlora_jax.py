@@ -48,14 +48,14 @@ def problem(work: Work) -> Problem:
         ids=jnp.arange(work.clients),
         weights=jnp.ones(work.clients) / work.clients,
         ranks=jnp.full(work.clients, work.rank),
-        signatures=_told(work, work.clients),
+        signatures=told(work, work.clients),
         batches=(images, labels),
         queries=(images[:, 0], labels[:, 0]),  # of methods that learn; what they are does not matter for speed
     )
     return Problem(base, _adapter(work), cohort, _loss(work))
 
 
-def _told(work: Work, clients: int) -> Signature:
+def told(work: Work, clients: int) -> Signature:
     rng = np.random.default_rng(3)
     sizes = (2 * signatures.SIZE, work.classes, 1)
     return Signature(*(jnp.asarray(rng.normal(size=(clients, size)), jnp.float32) for size in sizes))
@@ -91,7 +91,7 @@ def chunk_of(work: Work, p: Problem, chunk: int | None) -> int:
 
 
 def method(work: Work, name: str) -> Method:
-    one = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), _told(work, 1))
+    one = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), told(work, 1))
     facts: dict[str, Any] = {"participants": work.clients, "population": work.clients, "rounds": 50}
     return methods.build(name, signature=one, theta=None, **facts)
 
