@@ -44,6 +44,10 @@ def planned(command: str, options: Any) -> Callable[[], Any]:
             from experiments import sweep
 
             return sweep.Plan(options).execute
+        case "meta":
+            from experiments import meta
+
+            return meta.Plan(options).execute
         case _:
             from experiments import compare
 

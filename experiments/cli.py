@@ -47,6 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
             "budget",
             "accuracy against the number of local steps, learning rates chosen on a part of the training images",
         ),
+        ("meta", "learn a method's theta by differentiating through whole rounds, for --theta of other runs"),
     ):
         add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
     _add_benches(commands)
@@ -56,13 +57,14 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
     command = given.pop("command")
     if command == "bench":
         return command, bench.Options(**given)
-    if command == "run":
+    if "method" in given:
         given["methods"] = (given.pop("method"),)
     return command, Config(**given)
 
 
 _RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
-_TUNED = {"budgets", "lrs", "tuning_seeds", "vary"}
+_META = {"unroll", "meta_lr"}
+_TUNED = {"budgets", "lrs", "tuning_seeds", "vary"} | _META
 _MODEL = {"data", "weights", "image_size", "targets", "adapt_last", "prefix", "full", "rank", "scale"}
 _LEFT_OUT = {
     "compare": _TUNED,
@@ -71,8 +73,9 @@ _LEFT_OUT = {
     | _RECORDED
     | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
     | {"signature", "theta"},
-    "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"},
-    "budget": {"resume", "checkpoint_every", "dry_run", "local_steps", "lr", "validation", "vary"},
+    "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META,
+    "budget": {"resume", "checkpoint_every", "dry_run", "local_steps", "lr", "validation", "vary"} | _META,
+    "meta": (_TUNED - _META) | _RECORDED | {"devices", "seeds_at_once"},
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }
 
@@ -96,7 +99,7 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     for field in dataclasses.fields(Config):
         if field.name in _LEFT_OUT[command]:
             continue
-        if field.name == "methods" and command == "run":
+        if field.name == "methods" and command in ("run", "meta"):
             parser.add_argument(
                 "--method",
                 required=True,

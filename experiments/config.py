@@ -87,6 +87,8 @@ class Config:
         "an option of the methods or their wrappers and its values, as in mu=0,0.01,0.1 (or proximal:mu=0,0.01,0.1 "
         "where more than one has it); with each learning rate",
     )
+    unroll: int = option(2, "rounds that a meta-step differentiates through")
+    meta_lr: float = option(0.003, "learning rate of a meta-step (Adam)")
     tuning_seeds: tuple[int, ...] = option((100, 101), "seeds of the runs that choose the learning rate")
 
     def identity(self) -> dict[str, Any]:
@@ -97,8 +99,20 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse what can be seen to be wrong without looking at data or weights."""
-    for name in ("clients", "rounds", "local_steps", "batch", "eval_every", "checkpoint_every", "minimum", "devices"):
+    for name in (
+        "clients",
+        "rounds",
+        "local_steps",
+        "batch",
+        "eval_every",
+        "checkpoint_every",
+        "minimum",
+        "devices",
+        "unroll",
+    ):
         _at_least(config, name, 1)
+    if not 0 < config.meta_lr < float("inf"):
+        raise ValueError(f"--meta-lr must be above 0 and finite, got {config.meta_lr:g}")
     _at_least(config, "holdout_clients", 0)
     for name in ("clients_per_round", "chunk", "seeds_at_once", "image_size", "adapt_last", "test_images"):
         if getattr(config, name) is not None:

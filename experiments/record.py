@@ -112,7 +112,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, method: str):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._theta = folder / f"{method.replace(':', '_')}.theta.npz"
+        self._folder, self._method = folder, method
         self._manager = ocp.CheckpointManager((folder / "checkpoints" / method).absolute(), options=options)
 
     def latest(self) -> int:
@@ -136,15 +136,21 @@ class Checkpoints:
 
     def keep_theta(self, state: Any) -> None:
         """Write the first seed's ``state.theta``, where the method has one, for ``--theta`` of later runs."""
-        if not hasattr(state, "theta"):
-            return
-        leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda x: np.asarray(x[0]), state.theta))
-        buffer = io.BytesIO()
-        np.savez(buffer, **{jax.tree_util.keystr(path): x for path, x in leaves})
-        write_atomically(self._theta, buffer.getvalue())
+        if hasattr(state, "theta"):
+            write_theta(self._folder, self._method, jax.tree.map(lambda x: x[0], state.theta))
 
     def close(self) -> None:
         self._manager.close()
+
+
+def write_theta(folder: Path, method: str, theta: Any) -> Path:
+    """What a method has learned, as ``METHOD.theta.npz``."""
+    buffer, path = io.BytesIO(), folder / f"{method.replace(':', '_')}.theta.npz"
+    leaves = jax.tree_util.tree_leaves_with_path(theta)
+    arrays: dict[str, Any] = {jax.tree_util.keystr(name): np.asarray(x) for name, x in leaves}
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+    return path
 
 
 def _arrays(run: Any) -> dict[str, Any]:

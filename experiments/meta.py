@@ -1,0 +1,126 @@
+"""Meta-training: what a method has learned (its ``theta``) by differentiating a loss through whole federated rounds.
+
+    theta <- theta - Adam( grad_theta L(run after K rounds) )        run <- one round with the new theta
+
+``L`` is the loss of the models that the server would send after ``K`` further rounds, local steps, aggregation and
+generation included, on images that those rounds keep apart (``meta.outcome``; memory is that of one round). This needs
+clients' data in one place, so it is for simulation; what it finds is served by any run (``--theta``, ``mode=frozen``).
+"""
+
+from __future__ import annotations
+
+import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax import Array
+from tqdm import tqdm
+
+from experiments import methods, problem, programs, record
+from experiments.compare import acceptable, describe, facts_of
+from experiments.config import Config, check
+from experiments.layout import layout
+from experiments.problem import Problem, make_optimizer
+from experiments.programs import Seed
+from fedlora_jax import meta, rounds
+from fedlora_jax.clients import sample_apart, sample_ids, sample_views
+from fedlora_jax.method import Method, no_learning
+from fedlora_jax.rounds import Run
+
+
+class Learning(NamedTuple):
+    """A federation, and what is being learned beside it."""
+
+    run: Run
+    moments: Any  # Adam's
+
+
+class Plan:
+    """Meta-training that has been checked: nothing is compiled or written yet."""
+
+    def __init__(self, config: Config):
+        check(config)
+        if len(config.methods) != 1:
+            raise ValueError(f"meta trains one method, got --methods {','.join(config.methods)}")
+        (self.name,) = config.methods
+        methods.check(self.name)
+        self.config = config
+        self.folder = Path(config.out or f"runs/meta-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        record.check_folder(self.folder, resume=False)
+        self.problem = problem.build(config, partial(acceptable, config))
+        self.method = methods.build(self.name, **facts_of(config, self.problem.signature))
+        state = jax.eval_shape(self.method.init, self.problem.keys[0], self._seed(0).adapter)
+        if not hasattr(state, "theta"):
+            raise ValueError(f"{self.name} has no theta to meta-train: hyperlora:mode=frozen has")
+        if self.method.learn is not no_learning:
+            raise ValueError(f"{self.name} learns in its rounds already: meta-train hyperlora:mode=frozen")
+
+    def _seed(self, s: int) -> Seed:
+        p = self.problem
+        return jax.tree.map(lambda x: x[s], Seed(p.clients, p.adapters, p.keys))
+
+    def execute(self) -> Path:
+        config, seed = self.config, self._seed(0)
+        step, start = make(config, self.problem, self.method)
+        learning, losses = jax.jit(start)(seed), []
+        many = jax.jit(
+            lambda learning, seed: jax.lax.scan(lambda x, _: step(x, seed), learning, length=config.eval_every)
+        )
+        with tqdm(total=config.rounds, unit="step", dynamic_ncols=True) as bar:
+            for _ in range(config.rounds // config.eval_every):
+                learning, seen = many(learning, seed)
+                if not np.isfinite(seen).all():
+                    raise FloatingPointError(f"{self.name}: the loss became infinite; try a smaller --meta-lr or --lr")
+                losses += np.asarray(seen, float).tolist()
+                bar.update(config.eval_every)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = record.write_theta(self.folder, self.name, learning.run.state.theta)
+        about = {"command": "meta", "config": config.identity(), "record": self.problem.record, **describe()}
+        record.write_json(self.folder / "meta.json", {"schema": 1, **about, "loss": losses})
+        width = max(1, len(losses) // 5)
+        print(f"\nloss after {config.unroll} rounds, mean over meta-steps:")
+        for i in range(0, len(losses), width):
+            part = losses[i : i + width]
+            print(f"  {i + 1:>4} to {i + len(part):>4}  {np.mean(part):.4f}")
+        print(f"\n{path}")
+        return path
+
+
+def make(config: Config, p: Problem, method: Method):
+    """``step(learning, seed) -> (learning, loss)``, and ``start(seed) -> learning``."""
+    optimizer, tx = make_optimizer(config), optax.adam(config.meta_lr)
+    chunk, _ = layout(config, p)
+    after_rounds = meta.outcome(method, p.loss_fn, optimizer, chunk=chunk)
+    advance = programs.make_block(config, p, method, optimizer, chunk)
+    participants = config.clients_per_round or config.clients
+
+    def start(seed: Seed) -> Learning:
+        run = rounds.start(method, seed.key, seed.adapter, config.clients)
+        return Learning(run, tx.init(run.state.theta))
+
+    def ahead(seed: Seed, run: Run, key: Array):
+        """One cohort of rounds to come, and its examples apart."""
+        population = seed.clients.training(config.clients)
+        ids = sample_ids(key, config.clients, participants)
+        batches, apart = sample_apart(
+            key, p.train, population, ids, config.local_steps, config.batch, p.smallest, config.batch
+        )
+        return population.cohort(ids, run.memory, batches, views=sample_views(key, population, ids)), apart
+
+    def step(learning: Learning, seed: Seed) -> tuple[Learning, Array]:
+        run, key = learning.run, jax.random.fold_in(jax.random.fold_in(seed.key, 2), learning.run.round)
+        cohorts, apart = jax.vmap(lambda key: ahead(seed, run, key))(jax.random.split(key, config.unroll))
+        examples = jax.tree.map(lambda x: x[-1], apart)
+        loss = lambda theta: after_rounds(p.base, run.state._replace(theta=theta), cohorts, examples, key)[0]
+        value, slope = jax.value_and_grad(loss)(run.state.theta)
+        updates, moments = tx.update(slope, learning.moments)
+        theta: Any = optax.apply_updates(run.state.theta, updates)
+        run = run._replace(state=run.state._replace(theta=theta))
+        run, _ = advance(p.base, p.train, seed.clients.training(config.clients), run, seed.key)
+        return Learning(run, moments), value
+
+    return step, start

@@ -1,0 +1,62 @@
+"""``python -m experiments meta``: what it learns is served by other runs, and what has nothing to learn is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_bad_input import change
+
+from experiments import compare, meta
+from experiments.cli import parse
+
+COMMON = "--partition iid --clients 3 --holdout-clients 1 --minimum 4 --rounds 2 --local-steps 1 --batch 4"
+FROZEN, ONE = "hyperlora:mode=frozen", ("--unroll", 1, "--seeds", "7,")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    path = tmp_path_factory.mktemp("meta") / "data.npz"
+    change()(path)
+    return [*COMMON.split(), "--adapt-last", "1", "--data", str(path)]
+
+
+def plan(command, method, *options):
+    return parse([command, "--method", method, *map(str, options)])
+
+
+@pytest.mark.long
+def test_a_learned_theta_is_served_by_other_runs(options, tmp_path):
+    found = meta.Plan(plan("meta", FROZEN, *options, *ONE, "--out", tmp_path / "meta")[1])
+    before = jax.device_get(found.method.init(found.problem.keys[0], found._seed(0).adapter).theta)
+    path = found.execute()
+    learned = np.load(path)
+    assert any(np.abs(x - y).max() > 1e-4 for x, y in zip(learned.values(), jax.tree.leaves(before), strict=True))
+    assert len(json.loads((tmp_path / "meta" / "meta.json").read_text())["loss"]) == 2
+    command, config = plan("run", FROZEN, *options, "--seeds", "1", "--theta", path, "--out", tmp_path / "run")
+    served = compare.Plan(command, config).trials[FROZEN]
+    start = served.programs.start(served.problem.adapters, served.problem.keys).state.theta
+    for x, y in zip(jax.tree.leaves(start), learned.values(), strict=True):
+        np.testing.assert_array_equal(x[0], y)
+
+
+@pytest.mark.long
+def test_a_step_lowers_the_loss_after_the_same_rounds_and_moves_the_run_on(options, tmp_path):
+    found = meta.Plan(plan("meta", FROZEN, *options, *ONE, "--meta-lr", 1e-4, "--out", tmp_path)[1])
+    step, start = meta.make(found.config, found.problem, found.method)
+    step, seed = jax.jit(step), found._seed(0)
+    old = start(seed)
+    new, before = step(old, seed)
+    theta = new.run.state.theta
+    again, after = step(old._replace(run=old.run._replace(state=old.run.state._replace(theta=theta))), seed)
+    assert before - 0.1 < after < before - 1e-5
+    assert new.run.round == again.run.round == old.run.round + 1
+
+
+@pytest.mark.parametrize(
+    ("method", "said"), [("fedit", "no theta"), ("hyperlora", "learns in its rounds already"), ("fedx", "unknown")]
+)
+def test_what_cannot_be_meta_trained_is_refused(method, said, options, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        meta.Plan(plan("meta", method, *options, "--out", tmp_path / "out")[1])
+    assert not (tmp_path / "out").exists()
