@@ -8,9 +8,20 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see experiments/__init__.p
 
 import jax
 import pytest
-from helpers import float64, forget
+from helpers import EVERY, float64, forget
 
 MAPPINGS = 30_000  # Linux allows a process 65,530; every compiled program takes some, and one too many aborts it
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """One process runs a whole file, and of the battery all that one method compiles once; the battery comes last, as
+    its groups are short and processes then end together."""
+    method = lambda item: item.path.stem == "test_every_method" and getattr(item, "callspec", None)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(method(item).params["name"] if method(item) else item.path.stem))
+    items.sort(key=lambda item: bool(method(item)) and (1 + list(EVERY).index(method(item).params["name"])))
 
 
 @pytest.fixture

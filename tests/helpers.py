@@ -148,7 +148,8 @@ HOOKS = ("penalty", "model", "objective", "moving")  # all of a method that loca
 
 def _quick_options() -> dict[str, Any]:
     """For tiny problems compilation is all the time there is: compile quickly, run slowly."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+    options["xla_cpu_use_fusion_emitters"] = False
     try:
         jax.jit(lambda x: x, compiler_options=options)(0)
     except jax.errors.JaxRuntimeError:  # newer versions have but one emitter
@@ -260,10 +261,17 @@ def take(rows: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: x[index], host(rows))
 
 
-def replaced(tree: Any, row: int, others: Any) -> Any:
-    """The tree with one row of every array from another tree like it."""
-    one = lambda x, y: np.concatenate([x[:row], y[row : row + 1], x[row + 1 :]])
-    return jax.tree.map(one, host(tree), host(others))
+def replaced(tree: Any, rows: Any, others: Any) -> Any:
+    """The tree with some rows of every array from another tree like it, or all of one number."""
+
+    def one(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        x = x.copy()
+        x[rows] = y[rows]
+        return x
+
+    tree = host(tree)
+    others = jax.tree.map(lambda x: np.full_like(x, others), tree) if np.isscalar(others) else host(others)
+    return jax.tree.map(one, tree, others)
 
 
 def members(method: Method, *arguments: Any, **options: Any) -> Cohort:
@@ -274,7 +282,12 @@ def members(method: Method, *arguments: Any, **options: Any) -> Cohort:
 
 def remembered(method: Method, c: Cohort, sent: Any, received: Any) -> Cohort:
     """The cohort after local steps."""
-    return c._replace(memory=jax.vmap(method.remember)(c.memory, sent.anchor, sent.adapter, received))
+    return c._replace(memory=_remember(method.remember, c.memory, sent.anchor, sent.adapter, received))
+
+
+@functools.partial(jit, static_argnums=0)
+def _remember(remember: Callable, *rows: Any) -> Any:
+    return jax.vmap(remember)(*rows)
 
 
 def normalised(c: Cohort) -> Cohort:
@@ -308,7 +321,7 @@ def _average(hooks: tuple, base: lora.Params, state: Any, c: Cohort) -> tuple[lo
 
 def dispatched(method: Method, state: Any, c: Cohort) -> Dispatch:
     """What the method sends, compiled once for each method."""
-    return _dispatch(method.dispatch, BASE, state, c._replace(batches=(), queries=()))
+    return _dispatch(method.dispatch, BASE, state, c)
 
 
 @functools.partial(jit, static_argnums=0)

@@ -12,7 +12,6 @@ from helpers import (
     ADAPTER,
     BASE,
     BATCH,
-    CLASSICS,
     CLIENTS,
     EVERY,
     EXACT,
@@ -176,12 +175,20 @@ def untraced(f, *arguments):
     return said[0]
 
 
-# Step by step takes hyperlora a minute and others seconds: of methods built alike, one.
-ALIKE = {"hyperlora", "hyperlora_exact", "lora_fair_columns", "fedvlm", "fed_hello", "fed_talora", "sdflora"}
-EAGER = [name for name in METHODS if name not in ALIKE | CLASSICS.keys()]
+@every(DEEP)
+def test_jit_changes_nothing_of_what_the_server_does(name):
+    method, state, new_state = aggregation(name)
+    c = normalised(members(method, 1))
+    sent = dispatched(method, state, c)
+    assert_near(method.dispatch(BASE, state, c), sent)
+    received, _ = train(method, sent, c, KEY)
+    fast, slow = (f(BASE, state, c, sent, received) for f in (new_state, method.aggregate))
+    assert_near(effective(method, BASE, slow, c), effective(method, BASE, fast, c))
 
 
-@every([*EAGER, "ditto", "corrected"])
+# Step by step a round takes seconds: of methods whose clients take the same local steps, one.
+@pytest.mark.xdist_group("without jit")
+@every(["fedit", "hetlora", "fedsa_lora", "fed_sb", "fedra", "fslora", "ditto", "corrected"])
 def test_jit_changes_nothing(name):
     m = compiled(name)
     c = m.cohort(1)
@@ -211,7 +218,7 @@ def test_a_whole_run_is_a_loop_over_single_rounds(name):
         for t in range(2):
             _, drawn, key = jax.random.split(jax.random.fold_in(seed, t), 3)
             batches, queries = draw(drawn, data, clients, ids, STEPS, BATCH, 3, query)
-            c = clients.cohort(ids, host(memory), batches, queries)
+            c = clients.cohort(ids, host(memory), batches, queries or m.cohort().queries)
             state, memory, one = m.fast(BASE, state, c, key)
             losses.append(one.loss)
         assert runs.round[i] == 2

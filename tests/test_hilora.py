@@ -25,6 +25,7 @@ from helpers import (
     members,
     normalised,
     nudged,
+    replaced,
     take,
     uploads,
 )
@@ -311,7 +312,7 @@ def test_wrappers_pass_the_trial_on():
 
 def test_bases_are_averages_over_the_rounds_a_client_took_part_in():
     method, state, c = halfway(ROOT, make(100, population=6))
-    c = c._replace(weights=c.weights.at[3].set(0.0))
+    c = c._replace(weights=replaced(c.weights, 3, 0.0))
     sent = dispatch(method)(state, c)
     once, again = uploads(sent, 1), uploads(sent, 2)
     new = aggregate(method)(BASE, state, c, sent, once)
