@@ -186,19 +186,6 @@ def test_jit_changes_nothing_of_what_the_server_does(name):
     assert_near(effective(method, BASE, slow, c), effective(method, BASE, fast, c))
 
 
-# Step by step a round takes seconds: of methods whose clients take the same local steps, one.
-@pytest.mark.xdist_group("without jit")
-@every(["fedit", "hetlora", "fedsa_lora", "fed_sb", "fedra", "fslora", "ditto", "corrected"])
-def test_jit_changes_nothing(name):
-    m = compiled(name)
-    c = m.cohort(1)
-    state, _, info = m.fast(BASE, m.state, c, KEY)
-    with jax.disable_jit():
-        slow_state, _, slow_info = m.round_fn(BASE, m.state, c, KEY)
-    assert_near(effective(m.method, BASE, state, c), effective(m.method, BASE, slow_state, c))
-    assert_near(info.loss, slow_info.loss)
-
-
 @every(DEEP)
 def test_a_whole_run_is_a_loop_over_single_rounds(name):
     """Seeds side by side, rounds scanned, clients in chunks, state donated: against one round after the other on

@@ -332,8 +332,8 @@ def test_a_kernels_number_does_not_depend_on_how_a_dict_was_built():
     """JAX sorts dicts whenever it rebuilds a tree: eager and compiled calls must mean the same kernel."""
     start, z = nudged(ADAPTER), cohort().signatures
     backwards = lora.unflatten(dict(sorted(lora.flatten(start).items(), reverse=True)))
-    # Not an argument of the compiled function: those are sorted.
-    given = lambda x: jit(lambda: generator.generate(learned().generator, z, center(), x, "mix"))()
+    theta, mean = learned().generator, center()
+    given = lambda x: jit(lambda: generator.generate(theta, z, mean, x, "mix"))()  # an argument would be sorted
     assert_near(given(backwards), given(start), 1e-6)
 
 
