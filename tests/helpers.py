@@ -427,7 +427,6 @@ def compiled(name: str) -> SimpleNamespace:
         start=start,
         state=state,
         traces=traces,
-        first=len(traces),
         cohort=people,
     )
 
@@ -441,7 +440,7 @@ def aggregation(name: str) -> tuple[Method, Any, Callable]:
 
 def server(method: Method) -> Any:
     """A state in the middle of a run: nothing in the adapter is zero."""
-    state = method.init(jax.random.key(1), ADAPTER)
+    state = begin(method.init, jax.random.key(1))
     return state._replace(adapter=nudged(state.adapter, 0))
 
 
@@ -456,7 +455,7 @@ def aggregated(method: Method, c: Cohort | None = None, size: float = 0.3, aggre
     c = normalised(cohort() if c is None else c)
     c = c._replace(memory=copies(method.init_client(ADAPTER), len(c.ids)))
     state = server(method)
-    sent = method.dispatch(BASE, state, c)
+    sent = dispatched(method, state, c)
     received = uploads(sent, size=size)
     return c, state, sent, received, (aggregate or jit(method.aggregate))(BASE, state, c, sent, received)
 

@@ -14,11 +14,14 @@ from helpers import (
     CLIENTS,
     KEY,
     OPTIMIZER,
+    array,
     assert_near,
+    begin,
     cohort,
     copies,
     dense,
     examples,
+    host,
     jit,
     logits,
     loss_fn,
@@ -84,8 +87,8 @@ def at(state, stage, **changes):
 def halfway(stage, method=None, seed=0):
     """A state in which every tier holds something, and the cohort."""
     method = method or make()
-    state = method.init(KEY, ADAPTER)
-    assignment = jnp.arange(state.assignment.shape[0], dtype=jnp.int32) % 2
+    state = begin(method.init, KEY)
+    assignment = array(np.arange(len(state.assignment)) % 2)
     state = at(state, stage, root=nudged(ADAPTER, seed), clusters=nudged(state.clusters, seed + 1))
     return method, state._replace(assignment=assignment), normalised(members(method))._replace(ids=IDS)
 
@@ -95,7 +98,7 @@ def factors(adapter):
 
 
 def same(x, y):
-    return all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True))
+    return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True))
 
 
 def test_stages_follow_one_another_and_only_one_tier_moves():
@@ -129,11 +132,11 @@ def test_the_root_has_orthonormal_rows_and_the_product_of_its_clients_to_rank_r(
 def test_a_new_tier_changes_no_logits():
     """Root to cluster, for members and strangers; cluster to leaf."""
     method, states, memories, _ = history()
-    x = examples()["x"]
+    seen_by = jit(jax.vmap(lambda adapter: logits(BASE, adapter, examples()["x"])))
 
     def seen(stage, t, ids=IDS):
         sent = dispatch(method)(at(states[t], stage), members(method)._replace(ids=ids))
-        return jax.vmap(lambda adapter: logits(BASE, adapter, x))(models(method, sent))
+        return seen_by(host(models(method, sent)))
 
     assert_near(seen(CLUSTER, 2), seen(ROOT, 2), 1e-6)
     assert_near(seen(CLUSTER, 2, IDS + 90), seen(ROOT, 2), 1e-6)
