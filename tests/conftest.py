@@ -8,9 +8,30 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see experiments/__init__.p
 
 import jax
 import pytest
-from helpers import float64, forget
+from helpers import EVERY, float64, forget
+from xdist.scheduler import LoadScopeScheduling
 
 MAPPINGS = 30_000  # Linux allows a process 65,530; every compiled program takes some, and one too many aborts it
+
+
+def group(nodeid: str) -> str:
+    """What one process runs: a file, or of the battery all tests of one method, which share what they compile."""
+    file, _, test = nodeid.partition("::")
+    return test[test.index("[") :] if file.endswith("test_every_method.py") and "[" in test else file
+
+
+def pytest_collection_modifyitems(items):
+    """The battery last, method by method: its groups are short, so that all processes have work to the end."""
+    methods = [f"[{name}]" for name in EVERY]
+    items.sort(key=lambda item: 1 + methods.index(group(item.nodeid)) if group(item.nodeid) in methods else 0)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """As ``--dist loadfile``, by ``group`` and in the order of collection."""
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = group
+    config.option.loadscopereorder = False
+    return scheduler
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from numpy.linalg import norm
 
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import Population
-from fedlora_jax.method import Cohort, Method, average_client, models
+from fedlora_jax.method import Cohort, Dispatch, Method, as_carried, average_client
 from fedlora_jax.methods.centralized import centralized
 from fedlora_jax.methods.ditto import ditto
 from fedlora_jax.methods.fed_hello import fed_hello
@@ -148,7 +148,8 @@ HOOKS = ("penalty", "model", "objective", "moving")  # all of a method that loca
 
 def _quick_options() -> dict[str, Any]:
     """For tiny problems compilation is all the time there is: compile quickly, run slowly."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+    options["xla_cpu_use_fusion_emitters"] = False
     try:
         jax.jit(lambda x: x, compiler_options=options)(0)
     except jax.errors.JaxRuntimeError:  # newer versions have but one emitter
@@ -205,29 +206,38 @@ def loss_fn(base: lora.Params, adapter: lora.Adapter, batch: dict[str, jax.Array
     return optax.softmax_cross_entropy_with_integer_labels(logits(base, adapter, x), batch["y"]).mean()
 
 
+def array(x: Any) -> np.ndarray:
+    """In NumPy and of the type that JAX would give it. What tests do with single arrays then compiles nothing."""
+    return np.asarray(x, jax.dtypes.canonicalize_dtype(np.asarray(x).dtype))
+
+
+def host(tree: Any) -> Any:
+    """The tree's arrays in NumPy; random keys, and what is being traced, stay as they are."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else jax.device_get(x), tree)
+
+
 def cohort(seed: int = 0, clients: int = CLIENTS, steps: int = STEPS, weights=None, ranks=None, rank=RANK) -> Cohort:
     rng = np.random.default_rng(seed)
     return Cohort(
-        ids=jnp.arange(10, 10 + clients),
-        weights=jnp.asarray(rng.uniform(1, 3, clients) if weights is None else weights, float),
-        ranks=jnp.asarray([rank] * clients if ranks is None else ranks),
+        ids=array(np.arange(10, 10 + clients)),
+        weights=array(rng.uniform(1, 3, clients) if weights is None else np.asarray(weights, float)),
+        ranks=array([rank] * clients if ranks is None else ranks),
         signatures=signatures(rng, clients),
         batches=labelled(rng, clients, steps, BATCH),
         queries=labelled(rng, clients, BATCH),
     )
 
 
-def labelled(rng: np.random.Generator, *lead: int) -> dict[str, jax.Array]:
-    return {"x": jnp.asarray(rng.normal(size=(*lead, 6))), "y": jnp.asarray(rng.integers(0, CLASSES, lead))}
+def labelled(rng: np.random.Generator, *lead: int) -> dict[str, np.ndarray]:
+    return {"x": array(rng.normal(size=(*lead, 6))), "y": array(rng.integers(0, CLASSES, lead))}
 
 
 def signatures(rng: np.random.Generator, *lead: int) -> Signature:
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=(*lead, *x.shape))), SIGNATURE)
+    return jax.tree.map(lambda x: array(rng.normal(size=(*lead, *x.shape))), SIGNATURE)
 
 
-def examples(seed: int = 0, count: int = 40) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(seed)
-    return {"x": jnp.asarray(rng.normal(size=(count, 6))), "y": jnp.asarray(rng.integers(0, 3, count))}
+def examples(seed: int = 0, count: int = 40) -> dict[str, np.ndarray]:
+    return labelled(np.random.default_rng(seed), count)
 
 
 def population(sizes=(5, 9, 3, 7, 4), seed: int = 0, ranks=None) -> Population:
@@ -238,17 +248,30 @@ def population(sizes=(5, 9, 3, 7, 4), seed: int = 0, ranks=None) -> Population:
         row[:size] = np.arange(end - size, end)
     told = signatures(np.random.default_rng(seed), len(sizes), 1)
     ranks = [RANK] * len(sizes) if ranks is None else ranks
-    return Population(*(jnp.asarray(x) for x in (rows, sizes, ranks)), told)
+    return Population(*(array(x) for x in (rows, sizes, ranks)), told)
 
 
 def copies(tree: Any, clients: int = CLIENTS) -> Any:
     """The tree stacked with itself: every client holds the same."""
-    return jax.tree.map(lambda x: jnp.stack([x] * clients), tree)
+    return jax.tree.map(lambda x: np.stack([x] * clients), host(tree))
 
 
 def take(rows: Any, index: Any) -> Any:
     """The same rows of every array of a tree with a leading client axis."""
-    return jax.tree.map(lambda x: x[index], rows)
+    return jax.tree.map(lambda x: x[index], host(rows))
+
+
+def replaced(tree: Any, rows: Any, others: Any) -> Any:
+    """The tree with some rows of every array from another tree like it, or all of one number."""
+
+    def one(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        x = x.copy()
+        x[rows] = y[rows]
+        return x
+
+    tree = host(tree)
+    others = jax.tree.map(lambda x: np.full_like(x, others), tree) if np.isscalar(others) else host(others)
+    return jax.tree.map(one, tree, others)
 
 
 def members(method: Method, *arguments: Any, **options: Any) -> Cohort:
@@ -259,7 +282,12 @@ def members(method: Method, *arguments: Any, **options: Any) -> Cohort:
 
 def remembered(method: Method, c: Cohort, sent: Any, received: Any) -> Cohort:
     """The cohort after local steps."""
-    return c._replace(memory=jax.vmap(method.remember)(c.memory, sent.anchor, sent.adapter, received))
+    return c._replace(memory=_remember(method.remember, c.memory, sent.anchor, sent.adapter, received))
+
+
+@functools.partial(jit, static_argnums=0)
+def _remember(remember: Callable, *rows: Any) -> Any:
+    return jax.vmap(remember)(*rows)
 
 
 def normalised(c: Cohort) -> Cohort:
@@ -270,7 +298,7 @@ def nudged(tree: Any, seed: int = 1, size: float = 0.3) -> Any:
     """The tree with noise on its float arrays."""
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    noisy = [x + size * rng.normal(size=x.shape).astype(x.dtype) if is_float(x) else x for x in leaves]
+    noisy = [x + (size * rng.normal(size=x.shape)).astype(x.dtype) if is_float(x) else x for x in host(leaves)]
     return treedef.unflatten(noisy)
 
 
@@ -280,12 +308,44 @@ def is_float(x: jax.Array) -> bool:
 
 def effective(method: Method, base: lora.Params, state: Any, c: Cohort) -> dict[str, np.ndarray]:
     """The weights of the server's model: what an average client would compute with, by name."""
-    sent = method.dispatch(base, state, average_client(c))
-    return weights_of(sent.base, take(models(method, sent), 0))
+    base, model = _average((method.dispatch, method.model), base, state, c._replace(batches=(), queries=()))
+    return weights_of(base, take(model, 0))
+
+
+@functools.partial(jit, static_argnums=0)
+def _average(hooks: tuple, base: lora.Params, state: Any, c: Cohort) -> tuple[lora.Params, lora.Adapter]:
+    dispatch, model = hooks
+    sent = dispatch(base, state, average_client(c))
+    return sent.base, jax.vmap(model)(sent.adapter, sent.anchor)
+
+
+def dispatched(method: Method, state: Any, c: Cohort) -> Dispatch:
+    """What the method sends, compiled once for each method."""
+    return _dispatch(method.dispatch, BASE, state, c)
+
+
+@functools.partial(jit, static_argnums=0)
+def _dispatch(dispatch: Callable, *arguments: Any) -> Dispatch:
+    return dispatch(*arguments)
+
+
+def models_of(method: Method, sent: Any) -> lora.Adapter:
+    """The adapters ``[C, ...]`` that clients compute with."""
+    return sent.adapter if method.model is as_carried else _models(method.model, sent.adapter, sent.anchor)
+
+
+@functools.partial(jit, static_argnums=0)
+def _models(model: Callable, adapters: Any, anchors: Any) -> lora.Adapter:
+    return jax.vmap(model)(adapters, anchors)
 
 
 def weights_of(base: lora.Params, adapter: lora.Adapter) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x) for name, x in lora.flatten(lora.merge(base, adapter)).items()}
+    """``base`` with the whole adapter folded in, by name."""
+    weights, differences = host(lora.flatten(base)), lora.flatten(adapter)
+    for name in weights.keys() & differences.keys():
+        x = differences[name]
+        weights[name] = weights[name] + (x.scale * dense(x) if lora.is_lora(x) else np.asarray(x))
+    return weights
 
 
 def mean_weights(base: lora.Params, adapters: lora.Adapter, weights: jax.Array) -> dict[str, np.ndarray]:
@@ -309,8 +369,10 @@ def assert_near(x: Any, y: Any, rel: float = 1e-5, floor: float = 1e-25) -> None
 
 
 @functools.partial(jit, static_argnums=0)
-def _train(hooks: tuple, sent: Any, c: Cohort, key: jax.Array) -> tuple[lora.Adapter, jax.Array]:
-    local = rounds.make_local(fedit()._replace(**dict(zip(HOOKS, hooks, strict=True))), loss_fn, OPTIMIZER)
+def _train(hooks: tuple, sent: Any, c: Cohort, key: jax.Array, extra: float) -> tuple[lora.Adapter, jax.Array]:
+    like = fedit()._replace(**dict(zip(HOOKS, hooks, strict=True)))
+    penalty = lambda adapter, anchor: like.penalty(adapter, anchor) + extra
+    local = rounds.make_local(like._replace(penalty=penalty), loss_fn, OPTIMIZER)
 
     def one(id_, *row):
         adapter, trace = local(sent.base, *row, jax.random.fold_in(key, id_))
@@ -319,9 +381,13 @@ def _train(hooks: tuple, sent: Any, c: Cohort, key: jax.Array) -> tuple[lora.Ada
     return jax.vmap(one)(c.ids, sent.adapter, sent.mask, sent.anchor, c.batches)
 
 
-def train(method: Method, sent: Any, c: Cohort, key: jax.Array) -> tuple[lora.Adapter, jax.Array]:
-    """Every client's local steps: adapters and losses ``[C, T]``. Compiled once for all methods that train alike."""
-    return _train(tuple(getattr(method, hook) for hook in HOOKS), sent, c, key)
+def train(method: Method, sent: Any, c: Cohort, key: jax.Array, extra: float = 0.0) -> tuple[lora.Adapter, jax.Array]:
+    """Every client's local steps: adapters and losses ``[C, T]``. Compiled once for all methods that train alike.
+
+    The penalty is larger by the constant ``extra``.
+    """
+    c = c._replace(memory=(), signatures=(), queries=())
+    return host(_train(tuple(getattr(method, hook) for hook in HOOKS), sent, c, key, extra))
 
 
 KEY = jax.random.key(7)
@@ -329,9 +395,21 @@ BASE, ADAPTER = problem()
 
 
 @functools.cache
+def built(make: Callable[[], Method]) -> Method:
+    """One method of each kind: what is compiled of it serves all tests."""
+    return make()
+
+
+@functools.partial(jit, static_argnums=0)
+def begin(init: Callable, key: jax.Array) -> Any:
+    """A method's first state."""
+    return jax.tree.map(jnp.copy, init(key, ADAPTER))
+
+
+@functools.cache
 def compiled(name: str) -> SimpleNamespace:
     """One method with its round compiled once, and the state after one round, when b is no longer 0."""
-    method, traces = EVERY[name](), []
+    method, traces = built(EVERY[name]), []
 
     def counted(*args):
         traces.append(1)
@@ -339,7 +417,7 @@ def compiled(name: str) -> SimpleNamespace:
 
     round_fn = rounds.make_round(method, counted, OPTIMIZER)
     fast = jit(round_fn)
-    start = method.init(jax.random.key(1), ADAPTER)
+    start = begin(method.init, jax.random.key(1))
     people = functools.partial(members, method)
     state, _, _ = fast(BASE, start, people(), KEY)
     return SimpleNamespace(
@@ -349,7 +427,6 @@ def compiled(name: str) -> SimpleNamespace:
         start=start,
         state=state,
         traces=traces,
-        first=len(traces),
         cohort=people,
     )
 
@@ -357,20 +434,20 @@ def compiled(name: str) -> SimpleNamespace:
 @functools.cache
 def aggregation(name: str) -> tuple[Method, Any, Callable]:
     """A method that has learned nothing, its first state, and its aggregation compiled."""
-    method = (UNLEARNED | WRAPPED)[name]()
-    return method, method.init(jax.random.key(1), ADAPTER), jit(method.aggregate)
+    method = built((UNLEARNED | WRAPPED)[name])
+    return method, begin(method.init, jax.random.key(1)), jit(method.aggregate)
 
 
 def server(method: Method) -> Any:
     """A state in the middle of a run: nothing in the adapter is zero."""
-    state = method.init(jax.random.key(1), ADAPTER)
+    state = begin(method.init, jax.random.key(1))
     return state._replace(adapter=nudged(state.adapter, 0))
 
 
 def uploads(sent: Any, seed: int = 1, size: float = 0.3) -> lora.Adapter:
     """What clients send back: their starts, moved at random where the mask allows it."""
     moved = nudged(sent.adapter, seed, size)
-    return jax.tree.map(lambda x, y, m: jnp.where(m > 0, y, x), sent.adapter, moved, sent.mask)
+    return jax.tree.map(lambda x, y, m: np.where(m > 0, y, x), *map(host, (sent.adapter, moved, sent.mask)))
 
 
 def aggregated(method: Method, c: Cohort | None = None, size: float = 0.3, aggregate: Callable | None = None):
@@ -378,7 +455,7 @@ def aggregated(method: Method, c: Cohort | None = None, size: float = 0.3, aggre
     c = normalised(cohort() if c is None else c)
     c = c._replace(memory=copies(method.init_client(ADAPTER), len(c.ids)))
     state = server(method)
-    sent = method.dispatch(BASE, state, c)
+    sent = dispatched(method, state, c)
     received = uploads(sent, size=size)
     return c, state, sent, received, (aggregate or jit(method.aggregate))(BASE, state, c, sent, received)
 
@@ -395,4 +472,5 @@ def forget() -> None:
     """Drop all compiled programs, and what counted how often they were traced."""
     compiled.cache_clear()
     aggregation.cache_clear()
+    built.cache_clear()
     jax.clear_caches()
