@@ -19,6 +19,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from helpers import *
+from fedlora_jax.method import models
 
 def results(name, mesh, place=lambda x: x):
     method = METHODS[name]()
