@@ -4,11 +4,13 @@
 
 ``L`` is the loss of the models that the server would send after ``K`` further rounds, local steps, aggregation and
 generation included, on images that those rounds keep apart (``meta.outcome``; memory is that of one round). This needs
-clients' data in one place, so it is for simulation; what it finds is served by any run (``--theta``, ``mode=frozen``).
+clients' data in one place, so it is for simulation (the first of ``--seeds`` alone); what it finds is served by any run
+(``--theta``, ``mode=frozen``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from functools import partial
 from pathlib import Path
@@ -48,23 +50,22 @@ class Plan:
             raise ValueError(f"meta trains one method, got --methods {','.join(config.methods)}")
         (self.name,) = config.methods
         methods.check(self.name)
+        config = dataclasses.replace(config, seeds=config.seeds[:1])
         self.config = config
         self.folder = Path(config.out or f"runs/meta-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         record.check_folder(self.folder, resume=False)
         self.problem = problem.build(config, partial(acceptable, config))
         self.method = methods.build(self.name, **facts_of(config, self.problem.signature))
-        state = jax.eval_shape(self.method.init, self.problem.keys[0], self._seed(0).adapter)
+        p = self.problem
+        self.seed: Seed = jax.tree.map(lambda x: x[0], Seed(p.clients, p.adapters, p.keys))
+        state = jax.eval_shape(self.method.init, self.seed.key, self.seed.adapter)
         if not hasattr(state, "theta"):
             raise ValueError(f"{self.name} has no theta to meta-train: hyperlora:mode=frozen has")
         if self.method.learn is not no_learning:
             raise ValueError(f"{self.name} learns in its rounds already: meta-train hyperlora:mode=frozen")
 
-    def _seed(self, s: int) -> Seed:
-        p = self.problem
-        return jax.tree.map(lambda x: x[s], Seed(p.clients, p.adapters, p.keys))
-
     def execute(self) -> Path:
-        config, seed = self.config, self._seed(0)
+        config, seed = self.config, self.seed
         step, start = make(config, self.problem, self.method)
         learning, losses = jax.jit(start)(seed), []
         many = jax.jit(

@@ -29,7 +29,7 @@ class Scores(NamedTuple):
     personal: Array  # [N + K] each client's model, as dispatched, on the client's own test images; of unseen clients
     #   after the trial by which the method gets to know them, where it has one (Method.meet)
     tuned: Array  # [N + K] the same after local steps; nan where they were not asked for
-    apart: Array | None  # [N + K, N + K] distances of their subspaces after local steps (clustering.distances); or nan
+    apart: Array | None  # [N + K, N + K] distances of their subspaces after the last round and local steps; or nan
 
 
 class Arrays(NamedTuple):
@@ -169,7 +169,9 @@ def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any
         def tuned() -> tuple[Array, Array]:
             cohort = clients.population.cohort(everybody, memory, drawn(arrays.train, clients, everybody, key))
             correct, q = score(base, run.state, cohort, examples, key).after
-            return own_accuracy(correct, clients.test_counts), clustering.distances(q, q)
+            nowhere = jnp.full((total, total), jnp.nan)
+            apart = jax.lax.cond(run.round == config.rounds, lambda: clustering.distances(q, q), lambda: nowhere)
+            return own_accuracy(correct, clients.test_counts), apart
 
         as_sent, _ = score(base, run.state, clients.population.cohort(everybody, memory), examples, key).before
         personal = own_accuracy(as_sent, clients.test_counts)

@@ -26,12 +26,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: 1 + methods.index(group(item.nodeid)) if group(item.nodeid) in methods else 0)
 
 
+class ByGroup(LoadScopeScheduling):
+    """As ``--dist loadfile``, by ``group``."""
+
+    def _split_scope(self, nodeid):
+        return group(nodeid)
+
+
 def pytest_xdist_make_scheduler(config, log):
-    """As ``--dist loadfile``, by ``group`` and in the order of collection."""
-    scheduler = LoadScopeScheduling(config, log)
-    scheduler._split_scope = group
-    config.option.loadscopereorder = False
-    return scheduler
+    config.option.loadscopereorder = False  # in the order of collection
+    return ByGroup(config, log)
 
 
 @pytest.fixture

@@ -136,6 +136,7 @@ def test_what_did_not_travel_is_not_counted_and_newcomers_have_a_trial(tmp_path,
     first, last = (json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     assert first["bytes_up"] > 0 == last["bytes_up"] == last["bytes_down"]
     assert (first["stage"], last["stage"], "travels" in last) == (0, 2, False)
+    assert len(last["client_positions"]) == len(last["client_clusters"]) == len(last["client_accuracies"]) + 2
     own = last["client_accuracies"]
     np.testing.assert_allclose(last["worst_accuracy"], min(own), atol=1e-6)
     np.testing.assert_allclose(last["p10_accuracy"], np.percentile(own, 10), atol=1e-6)

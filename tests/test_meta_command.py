@@ -28,7 +28,7 @@ def plan(command, method, *options):
 @pytest.mark.long
 def test_a_learned_theta_is_served_by_other_runs(options, tmp_path):
     found = meta.Plan(plan("meta", FROZEN, *options, *ONE, "--out", tmp_path / "meta")[1])
-    before = jax.device_get(found.method.init(found.problem.keys[0], found._seed(0).adapter).theta)
+    before = jax.device_get(found.method.init(found.problem.keys[0], found.seed.adapter).theta)
     path = found.execute()
     learned = np.load(path)
     assert any(np.abs(x - y).max() > 1e-4 for x, y in zip(learned.values(), jax.tree.leaves(before), strict=True))
@@ -44,7 +44,7 @@ def test_a_learned_theta_is_served_by_other_runs(options, tmp_path):
 def test_a_step_lowers_the_loss_after_the_same_rounds_and_moves_the_run_on(options, tmp_path):
     found = meta.Plan(plan("meta", FROZEN, *options, *ONE, "--meta-lr", 1e-4, "--out", tmp_path)[1])
     step, start = meta.make(found.config, found.problem, found.method)
-    step, seed = jax.jit(step), found._seed(0)
+    step, seed = jax.jit(step), found.seed
     old = start(seed)
     new, before = step(old, seed)
     theta = new.run.state.theta

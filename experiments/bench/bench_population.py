@@ -33,7 +33,8 @@ def run(options: Options) -> Iterator[Line]:
     p, method = ours.problem(work._replace(clients=1, steps=1)), ours.method(work, "ditto")
     round_fn = rounds.make_round(method, p.loss_fn, optax.sgd(work.lr), chunk=ours.chunk_of(work, p, options.chunk))
     cohort_step = ours.jit(rounds.make_cohort_step(round_fn, steps=work.steps, batch=work.batch, smallest=FEWEST))
-    step = rounds.make_host_step(cohort_step, participants=min(PARTICIPANTS, *options.clients))
+    participants = min(PARTICIPANTS, *options.clients)
+    step = rounds.make_host_step(cohort_step, participants=participants)
     images, labels = pool(work)
     data = jax.device_put((images, labels))
     calls = {n: rounds_of(step, method, p, data, crowd(n, labels, work)) for n in options.clients}
@@ -49,7 +50,7 @@ def run(options: Options) -> Iterator[Line]:
             seconds_per_round=seconds[n],
             peak_memory_mb=machine.peak_memory_mb(),
             population=n,
-            participants=min(PARTICIPANTS, *options.clients),
+            participants=participants,
             kept_on_host_mb=n * sum(x.nbytes for x in row) / 2**20,
             device_mb=sum(x.nbytes for x in jax.live_arrays()) / 2**20,
             **describe(),
@@ -58,10 +59,11 @@ def run(options: Options) -> Iterator[Line]:
 
 def rounds_of(step: Callable, method: Method, p: ours.Problem, data: Any, people: Population) -> Callable[[], Any]:
     """One round after the other, each when it is called."""
-    state = [rounds.start_on_host(method, jax.random.key(0), p.adapter, len(people.sizes))]
+    run = rounds.start_on_host(method, jax.random.key(0), p.adapter, len(people.sizes))
 
     def one():
-        state[0], info = step(p.base, data, people, state[0], jax.random.key(1))
+        nonlocal run
+        run, info = step(p.base, data, people, run, jax.random.key(1))
         return jax.block_until_ready(info)
 
     return one

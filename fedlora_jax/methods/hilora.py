@@ -25,7 +25,7 @@ clusters' members (the paper: a few probe steps, then the cluster of the largest
 the root. With ``newcomers="signature"`` (ours, HyperLoRA's idea on HiLoRA's tiers) it takes no step: it is served the
 cluster whose members' signatures are nearest to its own on average. The split makes steps of a large: a smaller
 learning rate than FedIT's is in order. At the start of a stage the tier just frozen comes down once more, which
-``traffic`` leaves out.
+``traffic`` leaves out, as it does a signature.
 """
 
 from __future__ import annotations
