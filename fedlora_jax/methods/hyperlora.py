@@ -112,7 +112,8 @@ def hyperlora(
         )
         own = fresh if theta is None else _restored(theta, fresh)
         stack = lambda x: jnp.broadcast_to(x, (participants, *x.shape)) * 1
-        nobody = jax.tree.map(jnp.zeros_like, Signature(*map(jnp.asarray, signature)))
+        # From shapes alone: jax remembers in which precision it traced a NumPy constant, and x64 may have changed since.
+        nobody = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), signature)
         weights = jnp.ones(participants) / participants  # not jnp.full: its weak type would compile round two anew
         last = Uploads(jax.tree.map(stack, adapter), weights, jax.tree.map(stack, nobody), adapter)
         return HyperLoRAState(adapter, own, tx.init(own), last, nobody, jnp.zeros((), jnp.int32))
