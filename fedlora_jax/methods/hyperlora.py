@@ -112,7 +112,7 @@ def hyperlora(
         )
         own = fresh if theta is None else _restored(theta, fresh)
         stack = lambda x: jnp.broadcast_to(x, (participants, *x.shape)) * 1
-        # From shapes alone: jax remembers in which precision it traced a NumPy constant, and x64 may have changed since.
+        # From shapes alone: jax remembers the precision it once traced a NumPy constant in, and x64 may have changed.
         nobody = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), signature)
         weights = jnp.ones(participants) / participants  # not jnp.full: its weak type would compile round two anew
         last = Uploads(jax.tree.map(stack, adapter), weights, jax.tree.map(stack, nobody), adapter)
