@@ -12,7 +12,7 @@ from helpers import jit
 from jax.extend.core import jaxprs_in_params
 
 from experiments import bench, cli
-from experiments.bench import children, machine, measure, works
+from experiments.bench import bench_profile, children, machine, measure, works
 from experiments.bench.contenders import INSTALL
 from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.options import BENCHES, BY_DEFAULT, CONTENDERS, USES, Options, interpreter
@@ -30,6 +30,7 @@ SMALL = {  # of each bench: options that make it quick
     "server": {"kernels": "toy", "clients": (2, 4), "methods": ("fedit", "flexlora")},
     "compile": {"methods": ("fedit",)},
     "prefix": {"last": 1},
+    "profile": {},
     "population": {"clients": (4, 9)},
     "gpu": {"works": ("toy", "base"), "contenders": ("fedlora_jax",)},
 }
@@ -81,6 +82,19 @@ def test_what_cannot_be_measured_is_refused(options, said):
         pytest.skip("here it can")
     with pytest.raises(ValueError, match=said):
         bench.execute(Options("round", **options))
+
+
+def test_a_profile_knows_what_an_operation_is_for_and_of_which_part():
+    def f(x, y):
+        with jax.named_scope("mlp"):
+            z = jnp.tanh(x @ y)
+        with jax.named_scope("attn"):
+            return z.T
+
+    program = jax.jit(f).lower(jnp.ones((3, 5)), jnp.ones((5, 7))).compile()
+    found = set(bench_profile.operations(program.as_text()).values())
+    assert {part for kind, part in found if kind == "products"} == {"mlp"}
+    assert {("entries", "mlp"), ("layout", "attn")} <= found
 
 
 def test_operations_of_tiny_are_as_counted_by_hand():

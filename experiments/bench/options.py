@@ -9,6 +9,7 @@ from experiments.config import option
 BENCHES = {
     "learning": "rounds of learned methods against plain ones, and the server's part alone",
     "round": "one FedIT round: seconds, share of the machine's peak, memory",
+    "profile": "where the time of a round goes: products, entries, layout, by part of the model",
     "peers": "the same round by PyTorch, Flower and fedjax (where installed), results compared",
     "prefix": "a round that adapts the last blocks, what the others compute stored or computed in each step",
     "population": "seconds of a round of 64 clients against the size of the population, whose memory is on the host",
@@ -22,6 +23,7 @@ BENCHES = {
 USES = {  # beside --out
     "learning": ("work", "repeats", "methods"),
     "round": ("work", "repeats", "chunk", "force"),
+    "profile": ("work", "chunk", "force"),
     "peers": ("work", "repeats", "chunk", "contenders", "python", "force"),
     "prefix": ("work", "repeats", "chunk", "last"),
     "population": ("work", "repeats", "chunk", "clients"),

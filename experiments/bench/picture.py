@@ -18,6 +18,7 @@ def draw(bench: str, lines: list[Line]) -> bytes:
     makers: dict[str, Callable[[list[Line]], Figure]] = {
         "scaling": _scaling,
         "memory": _memory,
+        "profile": _profile,
         "server": _server,
         "compile": _compile,
     }
@@ -74,6 +75,16 @@ def _memory(lines: list[Line]) -> Figure:
         axes.plot([line["chunk"] for line in own], values, MARKERS[i] + DASHES[i], color=METHODS[i], label=label)
     axes.set(ylim=(0, None))
     axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _profile(lines: list[Line]) -> Figure:
+    parts, kinds = (list(dict.fromkeys(line[name] for line in lines)) for name in ("part", "kind"))
+    found = {(line["part"], line["kind"]): line["seconds"] for line in lines}
+    seconds = lines[0]["seconds_per_round"]
+    figure, (axes,) = _new(1, 1.6 + 0.4 * len(parts), f"Where {seconds:.3g} s of a round of {lines[0]['work']} go")
+    _bars(axes, parts, {kind: [found.get((part, kind), 0.0) for part in parts] for kind in kinds}, "seconds")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
