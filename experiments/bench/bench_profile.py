@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,13 +52,13 @@ def run(options: Options) -> Iterator[Line]:
     seconds = measure.timed(made.call)
     peak = measure.rate(work.matmul, product)
     known = operations(made.program.as_text())
-    spent: Counter[Operation] = Counter()
+    spent: defaultdict[Operation, float] = defaultdict(float)
     for name, duration in durations(made.call).items():
         if name in known:
             spent[known[name]] += duration
     whole = sum(spent.values())
     rate = works.flops(work) / sum(t for operation, t in spent.items() if operation.kind == "products")
-    for operation, duration in spent.most_common():
+    for operation, duration in sorted(spent.items(), key=lambda item: -item[1]):
         yield line(
             options.bench,
             work,
@@ -79,7 +79,7 @@ def durations(call: Callable[[], Any]) -> dict[str, float]:
     """Seconds of every instruction, by name, that ran during a call; of all threads together."""
     quiet = jax.profiler.ProfileOptions()
     quiet.python_tracer_level = 0
-    total: Counter[str] = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=quiet):
             call()
