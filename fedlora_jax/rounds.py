@@ -6,6 +6,7 @@ Nothing here is jitted: the caller jits, scans, vmaps, shards, checkpoints or di
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from fedlora_jax import diagnostics
 from fedlora_jax.clients import Population, sample_ids, sample_members, sample_views
 from fedlora_jax.diagnostics import Aggregation
+from fedlora_jax.gradient import forward_over_reverse
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client, models
 
@@ -67,7 +69,7 @@ def make_local(
 
     The optimizer starts afresh. The mask is put on gradients, so that clipping by norm sees what is trained, and on
     updates, so that weight decay and momentum cannot move what is frozen. Whoever differentiates several steps keeps
-    one adapter (and optimizer state) per step, and what happens inside a step is computed again (``remat``).
+    one adapter (and optimizer state) per step, and what a step's gradient took is computed again (``remat``).
     """
 
     def model_alone(task: Callable[[Adapter], Array], adapter: Adapter, anchor: Any) -> tuple[Array, Array]:
@@ -78,6 +80,8 @@ def make_local(
 
     def local(base: Params, adapter: Adapter, mask: Adapter, anchor: Any, batches: Any, key: Array):
         steps = jax.tree.leaves(batches)[0].shape[0]
+        again = remat and steps > 1  # a single step has nothing to gain
+        gradient = forward_over_reverse if again else partial(jax.grad, has_aux=True)
 
         def step(carry, inputs):
             adapter, opt_state = carry
@@ -89,12 +93,11 @@ def make_local(
                 return loss + method.penalty(adapter, anchor), reported
 
             moving = method.moving(mask, t / steps)
-            grads, loss = jax.grad(minimised, has_aux=True)(adapter)
+            grads, loss = gradient(minimised)(adapter)
             updates, opt_state = optimizer.update(_masked(grads, moving), opt_state, adapter)
             adapter = optax.apply_updates(adapter, _masked(updates, moving))
             return (adapter, opt_state), Trace(loss, watch(base, adapter))
 
-        step = jax.checkpoint(step) if remat and steps > 1 else step  # a single step has nothing to gain
         (adapter, _), trace = jax.lax.scan(step, (adapter, optimizer.init(adapter)), (jnp.arange(steps), batches))
         return adapter, trace
 
@@ -118,9 +121,10 @@ def make_round(
       optimizer: any optax transformation; each client starts it afresh each round.
       chunk: clients trained at once (vmapped) on each device; chunks follow one another. Must divide the clients of a
         device; ``None``: all at once. Results do not depend on it, memory and speed do.
-      remat: where rounds or steps are differentiated, compute each local step again instead of keeping what it
-        computed: memory of one step instead of ``T``, for half as much arithmetic again (on a CPU still the faster
-        way where memory traffic limits). Without effect where nothing is differentiated.
+      remat: where rounds or steps are differentiated, compute each local gradient again instead of keeping what it
+        took (``gradient.forward_over_reverse``): memory of one step instead of ``T``, half as much arithmetic again
+        (faster all the same where memory traffic limits). Forward mode needs ``False``. Without effect where nothing
+        is differentiated.
       mesh: devices that share the cohort, an equal number of clients each; everything else they all compute. Of one
         process or of several (``jax.distributed``), then with global arrays as arguments. Results agree to rounding.
     """
