@@ -56,5 +56,5 @@ def planned(command: str, options: Any) -> Callable[[], Any]:
 
 
 if __name__ == "__main__":
-    process.settle()
+    process.settle(getattr(parse()[1], "devices", 1))
     main()

@@ -66,7 +66,7 @@ class Config:
     target: float = option(0.8, "accuracy for rounds to target (global; in budget, of personal models as sent)")
     eval_every: int = option(1, "rounds between evaluations; the last round is always evaluated")
     chunk: int | None = option(None, "clients trained at once; must divide the cohort (default: chosen by device)")
-    devices: int = option(1, "devices that share the clients of a round; must divide the cohort")
+    devices: int = option(1, "devices that share the clients of a round, of a CPU parts of it; must divide the cohort")
     seeds_at_once: int | None = option(None, "seeds run side by side; must divide their number (default: by device)")
     checkpoint_every: int = option(10, "rounds between checkpoints, a multiple of --eval-every")
     theta: str | None = option(

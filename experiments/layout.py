@@ -29,13 +29,17 @@ def mesh_of(config: Config) -> Mesh | None:
     Raises:
       ValueError: there are fewer devices than asked for.
     """
-    if config.devices == 1:
+    return mesh_over(config.devices)
+
+
+def mesh_over(devices: int) -> Mesh | None:
+    """As ``mesh_of``."""
+    if devices == 1:
         return None
-    if config.devices > jax.device_count():
-        more = f"XLA_FLAGS=--xla_force_host_platform_device_count={config.devices} makes a CPU count as more"
-        raise ValueError(f"--devices {config.devices}: jax finds {jax.device_count()} ({more})")
-    devices = jax.devices()[: config.devices]
-    return jax.make_mesh((config.devices,), ("clients",), axis_types=(AxisType.Auto,), devices=devices)
+    if devices > jax.device_count():
+        more = f"XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes a CPU count as more"
+        raise ValueError(f"--devices {devices}: jax finds {jax.device_count()} ({more})")
+    return jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
 def layout(config: Config, problem: Problem, points: int = 1) -> tuple[int, int]:

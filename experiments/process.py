@@ -1,9 +1,11 @@
-"""How the command line runs its own process: memory is kept, compiled programs are found again.
+"""How the command line runs its own process: memory is kept, compiled programs are found again, a CPU can be several.
 
 A compiled program allocates its temporaries anew in each call. glibc hands blocks of that size back to the kernel at
 once, so every call pays for fresh pages, a large part of a lone training step of a small ViT. Its settings are read
 when a process starts, hence the command line starts itself again with them; a program that uses the library sets
 ``GLIBC_TUNABLES`` in its environment. What is already in the environment stays.
+
+A CPU counts as one device, whose cores share every operation; as several, each of which computes clients of its own.
 """
 
 from __future__ import annotations
@@ -22,8 +24,17 @@ TUNABLES = {
 }
 
 
-def settle() -> None:
-    """Set the environment and, where something has to be read at the start, start again. To be called before jax."""
+CPUS = "--xla_force_host_platform_device_count"  # of XLA_FLAGS: as how many devices a CPU counts
+
+
+def settle(devices: int = 1) -> None:
+    """Set the environment and, where something has to be read at the start, start again. To be called before jax.
+
+    Args:
+      devices: as how many a CPU counts, unless ``XLA_FLAGS`` says.
+    """
+    if devices > 1 and CPUS not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {CPUS}={devices}".strip()
     caches = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "fedlora-jax"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))  # bytes; the longest unused goes first

@@ -21,7 +21,7 @@ def run(options: Options) -> Iterator[Line]:
     work = works.find(options.work)
     refuse_on_cpu(work, options.force)
     for chunk in tqdm([c for c in options.chunks if work.clients % c == 0], desc="chunks", dynamic_ncols=True):
-        child = Child("fedlora_jax", work, chunk)
+        child = Child("fedlora_jax", work, chunk=chunk)
         try:
             child.turn()
             yield child.line(options.bench)

@@ -36,8 +36,9 @@ def compare(options: Options, work: Work, deadline: float = float("inf")) -> Ite
             if time.perf_counter() > deadline:
                 late.append(name)
                 continue
-            chunk = options.chunk if name in ("fedlora_jax", "torch_vmap") else None
-            children.append(Child(name, work, chunk, interpreter(options, name)))
+            told = {"chunk": options.chunk} if name in ("fedlora_jax", "torch_vmap") else {}
+            told |= {"devices": options.devices} if name == "fedlora_jax" else {}
+            children.append(Child(name, work, interpreter(options, name), **told))
         bar = tqdm(range(options.repeats), desc=f"{work.name}: rounds", dynamic_ncols=True)
         together(children, (turn for turn in bar if turn == 0 or time.perf_counter() < deadline))
         lines = [child.line(options.bench) for child in children]

@@ -25,11 +25,11 @@ OWN = {
 class Child:
     """A contender that waits for its turn. ``about`` is what it said at its start."""
 
-    def __init__(self, name: str, work: Work, chunk: int | None = None, python: str | None = None):
+    def __init__(self, name: str, work: Work, python: str | None = None, **options: int | None):
         self.name, self.work, self.turns = name, work, []
         arguments = [python or sys.executable, "-m", "experiments.bench.peer", name, work.name]
         self._process = subprocess.Popen(
-            arguments + ([] if chunk is None else [str(chunk)]),
+            arguments + [f"{option}={value}" for option, value in options.items() if value is not None],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -22,9 +22,9 @@ BENCHES = {
 
 USES = {  # beside --out
     "learning": ("work", "repeats", "methods"),
-    "round": ("work", "repeats", "chunk", "force"),
+    "round": ("work", "repeats", "chunk", "devices", "force"),
     "profile": ("work", "chunk", "force"),
-    "peers": ("work", "repeats", "chunk", "contenders", "python", "force"),
+    "peers": ("work", "repeats", "chunk", "devices", "contenders", "python", "force"),
     "prefix": ("work", "repeats", "chunk", "last"),
     "population": ("work", "repeats", "chunk", "clients"),
     "scaling": ("work", "repeats", "clients", "ranks", "local_steps", "depths"),
@@ -53,6 +53,7 @@ class Options:
     works: tuple[str, ...] = option(("tiny", "nano", "base"), "the fixed works, comma-separated")
     repeats: int = option(3, "measurements of each program, in turns; the median is given")
     chunk: int | None = option(None, "clients trained at once (default: as a run chooses)")
+    devices: int = option(1, "devices that share our clients, of a CPU parts of it")
     chunks: tuple[int, ...] = option((1, 2, 4, 8, 16), "numbers of clients trained at once, comma-separated")
     clients: tuple[int, ...] = option((8, 32, 128), "numbers of clients, comma-separated")
     ranks: tuple[int, ...] = option((1, 4, 16, 64), "ranks, comma-separated")
@@ -72,7 +73,7 @@ class Options:
 
 def check(options: Options) -> None:
     """Refuse what can be seen to be wrong at once."""
-    for name in ("repeats", "chunk", "minutes", "last"):
+    for name in ("repeats", "chunk", "devices", "minutes", "last"):
         if (value := getattr(options, name)) is not None and not value > 0:
             raise ValueError(f"--{name} must be above 0, got {value}")
     for name in ("clients", "ranks", "local_steps", "depths", "chunks"):

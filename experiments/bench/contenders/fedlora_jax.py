@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import jit
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import layout, methods
 from experiments.bench import machine, works
@@ -83,11 +84,11 @@ def _loss(work: Work) -> Callable:
     return loss_fn
 
 
-def chunk_of(work: Work, p: Problem, chunk: int | None) -> int:
+def chunk_of(work: Work, p: Problem, chunk: int | None, devices: int = 1) -> int:
     """As a run would choose it."""
     one = jax.tree.map(lambda x: x[0, 0], p.cohort.batches)
     fit = layout.at_once(p.loss_fn, p.base, p.adapter, one, jax.random.key(0))
-    return chunk or work.chunk or layout.divisor(work.clients, fit)
+    return chunk or work.chunk or layout.divisor(work.clients // devices, fit)
 
 
 def method(work: Work, name: str) -> Method:
@@ -96,12 +97,16 @@ def method(work: Work, name: str) -> Method:
     return methods.build(name, signature=one, theta=None, **facts)
 
 
-def arguments(work: Work, p: Problem, name: str, chunk: int | None = None, remat: bool = True) -> tuple:
+def arguments(
+    work: Work, p: Problem, name: str, chunk: int | None = None, remat: bool = True, devices: int = 1
+) -> tuple:
     """A method's round, and what to call it with, for ``compiled``."""
     made = method(work, name)
     run = rounds.start(made, jax.random.key(0), p.adapter, work.clients)
-    round_fn = rounds.make_round(made, p.loss_fn, optax.sgd(work.lr), chunk=chunk_of(work, p, chunk), remat=remat)
-    return round_fn, p.base, run.state, p.cohort._replace(memory=run.memory), jax.random.key(1)
+    chunk, mesh = chunk_of(work, p, chunk, devices), layout.mesh_over(devices)
+    round_fn = rounds.make_round(made, p.loss_fn, optax.sgd(work.lr), chunk=chunk, remat=remat, mesh=mesh)
+    given = p.base, run.state, p.cohort._replace(memory=run.memory), jax.random.key(1)
+    return round_fn, *(given if mesh is None else jax.device_put(given, NamedSharding(mesh, PartitionSpec())))
 
 
 def compiled(function: Callable, *arguments: Any) -> Compiled:
@@ -117,15 +122,16 @@ def compiled(function: Callable, *arguments: Any) -> Compiled:
     return Compiled(lambda: jax.block_until_ready(program(*arguments)), program, seconds)
 
 
-def contender(work: Work, chunk: int | None = None) -> Contender:
+def contender(work: Work, chunk: int | None = None, devices: int = 1) -> Contender:
     """FedIT. The round includes what our rounds always do: losses and the bias of the aggregation."""
     p = problem(work)
-    made = compiled(*arguments(work, p, "fedit", chunk))
+    made = compiled(*arguments(work, p, "fedit", chunk, devices=devices))
     memory = made.program.memory_analysis()
     about = {
         **describe(),
         "compile_seconds": sum(made.seconds.values()),
-        "chunk": chunk_of(work, p, chunk),
+        "chunk": chunk_of(work, p, chunk, devices),
+        "devices": devices,
         "predicted_mb": sum(getattr(memory, f"{part}_size_in_bytes") for part in ("temp", "argument", "output"))
         / 2**20,
     }
