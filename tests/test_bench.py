@@ -85,16 +85,19 @@ def test_what_cannot_be_measured_is_refused(options, said):
 
 
 def test_a_profile_knows_what_an_operation_is_for_and_of_which_part():
-    def f(x, y):
+    def f(x, y, a):
         with jax.named_scope("mlp"):
             z = jnp.tanh(x @ y)
         with jax.named_scope("attn"):
+            with jax.named_scope("query"):
+                z = z @ a
             return z.T
 
-    program = jax.jit(f).lower(jnp.ones((3, 5)), jnp.ones((5, 7))).compile()
-    found = set(bench_profile.operations(program.as_text()).values())
-    assert {part for kind, part in found if kind == "products"} == {"mlp"}
-    assert {("entries", "mlp"), ("layout", "attn")} <= found
+    program = jax.jit(f).lower(jnp.ones((3, 5)), jnp.ones((5, 7)), jnp.ones((7, 2))).compile()
+    found = set(bench_profile.operations(program.as_text(), thin=2).values())
+    products = {operation for operation in found if operation.flops}
+    assert products == {("products", "mlp", 2 * 3 * 5 * 7), ("thin products", "projections", 2 * 3 * 7 * 2)}
+    assert {("entries", "mlp", 0), ("layout", "attention", 0)} <= found
 
 
 def test_operations_of_tiny_are_as_counted_by_hand():
