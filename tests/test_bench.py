@@ -91,7 +91,7 @@ def test_a_profile_knows_what_an_operation_is_for_and_of_which_part():
         with jax.named_scope("attn"):
             with jax.named_scope("query"):
                 z = z @ a
-            return z.T
+            return z, y.T  # the transpose of a product would become part of it
 
     program = jax.jit(f).lower(jnp.ones((3, 5)), jnp.ones((5, 7)), jnp.ones((7, 2))).compile()
     found = set(bench_profile.operations(program.as_text(), thin=2).values())
