@@ -56,5 +56,5 @@ def planned(command: str, options: Any) -> Callable[[], Any]:
 
 
 if __name__ == "__main__":
-    process.settle(getattr(parse()[1], "devices", 1))
+    process.settle(getattr(parse()[1], "devices", 1))  # before anything imports jax, and may start again from here
     main()

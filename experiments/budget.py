@@ -66,7 +66,7 @@ class Plan:
             methods.check(name)
             if "+scaffold" in name:
                 raise ValueError(f"{name} is built for one local learning rate, and budget tries several: use compare")
-        mesh_of(config)
+        mesh_of(config.devices)
         self.config = config
         self.folder = Path(config.out or f"runs/budget-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         record.check_folder(self.folder, resume=False)

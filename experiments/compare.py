@@ -38,7 +38,7 @@ class Plan:
             raise ValueError(f"--checkpoint-every {config.checkpoint_every} is no multiple of --eval-every")
         for name in config.methods:
             methods.check(name)  # a misspelt name is refused before data are loaded
-        mesh_of(config)  # refuses more devices than there are
+        mesh_of(config.devices)  # refuses more devices than there are
         self.command, self.config = command, config
         self.folder = Path(config.out or f"runs/{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         record.check_folder(self.folder, config.resume)

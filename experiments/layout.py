@@ -23,17 +23,12 @@ CACHE = 4 * 2**20  # bytes: a CPU loses time where the arrays of one operation o
 SHARE = 0.6  # of an accelerator's memory, for what clients keep for their backward pass
 
 
-def mesh_of(config: Config) -> Mesh | None:
-    """The devices that share a cohort, where it is more than one.
+def mesh_of(devices: int) -> Mesh | None:
+    """So many devices that share a cohort, where it is more than one.
 
     Raises:
       ValueError: there are fewer devices than asked for.
     """
-    return mesh_over(config.devices)
-
-
-def mesh_over(devices: int) -> Mesh | None:
-    """As ``mesh_of``."""
     if devices == 1:
         return None
     if devices > jax.device_count():

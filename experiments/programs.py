@@ -88,7 +88,7 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
         return rounds.map_clients(one, (Seed(clients, problem.adapters, keys), runs), seeds_at_once)
 
     # Only clients in training are shared by devices; whatever goes in or comes out, every device has all of.
-    mesh = mesh_of(config)
+    mesh = mesh_of(config.devices)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     jit = partial(jax.jit, **({} if mesh is None else {"in_shardings": everywhere, "out_shardings": everywhere}))
     return Programs(jit(start), jit(train, donate_argnums=3), jit(evaluate))
@@ -189,7 +189,7 @@ def subspaces(model: Adapter) -> list[Array]:
 def make_block(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int | None) -> Callable:
     """The rounds between two evaluations, sampling included: ``rounds.scan_rounds`` with a run's options."""
     step = rounds.make_step(
-        rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk, mesh=mesh_of(config)),
+        rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk, mesh=mesh_of(config.devices)),
         participants=config.clients_per_round or config.clients,
         steps=config.local_steps,
         batch=config.batch,

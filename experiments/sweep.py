@@ -55,7 +55,7 @@ class Plan:
         for name in config.methods:
             methods.check(name)
         self.varied = {name: methods.find(name, self.axis.name) if self.axis.name else None for name in config.methods}
-        mesh_of(config)
+        mesh_of(config.devices)
         self.config = config
         self.folder = Path(config.out or f"runs/sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         record.check_folder(self.folder, resume=False)

@@ -57,7 +57,7 @@ def forward_over_reverse(f: Callable[[Any], tuple[Array, Any]]) -> Callable[[Any
 
 
 def _is_primal(x: Any) -> bool:
-    return hasattr(x, "perturbed")
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
 
 def _is_zero(x: Any) -> bool:

@@ -79,9 +79,9 @@ def outcome(
     """``(base, state, cohorts, examples, key) -> (loss, state)``: what federated rounds lead to, to be differentiated.
 
     The loss is that of the models the last state sends to the last cohort, each on the client's own examples, weighted
-    as in aggregation. It can be differentiated in the state, in the base, and in any hyper-parameter that the method,
-    the loss or the optimizer was built with: build them inside the function that is differentiated. Memory is that of
-    one round, and what clients keep between rounds (``Method.remember``) is not carried on.
+    as in aggregation. It can be differentiated (in reverse mode) in the state, in the base, and in any hyper-parameter
+    that the method, the loss or the optimizer was built with: build them inside the function that is differentiated.
+    Memory is that of one round, and what clients keep between rounds (``Method.remember``) is not carried on.
 
     Args:
       method, loss_fn, optimizer, chunk: as in ``make_round``.

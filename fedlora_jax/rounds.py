@@ -80,8 +80,8 @@ def make_local(
 
     def local(base: Params, adapter: Adapter, mask: Adapter, anchor: Any, batches: Any, key: Array):
         steps = jax.tree.leaves(batches)[0].shape[0]
-        again = remat and steps > 1  # a single step has nothing to gain
-        gradient = forward_over_reverse if again else partial(jax.grad, has_aux=True)
+        plain = partial(jax.grad, has_aux=True)
+        gradient = forward_over_reverse if remat and steps > 1 else plain  # a single step has nothing to gain
 
         def step(carry, inputs):
             adapter, opt_state = carry

@@ -1,7 +1,8 @@
 """Where the time of a round goes: matrix products, what is computed entry by entry, and changes of layout, by part.
 
 One round under ``jax.profiler``; every operation of the compiled program that ran is counted under the part of the
-model that its metadata names. Fused operations are one: the part is that of the last of them.
+model that its metadata names. Fused operations are one: the part is that of the last of them. Products that a library
+computes (on a GPU) count as products, and have no ``of_peak``: the program's text does not tell their size.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ PARTS = {  # of an operation's name, which is made of the modules' in models/vit
     "/head": "head",
     "/embed": "embed",
 }
+LIBRARY = {"convolution", "custom-call"}
 LAYOUT = {"copy", "transpose", "bitcast", "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate"}
 LAYOUT |= {"parameter", "constant", "tuple", "get-tuple-element", "broadcast", "pad"}
 INDEX = {"add", "compare", "select"}  # of where a slice begins
@@ -62,25 +64,26 @@ def run(options: Options) -> Iterator[Line]:
     seconds = measure.timed(made.call)
     peak = measure.rate(work.matmul, product)
     known = operations(made.program.as_text(), work.rank)
-    spent: defaultdict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    spent: defaultdict[tuple[str, str], float] = defaultdict(float)
+    flops: defaultdict[tuple[str, str], float] = defaultdict(float)
     for name, (duration, times) in durations(made.call).items():
         if name in known:
-            total = spent[known[name].kind, known[name].part]
-            total[:] = total[0] + duration, total[1] + times * known[name].flops
-    whole = sum(duration for duration, _ in spent.values())
-    for (kind, part), (duration, flops) in sorted(spent.items(), key=lambda item: -item[1][0]):
+            kind, part, each = known[name]
+            spent[kind, part] += duration
+            flops[kind, part] += times * each
+    for (kind, part), duration in sorted(spent.items(), key=lambda item: -item[1]):
         yield line(
             options.bench,
             work,
             "fedlora_jax",
-            seconds_per_round=measure.digits(seconds),
-            peak_fraction=measure.digits(works.flops(work) / seconds / peak),
+            seconds_per_round=seconds,
+            peak_fraction=works.flops(work) / seconds / peak,
             compile_seconds=sum(made.seconds.values()),
             kind=kind,
             part=part,
             seconds=duration,
-            share=duration / whole,
-            of_peak=flops / duration / peak if flops else None,
+            share=duration / sum(spent.values()),
+            of_peak=flops[kind, part] / duration / peak if flops[kind, part] else None,
             chunk=ours.chunk_of(work, p, options.chunk),
             **describe(),
         )
@@ -121,7 +124,9 @@ def operations(program: str, thin: int) -> dict[str, Operation]:
         codes = {code for _, _, code, _ in inside}
         moves = LAYOUT | INDEX if any("dynamic" in code for code in codes) else LAYOUT
         kind = "layout" if codes <= moves else "entries"
-        if sizes:
+        if codes & LIBRARY:
+            kind = "products"
+        elif sizes:
             kind = "thin products" if all(min(sides) <= thin for sides, _ in sizes) else "products"
         told = re.search(r'op_name="([^"]*)"', rest)
         part = next((part for path, part in PARTS.items() if told and re.search(path, told[1])), "other")

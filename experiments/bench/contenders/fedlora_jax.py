@@ -103,7 +103,7 @@ def arguments(
     """A method's round, and what to call it with, for ``compiled``."""
     made = method(work, name)
     run = rounds.start(made, jax.random.key(0), p.adapter, work.clients)
-    chunk, mesh = chunk_of(work, p, chunk, devices), layout.mesh_over(devices)
+    chunk, mesh = chunk_of(work, p, chunk, devices), layout.mesh_of(devices)
     round_fn = rounds.make_round(made, p.loss_fn, optax.sgd(work.lr), chunk=chunk, remat=remat, mesh=mesh)
     given = p.base, run.state, p.cohort._replace(memory=run.memory), jax.random.key(1)
     return round_fn, *(given if mesh is None else jax.device_put(given, NamedSharding(mesh, PartitionSpec())))
