@@ -58,6 +58,7 @@ from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
 from fedlora_jax.wrappers.scaffold import scaffold
+from fedlora_jax.wrappers.signature_bias import signature_bias
 
 CLIENTS, STEPS, BATCH, RANK, SCALE, CLASSES = 4, 2, 3, 2, 0.7, 3
 SIGNATURE = Signature(np.zeros(4), np.zeros(CLASSES), np.zeros(1))  # one client's: its shapes
@@ -118,6 +119,7 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "fedadagrad": lambda: fedadagrad(fedit()),
     "fedlc": lambda: fedlc(fedit(), 0.1),
     "fedbc": lambda: fedbc(fedit(), lr=0.1, lam=0.2),
+    "signature_bias": lambda: signature_bias(fedit(), SIGNATURE, warmup=0),
     "clip": lambda: clip(fedit(), 0.05),
     "noise": lambda: noise(fedit()),
     "median": lambda: median(fedit()),
@@ -129,7 +131,9 @@ WRAPPED: dict[str, Callable[[], Method]] = {
 STACKS: dict[str, Callable[[], Method]] = {
     "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
     "defended": lambda: nonfinite(clip(noise(median(flexlora("balanced", gauge=True))), 0.05)),
-    "reversed": lambda: scaffold(feddyn(fedbc(nonfinite(fedlc(ffa_lora(), 0.1))), 8), 8, LOCAL_LR),
+    "reversed": lambda: scaffold(
+        feddyn(fedbc(nonfinite(fedlc(signature_bias(ffa_lora(), SIGNATURE, warmup=0), 0.1))), 8), 8, LOCAL_LR
+    ),
     "outliers": lambda: norm_bound(krum(trimmed_mean(fedyogi(fedit()), 0.25), kept=2)),
     "personal": lambda: nonfinite(clip(proximal(ditto()), 0.05)),
 }

@@ -103,7 +103,18 @@ SECOND = {
     "fedproto",
     "hilora_cluster",
 }
-SECOND |= {"server", "fedavgm", "fedyogi", "fedadagrad", "trimmed_mean", "norm_bound", "clip", "feddyn", "fedlc"}
+SECOND |= {
+    "server",
+    "fedavgm",
+    "fedyogi",
+    "fedadagrad",
+    "trimmed_mean",
+    "norm_bound",
+    "clip",
+    "feddyn",
+    "fedlc",
+    "signature_bias",
+}
 
 
 def every(names, test: str | None = None, later: frozenset[str] = frozenset()):

@@ -12,6 +12,7 @@ from helpers import (
     KEY,
     LOCAL_LR,
     OPTIMIZER,
+    SIGNATURE,
     STEPS,
     WRAPPED,
     assert_near,
@@ -55,6 +56,7 @@ from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
 from fedlora_jax.wrappers.scaffold import scaffold
+from fedlora_jax.wrappers.signature_bias import signature_bias
 
 SGD = optax.sgd(LOCAL_LR)
 
@@ -104,6 +106,7 @@ NEUTRAL = {
     "fedavgm": lambda inner: fedavgm(inner, b1=0.0),
     "fedlc": lambda inner: fedlc(inner, 0.0),
     "fedbc": lambda inner: fedbc(inner, lr=0.0, lam=0.0),
+    "signature_bias": lambda inner: signature_bias(inner, SIGNATURE, lr=0.0, warmup=0),
     "clip": lambda inner: clip(inner, 1e6),
     "noise": lambda inner: noise(inner, 0.0),
     "norm_bound": lambda inner: norm_bound(inner, 1e6),

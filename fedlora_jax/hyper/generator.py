@@ -61,7 +61,7 @@ def init(key: Array, adapter: Adapter, like: Signature, form: Form, scale: float
     key_network, key_bases, key_head = jax.random.split(key, 3)
     z = jnp.zeros((*at[0].layers, like.flat().shape[-1]))
     bases = {p.name: _bases(jax.random.fold_in(key_bases, p.number), flat[p.name], form, scale) for p in at}
-    head = _head().init(key_head, jnp.zeros(2)) if _biases(flat, like) else ()
+    head = init_head(key_head) if _biases(flat, like) else ()
     return Generator(_network(form, rank).init(key_network, z, at[0]), bases, head)
 
 
@@ -78,13 +78,29 @@ def generate(g: Generator, signatures: Signature, center: Signature, adapter: Ad
     flat = flatten(adapter)
     clients = signatures.amount.shape[0]
     rows = {name: jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)), x) for name, x in flat.items()}
-    both = jax.tree.map(lambda z, mean: jnp.concatenate([z, mean[None]]), signatures, center)
+    both = _with(signatures, center)
     for name in _biases(flat, signatures):
-        shares = jnp.stack([both.labels, jnp.broadcast_to(both.amount, both.labels.shape)], -1)  # [C + 1, classes, 2]
-        rows[name] = rows[name] + _beyond_the_mean(lambda x: _head().apply(g.head, x), shares)[..., 0]
+        rows[name] = rows[name] + class_shifts(g.head, signatures, center)
     for place in places(adapter):
         rows[place.name] = _low_rank(g, both.flat(), flat[place.name], place, form)
     return unflatten(rows)
+
+
+def init_head(key: Array) -> Any:
+    """Parameters of ``f`` with which it is zero."""
+    return _head().init(key, jnp.zeros(2))
+
+
+def class_shifts(head: Any, signatures: Signature, center: Signature) -> Array:
+    """``[C, classes]`` what is added to the bias of each class: ``f`` of a client's share of it, beyond the mean."""
+    both = _with(signatures, center)
+    shares = jnp.stack([both.labels, jnp.broadcast_to(both.amount, both.labels.shape)], -1)  # [C + 1, classes, 2]
+    return _beyond_the_mean(lambda x: _head().apply(head, x), shares)[..., 0]
+
+
+def _with(signatures: Signature, center: Signature) -> Signature:
+    """The mean client after all others, ``[C + 1, ...]``."""
+    return jax.tree.map(lambda z, mean: jnp.concatenate([z, mean[None]]), signatures, center)
 
 
 def _low_rank(g: Generator, z: Array, x: LoRA, place: Place, form: Form) -> LoRA:

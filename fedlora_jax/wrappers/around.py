@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedlora_jax import lora
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Cohort, Dispatch, Meet, Method, State, no_learning, per_client
+from fedlora_jax.signatures import Signature
 
 
 class Wrapped(NamedTuple):
@@ -37,6 +39,7 @@ def around(
     tell: Callable[[Any, Cohort, Dispatch], Any] | None = None,
     penalty: Callable[[Adapter, Any], Array] | None = None,
     see: Callable[[Adapter, Any], Adapter] | None = None,
+    beside: Callable[[Adapter, Any], Adapter] | None = None,
     remember: Callable[[Any, Any, Adapter, Adapter], Any] | None = None,
     receive: Callable[[Any, Cohort, Dispatch, Adapter], tuple[Array, Adapter]] | None = None,
     finish: Callable[[Wrapped, State, Cohort, Dispatch, Adapter], tuple[State, Any]] | None = None,
@@ -51,6 +54,7 @@ def around(
       tell: ``(own state, cohort, sent) -> own anchor [C, ...]``; the mask in ``sent`` is that of what clients share.
       penalty: ``(adapter, own anchor) -> scalar``, on top of the inner one.
       see: ``(model, own anchor) -> model`` that the loss is computed with in training, and nowhere else.
+      beside: ``(model, own anchor) -> model`` that a client computes with always; what it adds does not travel back.
       remember: ``(own memory, own anchor, sent adapter, received adapter) -> own memory``.
       receive: ``(own state, cohort, sent, received) -> (weights [C], received)`` that the inner aggregation is given.
       finish: ``(old state, new inner state, cohort, sent, received) -> (inner state, own state)`` after it, with what
@@ -106,11 +110,17 @@ def around(
 
     def objective(task, adapter, anchor):
         anchor = parts(anchor, has_anchor)
-        seen = lambda model: task(see(model, anchor.own) if see else model)
+        shown = lambda model: beside(model, anchor.own) if beside else model
+        seen = lambda model: task(see(shown(model), anchor.own) if see else shown(model))
         if inner.objective is not None:
             return inner.objective(seen, adapter, anchor.inner)
         loss = seen(inner.model(adapter, anchor.inner))
         return loss, loss
+
+    def model(adapter, anchor):
+        anchor = parts(anchor, has_anchor)
+        theirs = inner.model(adapter, anchor.inner)
+        return beside(theirs, anchor.own) if beside else theirs
 
     def learn(state, cohort, slopes):
         (theirs, _), state = memories(cohort), parts(state, has_state)
@@ -132,9 +142,9 @@ def around(
         return Meet(start, place)
 
     if has_anchor or penalty:
-        inner_model, own_penalty = lambda x, anchor: inner.model(x, parts(anchor, has_anchor).inner), penalties
+        own_model, own_penalty = model, penalties
     else:
-        inner_model, own_penalty = inner.model, inner.penalty
+        own_model, own_penalty = inner.model, inner.penalty
     return inner._replace(
         init=init_both if has_state else inner.init,
         dispatch=dispatch,
@@ -142,7 +152,7 @@ def around(
         penalty=own_penalty,
         init_client=(lambda x: Wrapped(inner.init_client(x), init_client(x))) if init_client else inner.init_client,
         remember=remember_both,
-        model=inner_model,
+        model=own_model,
         objective=objective if see or (inner.objective is not None and has_anchor) else inner.objective,
         learn=no_learning if inner.learn is no_learning else learn,
         report=report_both,
@@ -180,6 +190,36 @@ def needs_an_adapter(wrapper: str, state: State) -> Adapter:
             f"{type(state).__name__} {why}: wrap one whose server holds one adapter, such as fedit or flexlora"
         )
     return state.adapter
+
+
+def class_bias(wrapper: str, model: Adapter, classes: int) -> str:
+    """The name of the head's bias.
+
+    Raises:
+      ValueError: there is not exactly one bias of that many classes that is trained in full.
+    """
+    flat = lora.flatten(model)
+    names = [k for k, x in flat.items() if not lora.is_lora(x) and x.shape == (classes,) and k.endswith("bias")]
+    if len(names) != 1:
+        raise ValueError(
+            f"{wrapper} shifts the bias of the {classes} classes, trained in full; the adapter has "
+            f"{', '.join(names) or 'none'}: add the head's bias to full in lora.new"
+        )
+    return names[0]
+
+
+def tells_of_labels(wrapper: str, signatures: Any) -> Signature:
+    """The signatures, if they say what a client's labels are.
+
+    Raises:
+      ValueError: they do not.
+    """
+    if not isinstance(signatures, Signature) or signatures.labels.shape[-1] == 0:
+        raise ValueError(
+            f"{wrapper} needs to know how many examples of each class a client holds, and its signature says nothing "
+            "of labels: use full signatures (fedlora_jax.signatures), or another wrapper"
+        )
+    return signatures
 
 
 def needs_plain_uploads(wrapper: str, inner: Method) -> None:

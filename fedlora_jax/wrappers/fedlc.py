@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from fedlora_jax import lora
 from fedlora_jax.method import Method, known
-from fedlora_jax.signatures import Signature
-from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.around import AboutWrapper, around, class_bias, tells_of_labels
 
 ABOUT = {"fedlc": AboutWrapper("FedLC", "Zhang et al. ICML 2022", "2209.00189", "logits calibrated by class counts")}
 ABSENT = 1e-4  # lowers the logit of a class that a client lacks by 10 tau
@@ -33,23 +32,12 @@ def fedlc(inner: Method, tau: float = 1.0) -> Method:
         raise ValueError(f"tau is the size of a margin: got {tau}, expected 0 or more")
 
     def tell(own, cohort, sent):
-        z = cohort.signatures
-        if not isinstance(z, Signature) or z.labels.shape[-1] == 0:
-            raise ValueError(
-                "fedlc needs to know how many examples of each class a client holds, and its signature says nothing of "
-                "labels: use full signatures (fedlora_jax.signatures), or another wrapper"
-            )
+        z = tells_of_labels("fedlc", cohort.signatures)
         n = jnp.expm1(10 * z.amount) * z.labels**2  # [C, classes]
         return tau * jnp.maximum(n, ABSENT) ** -0.25
 
     def see(model, margin):
-        flat = lora.flatten(model)
-        names = [k for k, x in flat.items() if not lora.is_lora(x) and x.shape == margin.shape and k.endswith("bias")]
-        if len(names) != 1:
-            raise ValueError(
-                f"fedlc shifts the bias of the {margin.shape[0]} classes, trained in full; the adapter has "
-                f"{', '.join(names) or 'none'}: add the head's bias to full in lora.new"
-            )
-        return lora.unflatten(flat | {names[0]: flat[names[0]] - margin})
+        flat, name = lora.flatten(model), class_bias("fedlc", model, margin.shape[0])
+        return lora.unflatten(flat | {name: flat[name] - margin})
 
     return around(inner, tell=tell, see=see)

@@ -1,0 +1,101 @@
+"""A bias for each class, generated from a client's signature, beside the models of any method.
+
+    client c computes with bias_c[y] + f(labels_c[y], amount_c) - f(mean labels[y], mean amount)        for each class y
+    f <- f - Adam( sum_c p_c (d shift_c / d f)^T (bias_c sent - bias_c received) )
+
+Ours: the part of HyperLoRA's generator (Gupta et al. 2026, arXiv 2606.06154; our design, ``fedlora_jax/hyper``) that
+measurements say does the work, made a tier of its own as HiLoRA's tiers are (Peng et al., CVPR 2026, arXiv 2603.02785):
+it stands frozen beside what a client trains, so what comes back is the inner method's alone and nothing of it piles up
+in an average. It reaches clients that never took part before they take a step. One network serves all classes; it
+learns from what clients did to their own bias in a round (``displacement``: Reptile, Nichol et al. 2018, arXiv
+1803.02999; pFedHN, Shamsian et al. 2021, arXiv 2103.04628), hence from uploads alone, and only in rounds in which there
+are any. At first ``f`` is zero, and the whole is the inner method.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fedlora_jax import lora
+from fedlora_jax.hyper import generator
+from fedlora_jax.method import Method, Traffic, known, mean
+from fedlora_jax.signatures import Signature
+from fedlora_jax.wrappers.around import AboutWrapper, around, class_bias, tells_of_labels
+
+ABOUT = {
+    "signature_bias": AboutWrapper(
+        "Signature bias", "ours, after Gupta et al. 2026", "2606.06154", "a class bias from what a client's data are"
+    )
+}
+
+
+class SignatureBiasState(NamedTuple):
+    """head: parameters of f. meta: its optimizer's state. center: mean signature of the cohorts so far. round: done."""
+
+    head: Any
+    meta: Any
+    center: Signature
+    round: Array
+
+
+def signature_bias(inner: Method, signature: Signature, lr: float = 0.03, warmup: int = 3) -> Method:
+    """A generated class bias beside the models of ``inner``; ``lr = 0`` is ``inner``.
+
+    Args:
+      inner: a method whose clients train the bias of their head.
+      signature: one client's, only its shapes are read.
+      lr: of f (AdamW, weight decay 1e-4; the gradient's norm is cut to 1).
+      warmup: rounds before f learns.
+
+    Raises:
+      ValueError: lr or warmup below 0; signatures that say nothing of labels; (when a round is traced) a model without
+        one bias of its classes that is trained in full.
+    """
+    if (known(lr) and lr < 0) or warmup < 0:
+        raise ValueError(f"signature_bias: lr and warmup must be at least 0, got {lr} and {warmup}")
+    classes = tells_of_labels("signature_bias", signature).labels.shape[-1]
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=1e-4))
+
+    def init(key, state, adapter):
+        class_bias("signature_bias", adapter, classes)
+        head = generator.init_head(key)
+        nobody = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), signature)
+        return SignatureBiasState(head, tx.init(head), nobody, jnp.zeros((), jnp.int32))
+
+    def tell(own, cohort, sent):
+        z = tells_of_labels("signature_bias", cohort.signatures)
+        return generator.class_shifts(own.head, z, own.center)  # [C, classes]
+
+    def beside(model, shift):
+        flat, name = lora.flatten(model), class_bias("signature_bias", model, classes)
+        return lora.unflatten(flat | {name: flat[name] + shift})
+
+    def finish(old, new, cohort, sent, received):
+        # Whoever differentiates a round takes what f learns in it as given.
+        own, cohort, sent, received = jax.lax.stop_gradient((old.own, cohort, sent, received))
+        name = class_bias("signature_bias", jax.tree.map(lambda x: x[0], received), classes)
+        slope = lora.flatten(sent.adapter)[name] - lora.flatten(received)[name]  # [C, classes]
+        _, pull = jax.vjp(lambda head: generator.class_shifts(head, cohort.signatures, own.center), own.head)
+        (gradient,) = pull(cohort.weights[:, None] * slope)
+        updates, meta = tx.update(gradient, own.meta, own.head)
+        sends = inner.report(new).get(
+            "travels", 1.0
+        )  # a method may have rounds in which clients keep all to themselves
+        learns = (own.round >= warmup) & (jnp.asarray(sends) > 0)
+        keep = lambda x, y: jax.tree.map(lambda x, y: jnp.where(learns, x, y), x, y)
+        head = keep(optax.apply_updates(own.head, updates), own.head)
+        step = lambda old, z: old + (mean(z, cohort.weights) - old) / (own.round + 1)
+        center = jax.tree.map(step, own.center, cohort.signatures)
+        return new, SignatureBiasState(head, keep(meta, own.meta), center, own.round + 1)
+
+    def traffic(own, cohort):
+        theirs = inner.traffic(own, cohort)
+        return Traffic(up=(theirs.up, signature), down=(theirs.down, jnp.zeros(classes)))
+
+    method = around(inner, init=init, tell=tell, beside=beside, finish=finish)
+    return method._replace(traffic=traffic)
