@@ -51,7 +51,7 @@ from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedlc import fedlc
-from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
+from fedlora_jax.wrappers.fedopt import fedadam, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
 from fedlora_jax.wrappers.nonfinite import nonfinite
 from fedlora_jax.wrappers.privacy import clip, noise
@@ -113,10 +113,7 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "scaffold": lambda: scaffold(fedit(), 8, LOCAL_LR),
     "feddyn": lambda: feddyn(fedit(), 8, 0.1),
     "server": lambda: server_optimizer(fedit(), optax.adam(0.01)),
-    "fedavgm": lambda: fedavgm(fedit()),
     "fedadam": lambda: fedadam(fedit()),
-    "fedyogi": lambda: fedyogi(fedit()),
-    "fedadagrad": lambda: fedadagrad(fedit()),
     "fedlc": lambda: fedlc(fedit(), 0.1),
     "fedbc": lambda: fedbc(fedit(), lr=0.1, lam=0.2),
     "signature_bias": lambda: signature_bias(fedit(), SIGNATURE, warmup=0),

@@ -70,7 +70,7 @@ EXCEPTIONS = {
         "defended": "has noise in it",
         "personal": "has clipping in it",
     }
-    | dict.fromkeys(("server", "fedadam", "fedyogi", "fedadagrad", "corrected", "outliers"), _SERVER),
+    | dict.fromkeys(("server", "fedadam", "corrected", "outliers"), _SERVER),
     "one client": dict.fromkeys(("krum", "outliers"), "Krum needs a cohort in which an update can have neighbours"),
     "all of b": {
         "pfedme": "theta is computed, not trained",
@@ -103,18 +103,7 @@ SECOND = {
     "fedproto",
     "hilora_cluster",
 }
-SECOND |= {
-    "server",
-    "fedavgm",
-    "fedyogi",
-    "fedadagrad",
-    "trimmed_mean",
-    "norm_bound",
-    "clip",
-    "feddyn",
-    "fedlc",
-    "signature_bias",
-}
+SECOND |= {"server", "trimmed_mean", "norm_bound", "clip", "feddyn", "fedlc", "signature_bias"}
 
 
 def every(names, test: str | None = None, later: frozenset[str] = frozenset()):
