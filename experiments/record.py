@@ -128,11 +128,8 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(like))
         arrays = self._manager.restore(self.latest(), args=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
         leaves, structure = jax.tree.flatten(like)
-        restored = [
-            jax.random.wrap_key_data(arrays[name]) if _is_key(old) else arrays[name]
-            for name, old in zip(sorted(arrays), leaves, strict=True)
-        ]
-        return jax.tree.unflatten(structure, restored)
+        arrays = {name: jax.random.wrap_key_data(x) if _is_key(leaves[int(name)]) else x for name, x in arrays.items()}
+        return jax.tree.unflatten(structure, [arrays.get(_name(i), old) for i, old in enumerate(leaves)])
 
     def keep_theta(self, state: Any) -> None:
         """Write the first seed's ``state.theta``, where the method has one, for ``--theta`` of later runs."""
@@ -154,9 +151,16 @@ def write_theta(folder: Path, method: str, theta: Any) -> Path:
 
 
 def _arrays(run: Any) -> dict[str, Any]:
-    """A run's leaves under numbers: no class of ours is needed to read a checkpoint."""
+    """A run's leaves under numbers: no class of ours is needed to read a checkpoint.
+
+    Orbax does not write arrays of size zero (the labels of a signature that says nothing of them): they are left out.
+    """
     plain = lambda x: jax.random.key_data(x) if _is_key(x) else x
-    return {f"{i:04d}": plain(x) for i, x in enumerate(jax.tree.leaves(run))}
+    return {_name(i): plain(x) for i, x in enumerate(jax.tree.leaves(run)) if x.size}
+
+
+def _name(i: int) -> str:
+    return f"{i:04d}"
 
 
 def _is_key(x: Any) -> bool:

@@ -7,11 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments.record import Metrics, write_atomically
+from experiments.record import Checkpoints, Metrics, write_atomically
 
 ROOT = Path(__file__).parents[1]
 # flora carries a random key in its state, hyperlora an optimizer's moments and a round counter
@@ -78,6 +80,19 @@ def test_rows_without_a_checkpoint_are_dropped_and_a_cut_line_too(tmp_path):
     metrics.keep({"fedit": 3, "flora": 2})
     assert metrics.read() == rows[:5]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_checkpoint_gives_back_every_leaf_that_of_no_size_included(tmp_path):
+    """Signatures without labels have an array of size zero, which orbax does not write."""
+    run = {"labels": jnp.zeros((2, 0)), "key": jax.random.key(3), "x": jnp.arange(3.0)}
+    store = Checkpoints(tmp_path, "hyperlora")
+    store.save(1, run)
+    back = store.restore({"labels": run["labels"], "key": jax.random.key(0), "x": jnp.zeros(3)})
+    store.close()
+    assert jax.tree.structure(back) == jax.tree.structure(run)
+    assert back["labels"].shape == (2, 0)
+    np.testing.assert_array_equal(jax.random.key_data(back["key"]), jax.random.key_data(run["key"]))
+    np.testing.assert_array_equal(back["x"], run["x"])
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
