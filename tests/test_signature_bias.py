@@ -10,6 +10,7 @@ from helpers import ADAPTER, BASE, CLASSES, CLIENTS, KEY, SIGNATURE, assert_near
 from fedlora_jax import lora, rounds
 from fedlora_jax.hyper import generator
 from fedlora_jax.method import models
+from fedlora_jax.methods.ditto import ditto
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.hilora import LEAF, hilora
 from fedlora_jax.signatures import Signature, label_free
@@ -135,6 +136,24 @@ def test_a_hierarchy_keeps_its_tiers_and_f_rests_while_nothing_is_sent():
     assert isinstance(sent.anchor, Wrapped)
     assert_near(sent.adapter, alone.adapter, 0)
     assert np.abs(sent.anchor.own).max() > 0  # and it reaches clients that never took part
+
+
+def test_beside_two_models_it_learns_from_the_one_that_is_sent():
+    method, c = signature_bias(ditto(), SIGNATURE, warmup=0), members(ditto())
+    state = state_of(method)
+    sent = method.dispatch(BASE, state, c)
+    received = nudged(sent.adapter, 5)
+    other = {**received, "personal": nudged(received["personal"], 6)}
+    assert sent.adapter.keys() == {"shared", "personal"}
+    one, two = (method.aggregate(BASE, state, c, sent, x).own.head for x in (received, other))
+    assert_near(one, two, 0)
+    assert any((x != y).any() for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(LEARNED), strict=True))
+    served, bare = (lora.flatten(x)["head/bias"] for x in (models(method, sent), models(ditto(), inner_of(sent))))
+    assert_near(served - bare, sent.anchor.own, 1e-6)
+
+
+def inner_of(sent):
+    return sent._replace(anchor=sent.anchor.inner)
 
 
 def test_signatures_without_labels_and_models_without_a_bias_are_refused():

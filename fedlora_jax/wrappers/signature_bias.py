@@ -78,8 +78,9 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.03, warmup
     def finish(old, new, cohort, sent, received):
         # Whoever differentiates a round takes what f learns in it as given.
         own, cohort, sent, received = jax.lax.stop_gradient((old.own, cohort, sent, received))
-        name = class_bias("signature_bias", jax.tree.map(lambda x: x[0], received), classes)
-        slope = lora.flatten(sent.adapter)[name] - lora.flatten(received)[name]  # [C, classes]
+        start, end = (inner.told(x) if inner.told else x for x in (sent.adapter, received))
+        name = class_bias("signature_bias", jax.tree.map(lambda x: x[0], end), classes)
+        slope = lora.flatten(start)[name] - lora.flatten(end)[name]  # [C, classes]
         _, pull = jax.vjp(lambda head: generator.class_shifts(head, cohort.signatures, own.center), own.head)
         (gradient,) = pull(cohort.weights[:, None] * slope)
         updates, meta = tx.update(gradient, own.meta, own.head)
