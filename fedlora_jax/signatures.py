@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedlora_jax.method import mean
+
 SIZE = 64  # random directions in which each of the two feature moments is seen
 
 
@@ -32,6 +34,17 @@ class Signature(NamedTuple):
     def flat(self) -> Array:
         """``[..., m]``, for a network to read."""
         return jnp.concatenate(self, -1)
+
+
+def nobody(like: Signature) -> Signature:
+    """Zeros in the shapes of ``like``, from which ``mean_so_far`` starts."""
+    # From shapes alone: jax remembers the precision it once traced a NumPy constant in, and x64 may have changed.
+    return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), like)
+
+
+def mean_so_far(center: Signature, signatures: Signature, weights: Array, rounds: Array) -> Signature:
+    """The mean over ``rounds`` cohorts and this one of each one's mean client; ``signatures [C, ...]``."""
+    return jax.tree.map(lambda old, z: old + (mean(z, weights) - old) / (rounds + 1), center, signatures)
 
 
 class Moments(NamedTuple):

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from fedlora_jax import lora, meta, method, product
+from fedlora_jax import lora, meta, method, product, signatures
 from fedlora_jax.hyper import corrector, generator, synthesizer
 from fedlora_jax.hyper.corrector import Corrector
 from fedlora_jax.hyper.generator import Form, Generator
@@ -112,8 +112,7 @@ def hyperlora(
         )
         own = fresh if theta is None else _restored(theta, fresh)
         stack = lambda x: jnp.broadcast_to(x, (participants, *x.shape)) * 1
-        # From shapes alone: jax remembers the precision it once traced a NumPy constant in, and x64 may have changed.
-        nobody = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), signature)
+        nobody = signatures.nobody(signature)
         weights = jnp.ones(participants) / participants  # not jnp.full: its weak type would compile round two anew
         last = Uploads(jax.tree.map(stack, adapter), weights, jax.tree.map(stack, nobody), adapter)
         return HyperLoRAState(adapter, own, tx.init(own), last, nobody, jnp.zeros((), jnp.int32))
@@ -145,8 +144,7 @@ def hyperlora(
 
     def aggregate(base, state, cohort, sent, received):
         last = Uploads(received, cohort.weights, cohort.signatures, state.adapter)
-        step = lambda old, z: old + (method.mean(z, cohort.weights) - old) / (state.round + 1)
-        center = jax.tree.map(step, state.center, cohort.signatures)
+        center = signatures.mean_so_far(state.center, cohort.signatures, cohort.weights, state.round)
         return HyperLoRAState(aggregated(state.theta, last), state.theta, state.meta, last, center, state.round + 1)
 
     def report(state):

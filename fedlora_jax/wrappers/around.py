@@ -54,7 +54,8 @@ def around(
       tell: ``(own state, cohort, sent) -> own anchor [C, ...]``; the mask in ``sent`` is that of what clients share.
       penalty: ``(adapter, own anchor) -> scalar``, on top of the inner one.
       see: ``(model, own anchor) -> model`` that the loss is computed with in training, and nowhere else.
-      beside: ``(model, own anchor) -> model`` that a client computes with always; what it adds does not travel back.
+      beside: ``(model, own anchor) -> model`` that a client computes with always; needs ``tell``, and what it
+        adds does not travel back.
       remember: ``(own memory, own anchor, sent adapter, received adapter) -> own memory``.
       receive: ``(own state, cohort, sent, received) -> (weights [C], received)`` that the inner aggregation is given.
       finish: ``(old state, new inner state, cohort, sent, received) -> (inner state, own state)`` after it, with what

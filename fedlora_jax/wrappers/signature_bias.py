@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fedlora_jax import lora
+from fedlora_jax import lora, signatures
 from fedlora_jax.hyper import generator
-from fedlora_jax.method import Method, Traffic, known, mean
+from fedlora_jax.method import Method, Traffic, known
 from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers.around import AboutWrapper, around, class_bias, tells_of_labels
 
@@ -64,8 +64,7 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.03, warmup
     def init(key, state, adapter):
         class_bias("signature_bias", adapter, classes)
         head = generator.init_head(key)
-        nobody = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), signature)
-        return SignatureBiasState(head, tx.init(head), nobody, jnp.zeros((), jnp.int32))
+        return SignatureBiasState(head, tx.init(head), signatures.nobody(signature), jnp.zeros((), jnp.int32))
 
     def tell(own, cohort, sent):
         z = tells_of_labels("signature_bias", cohort.signatures)
@@ -90,8 +89,7 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.03, warmup
         learns = (own.round >= warmup) & (jnp.asarray(sends) > 0)
         keep = lambda x, y: jax.tree.map(lambda x, y: jnp.where(learns, x, y), x, y)
         head = keep(optax.apply_updates(own.head, updates), own.head)
-        step = lambda old, z: old + (mean(z, cohort.weights) - old) / (own.round + 1)
-        center = jax.tree.map(step, own.center, cohort.signatures)
+        center = signatures.mean_so_far(own.center, cohort.signatures, cohort.weights, own.round)
         return new, SignatureBiasState(head, keep(meta, own.meta), center, own.round + 1)
 
     def traffic(own, cohort):
