@@ -148,7 +148,7 @@ def test_while_it_warms_up_it_is_flexlora_with_balanced_factors():
         assert_near(other.adapter, one.adapter, 1e-4)
         assert_near(other.theta, start.theta, 0)
     after, _, _ = warm(BASE, other, cohort(3), KEY)
-    for part in ("network", "head"):  # and then it learns
+    for part in ("network", "prior"):  # and then it learns
         assert (flat(getattr(after.theta.generator, part)) != flat(getattr(other.theta.generator, part))).any()
     for part in ("network", "steps", "gains"):
         assert (flat(getattr(after.theta.synthesizer, part)) != flat(getattr(other.theta.synthesizer, part))).any()
@@ -361,15 +361,14 @@ def test_the_generators_forms_are_their_equations(form, x64):
 
 
 def test_the_heads_bias_is_generated_class_by_class(x64):
-    """Renaming classes renames the biases; and clients that say nothing of labels get none."""
+    """``tanh(t)`` of the move from the mean's log shares to the client's; who says nothing of labels gets none."""
     g, z, x = learned().generator, doubles(cohort().signatures), nudged(doubles(ADAPTER))
-    order = np.array([2, 0, 1])
-    bias = lambda z, mean: host(generate(g, z, mean, x, "mix")["head"]["bias"]) - x["head"]["bias"]
-    renamed = lambda s: s._replace(labels=s.labels[..., order])
-    assert_near(bias(renamed(z), renamed(center())), bias(z, center())[:, order], 1e-10)
-    assert norm(bias(z, center())) > 1e-2
+    bias = host(generate(g, z, center(), x, "mix")["head"]["bias"]) - x["head"]["bias"]
+    prior = lambda z: np.log(np.maximum(np.asarray(z.labels), 0) ** 2 + 0.01)
+    assert norm(bias) > 1e-2
+    assert_near(bias, np.tanh(np.asarray(g.prior)) * (prior(z) - prior(center())), 1e-10)
     quiet = generator.init(KEY, x, sig.label_free(SIGNATURE), "mix")
-    assert quiet.head == ()
+    assert quiet.prior == ()
     rows = generate(quiet, sig.label_free(z), sig.label_free(center()), x, "mix")
     assert_near(rows["head"]["bias"], copies(x["head"]["bias"]), 0)
 
@@ -382,9 +381,9 @@ def meta_gradient(meta) -> Theta:
     moments = {jax.tree_util.keystr(path): mu for path, mu in optax.tree_utils.tree_get_all_with_path(meta, "mu")}
     at = lambda name: host(next(mu for path, mu in moments.items() if name in path))
     part = lambda name: jax.tree.map(lambda mu: mu / 0.1, at(name))
-    low, head, networks, numbers = map(part, ("generator", "head", "networks", "numbers"))
+    low, prior, networks, numbers = map(part, ("generator", "prior", "networks", "numbers"))
     s, c = networks.synthesizer, networks.corrector
-    return Theta(low.generator._replace(head=head.generator.head), s._replace(steps=numbers.synthesizer.steps), c)
+    return Theta(low.generator._replace(prior=prior.generator.prior), s._replace(steps=numbers.synthesizer.steps), c)
 
 
 def _problem64():

@@ -18,7 +18,7 @@ from fedlora_jax.wrappers import Wrapped
 from fedlora_jax.wrappers.signature_bias import signature_bias
 
 SGD = optax.sgd(0.5)
-LEARNED = nudged(generator.init_head(KEY), 3)
+LEARNED = jnp.float32(0.7)
 
 
 def shares(rows, n: float = 20.0) -> Signature:
@@ -27,38 +27,36 @@ def shares(rows, n: float = 20.0) -> Signature:
     return Signature(jnp.zeros((len(rows), 4)), jnp.sqrt(rows), jnp.asarray(amount))
 
 
-def state_of(method, head=LEARNED, center=None):
+def state_of(method, t=LEARNED, center=None):
     state = method.init(KEY, ADAPTER)
-    own = state.own._replace(head=head, center=center or jax.tree.map(lambda x: x[0], shares([[0.4, 0.4, 0.2]])))
+    own = state.own._replace(t=t, center=center or jax.tree.map(lambda x: x[0], shares([[0.4, 0.4, 0.2]])))
     return state._replace(own=own)
 
 
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-def f(x):
-    """The network by hand, in float64: dense, silu, dense."""
-    first, last = (
-        jax.tree.map(lambda x: np.asarray(x, np.float64), LEARNED["params"][k]) for k in ("Dense_0", "Dense_1")
-    )
-    return (silu(x @ first["kernel"] + first["bias"]) @ last["kernel"] + last["bias"])[..., 0]
-
-
-def test_every_class_is_shifted_by_the_network_of_the_clients_share_of_it():
-    method, z = signature_bias(fedit(), SIGNATURE), shares([[0.5, 0.3, 0.2], [0.0, 0.1, 0.9]])
+def test_every_class_is_shifted_by_a_part_of_the_move_to_the_clients_shares():
+    rows = [[0.5, 0.3, 0.2], [0.0, 0.1, 0.9]]
+    method, z = signature_bias(fedit(), SIGNATURE), shares(rows)
     state = state_of(method)
     c = cohort(clients=2)._replace(signatures=z)
     sent = method.dispatch(BASE, state, c)
-    both = lambda labels, amount: np.stack([labels, np.broadcast_to(amount, labels.shape)], -1).astype(np.float64)
-    center = state.own.center
-    by_hand = f(both(np.asarray(z.labels), np.asarray(z.amount))) - f(both(np.asarray(center.labels), center.amount))
+    by_hand = np.tanh(0.7) * (np.log(np.array(rows) + 0.01) - np.log(np.array([0.4, 0.4, 0.2]) + 0.01))
     assert_near(sent.anchor.own, by_hand, 1e-5)
     served, bare = (lora.flatten(x)["head/bias"] for x in (models(method, sent), sent.adapter))
     assert_near(served - bare, by_hand, 1e-5)
     for name, x in lora.flatten(models(method, sent)).items():
         if name != "head/bias":
             assert_near(x, lora.flatten(sent.adapter)[name], 0)
+
+
+def test_all_of_the_move_makes_a_calibrated_model_a_bayes_classifier():
+    """With ``p(y|x)`` right under the mean client's shares, the shifted model is right under the client's own."""
+    rng = np.random.default_rng(0)
+    likelihood, (mean, own) = rng.dirichlet(np.ones(CLASSES), 50), rng.dirichlet(np.full(CLASSES, 5.0), 2)
+    posterior = lambda shares: likelihood * shares / (likelihood * shares).sum(-1, keepdims=True)
+    (shift,) = generator.class_shifts(jnp.float32(20.0), shares([own]), jax.tree.map(lambda x: x[0], shares([mean])))
+    moved = posterior(mean) * np.exp(np.asarray(shift))
+    exact = moved / moved.sum(-1, keepdims=True)
+    assert np.abs(exact - posterior((own + 0.01) / (mean + 0.01) * mean)).max() < 1e-5
 
 
 def test_classes_have_no_names():
@@ -100,7 +98,7 @@ def test_it_learns_what_is_served_without_a_step():
 
 
 def test_the_gradient_is_that_of_the_bias_clients_gave_back():
-    """One step of f is AdamW on sum_c p_c <shift_c(f), sent - received>, and the inner method aggregates as ever."""
+    """One step of t is AdamW on sum_c p_c <shift_c(t), sent - received>, and the inner method aggregates as ever."""
     method, inner = signature_bias(fedit(), SIGNATURE, lr=0.03, warmup=0), fedit()
     state, c = state_of(method), cohort()
     z = shares(np.random.default_rng(1).dirichlet([1] * CLASSES, CLIENTS))
@@ -110,26 +108,24 @@ def test_the_gradient_is_that_of_the_bias_clients_gave_back():
     new = method.aggregate(BASE, state, c, sent, received)
     assert_near(new.inner, inner.aggregate(BASE, state.inner, c, inner.dispatch(BASE, state.inner, c), received), 1e-6)
     slope = lora.flatten(sent.adapter)["head/bias"] - lora.flatten(received)["head/bias"]
-    shifts = lambda head: generator.class_shifts(head, z, state.own.center)
-    value = lambda head: jnp.sum(c.weights[:, None] * slope * shifts(head))
+    shifts = lambda t: generator.class_shifts(t, z, state.own.center)
+    value = lambda t: jnp.sum(c.weights[:, None] * slope * shifts(t))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.03, weight_decay=1e-4))
     updates, _ = tx.update(jax.grad(value)(LEARNED), tx.init(LEARNED), LEARNED)
-    assert_near(new.own.head, optax.apply_updates(LEARNED, updates), 1e-5)
+    assert_near(new.own.t, optax.apply_updates(LEARNED, updates), 1e-5)
 
 
-def test_a_hierarchy_keeps_its_tiers_and_f_rests_while_nothing_is_sent():
+def test_a_hierarchy_keeps_its_tiers_and_t_rests_while_nothing_is_sent():
     make = lambda: hilora(CLIENTS, 3, root=0.34, cluster=0.33, newcomers="signature", signature=SIGNATURE)
     method = signature_bias(make(), SIGNATURE, warmup=0)
     c = members(method)._replace(ids=jnp.arange(CLIENTS), signatures=cohort().signatures)
     round_fn, state = jit(rounds.make_round(method, loss_fn, SGD)), method.init(KEY, ADAPTER)
-    heads = []
+    learned = []
     for t in range(3):
         state, *_ = round_fn(BASE, state, c, jax.random.fold_in(KEY, t))
-        heads.append(state.own.head)
+        learned.append(float(state.own.t))
     assert int(state.inner.last) == LEAF
-    moved = lambda x, y: any((a != b).any() for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
-    assert moved(heads[0], heads[1])
-    assert not moved(heads[1], heads[2])
+    assert learned[0] != learned[1] == learned[2]
     strangers = c._replace(ids=c.ids + CLIENTS)
     sent = method.dispatch(BASE, state, strangers)
     alone = make().dispatch(BASE, state.inner, strangers)
@@ -145,9 +141,9 @@ def test_beside_two_models_it_learns_from_the_one_that_is_sent():
     received = nudged(sent.adapter, 5)
     other = {**received, "personal": nudged(received["personal"], 6)}
     assert sent.adapter.keys() == {"shared", "personal"}
-    one, two = (method.aggregate(BASE, state, c, sent, x).own.head for x in (received, other))
+    one, two = (method.aggregate(BASE, state, c, sent, x).own.t for x in (received, other))
     assert_near(one, two, 0)
-    assert any((x != y).any() for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(LEARNED), strict=True))
+    assert one != LEARNED
     served, bare = (lora.flatten(x)["head/bias"] for x in (models(method, sent), models(ditto(), inner_of(sent))))
     assert_near(served - bare, sent.anchor.own, 1e-6)
 

@@ -2,14 +2,16 @@
 
     mix      a_c = a (I + m_a)              b_c = (I + m_b) b + sum_j k_j v_j         m = tanh(.) / (2 r)
     bases    a_c = a + sum_j k'_j u_j       b_c = b + sum_j k_j v_j
-    head     bias_c[y] = bias[y] + f(labels_c[y], amount_c)                           for each class y
+    head     bias_c[y] = bias[y] + tanh(t) log(s_c[y] + EPSILON)                      for each class y, of share s_c[y]
 
 The numbers ``m`` and ``k`` are what one network, shared by all kernels, makes of the signature ``z_c`` and of a code
-for the kernel and the layer; ``f`` is another, shared by all classes, so that what it learns of one class holds for
-every other. Of every network's output the output at the mean signature is subtracted: the mean client starts from the
-global adapter exactly, and what G adds for one client and takes from another does not pile up in their average.
+for the kernel and the layer. The head's bias needs no network: a classifier moves to other shares of its classes by
+the difference of their logarithms (logit adjustment: Menon et al., ICLR 2021, arXiv 2007.07314), and ``t`` is how much
+of it helps a model whose own evidence is still weak: nothing at ``t = 0``, never more than all of it. Of everything the
+value at the mean signature is subtracted: the mean client starts from the global adapter exactly, and what G adds for
+one client and takes from another does not pile up in their average.
 
-The last layer of every network starts at zero, hence at first everybody starts from the global adapter. The
+The last layer of the network and ``t`` start at zero, hence at first everybody starts from the global adapter. The
 bases ``u, v`` start small and random: were they zero, too, both factors of ``k v`` would have a zero gradient.
 """
 
@@ -22,13 +24,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax.hyper.networks import Conditioned, Mlp, Place, per_layer, places
+from fedlora_jax.hyper.networks import Conditioned, Place, per_layer, places
 from fedlora_jax.lora import Adapter, LoRA, flatten, unflatten
 from fedlora_jax.product import matmul
 from fedlora_jax.signatures import Signature
 
 Form = Literal["mix", "bases"]
 BASES = 4
+EPSILON = 0.01  # the share up to which a class counts as absent
 
 
 class Generator(NamedTuple):
@@ -36,7 +39,7 @@ class Generator(NamedTuple):
 
     network: Any  # z -> m and k of every low-rank kernel
     bases: dict[str, dict[str, Array]]  # by kernel: v [..., J, r, out]; u [..., J, in, r] in the form bases
-    head: Any  # of f
+    prior: Any  # t; () where signatures say nothing of labels, or no bias is trained
 
 
 def init(key: Array, adapter: Adapter, like: Signature, form: Form, scale: float = 0.02) -> Generator:
@@ -58,11 +61,11 @@ def init(key: Array, adapter: Adapter, like: Signature, form: Form, scale: float
     rank = flat[at[0].name].a.shape[-1]
     if any(flat[place.name].a.shape[-1] != rank for place in at):
         raise ValueError("hyperlora needs one rank for all kernels; give clients smaller ranks by mask instead")
-    key_network, key_bases, key_head = jax.random.split(key, 3)
+    key_network, key_bases = jax.random.split(key)
     z = jnp.zeros((*at[0].layers, like.flat().shape[-1]))
     bases = {p.name: _bases(jax.random.fold_in(key_bases, p.number), flat[p.name], form, scale) for p in at}
-    head = init_head(key_head) if _biases(flat, like) else ()
-    return Generator(_network(form, rank).init(key_network, z, at[0]), bases, head)
+    prior = no_prior() if _biases(flat, like) else ()
+    return Generator(_network(form, rank).init(key_network, z, at[0]), bases, prior)
 
 
 def generate(g: Generator, signatures: Signature, center: Signature, adapter: Adapter, form: Form) -> Adapter:
@@ -80,22 +83,21 @@ def generate(g: Generator, signatures: Signature, center: Signature, adapter: Ad
     rows = {name: jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)), x) for name, x in flat.items()}
     both = _with(signatures, center)
     for name in _biases(flat, signatures):
-        rows[name] = rows[name] + class_shifts(g.head, signatures, center)
+        rows[name] = rows[name] + class_shifts(g.prior, signatures, center)
     for place in places(adapter):
         rows[place.name] = _low_rank(g, both.flat(), flat[place.name], place, form)
     return unflatten(rows)
 
 
-def init_head(key: Array) -> Any:
-    """Parameters of ``f`` with which it is zero."""
-    return _head().init(key, jnp.zeros(2))
+def no_prior() -> Array:
+    """``t`` with which nothing is added to a bias."""
+    return jnp.zeros(())
 
 
-def class_shifts(head: Any, signatures: Signature, center: Signature) -> Array:
-    """``[C, classes]`` what is added to the bias of each class: ``f`` of a client's share of it, beyond the mean."""
-    both = _with(signatures, center)
-    shares = jnp.stack([both.labels, jnp.broadcast_to(both.amount, both.labels.shape)], -1)  # [C + 1, classes, 2]
-    return _beyond_the_mean(lambda x: _head().apply(head, x), shares)[..., 0]
+def class_shifts(t: Array, signatures: Signature, center: Signature) -> Array:
+    """``[C, classes]`` what is added to the bias of each class: ``tanh(t)`` of its log share, beyond the mean client's."""
+    prior = lambda z: jnp.log(jnp.maximum(z.labels, 0) ** 2 + EPSILON)  # noise makes roots of shares negative
+    return jnp.tanh(t) * (prior(signatures) - prior(center))
 
 
 def _with(signatures: Signature, center: Signature) -> Signature:
@@ -124,10 +126,6 @@ def _beyond_the_mean(network: Callable, x: Array) -> Array:
 
 def _network(form: Form, rank: int) -> Conditioned:
     return Conditioned(outputs=BASES + (2 * rank**2 if form == "mix" else BASES), width=128, blocks=2)
-
-
-def _head() -> Mlp:
-    return Mlp(outputs=1, width=32, blocks=0)
 
 
 def _biases(flat: dict[str, Any], signature: Signature) -> list[str]:

@@ -70,7 +70,7 @@ def hyperlora(
     mode: Mode = "displacement",
     form: Form = "mix",
     lr: float = 1e-4,
-    lr_head: float = 3e-2,
+    lr_prior: float = 0.1,
     lr_server: float = 3e-4,
     lr_step: float = 0.1,
     warmup: int = 3,
@@ -86,7 +86,7 @@ def hyperlora(
       signature: one client's, only its shapes are read.
       mode: which slope theta learns from; ``frozen``: theta stays as it is.
       form: of G's low-rank part.
-      lr, lr_head: of G's two networks (AdamW, weight decay 1e-4); 0 switches that part off.
+      lr, lr_prior: of G's network and of its ``t`` (AdamW, weight decay 1e-4); 0 switches that part off.
       lr_server: of all else in S and C (Adam).
       lr_step: of S's server steps (Adam).
       warmup: rounds before anything is learned, in which the method is FlexLoRA with balanced, aligned factors.
@@ -101,7 +101,7 @@ def hyperlora(
     """
     _check(mode, kappa, personal, signature)
     slope = {**meta.SLOPES, "frozen": method.no_slope}[mode]
-    tx = _optimizer(lr, lr_head, lr_server, lr_step)
+    tx = _optimizer(lr, lr_prior, lr_server, lr_step)
 
     def init(key, adapter):
         keys = jax.random.split(key, 3)
@@ -211,15 +211,15 @@ def _spread(rows: Adapter, adapter: Adapter) -> Array:
     return product.safe_sqrt(apart / jnp.maximum(size, 1e-30))
 
 
-def _optimizer(lr: float, lr_head: float, lr_server: float, lr_step: float) -> optax.GradientTransformation:
+def _optimizer(lr: float, lr_prior: float, lr_server: float, lr_step: float) -> optax.GradientTransformation:
     rates: dict[Any, optax.GradientTransformation] = {
         "generator": optax.adamw(lr, weight_decay=1e-4),
-        "head": optax.adamw(lr_head, weight_decay=1e-4),
+        "prior": optax.adamw(lr_prior, weight_decay=1e-4),
         "networks": optax.adam(lr_server),
         "numbers": optax.adam(lr_step),
     }
     labels: Any = Theta(
-        Generator("generator", "generator", "head"),  # type: ignore[arg-type]
+        Generator("generator", "generator", "prior"),  # type: ignore[arg-type]
         Synthesizer("networks", "numbers", "networks"),  # type: ignore[arg-type]
         Corrector("networks", "networks"),
     )

@@ -1,15 +1,17 @@
 """A bias for each class, generated from a client's signature, beside the models of any method.
 
-    client c computes with bias_c[y] + f(labels_c[y], amount_c) - f(mean labels[y], mean amount)        for each class y
-    f <- f - Adam( sum_c p_c (d shift_c / d f)^T (bias_c sent - bias_c received) )
+    client c computes with bias_c[y] + shift_c[y],   shift_c[y] = tanh(t) (log(s_c[y] + eps) - log(s[y] + eps))
+    t <- t - Adam( sum_c p_c (d shift_c / d t)^T (bias_c sent - bias_c received) )
 
 Ours: the part of HyperLoRA's generator (Gupta et al. 2026, arXiv 2606.06154; our design, ``fedlora_jax/hyper``) that
 measurements say does the work, made a tier of its own as HiLoRA's tiers are (Peng et al., CVPR 2026, arXiv 2603.02785):
 it stands frozen beside what a client trains, so what comes back is the inner method's alone and nothing of it piles up
-in an average. It reaches clients that never took part before they take a step. One network serves all classes; it
-learns from what clients did to their own bias in a round (``displacement``: Reptile, Nichol et al. 2018, arXiv
-1803.02999; pFedHN, Shamsian et al. 2021, arXiv 2103.04628), hence from uploads alone, and only in rounds in which there
-are any. At first ``f`` is zero, and the whole is the inner method.
+in an average. It reaches clients that never took part before they take a step. ``s_c`` are a client's shares of the
+classes, ``s`` those of the mean client, and ``t``, one number for all, is how much of the move from one to the other
+(logit adjustment: Menon et al., ICLR 2021, arXiv 2007.07314) is made. It is learned from what clients did to their own
+bias in a round (``displacement``: Reptile, Nichol et al. 2018, arXiv 1803.02999; pFedHN, Shamsian et al. 2021, arXiv
+2103.04628), hence from uploads alone, and only in rounds in which there are any. At first ``t`` is zero, and the whole
+is the inner method.
 """
 
 from __future__ import annotations
@@ -35,22 +37,22 @@ ABOUT = {
 
 
 class SignatureBiasState(NamedTuple):
-    """head: parameters of f. meta: its optimizer's state. center: mean signature of the cohorts so far. round: done."""
+    """t: how much. meta: its optimizer's state. center: mean signature of the cohorts so far. round: done."""
 
-    head: Any
+    t: Array
     meta: Any
     center: Signature
     round: Array
 
 
-def signature_bias(inner: Method, signature: Signature, lr: float = 0.03, warmup: int = 3) -> Method:
+def signature_bias(inner: Method, signature: Signature, lr: float = 0.1, warmup: int = 3) -> Method:
     """A generated class bias beside the models of ``inner``; ``lr = 0`` is ``inner``.
 
     Args:
       inner: a method whose clients train the bias of their head.
       signature: one client's, only its shapes are read.
-      lr: of f (AdamW, weight decay 1e-4; the gradient's norm is cut to 1).
-      warmup: rounds before f learns.
+      lr: of t (AdamW, weight decay 1e-4; the gradient is cut to 1).
+      warmup: rounds before t learns.
 
     Raises:
       ValueError: lr or warmup below 0; signatures that say nothing of labels; (when a round is traced) a model without
@@ -63,34 +65,33 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.03, warmup
 
     def init(key, state, adapter):
         class_bias("signature_bias", adapter, classes)
-        head = generator.init_head(key)
-        return SignatureBiasState(head, tx.init(head), signatures.nobody(signature), jnp.zeros((), jnp.int32))
+        t = generator.no_prior()
+        return SignatureBiasState(t, tx.init(t), signatures.nobody(signature), jnp.zeros((), jnp.int32))
 
     def tell(own, cohort, sent):
         z = tells_of_labels("signature_bias", cohort.signatures)
-        return generator.class_shifts(own.head, z, own.center)  # [C, classes]
+        return generator.class_shifts(own.t, z, own.center)  # [C, classes]
 
     def beside(model, shift):
         flat, name = lora.flatten(model), class_bias("signature_bias", model, classes)
         return lora.unflatten(flat | {name: flat[name] + shift})
 
     def finish(old, new, cohort, sent, received):
-        # Whoever differentiates a round takes what f learns in it as given.
+        # Whoever differentiates a round takes what t learns in it as given.
         own, cohort, sent, received = jax.lax.stop_gradient((old.own, cohort, sent, received))
         start, end = (inner.told(x) if inner.told else x for x in (sent.adapter, received))
         name = class_bias("signature_bias", jax.tree.map(lambda x: x[0], end), classes)
         slope = lora.flatten(start)[name] - lora.flatten(end)[name]  # [C, classes]
-        _, pull = jax.vjp(lambda head: generator.class_shifts(head, cohort.signatures, own.center), own.head)
+        _, pull = jax.vjp(lambda t: generator.class_shifts(t, cohort.signatures, own.center), own.t)
         (gradient,) = pull(cohort.weights[:, None] * slope)
-        updates, meta = tx.update(gradient, own.meta, own.head)
-        sends = inner.report(new).get(
-            "travels", 1.0
-        )  # a method may have rounds in which clients keep all to themselves
+        updates, meta = tx.update(gradient, own.meta, own.t)
+        # A method may have rounds in which clients keep all to themselves.
+        sends = inner.report(new).get("travels", 1.0)
         learns = (own.round >= warmup) & (jnp.asarray(sends) > 0)
         keep = lambda x, y: jax.tree.map(lambda x, y: jnp.where(learns, x, y), x, y)
-        head = keep(optax.apply_updates(own.head, updates), own.head)
+        t = keep(optax.apply_updates(own.t, updates), own.t)
         center = signatures.mean_so_far(own.center, cohort.signatures, cohort.weights, own.round)
-        return new, SignatureBiasState(head, keep(meta, own.meta), center, own.round + 1)
+        return new, SignatureBiasState(t, keep(meta, own.meta), center, own.round + 1)
 
     def traffic(own, cohort):
         theirs = inner.traffic(own, cohort)
