@@ -95,7 +95,7 @@ def no_prior() -> Array:
 
 
 def class_shifts(t: Array, signatures: Signature, center: Signature) -> Array:
-    """``[C, classes]`` what is added to the bias of each class: ``tanh(t)`` of its log share, beyond the mean client's."""
+    """``[C, classes]`` what a bias gets: ``tanh(t)`` of the log share of its class, beyond the mean client's."""
     prior = lambda z: jnp.log(jnp.maximum(z.labels, 0) ** 2 + EPSILON)  # noise makes roots of shares negative
     return jnp.tanh(t) * (prior(signatures) - prior(center))
 
