@@ -59,6 +59,16 @@ def test_all_of_the_move_makes_a_calibrated_model_a_bayes_classifier():
     assert np.abs(exact - posterior((own + 0.01) / (mean + 0.01) * mean)).max() < 1e-5
 
 
+def test_a_fixed_part_of_the_move_is_made_from_the_first_round_on():
+    method, c = signature_bias(fedit(), SIGNATURE, lr=0, warmup=0, start=0.5), cohort()
+    state = method.init(KEY, ADAPTER)
+    for t in range(2):
+        state, *_ = jit(rounds.make_round(method, loss_fn, SGD))(BASE, state, cohort(t), KEY)
+    sent = method.dispatch(BASE, state, c)
+    prior = lambda z: np.log(np.maximum(z.labels, 0) ** 2 + 0.01)
+    assert_near(sent.anchor.own, 0.5 * (prior(c.signatures) - prior(state.own.center)), 1e-5)
+
+
 def test_classes_have_no_names():
     method, z = signature_bias(fedit(), SIGNATURE), shares([[0.5, 0.3, 0.2]])
     state, order = state_of(method, center=jax.tree.map(lambda x: x[0], shares([[1 / 3] * 3]))), np.array([2, 0, 1])
@@ -157,6 +167,8 @@ def test_signatures_without_labels_and_models_without_a_bias_are_refused():
         signature_bias(fedit(), label_free(SIGNATURE))
     with pytest.raises(ValueError, match="at least 0, got -1"):
         signature_bias(fedit(), SIGNATURE, lr=-1)
+    with pytest.raises(ValueError, match=r"above -1 and below 1 .* got 1"):
+        signature_bias(fedit(), SIGNATURE, start=1)
     bare = lora.new(KEY, BASE, 2, targets="blocks/kernel")
     with pytest.raises(ValueError, match="add the head's bias"):
         signature_bias(fedit(), SIGNATURE).init(KEY, bare)

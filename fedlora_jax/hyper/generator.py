@@ -64,7 +64,7 @@ def init(key: Array, adapter: Adapter, like: Signature, form: Form, scale: float
     key_network, key_bases = jax.random.split(key)
     z = jnp.zeros((*at[0].layers, like.flat().shape[-1]))
     bases = {p.name: _bases(jax.random.fold_in(key_bases, p.number), flat[p.name], form, scale) for p in at}
-    prior = no_prior() if _biases(flat, like) else ()
+    prior = jnp.zeros(()) if _biases(flat, like) else ()
     return Generator(_network(form, rank).init(key_network, z, at[0]), bases, prior)
 
 
@@ -87,11 +87,6 @@ def generate(g: Generator, signatures: Signature, center: Signature, adapter: Ad
     for place in places(adapter):
         rows[place.name] = _low_rank(g, both.flat(), flat[place.name], place, form)
     return unflatten(rows)
-
-
-def no_prior() -> Array:
-    """``t`` with which nothing is added to a bias."""
-    return jnp.zeros(())
 
 
 def class_shifts(t: Array, signatures: Signature, center: Signature) -> Array:

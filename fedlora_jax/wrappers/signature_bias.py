@@ -45,27 +45,30 @@ class SignatureBiasState(NamedTuple):
     round: Array
 
 
-def signature_bias(inner: Method, signature: Signature, lr: float = 0.1, warmup: int = 3) -> Method:
-    """A generated class bias beside the models of ``inner``; ``lr = 0`` is ``inner``.
+def signature_bias(inner: Method, signature: Signature, lr: float = 0.1, warmup: int = 3, start: float = 0.0) -> Method:
+    """A generated class bias beside the models of ``inner``; with ``lr = 0`` and ``start = 0`` it is ``inner``.
 
     Args:
       inner: a method whose clients train the bias of their head.
       signature: one client's, only its shapes are read.
       lr: of t (AdamW, weight decay 1e-4; the gradient is cut to 1).
       warmup: rounds before t learns.
+      start: ``tanh(t)`` in the first round; with ``lr = 0`` in all of them, logit adjustment without learning.
 
     Raises:
-      ValueError: lr or warmup below 0; signatures that say nothing of labels; (when a round is traced) a model without
-        one bias of its classes that is trained in full.
+      ValueError: lr or warmup below 0, start not between -1 and 1; signatures that say nothing of labels; (when a round
+        is traced) a model without one bias of its classes that is trained in full.
     """
     if (known(lr) and lr < 0) or warmup < 0:
         raise ValueError(f"signature_bias: lr and warmup must be at least 0, got {lr} and {warmup}")
+    if known(start) and not -1 < start < 1:
+        raise ValueError(f"signature_bias: start must be above -1 and below 1 (the limit of tanh), got {start}")
     classes = tells_of_labels("signature_bias", signature).labels.shape[-1]
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=1e-4))
 
     def init(key, state, adapter):
         class_bias("signature_bias", adapter, classes)
-        t = generator.no_prior()
+        t = jnp.arctanh(jnp.asarray(start, float))
         return SignatureBiasState(t, tx.init(t), signatures.nobody(signature), jnp.zeros((), jnp.int32))
 
     def tell(own, cohort, sent):
