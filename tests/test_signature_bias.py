@@ -67,6 +67,7 @@ def test_a_fixed_part_of_the_move_is_made_from_the_first_round_on():
     sent = method.dispatch(BASE, state, c)
     prior = lambda z: np.log(np.maximum(z.labels, 0) ** 2 + 0.01)
     assert_near(sent.anchor.own, 0.5 * (prior(c.signatures) - prior(state.own.center)), 1e-5)
+    assert_near(method.report(state)["prior"], 0.5, 1e-6)
 
 
 def test_classes_have_no_names():

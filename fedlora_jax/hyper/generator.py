@@ -92,7 +92,12 @@ def generate(g: Generator, signatures: Signature, center: Signature, adapter: Ad
 def class_shifts(t: Array, signatures: Signature, center: Signature) -> Array:
     """``[C, classes]`` what a bias gets: ``tanh(t)`` of the log share of its class, beyond the mean client's."""
     prior = lambda z: jnp.log(jnp.maximum(z.labels, 0) ** 2 + EPSILON)  # noise makes roots of shares negative
-    return jnp.tanh(t) * (prior(signatures) - prior(center))
+    return part(t) * (prior(signatures) - prior(center))
+
+
+def part(t: Array | tuple[()]) -> Array:
+    """How much of the move to a client's shares is made, above -1 and below 1; none without a ``t``."""
+    return jnp.zeros(()) if isinstance(t, tuple) else jnp.tanh(t)
 
 
 def _with(signatures: Signature, center: Signature) -> Signature:

@@ -149,7 +149,8 @@ def hyperlora(
 
     def report(state):
         rows = generator.generate(state.theta.generator, state.last.signatures, state.center, state.adapter, form)
-        return _gates(state.theta, state.last) | {"personal_start": _spread(rows, state.adapter)}
+        apart = {"personal_start": _spread(rows, state.adapter), "prior": generator.part(state.theta.generator.prior)}
+        return _gates(state.theta, state.last) | apart
 
     def traffic(own, cohort):
         gradient = () if mode in ("displacement", "frozen") else own
