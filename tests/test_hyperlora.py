@@ -364,7 +364,7 @@ def test_the_heads_bias_is_generated_class_by_class(x64):
     """``tanh(t)`` of the move from the mean's log shares to the client's; who says nothing of labels gets none."""
     g, z, x = learned().generator, doubles(cohort().signatures), nudged(doubles(ADAPTER))
     bias = host(generate(g, z, center(), x, "mix")["head"]["bias"]) - x["head"]["bias"]
-    prior = lambda z: np.log(np.maximum(np.asarray(z.labels), 0) ** 2 + 0.01)
+    prior = lambda z: np.log(np.maximum(np.asarray(z.labels), 0) ** 2 + generator.EPSILON)
     assert norm(bias) > 1e-2
     assert_near(bias, np.tanh(np.asarray(g.prior)) * (prior(z) - prior(center())), 1e-10)
     quiet = generator.init(KEY, x, sig.label_free(SIGNATURE), "mix")

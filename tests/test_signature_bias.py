@@ -9,6 +9,7 @@ from helpers import ADAPTER, BASE, CLASSES, CLIENTS, KEY, SIGNATURE, assert_near
 
 from fedlora_jax import lora, rounds
 from fedlora_jax.hyper import generator
+from fedlora_jax.hyper.generator import EPSILON
 from fedlora_jax.method import models
 from fedlora_jax.methods.ditto import ditto
 from fedlora_jax.methods.fedit import fedit
@@ -39,7 +40,8 @@ def test_every_class_is_shifted_by_a_part_of_the_move_to_the_clients_shares():
     state = state_of(method)
     c = cohort(clients=2)._replace(signatures=z)
     sent = method.dispatch(BASE, state, c)
-    by_hand = np.tanh(0.7) * (np.log(np.array(rows) + 0.01) - np.log(np.array([0.4, 0.4, 0.2]) + 0.01))
+    prior = lambda shares: np.log(np.array(shares) + EPSILON)
+    by_hand = np.tanh(0.7) * (prior(rows) - prior([0.4, 0.4, 0.2]))
     assert_near(sent.anchor.own, by_hand, 1e-5)
     served, bare = (lora.flatten(x)["head/bias"] for x in (models(method, sent), sent.adapter))
     assert_near(served - bare, by_hand, 1e-5)
@@ -49,25 +51,25 @@ def test_every_class_is_shifted_by_a_part_of_the_move_to_the_clients_shares():
 
 
 def test_all_of_the_move_makes_a_calibrated_model_a_bayes_classifier():
-    """With ``p(y|x)`` right under the mean client's shares, the shifted model is right under the client's own."""
+    """With ``p(y|x)`` right under the mean client's shares, the shifted model is right under the client's own; both
+    counted with EPSILON more of each class."""
     rng = np.random.default_rng(0)
-    likelihood, (mean, own) = rng.dirichlet(np.ones(CLASSES), 50), rng.dirichlet(np.full(CLASSES, 5.0), 2)
-    posterior = lambda shares: likelihood * shares / (likelihood * shares).sum(-1, keepdims=True)
+    likelihood, (mean, own) = rng.dirichlet(np.ones(CLASSES), 50), rng.dirichlet(np.ones(CLASSES), 2)
+    normal = lambda x: x / x.sum(-1, keepdims=True)
+    posterior = lambda shares: normal(likelihood * (shares + EPSILON))
     (shift,) = generator.class_shifts(jnp.float32(20.0), shares([own]), jax.tree.map(lambda x: x[0], shares([mean])))
-    moved = posterior(mean) * np.exp(np.asarray(shift))
-    exact = moved / moved.sum(-1, keepdims=True)
-    assert np.abs(exact - posterior((own + 0.01) / (mean + 0.01) * mean)).max() < 1e-5
+    assert_near(normal(posterior(mean) * np.exp(shift)), posterior(own), 1e-5)
 
 
 def test_a_fixed_part_of_the_move_is_made_from_the_first_round_on():
     method, c = signature_bias(fedit(), SIGNATURE, lr=0, warmup=0, start=0.5), cohort()
-    state = method.init(KEY, ADAPTER)
-    for t in range(2):
-        state, *_ = jit(rounds.make_round(method, loss_fn, SGD))(BASE, state, cohort(t), KEY)
-    sent = method.dispatch(BASE, state, c)
-    prior = lambda z: np.log(np.maximum(z.labels, 0) ** 2 + 0.01)
-    assert_near(sent.anchor.own, 0.5 * (prior(c.signatures) - prior(state.own.center)), 1e-5)
-    assert_near(method.report(state)["prior"], 0.5, 1e-6)
+    round_fn, state = jit(rounds.make_round(method, loss_fn, SGD)), method.init(KEY, ADAPTER)
+    prior = lambda z: np.log(np.maximum(z.labels, 0) ** 2 + EPSILON)
+    for t in range(3):
+        sent = method.dispatch(BASE, state, c)
+        assert_near(sent.anchor.own, 0.5 * (prior(c.signatures) - prior(state.own.center)), 1e-5)
+        assert_near(method.report(state)["prior"], 0.5, 1e-6)
+        state, *_ = round_fn(BASE, state, cohort(t), KEY)
 
 
 def test_classes_have_no_names():

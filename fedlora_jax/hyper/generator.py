@@ -31,7 +31,7 @@ from fedlora_jax.signatures import Signature
 
 Form = Literal["mix", "bases"]
 BASES = 4
-EPSILON = 0.01  # the share up to which a class counts as absent
+EPSILON = 0.01  # added to shares: far below it a class counts as absent, and its logarithm stays finite
 
 
 class Generator(NamedTuple):

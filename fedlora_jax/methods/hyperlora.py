@@ -149,8 +149,8 @@ def hyperlora(
 
     def report(state):
         rows = generator.generate(state.theta.generator, state.last.signatures, state.center, state.adapter, form)
-        apart = {"personal_start": _spread(rows, state.adapter), "prior": generator.part(state.theta.generator.prior)}
-        return _gates(state.theta, state.last) | apart
+        of_g = {"personal_start": _spread(rows, state.adapter), "prior": generator.part(state.theta.generator.prior)}
+        return of_g | _gates(state.theta, state.last)
 
     def traffic(own, cohort):
         gradient = () if mode in ("displacement", "frozen") else own

@@ -53,7 +53,8 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.1, warmup:
       signature: one client's, only its shapes are read.
       lr: of t (AdamW, weight decay 1e-4; the gradient is cut to 1).
       warmup: rounds before t learns.
-      start: ``tanh(t)`` in the first round; with ``lr = 0`` in all of them, logit adjustment without learning.
+      start: ``tanh(t)`` before anything is learned; with ``lr = 0`` logit adjustment by a fixed part. In the first
+        round no mean client is known yet, and shifts are a part of the log shares themselves.
 
     Raises:
       ValueError: lr or warmup below 0, start not between -1 and 1; signatures that say nothing of labels; (when a round
