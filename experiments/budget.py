@@ -10,12 +10,15 @@ For every method and every budget ``E`` (local steps of a round):
 What is charged: ``passes`` per client and round, one for the forward and backward computation of one batch: ``E`` for
 the local steps, one for each gradient on examples kept apart, and what differentiating through local steps adds
 (``exact``: a further backward pass of each step, and with several steps its computation anew).
+
+Every method at every budget is on disk as soon as it is known: ``--resume`` goes on, with the same methods or more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,6 +43,7 @@ from fedlora_jax.method import Method, average_client, models
 from fedlora_jax.rounds import Run
 
 TAUS = (0, 1, 2, 5, 10)
+FILE = "budget.json"
 GROUPS = {"training_clients": "clients that train", "unseen_clients": "clients never seen"}
 SHARE = 0.25  # of the training images: what learning rates are chosen on
 
@@ -69,10 +73,15 @@ class Plan:
         mesh_of(config.devices)
         self.config = config
         self.folder = Path(config.out or f"runs/budget-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-        record.check_folder(self.folder, resume=False)
+        record.check_folder(self.folder, config.resume, FILE)
+        if config.resume:  # with the same methods and budgets, others or more
+            same = {key: value for key, value in config.identity().items() if key not in ("methods", "budgets")}
+            record.check_same(self.folder, "config", same, FILE)
         validation = dataclasses.replace(config, validation=SHARE, seeds=config.tuning_seeds)
         accept = partial(acceptable, config)
         self.problems = {"test": problem.build(config, accept), "validation": problem.build(validation, accept)}
+        if config.resume:
+            record.check_same(self.folder, "record", self.problems["test"].record, FILE)
         self.about = {
             "command": "budget",
             "config": config.identity(),
@@ -84,16 +93,18 @@ class Plan:
         self.built = {name: methods.build(name, **facts) for name in config.methods}
 
     def execute(self) -> Path:
-        config, entries = self.config, []
+        entries = json.loads((self.folder / FILE).read_text())["entries"] if self.config.resume else []
+        done = {(e["method"], e["steps"]) for e in entries}
+        cells = [(name, steps) for name in self.config.methods for steps in self.config.budgets]
+        left = [cell for cell in cells if cell not in done]
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(config.methods) * sum(config.budgets), unit="step", dynamic_ncols=True) as bar:
-            for name in config.methods:
-                for steps in config.budgets:
-                    bar.set_description(f"{name}, {steps} local steps")
-                    entries.append(self._entry(name, steps))
-                    self._write(entries)
-                    bar.update(steps)
-        print(f"\n{table(self._result(entries))}\n\n{self.folder / 'budget.json'}")
+        with tqdm(total=sum(steps for _, steps in left), unit="step", dynamic_ncols=True) as bar:
+            for name, steps in left:
+                bar.set_description(f"{name}, {steps} local steps")
+                entries.append(self._entry(name, steps))
+                self._write(entries)
+                bar.update(steps)
+        print(f"\n{table(self._result(entries))}\n\n{self.folder / FILE}")
         return self.folder
 
     def _entry(self, name: str, steps: int) -> dict[str, Any]:
@@ -114,7 +125,7 @@ class Plan:
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
         result = self._result(entries)
-        record.write_json(self.folder / "budget.json", result)
+        record.write_json(self.folder / FILE, result)
         for name, figure in budget_figures.draw(result).items():
             record.write_atomically(self.folder / f"{name}.png", png(figure))
 

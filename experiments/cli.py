@@ -74,7 +74,7 @@ _LEFT_OUT = {
     | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
     | {"signature", "theta"},
     "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META,
-    "budget": {"resume", "checkpoint_every", "dry_run", "local_steps", "lr", "validation", "vary"} | _META,
+    "budget": {"checkpoint_every", "dry_run", "local_steps", "lr", "validation", "vary"} | _META,
     "meta": (_TUNED - _META) | _RECORDED | {"devices", "seeds_at_once"},
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }

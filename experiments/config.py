@@ -73,7 +73,7 @@ class Config:
         None, "a METHOD.theta.npz of an earlier run: what the method learned there, to start from (or mode=frozen)"
     )
     out: str | None = option(None, "folder to write (default: runs/ and the time)")
-    resume: bool = option(False, "go on with the run in --out from its last checkpoint")
+    resume: bool = option(False, "go on with the run in --out; what it has finished is kept")
     dry_run: bool = option(False, "say what the run would need (memory, traffic, arithmetic, time) and write nothing")
 
     budgets: tuple[int, ...] = option(
@@ -89,7 +89,7 @@ class Config:
     )
     unroll: int = option(2, "rounds that a meta-step differentiates through")
     meta_lr: float = option(0.003, "learning rate of a meta-step (Adam)")
-    tuning_seeds: tuple[int, ...] = option((100, 101), "seeds of the runs that choose the learning rate")
+    tuning_seeds: tuple[int, ...] = option((100, 101, 102), "seeds of the runs that choose the learning rate")
 
     def identity(self) -> dict[str, Any]:
         """What decides the results: everything but where they are written and how fast they are computed."""

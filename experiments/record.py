@@ -43,11 +43,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def check_folder(folder: Path, resume: bool) -> None:
-    """Refuse a folder that cannot be written, holds something else, or has nothing to resume."""
+def check_folder(folder: Path, resume: bool, file: str = "config.json") -> None:
+    """Refuse a folder that cannot be written, holds something else, or has nothing to resume (no ``file``)."""
     if resume:
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"nothing to resume in {folder}: it has no config.json")
+        if not (folder / file).is_file():
+            raise ValueError(f"nothing to resume in {folder}: it has no {file}")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: use --resume to go on with it, or another --out")
     parent = folder
@@ -59,12 +59,12 @@ def check_folder(folder: Path, resume: bool) -> None:
         )
 
 
-def check_same(folder: Path, part: str, values: dict[str, Any]) -> None:
+def check_same(folder: Path, part: str, values: dict[str, Any], file: str = "config.json") -> None:
     """Refuse to resume a run whose ``config`` or ``record`` (what ``part`` names) differs."""
     try:
-        before = json.loads((folder / "config.json").read_text())[part]
+        before = json.loads((folder / file).read_text())[part]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot resume: {folder / 'config.json'} is not readable: {error}") from None
+        raise ValueError(f"cannot resume: {folder / file} is not readable: {error}") from None
     changed = [
         f"{key} was {_short(before.get(key))}, is {_short(value)}"
         for key, value in json.loads(json.dumps(values)).items()

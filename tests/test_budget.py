@@ -81,6 +81,33 @@ def test_validation_images_are_training_images():
     np.testing.assert_allclose(own.test.mean(), 0.25, atol=0.03)
 
 
+def test_a_budget_goes_on_where_it_was_cut_off_and_takes_more_methods(tmp_path, monkeypatch, capsys):
+    cells: list[tuple[str, int]] = []
+
+    def compute(plan: budget.Plan, name: str, steps: int) -> dict:
+        cells.append((name, steps))
+        if len(cells) == 2:
+            raise KeyboardInterrupt
+        return entry(name, steps, 0.8, 0.8)
+
+    def run(options: str) -> None:
+        same = f"--clients 6 --holdout-clients 2 --seeds 2 --tuning-seeds 7, --out {tmp_path / 'out'}"
+        monkeypatch.setattr(sys, "argv", ["experiments", "budget", *same.split(), *options.split()])
+        main()
+
+    monkeypatch.setattr(budget.Plan, "_entry", compute)
+    with pytest.raises(KeyboardInterrupt):
+        run("--methods fedit --budgets 1,5")
+    run("--methods fedit,hyperlora --budgets 1,5 --resume")
+    assert cells == [("fedit", 1), ("fedit", 5), ("fedit", 5), ("hyperlora", 1), ("hyperlora", 5)]
+    written = json.loads((tmp_path / "out" / "budget.json").read_text())["entries"]
+    assert [(e["method"], e["steps"]) for e in written] == [("fedit", 1), *cells[2:]]
+    for options, told in (("--local-steps 3", "unrecognized"), ("--rounds 3 --resume", "rounds was 10, is 3"), ("", "--resume")):
+        with pytest.raises(SystemExit):
+            run(f"--methods fedit --budgets 1,5 {options}")
+        assert told in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_a_small_experiment_from_the_command_line(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
