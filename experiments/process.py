@@ -6,10 +6,14 @@ when a process starts, hence the command line starts itself again with them; a p
 ``GLIBC_TUNABLES`` in its environment. What is already in the environment stays.
 
 A CPU counts as one device, whose cores share every operation; as several, each of which computes clients of its own.
+
+On a GPU temporaries are the device's, and one heap for all threads only holds up the many that compile; what takes the
+time there is trying Triton's kernels for every matrix product, which gain a few per cent of a round (docs/speed.md).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import sys
@@ -23,8 +27,9 @@ TUNABLES = {
     "hugetlb": 1,  # in pages of 2 MiB where the kernel has them
 }
 
-
-CPUS = "--xla_force_host_platform_device_count"  # of XLA_FLAGS: as how many devices a CPU counts
+# Of XLA_FLAGS:
+CPUS = "--xla_force_host_platform_device_count"  # as how many devices a CPU counts
+TRITON = "--xla_gpu_enable_triton_gemm"  # whether matrix products may be Triton's kernels, beside cuBLAS's
 
 
 def settle(devices: int = 1) -> None:
@@ -33,11 +38,27 @@ def settle(devices: int = 1) -> None:
     Args:
       devices: as how many a CPU counts, unless ``XLA_FLAGS`` says.
     """
-    if devices > 1 and CPUS not in (flags := os.environ.get("XLA_FLAGS", "")):
-        os.environ["XLA_FLAGS"] = f"{flags} {CPUS}={devices}".strip()
+    elsewhere = accelerated()
+    if devices > 1:
+        _flag(CPUS, devices)
+    if elsewhere:
+        _flag(TRITON, "false")
     caches = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "fedlora-jax"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))  # bytes; the longest unused goes first
-    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ and sys.orig_argv:
+    on_glibc = platform.libc_ver()[0] == "glibc"
+    if on_glibc and not elsewhere and "GLIBC_TUNABLES" not in os.environ and sys.orig_argv:
         tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": tunables})
+
+
+def accelerated() -> bool:
+    """Whether jax will look for an accelerator: a plugin for one is installed, and ``JAX_PLATFORMS`` leaves it in."""
+    plugins = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    return plugins and os.environ.get("JAX_PLATFORMS", "") != "cpu"
+
+
+def _flag(name: str, value: object) -> None:
+    """Add to ``XLA_FLAGS`` what they do not say."""
+    if name not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {name}={value}".strip()

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -53,3 +54,20 @@ def test_a_process_starts_itself_again_once_and_keeps_its_arguments():
     assert tuned.endswith("['a b', '--c']\n")
     assert all(f"glibc.malloc.{name}={value}" in tuned for name, value in process.TUNABLES.items())
     assert call(env | {"GLIBC_TUNABLES": ""}) == " ['a b', '--c']\n", "what the user has set stays"
+
+
+def test_where_a_plugin_for_an_accelerator_is_installed_it_gets_its_own_settings(tmp_path):
+    (tmp_path / "jax_plugins").mkdir()  # a namespace package, as jax's plugins make it
+    code = "import os; from experiments import process; process.settle(); import jax; jax.devices('cpu'); "
+    code += "print(process.accelerated(), os.environ.get('GLIBC_TUNABLES'), os.environ.get('XLA_FLAGS'))"
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])
+    plain = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "XLA_FLAGS", "JAX_PLATFORMS")}
+
+    def call(**env: str) -> str:
+        env = plain | {"PYTHONPATH": path} | env
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+
+    assert call() == "True None --xla_gpu_enable_triton_gemm=false\n"  # and XLA knows the flag
+    own = "--xla_gpu_enable_triton_gemm=true"
+    assert call(XLA_FLAGS=own) == f"True None {own}\n", "what the user has set stays"
+    assert call(JAX_PLATFORMS="cpu", GLIBC_TUNABLES="") == "False  None\n"

@@ -62,7 +62,7 @@ def run(options: Options) -> Iterator[Line]:
     made.call()
     product = ours.matmul(work)
     seconds = measure.timed(made.call)
-    peak = measure.rate(work.matmul, product)
+    peak = measure.rate(product)
     known = operations(made.program.as_text(), work.rank)
     spent: defaultdict[tuple[str, str], float] = defaultdict(float)
     flops: defaultdict[tuple[str, str], float] = defaultdict(float)

@@ -34,7 +34,7 @@ class Contender(NamedTuple):
 
     round: Callable[[], Any]  # runs one round to its end
     adapter: Callable[[Any], Arrays]  # the aggregated adapter of what ``round`` gave, named as in ``works.adapter``
-    matmul: Callable[[], None]  # one square product of side ``Work.matmul``, to its end
+    matmul: Callable[[], float]  # one square product of side ``works.product_side``, to its end; gives its FLOP
     about: dict[str, Any]  # versions, device, compile_seconds, and what else belongs on the line
     device_memory_mb: Callable[[], float | None] = lambda: None  # the peak, where the device has memory of its own
     clock: Callable[[Any], dict[str, Any]] = lambda out: {}  # its own measurements, where ``round`` does more
@@ -46,18 +46,18 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def rate(side: int, matmul: Callable[[], None], products: int = 5) -> float:
-    """FLOP/s of a square product, median."""
-    return 2 * side**3 / statistics.median(timed(matmul) for _ in range(products))
+def rate(matmul: Callable[[], float], products: int = 5) -> float:
+    """FLOP/s of a product, median."""
+    return matmul() / statistics.median(timed(matmul) for _ in range(products))
 
 
 def turn(work: Work, contender: Contender) -> dict[str, Any]:
     """One round between two measurements of the peak."""
-    before = rate(work.matmul, contender.matmul)
+    before = rate(contender.matmul)
     watch = machine.Watch()
     out = contender.round()
     measured = watch.read()
-    peak = (before + rate(work.matmul, contender.matmul)) / 2
+    peak = (before + rate(contender.matmul)) / 2
     adapter = contender.adapter(out)
     return {
         **measured,

@@ -31,7 +31,7 @@ class Work(NamedTuple):
     steps: int
     batch: int
     dtype: str = "float32"  # of the activations
-    matmul: int = 2048  # side of the square product whose rate is the peak
+    matmul: int = 2048  # side of the square product whose rate is a CPU's peak
     chunk: int | None = None  # clients at once where a run would take all and they do not fit
     lr: float = 0.1
     scale: float = 2.0
@@ -45,6 +45,8 @@ class Work(NamedTuple):
         return self.clients * self.steps * self.batch
 
 
+LONG = 8192  # side of a product that takes an accelerator much longer than to launch it
+
 WORKS = {
     work.name: work
     for work in (
@@ -52,7 +54,7 @@ WORKS = {
         Work("nano", 64, 4, 4, 128, 4, 16, 10, 4, 256, 10, 16),  # the built-in model on the built-in digits
         Work("tiny", 192, 12, 3, 768, 4, 32, 10, 8, 16, 5, 32),  # ViT-Ti on images like CIFAR's
         Work("learning", 192, 12, 3, 768, 4, 32, 10, 8, 32, 5, 8),  # ViT-Ti, more clients, smaller batches
-        Work("base", 768, 12, 12, 3072, 16, 224, 100, 16, 32, 4, 32, "bfloat16", 8192, 8),  # ViT-B/16, for a GPU
+        Work("base", 768, 12, 12, 3072, 16, 224, 100, 16, 32, 4, 32, "bfloat16", LONG, 8),  # ViT-B/16, for a GPU
     )
 }
 
@@ -61,6 +63,11 @@ def find(name: str) -> Work:
     if name not in WORKS:
         raise ValueError(f"unknown work {name!r}: expected one of {', '.join(WORKS)}")
     return WORKS[name]
+
+
+def product_side(work: Work, cpu: bool) -> int:
+    """Of the square product whose rate is the peak."""
+    return work.matmul if cpu else max(work.matmul, LONG)
 
 
 def weights(work: Work, seed: int = 0) -> Arrays:

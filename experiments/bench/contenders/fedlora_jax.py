@@ -147,10 +147,16 @@ def flat(adapter: Adapter) -> Arrays:
     return {name: np.asarray(x) for name, x in named.items()}
 
 
-def matmul(work: Work) -> Callable[[], None]:
-    x = jax.random.normal(jax.random.key(0), (work.matmul, work.matmul)).astype(work.dtype)
+def matmul(work: Work) -> Callable[[], float]:
+    """A square product, as ``Contender.matmul``."""
+    side = works.product_side(work, cpu=jax.default_backend() == "cpu")
+    x = jax.random.normal(jax.random.key(0), (side, side)).astype(work.dtype)
     product = jax.jit(jnp.matmul)
-    call = lambda: jax.block_until_ready(product(x, x))
+
+    def call() -> float:
+        jax.block_until_ready(product(x, x))
+        return 2.0 * side**3
+
     call()
     return call
 

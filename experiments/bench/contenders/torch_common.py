@@ -92,9 +92,15 @@ def finished(out: Any) -> Any:
     return out
 
 
-def matmul(work: Work) -> Callable[[], None]:
-    x = torch.randn(work.matmul, work.matmul, device=DEVICE, dtype=getattr(torch, work.dtype))
-    call = lambda: finished(x @ x)
+def matmul(work: Work) -> Callable[[], float]:
+    """A square product, as ``Contender.matmul``."""
+    side = works.product_side(work, cpu=not ON_GPU)
+    x = torch.randn(side, side, device=DEVICE, dtype=getattr(torch, work.dtype))
+
+    def call() -> float:
+        finished(x @ x)
+        return 2.0 * side**3
+
     call()
     return call
 
