@@ -33,8 +33,8 @@ from tqdm import tqdm
 from experiments import budget_figures, methods, problem, programs, record, summary
 from experiments.compare import acceptable, describe, facts_of
 from experiments.config import Config, check
-from experiments.figures import png
 from experiments.layout import divisor, mesh_of
+from experiments.look import png
 from experiments.problem import Clients, Problem, own_accuracy
 from experiments.programs import Arrays, Point, Scoring, Seed
 from fedlora_jax import rounds

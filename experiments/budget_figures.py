@@ -1,4 +1,4 @@
-"""The pictures of a budget experiment, from ``budget.json``; the look of ``figures.py``."""
+"""The pictures of a budget experiment, from ``budget.json``; the look of ``look.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from experiments.figures import Looks, dress, legend, looks_of, stroke
+from experiments.look import Looks, dress, legend, looks_of, stroke
 
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:

@@ -1,4 +1,4 @@
-"""The figures of a report: one fixed colour per method, in the order of the summary, safe for colour-blind readers.
+"""The figures of a report.
 
 Each function returns a ``Figure``, or ``None`` where the run has no data for it. Lines and bars are means over seeds,
 bands and whiskers 95 % t-intervals (none with one seed); accuracies are in per cent.
@@ -6,41 +6,34 @@ bands and whiskers 95 % t-intervals (none with one seed); accuracies are in per 
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from experiments import client_map
+from experiments.look import (
+    FAINT,
+    GREY,
+    LEGEND,
+    TITLE,
+    Looks,
+    colours,
+    dress,
+    legend,
+    looks_of,
+    new,
+    note,
+    plain,
+    stroke,
+)
 from experiments.summary import WINDOW, spread
 
-METHODS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")  # Okabe and Ito
-DOMAINS = ("#332288", "#DDCC77", "#117733", "#CC6677", "#88CCEE", "#882255", "#999933", "#AA4499", "#44AA99")  # Tol
-MARKERS, DASHES, HATCHES = "os^Dv<>P", ("-", "--", ":", "-."), ("", "///", "...", "xxx")
-GREY, FAINT = "#444444", "#f0f0f0"
 ROUNDING = 1e-4  # a bias share below this is float32 rounding
-_TITLE: dict[str, Any] = {"fontsize": 12, "weight": "bold"}
-_LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
 
-
-class Look(NamedTuple):
-    """How a method is drawn, in every figure."""
-
-    label: str
-    colour: str
-    marker: str
-    dash: str
-    hatch: str
-
-
-Looks = Mapping[str, Look]
 Rows = list[dict[str, Any]]
 Lines = dict[str, np.ndarray]  # of each method [4, points]: x, mean over seeds, ends of the interval
 
@@ -54,27 +47,11 @@ def draw(summary: dict[str, Any], rows: Rows, holdings: dict[str, Any]) -> dict[
         "domains": domains(looks, summary),
         "bias": bias(looks, rows),
         "clients": clients(looks, rows),
-        "map": client_map(looks, rows, holdings),
+        "map": client_map.picture(looks, rows, holdings),
         "traffic": traffic(looks, rows),
         "holdings": held(holdings),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names of classes may be in any script
-        figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def looks_of(summary: dict[str, Any]) -> dict[str, Look]:
-    looks = {}
-    for i, (name, entry) in enumerate(summary["methods"].items()):
-        turn, j = i // len(METHODS) % len(DASHES), i % len(METHODS)
-        looks[name] = Look(_plain(entry["about"]["name"], 32), METHODS[j], MARKERS[j], DASHES[turn], HATCHES[turn])
-    return looks
 
 
 def curves(looks: Looks, rows: Rows, target: float | None = None) -> Figure | None:
@@ -84,7 +61,7 @@ def curves(looks: Looks, rows: Rows, target: float | None = None) -> Figure | No
     figure, axes = _lines(looks, lines, "Global accuracy after each round", "round", "global accuracy (%)")
     if target is not None and axes.get_ylim()[1] > 100 * target:
         axes.axhline(100 * target, color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
-        _note(axes, f"target {100 * target:g} %", 0.01, 100 * target, ha="left", va="bottom")
+        note(axes, f"target {100 * target:g} %", 0.01, 100 * target, ha="left", va="bottom")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -112,8 +89,8 @@ def bias(looks: Looks, rows: Rows) -> Figure | None:
     top, logarithmic = every.max(), every.max() > 30 * every.min()
     floor = 10 ** np.floor(np.log10(every[every > 0].min()) - 0.5) if logarithmic else 0.0  # where zeros are drawn
     for name, line in lines.items():
-        note = " (exactly 0)" if line[1].max() == 0 else " (exact)" if line[1].max() < ROUNDING else ""
-        named[name] = looks[name]._replace(label=looks[name].label + note)
+        suffix = " (exactly 0)" if line[1].max() == 0 else " (exact)" if line[1].max() < ROUNDING else ""
+        named[name] = looks[name]._replace(label=looks[name].label + suffix)
         if logarithmic:  # an interval that reaches 0 has no place on the axis
             line[1] = np.maximum(line[1], floor)
             line[2:, line[2] <= floor] = np.nan
@@ -124,7 +101,7 @@ def bias(looks: Looks, rows: Rows) -> Figure | None:
         axes.set_yscale("log")
     if logarithmic and every.min() < ROUNDING:
         axes.axhspan(floor / 1.5, ROUNDING, color=FAINT, zorder=0)
-        _note(axes, "exact: only float32 rounding is left", 0.99, 0.8 * ROUNDING, ha="right", va="top")
+        note(axes, "exact: only float32 rounding is left", 0.99, 0.8 * ROUNDING, ha="right", va="top")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -142,7 +119,7 @@ def domains(looks: Looks, summary: dict[str, Any]) -> Figure | None:
     """The global model on each domain, the last five rounds; ``None`` with a single domain."""
     methods = summary["methods"]
     names = list(next(iter(methods.values()))["per_domain"])
-    groups = [(_plain(d, 16), {m: e["per_domain"][d]["last5"] for m, e in methods.items()}) for d in names]
+    groups = [(plain(d, 16), {m: e["per_domain"][d]["last5"] for m, e in methods.items()}) for d in names]
     title = f"Global model on each domain, mean of the last {WINDOW} rounds"
     return _bars(looks, groups, title, "accuracy (%)") if len(names) > 1 else None
 
@@ -155,7 +132,7 @@ def clients(looks: Looks, rows: Rows) -> Figure | None:
     if not values:
         return None
     figure = Figure((7.2, 4.3), 150, layout="constrained")
-    figure.suptitle("Accuracy of each training client after the final round", **_TITLE, x=0.015, ha="left")
+    figure.suptitle("Accuracy of each training client after the final round", **TITLE, x=0.015, ha="left")
     grid = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
     for axes, (title, own) in zip(grid, values.items(), strict=True):
         dress(axes, "", "clients of all seeds, worst to best (%)", "accuracy (%)" if axes is grid[0] else "")
@@ -169,57 +146,6 @@ def clients(looks: Looks, rows: Rows) -> Figure | None:
     return legend(figure, looks, looks)
 
 
-def client_map(looks: Looks, rows: Rows, holdings: dict[str, Any]) -> Figure | None:
-    """Every client of the first seed as a point, the nearer the more alike their models' subspaces after local steps.
-
-    The colour says what most of its images are (a domain, where there are several; a class or a superclass, where
-    there are not), the shape its cluster; clients that never train are hollow.
-    """
-    last = {row["method"]: row for row in rows if row["seed"] == holdings["seed"] and "client_positions" in row}
-    shown = [name for name in looks if name in last]
-    counts = np.asarray(holdings["counts"])  # [clients, domains, classes]
-    if not shown or not counts.sum():
-        return None
-    kinds, names = _kinds(counts, holdings)
-    own = _colours(len(names))
-    across = min(3, len(shown))
-    down = -(-len(shown) // across)
-    figure = Figure((7.2, 1.3 + 2.3 * down), 150, layout="constrained")
-    figure.suptitle("Clients by the subspaces of their models", **_TITLE, x=0.015, ha="left")
-    grid = figure.subplots(down, across, squeeze=False)
-    for axes in grid.flat[len(shown) :]:
-        axes.set_axis_off()
-    for axes, name in zip(grid.flat, shown, strict=False):
-        axes.set_title(looks[name].label, loc="left", fontsize=9)
-        axes.set(xticks=[], yticks=[])
-        axes.margins(0.1)
-        axes.spines[:].set_color("#dddddd")
-        for i, ((x, y), cluster) in enumerate(
-            zip(last[name]["client_positions"], last[name]["client_clusters"], strict=True)
-        ):
-            face = own[kinds[i]] if i < holdings["training"] else "none"
-            axes.scatter(x, y, 26, facecolor=face, edgecolor=own[kinds[i]], marker=MARKERS[cluster % len(MARKERS)])
-    present = sorted(set(kinds.tolist()))
-    figure.legend(handles=[Patch(color=own[j], label=_plain(names[j])) for j in present], **_LEGEND)
-    return figure
-
-
-def _kinds(counts: np.ndarray, holdings: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
-    """What most images of each client are, ``[clients]``, and what the kinds are called."""
-    if counts.shape[1] > 1:
-        return counts.sum(2).argmax(1), holdings["domains"]
-    by_class, above = counts.sum(1), holdings.get("superclasses")
-    if above is None:
-        return by_class.argmax(1), holdings["classes"]
-    groups = np.eye(max(above) + 1, dtype=int)[above]  # [classes, superclasses]
-    first = [holdings["classes"][above.index(j)] for j in range(groups.shape[1])]
-    return (by_class @ groups).argmax(1), [f"{name} ..." for name in first]
-
-
-def _colours(number: int) -> Any:
-    return DOMAINS if number <= len(DOMAINS) else matplotlib.colormaps["turbo"](np.linspace(0, 1, number))
-
-
 def held(holdings: dict[str, Any]) -> Figure | None:
     """Training images of each client by class (across) and domain (colour); the area of a dot is their number."""
     counts, names, training = np.asarray(holdings["counts"]), holdings["domains"], holdings["training"]
@@ -229,15 +155,15 @@ def held(holdings: dict[str, Any]) -> Figure | None:
     order = sorted(range(n), key=lambda i: (i >= training, counts[i].sum(1).argmax(), i))
     rings = counts[order].cumsum(1)  # [clients, domains, classes]: within one dot, the first domain innermost
     step = float(np.clip(9 / n, 0.02, 0.26))  # inches from one client to the next
-    figure, axes = _new("Who holds what", "class", "client", 2 + step * n)
-    colours = _colours(len(names))
+    figure, axes = new("Who holds what", "class", "client", 2 + step * n)
+    own = colours(len(names))
     widest = max(4, 68 * min(step, 5.4 / width))  # points
     for j in reversed(range(len(names))):
         y, x = np.nonzero(counts[order][:, j])
-        axes.scatter(x, y, np.maximum(1.5, widest**2 * rings[y, j, x] / rings.max()), color=colours[j], linewidths=0)
+        axes.scatter(x, y, np.maximum(1.5, widest**2 * rings[y, j, x] / rings.max()), color=own[j], linewidths=0)
     shown, classes = range(0, n, -(-n // 60)), range(0, width, -(-width // 40))
     labels = [f"{order[y]}, unseen" if order[y] >= training else f"{order[y]}" for y in shown]
-    texts = [_plain(holdings["classes"][c], 16) for c in classes]
+    texts = [plain(holdings["classes"][c], 16) for c in classes]
     font = 8 if n <= 40 else 6
     axes.set_yticks(shown, labels, fontsize=font)
     axes.set_xticks(classes, texts, fontsize=8, rotation=90 if sum(map(len, texts)) > 70 else 0)
@@ -254,7 +180,7 @@ def held(holdings: dict[str, Any]) -> Figure | None:
     axes.set_title(
         f"seed {holdings['seed']}; largest dot: {rings.max()} images{several}", loc="right", fontsize=8, color=GREY
     )
-    figure.legend(handles=[Patch(color=colours[j], label=_plain(d)) for j, d in enumerate(names)], **_LEGEND)
+    figure.legend(handles=[Patch(color=own[j], label=plain(d)) for j, d in enumerate(names)], **LEGEND)
     return figure
 
 
@@ -288,38 +214,8 @@ def _final(rows: Rows, method: str, key: str) -> np.ndarray:
     return 100 * np.sort(np.array(found, float))
 
 
-def _plain(text: str, limit: int = 24) -> str:
-    """A name as matplotlib is to show it: short, on one line, no formula, not hidden for a leading underscore."""
-    text = " ".join(str(text).split())
-    text = (text if len(text) <= limit else text[: limit - 1] + "…").replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
-
-
-def _new(title: str, x: str, y: str, height: float = 4.3) -> tuple[Figure, Axes]:
-    figure = Figure((7.2, height), 150, layout="constrained")
-    return figure, dress(figure.subplots(), title, x, y)
-
-
-def dress(axes: Axes, title: str, x: str, y: str) -> Axes:
-    axes.set_title(title, loc="left", **_TITLE)
-    axes.set_xlabel(x, fontsize=10)
-    axes.set_ylabel(y, fontsize=10)
-    axes.tick_params(labelsize=9)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
-
-
-def stroke(looks: Looks, name: str, points: int) -> dict[str, Any]:
-    """A line's style; where lines coincide their markers do not."""
-    look, every = looks[name], max(1, -(-points // 12), min(len(looks), points // 3))
-    style = {"color": look.colour, "marker": look.marker, "linestyle": look.dash, "linewidth": 1.7, "markersize": 4}
-    return style | {"markevery": (list(looks).index(name) % every, every)}
-
-
 def _lines(looks: Looks, lines: Lines, title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure, axes = _new(title, x, y)
+    figure, axes = new(title, x, y)
     for name, (at, mean, low, high) in lines.items():
         axes.plot(at, mean, **stroke(looks, name, len(mean)))
         axes.fill_between(at, low, high, color=looks[name].colour, alpha=0.13, linewidth=0)
@@ -333,7 +229,7 @@ def _bars(looks: Looks, groups: list[tuple[str, dict[str, Any]]], title: str, x:
     groups = [(label, own) for label, own in groups if any(s["mean"] is not None for s in own.values())]
     if not groups:
         return None
-    figure, axes = _new(title, x, "", 1.2 + len(groups) * (0.16 * len(looks) + 0.14))
+    figure, axes = new(title, x, "", 1.2 + len(groups) * (0.16 * len(looks) + 0.14))
     thick = 0.16 / (0.16 + 0.14 / len(looks)) / len(looks)
     for i, (name, look) in enumerate(looks.items()):
         for g, (_, own) in enumerate(groups):
@@ -348,14 +244,3 @@ def _bars(looks: Looks, groups: list[tuple[str, dict[str, Any]]], title: str, x:
     axes.set(xlim=(0, None), ylim=(len(groups) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
     return legend(figure, looks, looks, bars=True)
-
-
-def legend(figure: Figure, looks: Looks, names: Collection[str], bars: bool = False) -> Figure:
-    patch = lambda look: Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label)
-    line = lambda name: Line2D([], [], label=looks[name].label, **stroke(looks, name, 1))
-    figure.legend(handles=[patch(looks[name]) if bars else line(name) for name in names], **_LEGEND)
-    return figure
-
-
-def _note(axes: Axes, text: str, across: float, y: float, **more: Any) -> None:
-    axes.text(across, y, text, transform=axes.get_yaxis_transform(), fontsize=8, color=GREY, **more)

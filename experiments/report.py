@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures
+from experiments.look import png
 from experiments.record import write_atomically
 
 ACCURACIES = {
@@ -86,7 +87,7 @@ def write(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]], hol
     Returns:
       The path of ``report.html``.
     """
-    images = {name: figures.png(figure) for name, figure in figures.draw(summary, rows, holdings).items()}
+    images = {name: png(figure) for name, figure in figures.draw(summary, rows, holdings).items()}
     for name, image in images.items():
         write_atomically(folder / f"{name}.png", image)
     path = folder / "report.html"

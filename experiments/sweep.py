@@ -28,8 +28,8 @@ from tqdm import tqdm
 from experiments import methods, problem, programs, record, summary, sweep_figures
 from experiments.compare import acceptable, describe, facts_of
 from experiments.config import Config, check
-from experiments.figures import png
 from experiments.layout import layout, mesh_of
+from experiments.look import png
 from experiments.methods import Varied
 from experiments.programs import Arrays, Point, Scores, Scoring, Seed
 from experiments.rows import Rows

@@ -1,4 +1,4 @@
-"""The picture of a sweep, from its ``summary.json``; the look of ``figures.py``."""
+"""The picture of a sweep, from its ``summary.json``; the look of ``look.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from experiments.budget_figures import line
-from experiments.figures import dress, legend, looks_of
+from experiments.look import dress, legend, looks_of
 
 PANELS = {"global_accuracy": "global model", "personal_accuracy": "clients that train, as sent"}
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import client_map, figures
-from experiments.figures import client_map as picture
+from experiments import client_map
 
 PLANE = np.random.default_rng(0).normal(size=(7, 2))
 
@@ -38,14 +37,14 @@ def test_colours_are_domains_or_superclasses_or_classes():
     counts = np.zeros((2, 1, 4), int)
     counts[0, 0], counts[1, 0] = [3, 0, 2, 2], [0, 1, 0, 0]
     holdings = {"classes": list("abcd"), "superclasses": [0, 0, 1, 1]}
-    kinds, names = figures._kinds(counts, holdings)
+    kinds, names = client_map._kinds(counts, holdings)
     assert [names[k] for k in kinds] == ["c ...", "a ..."]
-    kinds, names = figures._kinds(counts, holdings | {"superclasses": None})
+    kinds, names = client_map._kinds(counts, holdings | {"superclasses": None})
     assert [names[k] for k in kinds] == ["a", "b"]
-    kinds, names = figures._kinds(np.stack([counts[:, 0], 2 * counts[:, 0]], 1), {"domains": ["x", "y"]})
+    kinds, names = client_map._kinds(np.stack([counts[:, 0], 2 * counts[:, 0]], 1), {"domains": ["x", "y"]})
     assert [names[k] for k in kinds] == ["y", "y"]
 
 
 def test_a_run_without_positions_has_no_map():
     holdings = {"counts": np.ones((1, 1, 1)), "seed": 0, "training": 1}
-    assert picture({}, [{"method": "fedit", "seed": 0}], holdings) is None
+    assert client_map.picture({}, [{"method": "fedit", "seed": 0}], holdings) is None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import figures, report
+from experiments.look import looks_of, png
 from experiments.summary import paired, summarise
 
 FIGURES = ("curves", "accuracies", "domains", "bias", "clients", "map", "traffic", "holdings")
@@ -204,7 +205,7 @@ def test_figures_without_data_are_left_out(tmp_path, seeds):
 
 
 def test_a_method_has_one_colour_and_colours_differ():
-    looks = figures.looks_of(make(names=[f"M{i}" for i in range(12)], seeds=1, rounds=1)[0])
+    looks = looks_of(make(names=[f"M{i}" for i in range(12)], seeds=1, rounds=1)[0])
     assert len({(look.colour, look.dash) for look in looks.values()}) == 12
     assert list(looks) == [f"m{i}" for i in range(12)]
 
@@ -218,7 +219,7 @@ def test_bias_of_any_size_is_drawn(share):
     summary, rows, _ = make()
     for row in rows:
         row["bias_share"] = share
-    figure = figures.bias(figures.looks_of(summary), rows)
+    figure = figures.bias(looks_of(summary), rows)
     assert figure is not None
-    assert figures.png(figure)
+    assert png(figure)
     assert figure.axes[0].get_yscale() == "linear"

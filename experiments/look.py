@@ -1,0 +1,98 @@
+"""How everything that is drawn looks: one fixed colour per method, in the order of the summary, safe for colour-blind
+readers; titles, axes, lines and legends alike in every picture.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+METHODS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")  # Okabe and Ito
+DOMAINS = ("#332288", "#DDCC77", "#117733", "#CC6677", "#88CCEE", "#882255", "#999933", "#AA4499", "#44AA99")  # Tol
+MARKERS, DASHES, HATCHES = "os^Dv<>P", ("-", "--", ":", "-."), ("", "///", "...", "xxx")
+GREY, FAINT = "#444444", "#f0f0f0"
+TITLE: dict[str, Any] = {"fontsize": 12, "weight": "bold"}
+LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
+
+
+class Look(NamedTuple):
+    """How a method is drawn, in every figure."""
+
+    label: str
+    colour: str
+    marker: str
+    dash: str
+    hatch: str
+
+
+Looks = Mapping[str, Look]
+
+
+def looks_of(summary: dict[str, Any]) -> dict[str, Look]:
+    looks = {}
+    for i, (name, entry) in enumerate(summary["methods"].items()):
+        turn, j = i // len(METHODS) % len(DASHES), i % len(METHODS)
+        looks[name] = Look(plain(entry["about"]["name"], 32), METHODS[j], MARKERS[j], DASHES[turn], HATCHES[turn])
+    return looks
+
+
+def new(title: str, x: str, y: str, height: float = 4.3) -> tuple[Figure, Axes]:
+    figure = Figure((7.2, height), 150, layout="constrained")
+    return figure, dress(figure.subplots(), title, x, y)
+
+
+def dress(axes: Axes, title: str, x: str, y: str) -> Axes:
+    axes.set_title(title, loc="left", **TITLE)
+    axes.set_xlabel(x, fontsize=10)
+    axes.set_ylabel(y, fontsize=10)
+    axes.tick_params(labelsize=9)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def stroke(looks: Looks, name: str, points: int) -> dict[str, Any]:
+    """A line's style; where lines coincide their markers do not."""
+    look, every = looks[name], max(1, -(-points // 12), min(len(looks), points // 3))
+    style = {"color": look.colour, "marker": look.marker, "linestyle": look.dash, "linewidth": 1.7, "markersize": 4}
+    return style | {"markevery": (list(looks).index(name) % every, every)}
+
+
+def legend(figure: Figure, looks: Looks, names: Collection[str], bars: bool = False) -> Figure:
+    patch = lambda look: Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label)
+    line = lambda name: Line2D([], [], label=looks[name].label, **stroke(looks, name, 1))
+    figure.legend(handles=[patch(looks[name]) if bars else line(name) for name in names], **LEGEND)
+    return figure
+
+
+def note(axes: Axes, text: str, across: float, y: float, **more: Any) -> None:
+    axes.text(across, y, text, transform=axes.get_yaxis_transform(), fontsize=8, color=GREY, **more)
+
+
+def colours(number: int) -> Any:
+    return DOMAINS if number <= len(DOMAINS) else matplotlib.colormaps["turbo"](np.linspace(0, 1, number))
+
+
+def plain(text: str, limit: int = 24) -> str:
+    """A name as matplotlib is to show it: short, on one line, no formula, not hidden for a leading underscore."""
+    text = " ".join(str(text).split())
+    text = (text if len(text) <= limit else text[: limit - 1] + "…").replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names of classes may be in any script
+        figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
