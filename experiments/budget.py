@@ -104,6 +104,7 @@ class Plan:
                 entries.append(self._entry(name, steps))
                 self._write(entries)
                 bar.update(steps)
+        self._write(entries)
         print(f"\n{table(self._result(entries))}\n\n{self.folder / FILE}")
         return self.folder
 
@@ -209,26 +210,30 @@ def served_at(entry: dict[str, Any], group: str) -> dict[str, Any]:
 def claims(entries: list[dict[str, Any]], factor: int = 5) -> list[dict[str, Any]]:
     """Every learned method against the best baseline, the one that validation prefers at its budget; paired by seed.
 
-    ``training``: ``E / factor`` local steps per round against the baseline's ``E``. ``serving``: trained with the same
-    ``E``, but used as sent, without any local step. ``needed`` is what the best baseline itself loses by the same
-    saving: where it is not clearly above 0, the pair shows nothing.
+    ``training``: ``E / factor`` local steps per round against the baseline's ``E``. ``sent``: the same, with the models
+    of both used as sent, and the baseline that validation prefers so. ``serving``: trained with the same ``E``, but
+    used as sent, without any local step. ``needed`` is what the best baseline itself loses by the same saving: where
+    it is not clearly above 0, the pair shows nothing.
     """
-    best: dict[int, dict[str, Any]] = {}
-    for e in entries:
-        if not _is_learned(e) and (e["steps"] not in best or _preference(e) > _preference(best[e["steps"]])):
-            best[e["steps"]] = e
+    baselines = [e for e in entries if not _is_learned(e)]
+    budgets = {e["steps"] for e in baselines}
+    best, sent = (
+        {steps: max((e for e in baselines if e["steps"] == steps), key=prefer) for steps in budgets}
+        for prefer in (_preference, _preference_as_sent)
+    )
     out = []
     for e in filter(_is_learned, entries):
-        steps = e["steps"]
+        steps, more = e["steps"], factor * e["steps"]
         for group in GROUPS:
-            if {steps, factor * steps} <= set(best):
-                full = best[factor * steps]
-                pair = (served_at(x, group) for x in (e, full, best[steps]))
-                out.append({"kind": "training", "baseline_steps": factor * steps, **_claim(e, full, group, *pair)})
-            if steps in best:
-                full = best[steps]
-                pair = (e[group]["0"], served_at(full, group), full[group]["0"])
-                out.append({"kind": "serving", "baseline_steps": steps, **_claim(e, full, group, *pair)})
+            as_sent = lambda x, group=group: x[group]["0"]
+            if {steps, more} <= budgets:
+                pair = (served_at(x, group) for x in (e, best[more], best[steps]))
+                out.append({"kind": "training", "baseline_steps": more, **_claim(e, best[more], group, *pair)})
+                pair = map(as_sent, (e, sent[more], sent[steps]))
+                out.append({"kind": "sent", "baseline_steps": more, **_claim(e, sent[more], group, *pair)})
+            if steps in budgets:
+                pair = (as_sent(e), served_at(best[steps], group), as_sent(best[steps]))
+                out.append({"kind": "serving", "baseline_steps": steps, **_claim(e, best[steps], group, *pair)})
     return out
 
 
@@ -252,6 +257,10 @@ def _is_learned(entry: dict[str, Any]) -> bool:
 
 def _preference(entry: dict[str, Any]) -> float:
     return max(v["accuracy"] for v in entry["validation"])
+
+
+def _preference_as_sent(entry: dict[str, Any]) -> float:
+    return next(v["accuracy"] for v in entry["validation"] if (v["lr"], v["tau"]) == (entry["lr"], 0))
 
 
 def to_target(entry: dict[str, Any], target: float) -> tuple[int, float] | None:
@@ -287,8 +296,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _sentence(c: dict[str, Any]) -> str:
-    own = f"{c['steps']} steps per round" if c["kind"] == "training" else f"{c['steps']}, used as sent"
+    how = {"training": "", "sent": ", both used as sent", "serving": ", used as sent"}[c["kind"]]
     return (
-        f"{c['method']} ({own}) against {c['baseline']} ({c['baseline_steps']}), {GROUPS[c['group']]}: "
+        f"{c['method']} ({c['steps']} steps per round{how}) against {c['baseline']} ({c['baseline_steps']}), "
+        f"{GROUPS[c['group']]}: "
         f"{summary.percent(c['difference'], signed=True)}; the baseline itself loses {summary.percent(c['needed'])}"
     )

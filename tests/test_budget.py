@@ -19,11 +19,12 @@ TAUS = ("0", "1", "2", "5", "10")
 def entry(method: str, steps: int, accuracy: float, validation: float, tau: int = 0) -> dict:
     rng = np.random.default_rng(steps)
     seeds = accuracy + 0.01 * rng.normal(size=4)
+    scores = {0: validation - 0.02 * (tau > 0), tau: validation}  # steps of their own help who takes them
     curve = {t: summary.spread((seeds + 0.001 * int(t)).tolist()) for t in TAUS}
     return {
         "method": method, "about": {"name": method, "arxiv": ""}, "steps": steps, "lr": 0.1, "tau": tau,
         "passes": steps,
-        "validation": [{"lr": 0.1, "tau": tau, "accuracy": validation}], "training_clients": curve,
+        "validation": [{"lr": 0.1, "tau": t, "accuracy": a} for t, a in scores.items()], "training_clients": curve,
         "unseen_clients": curve, "rounds": [1, 2], "personal_by_round": [[0.5, accuracy]] * 4,
         "global_by_round": [[0.5, accuracy]] * 4, "global": summary.spread(seeds.tolist()),
     }  # fmt: skip
@@ -45,6 +46,10 @@ def test_a_claim_compares_with_the_baseline_that_validation_prefers():
     own, other, less = (np.array(budget.served_at(ENTRIES[i], "training_clients")["seeds"]) for i in (4, 1, 0))
     np.testing.assert_allclose(claims[0]["difference"]["seeds"], own - other)
     np.testing.assert_allclose(claims[0]["needed"]["seeds"], other - less)
+    sent = next(c for c in budget.claims(ENTRIES) if c["kind"] == "sent")
+    assert (sent["steps"], sent["baseline"], sent["baseline_steps"]) == (1, "flexlora", 5)  # 0.80 as sent, fedit 0.79
+    own, theirs = (np.array(ENTRIES[i]["training_clients"]["0"]["seeds"]) for i in (4, 3))
+    np.testing.assert_allclose(sent["difference"]["seeds"], own - theirs)
     serving = [c for c in budget.claims(ENTRIES) if c["kind"] == "serving" and c["steps"] == 5]
     own = np.array(ENTRIES[5]["training_clients"]["0"]["seeds"])
     np.testing.assert_allclose(serving[0]["difference"]["seeds"], own - other)
