@@ -1,6 +1,4 @@
-"""HyperLoRA's parts are neutral at the start, blind to order and gauge, and learn along the exact gradient."""
-
-import functools
+"""HyperLoRA's parts are neutral at the start and blind to order and gauge; what does not fit is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,6 @@ from helpers import (
     BASE,
     CLIENTS,
     KEY,
-    METHODS,
     OPTIMIZER,
     RANK,
     SCALE,
@@ -24,18 +21,30 @@ from helpers import (
     cohort,
     compiled,
     copies,
-    dense,
     dispatched,
     effective,
     host,
-    is_float,
     jit,
     loss_fn,
-    normalised,
     nudged,
-    problem,
     replaced,
     take,
+)
+from hyperlora_helpers import (
+    FORMS,
+    KERNELS,
+    center,
+    doubles,
+    flat,
+    generate,
+    learned,
+    learner,
+    means,
+    neutral,
+    product,
+    products,
+    synthesize,
+    uploads,
 )
 from numpy.linalg import norm
 
@@ -46,69 +55,7 @@ from fedlora_jax.hyper.synthesizer import Uploads
 from fedlora_jax.lora import LoRA
 from fedlora_jax.method import average_client
 from fedlora_jax.methods import hyperlora as module
-from fedlora_jax.methods.hyperlora import Theta, aggregated, hyperlora
-from fedlora_jax.signatures import Signature
-
-KERNELS = ["blocks/kernel", "mix/kernel"]
-FORMS = ["mix", "bases"]
-generate = jit(generator.generate, static_argnames="form")
-synthesize = jit(aggregated)
-
-
-learner = METHODS["hyperlora"]
-
-
-def doubles(tree):
-    """The tree in float64 where that is enabled."""
-    return jax.tree.map(lambda x: array(np.asarray(x, float)) if is_float(x) else x, host(tree))
-
-
-@functools.partial(jit, static_argnums=0)
-def _init(form) -> Theta:
-    keys = jax.random.split(jax.random.key(0), 3)
-    return Theta(
-        generator.init(keys[0], ADAPTER, SIGNATURE, form),
-        synthesizer.init(keys[1], ADAPTER, SIGNATURE),
-        corrector.init(keys[2], ADAPTER, SIGNATURE),
-    )
-
-
-def neutral(form="mix") -> Theta:
-    return doubles(_init(form))
-
-
-def learned(form="mix") -> Theta:
-    """Parameters as if trained: nothing is zero."""
-    theta = nudged(neutral(form), 3, 0.05)
-    steps, gains = nudged(theta.synthesizer.steps, 4), nudged(theta.synthesizer.gains, 5)
-    return theta._replace(synthesizer=theta.synthesizer._replace(steps=steps, gains=gains))
-
-
-def center() -> Signature:
-    return doubles(take(cohort(9).signatures, 0))
-
-
-def uploads(seed=0, clients=CLIENTS) -> Uploads:
-    """A round's uploads from clients around one adapter that is not zero anywhere."""
-    c, previous = normalised(cohort(seed, clients)), nudged(doubles(ADAPTER), seed)
-    received = nudged(copies(previous, clients), seed + 1)
-    return Uploads(received, c.weights, c.signatures, previous)
-
-
-def products(adapter) -> dict[str, np.ndarray]:
-    return {name: product(lora.flatten(adapter)[name]) for name in KERNELS}
-
-
-def product(x: LoRA) -> np.ndarray:
-    return x.scale * dense(x)
-
-
-def means(x: Uploads) -> dict[str, np.ndarray]:
-    return {name: np.tensordot(np.float64(x.weights), m, 1) for name, m in products(x.received).items()}
-
-
-def flat(tree) -> np.ndarray:
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+from fedlora_jax.methods.hyperlora import Theta, hyperlora
 
 
 def truncated(m: np.ndarray, gain=lambda n: 1) -> np.ndarray:
@@ -373,166 +320,6 @@ def test_the_heads_bias_is_generated_class_by_class(x64):
     assert_near(rows["head"]["bias"], copies(x["head"]["bias"]), 0)
 
 
-# --- learning
-
-
-def meta_gradient(meta) -> Theta:
-    """The gradient of the first learning step, read off the first moments of Adam."""
-    moments = {jax.tree_util.keystr(path): mu for path, mu in optax.tree_utils.tree_get_all_with_path(meta, "mu")}
-    at = lambda name: host(next(mu for path, mu in moments.items() if name in path))
-    part = lambda name: jax.tree.map(lambda mu: mu / 0.1, at(name))
-    low, prior, networks, numbers = map(part, ("generator", "prior", "networks", "numbers"))
-    s, c = networks.synthesizer, networks.corrector
-    return Theta(low.generator._replace(prior=prior.generator.prior), s._replace(steps=numbers.synthesizer.steps), c)
-
-
-def _problem64():
-    return problem().base, learned(), uploads(2), normalised(cohort(1, steps=1))
-
-
-def states(method, theta, last):
-    state = doubles(begin(method.init, jax.random.key(1)))
-    return state._replace(theta=theta, last=last, adapter=synthesize(theta, last), center=center())
-
-
-def learn_once(mode: str, lr: float, c, base, theta, last):
-    """The meta-gradient of one round in a mode, through ``make_round``."""
-    method = hyperlora(CLIENTS, SIGNATURE, mode, warmup=0, query=3)
-    round_fn = rounds.make_round(method, loss_fn, optax.sgd(lr))
-    state, _, _ = jit(round_fn)(base, states(method, theta, last), c, KEY)
-    return meta_gradient(state.meta)
-
-
-def phi(theta, last, signatures):
-    return generator.generate(theta.generator, signatures, center(), aggregated(theta, last), "mix")
-
-
-def test_displacement_is_the_exact_gradient_for_one_step_of_sgd(x64):
-    """d/dtheta of sum_c p_c L_c(start of c), in generator, synthesizer and corrector: from uploads alone."""
-    lr, (base, theta, last, c) = 0.05, _problem64()
-    got = learn_once("displacement", lr, c, base, theta, last)
-
-    def losses(adapters):
-        """Each client's loss at its start, on the batch and with the key of its only step."""
-        own = jax.vmap(lambda id_: jax.random.fold_in(jax.random.fold_in(KEY, id_), 0))(c.ids)
-        return jax.vmap(loss_fn, (None, 0, 0, 0))(base, adapters, take(c.batches, (slice(None), 0)), own)
-
-    exact = jit(jax.grad(lambda theta: lr * c.weights @ losses(phi(theta, last, c.signatures))))(theta)
-    assert norm(flat(exact)) < 1  # else it would have been clipped
-    for field in Theta._fields:
-        x, y = flat(getattr(got, field)), flat(getattr(exact, field))
-        assert norm(y) > 1e-8, field
-        assert_near(x, y, 1e-6)
-
-
-def unrolled(theta, lr, c, base, last):
-    """sum_c p_c L_c(query after the local steps), written with a Python loop."""
-
-    def one(start, batches, query, id_):
-        own = jax.random.fold_in(KEY, id_)
-        for t in range(jax.tree.leaves(batches)[0].shape[0]):
-            grads = jax.grad(loss_fn, 1)(base, start, take(batches, t), jax.random.fold_in(own, t))
-            start = jax.tree.map(lambda x, g: x - lr * g, start, grads)
-        return loss_fn(base, start, query, jax.random.fold_in(own, jnp.iinfo(jnp.int32).max))
-
-    return c.weights @ jax.vmap(one)(phi(theta, last, c.signatures), c.batches, c.queries, c.ids)
-
-
-def test_exact_is_the_gradient_of_the_unrolled_objective(x64):
-    """In all three parts; of an objective scaled so that clipping shows as a common factor only."""
-    lr, (base, theta, last, c) = 0.3, _problem64()
-    c = normalised(cohort(1, steps=3))
-    got = learn_once("exact", lr, c, base, theta, last)
-    exact = jit(jax.grad(unrolled), static_argnums=1)(theta, lr, c, base, last)
-    clip = min(1.0, 1 / norm(flat(exact)))
-    for field in Theta._fields:
-        assert_near(flat(getattr(got, field)), clip * flat(getattr(exact, field)), 1e-6)
-
-
-def test_the_unrolled_objective_agrees_with_finite_differences(x64):
-    lr, (base, theta, last, _) = 0.3, _problem64()
-    c = normalised(cohort(1, steps=2))
-    objective = jit(unrolled, static_argnums=1)
-    grads = jit(jax.grad(unrolled), static_argnums=1)(theta, lr, c, base, last)
-    rng = np.random.default_rng(0)
-    for field in Theta._fields:
-        part = getattr(theta, field)
-        way = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), part)
-        moved = lambda h: theta._replace(**{field: jax.tree.map(lambda x, d: x + h * d, part, way)})  # noqa: B023
-        slope = (objective(moved(1e-6), lr, c, base, last) - objective(moved(-1e-6), lr, c, base, last)) / 2e-6
-        np.testing.assert_allclose(flat(getattr(grads, field)) @ flat(way), slope, rtol=1e-5, atol=1e-9)
-
-
-@pytest.mark.long
-def test_first_order_tends_to_exact_as_local_steps_shrink(x64):
-    base, theta, last, _ = _problem64()
-    c, apart = normalised(cohort(1, steps=3)), []
-    for lr in (0.1, 0.01):
-        exact, first = (flat(learn_once(m, lr, c, base, theta, last)) for m in ("exact", "first_order"))
-        apart.append(norm(first - exact) / norm(exact))
-    assert 0 < apart[1] < 0.2 * apart[0]
-
-
-def test_the_generator_has_a_gradient_from_the_first_round_on():
-    """Though b and the coefficients of its bases start at zero; with bases of zero, too, it would never use them."""
-    m = compiled("hyperlora")
-    theta = m.start.theta
-    zero = theta.generator._replace(bases=jax.tree.map(jnp.zeros_like, theta.generator.bases))
-    stuck = m.start._replace(theta=theta._replace(generator=zero))
-    for start, learns in ((m.start, True), (stuck, False)):
-        new, _, _ = m.fast(BASE, start, cohort(), KEY)
-        gradient = meta_gradient(new.meta).generator
-        last = np.asarray(gradient.network["params"]["mlp"]["Dense_5"]["kernel"])[:, : generator.BASES]
-        assert (np.abs(last).max(0) > 1e-7).all() == learns
-        assert np.isfinite(flat(gradient)).all()
-
-
-@pytest.mark.parametrize("mode", ["displacement", "exact"])
-def test_only_displacement_needs_no_client_data(mode):
-    """Everything that a client did not send is replaced by NaN after its upload: nothing changes."""
-    state = begin(built(learner).init, jax.random.key(1))
-    state, c = state._replace(theta=learned(), last=uploads(2), round=jnp.asarray(10**6)), normalised(cohort())
-    method = built(METHODS["hyperlora" if mode == "displacement" else "hyperlora_exact"])
-    assert (method.query == 0) == (mode == "displacement")
-    if mode == "exact":
-        with pytest.raises(ValueError, match="has none"):
-            rounds.make_round(method, loss_fn, optax.sgd(0.1))(BASE, None, c._replace(queries=()), KEY)
-        return
-    sent = host(dispatched(method, state, c))
-    received = uploads(3).received
-    slopes = jax.tree.map(lambda x, y: x - y, sent.adapter, received)
-    nan = functools.partial(jax.tree.map, lambda x: x * np.float32(np.nan))
-    gone = c._replace(batches=nan(c.batches), queries=nan(c.queries))
-    server = jit(lambda c: method.aggregate(BASE, method.learn(state, c, slopes), c, sent, received))
-    new = server(c)
-    assert (flat(new.theta) != flat(state.theta)).any()
-    assert_near(server(gone), new, 0)
-
-
-def test_a_frozen_theta_serves_and_stays():
-    theta = learned()
-    method = hyperlora(CLIENTS, SIGNATURE, "frozen", theta=module.named(theta))
-    state = begin(method.init, KEY)
-    new, _, _ = jit(rounds.make_round(method, loss_fn, optax.sgd(0.1)))(BASE, state, cohort(), KEY)
-    assert_near(new.theta, theta, 0)
-    one, two, *_ = np.asarray(dispatched(method, new, cohort()).adapter["head"]["bias"])
-    assert norm(one - two) > 0
-
-
-def test_the_report_is_zero_for_flexlora_and_says_what_was_learned():
-    fresh, state = compiled("hyperlora").start, compiled("hyperlora").state
-    report = jit(built(learner).report)
-    for name, value in report(fresh._replace(last=uploads())).items():
-        np.testing.assert_allclose(value, 1.0 if name == "server_step" else 0.0, atol=1e-6, err_msg=name)
-    said = report(state._replace(theta=learned(), last=uploads(), adapter=uploads().previous, center=center()))
-    assert min(said.values()) > 1e-4
-    counts = module.parameters(learned())
-    assert counts == {part: flat(getattr(learned(), part)).size for part in Theta._fields}
-
-
-# --- refusals, signatures
-
-
 def test_it_refuses_what_does_not_fit():
     mixed = lora.unflatten({**lora.flatten(ADAPTER), "mix/kernel": LoRA(jnp.zeros((4, 1)), jnp.zeros((1, 6)), SCALE)})
     with pytest.raises(ValueError, match="one rank for all kernels"):
@@ -549,48 +336,3 @@ def test_it_refuses_what_does_not_fit():
     told = cohort()._replace(signatures=sig.label_free(cohort().signatures))
     with pytest.raises(ValueError, match=r"\[4, 0, 1\] numbers .* made for \[4, 3, 1\]"):
         method.dispatch(BASE, method.init(KEY, ADAPTER), told)
-
-
-def test_signatures_describe_valid_examples_only():
-    rng = np.random.default_rng(0)
-    features, labels, valid = rng.normal(size=(3, 8, 6)), rng.integers(0, 4, (3, 8)), np.arange(8) < [[5], [8], [3]]
-    moments = jax.vmap(sig.moments, (0, 0, 0, None))(*map(jnp.asarray, (features, labels, valid)), 4)
-    for c in range(3):
-        own = features[c][valid[c]]
-        np.testing.assert_allclose(moments.mean[c], own.mean(0), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(np.exp(moments.log_deviation[c]), own.std(0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(moments.histogram[c], np.bincount(labels[c][valid[c]], minlength=4) / valid[c].sum())
-    stats = sig.standard(moments)
-    for i, x in enumerate((moments.mean, moments.log_deviation)):
-        np.testing.assert_allclose(stats.mean[i], np.mean(x, 0), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(stats.deviation[i], np.std(x, 0), rtol=1e-4, atol=1e-5)
-    z = sig.signatures(moments, stats, size=7)
-    assert [x.shape for x in z] == [(3, 2 * 7), (3, 4), (3, 1)]
-    np.testing.assert_allclose(z.labels**2, moments.histogram, atol=1e-6)
-    np.testing.assert_allclose(z.amount[:, 0], np.log1p(valid.sum(1)) / 10, rtol=1e-5)
-    np.testing.assert_allclose(z.shape.mean(0), 0, atol=1e-5)  # standardised over these clients
-    one = sig.signatures(take(moments, slice(1)), stats, size=7)
-    assert_near(one, take(z, slice(1)))  # a client's does not depend on who else is described
-
-
-def test_views_are_the_whole_and_random_halves_of_it():
-    rng = np.random.default_rng(0)
-    features, labels = jnp.asarray(rng.normal(size=(40, 6))), jnp.asarray(rng.integers(0, 4, 40))
-    valid = jnp.arange(40) < 30
-    seen = sig.views(KEY, features, labels, valid, 4, 5)
-    assert_near(take(seen, 0), sig.moments(features, labels, valid, 4))
-    assert (seen.size == 30).all()
-    assert norm(np.ptp(seen.histogram[1:], axis=0)) > 0.05  # they differ
-    np.testing.assert_allclose(seen.histogram.sum(-1), 1, rtol=1e-5)
-    np.testing.assert_allclose(seen.histogram[1:].mean(0), seen.histogram[0], atol=0.15)
-    alone = sig.views(KEY, features, labels, jnp.arange(40) < 1, 4, 5)
-    assert np.isfinite(flat(alone)).all()
-    np.testing.assert_allclose(alone.mean, np.broadcast_to(features[0], (6, 6)), rtol=1e-5)  # never of nothing
-
-
-def test_noise_is_clipped_gaussian():
-    z = Signature(jnp.full((2000, 3), 50.0), jnp.zeros((2000, 2)), jnp.ones((2000, 1)))
-    told = sig.noisy(KEY, z, 0.5, bound=2.0)
-    np.testing.assert_allclose([x.mean() for x in told], [2.0, 0.0, 1.0], atol=0.05)
-    np.testing.assert_allclose([x.std() for x in told], 0.5, atol=0.03)
-    assert sig.label_free(z).flat().shape == (2000, 4)

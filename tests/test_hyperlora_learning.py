@@ -1,0 +1,189 @@
+"""HyperLoRA learns along the exact gradient, from what its mode may know."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    BASE,
+    CLIENTS,
+    KEY,
+    METHODS,
+    SIGNATURE,
+    assert_near,
+    begin,
+    built,
+    cohort,
+    compiled,
+    dispatched,
+    host,
+    jit,
+    loss_fn,
+    normalised,
+    problem,
+    take,
+)
+from hyperlora_helpers import center, doubles, flat, learned, learner, synthesize, uploads
+from numpy.linalg import norm
+
+from fedlora_jax import rounds
+from fedlora_jax.hyper import generator
+from fedlora_jax.methods import hyperlora as module
+from fedlora_jax.methods.hyperlora import Theta, aggregated, hyperlora
+
+
+def meta_gradient(meta) -> Theta:
+    """The gradient of the first learning step, read off the first moments of Adam."""
+    moments = {jax.tree_util.keystr(path): mu for path, mu in optax.tree_utils.tree_get_all_with_path(meta, "mu")}
+    at = lambda name: host(next(mu for path, mu in moments.items() if name in path))
+    part = lambda name: jax.tree.map(lambda mu: mu / 0.1, at(name))
+    low, prior, networks, numbers = map(part, ("generator", "prior", "networks", "numbers"))
+    s, c = networks.synthesizer, networks.corrector
+    return Theta(low.generator._replace(prior=prior.generator.prior), s._replace(steps=numbers.synthesizer.steps), c)
+
+
+def _problem64():
+    return problem().base, learned(), uploads(2), normalised(cohort(1, steps=1))
+
+
+def states(method, theta, last):
+    state = doubles(begin(method.init, jax.random.key(1)))
+    return state._replace(theta=theta, last=last, adapter=synthesize(theta, last), center=center())
+
+
+def learn_once(mode: str, lr: float, c, base, theta, last):
+    """The meta-gradient of one round in a mode, through ``make_round``."""
+    method = hyperlora(CLIENTS, SIGNATURE, mode, warmup=0, query=3)
+    round_fn = rounds.make_round(method, loss_fn, optax.sgd(lr))
+    state, _, _ = jit(round_fn)(base, states(method, theta, last), c, KEY)
+    return meta_gradient(state.meta)
+
+
+def phi(theta, last, signatures):
+    return generator.generate(theta.generator, signatures, center(), aggregated(theta, last), "mix")
+
+
+def test_displacement_is_the_exact_gradient_for_one_step_of_sgd(x64):
+    """d/dtheta of sum_c p_c L_c(start of c), in generator, synthesizer and corrector: from uploads alone."""
+    lr, (base, theta, last, c) = 0.05, _problem64()
+    got = learn_once("displacement", lr, c, base, theta, last)
+
+    def losses(adapters):
+        """Each client's loss at its start, on the batch and with the key of its only step."""
+        own = jax.vmap(lambda id_: jax.random.fold_in(jax.random.fold_in(KEY, id_), 0))(c.ids)
+        return jax.vmap(loss_fn, (None, 0, 0, 0))(base, adapters, take(c.batches, (slice(None), 0)), own)
+
+    exact = jit(jax.grad(lambda theta: lr * c.weights @ losses(phi(theta, last, c.signatures))))(theta)
+    assert norm(flat(exact)) < 1  # else it would have been clipped
+    for field in Theta._fields:
+        x, y = flat(getattr(got, field)), flat(getattr(exact, field))
+        assert norm(y) > 1e-8, field
+        assert_near(x, y, 1e-6)
+
+
+def unrolled(theta, lr, c, base, last):
+    """sum_c p_c L_c(query after the local steps), written with a Python loop."""
+
+    def one(start, batches, query, id_):
+        own = jax.random.fold_in(KEY, id_)
+        for t in range(jax.tree.leaves(batches)[0].shape[0]):
+            grads = jax.grad(loss_fn, 1)(base, start, take(batches, t), jax.random.fold_in(own, t))
+            start = jax.tree.map(lambda x, g: x - lr * g, start, grads)
+        return loss_fn(base, start, query, jax.random.fold_in(own, jnp.iinfo(jnp.int32).max))
+
+    return c.weights @ jax.vmap(one)(phi(theta, last, c.signatures), c.batches, c.queries, c.ids)
+
+
+def test_exact_is_the_gradient_of_the_unrolled_objective(x64):
+    """In all three parts; of an objective scaled so that clipping shows as a common factor only."""
+    lr, (base, theta, last, c) = 0.3, _problem64()
+    c = normalised(cohort(1, steps=3))
+    got = learn_once("exact", lr, c, base, theta, last)
+    exact = jit(jax.grad(unrolled), static_argnums=1)(theta, lr, c, base, last)
+    clip = min(1.0, 1 / norm(flat(exact)))
+    for field in Theta._fields:
+        assert_near(flat(getattr(got, field)), clip * flat(getattr(exact, field)), 1e-6)
+
+
+def test_the_unrolled_objective_agrees_with_finite_differences(x64):
+    lr, (base, theta, last, _) = 0.3, _problem64()
+    c = normalised(cohort(1, steps=2))
+    objective = jit(unrolled, static_argnums=1)
+    grads = jit(jax.grad(unrolled), static_argnums=1)(theta, lr, c, base, last)
+    rng = np.random.default_rng(0)
+    for field in Theta._fields:
+        part = getattr(theta, field)
+        way = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), part)
+        moved = lambda h: theta._replace(**{field: jax.tree.map(lambda x, d: x + h * d, part, way)})  # noqa: B023
+        slope = (objective(moved(1e-6), lr, c, base, last) - objective(moved(-1e-6), lr, c, base, last)) / 2e-6
+        np.testing.assert_allclose(flat(getattr(grads, field)) @ flat(way), slope, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.long
+def test_first_order_tends_to_exact_as_local_steps_shrink(x64):
+    base, theta, last, _ = _problem64()
+    c, apart = normalised(cohort(1, steps=3)), []
+    for lr in (0.1, 0.01):
+        exact, first = (flat(learn_once(m, lr, c, base, theta, last)) for m in ("exact", "first_order"))
+        apart.append(norm(first - exact) / norm(exact))
+    assert 0 < apart[1] < 0.2 * apart[0]
+
+
+def test_the_generator_has_a_gradient_from_the_first_round_on():
+    """Though b and the coefficients of its bases start at zero; with bases of zero, too, it would never use them."""
+    m = compiled("hyperlora")
+    theta = m.start.theta
+    zero = theta.generator._replace(bases=jax.tree.map(jnp.zeros_like, theta.generator.bases))
+    stuck = m.start._replace(theta=theta._replace(generator=zero))
+    for start, learns in ((m.start, True), (stuck, False)):
+        new, _, _ = m.fast(BASE, start, cohort(), KEY)
+        gradient = meta_gradient(new.meta).generator
+        last = np.asarray(gradient.network["params"]["mlp"]["Dense_5"]["kernel"])[:, : generator.BASES]
+        assert (np.abs(last).max(0) > 1e-7).all() == learns
+        assert np.isfinite(flat(gradient)).all()
+
+
+@pytest.mark.parametrize("mode", ["displacement", "exact"])
+def test_only_displacement_needs_no_client_data(mode):
+    """Everything that a client did not send is replaced by NaN after its upload: nothing changes."""
+    state = begin(built(learner).init, jax.random.key(1))
+    state, c = state._replace(theta=learned(), last=uploads(2), round=jnp.asarray(10**6)), normalised(cohort())
+    method = built(METHODS["hyperlora" if mode == "displacement" else "hyperlora_exact"])
+    assert (method.query == 0) == (mode == "displacement")
+    if mode == "exact":
+        with pytest.raises(ValueError, match="has none"):
+            rounds.make_round(method, loss_fn, optax.sgd(0.1))(BASE, None, c._replace(queries=()), KEY)
+        return
+    sent = host(dispatched(method, state, c))
+    received = uploads(3).received
+    slopes = jax.tree.map(lambda x, y: x - y, sent.adapter, received)
+    nan = functools.partial(jax.tree.map, lambda x: x * np.float32(np.nan))
+    gone = c._replace(batches=nan(c.batches), queries=nan(c.queries))
+    server = jit(lambda c: method.aggregate(BASE, method.learn(state, c, slopes), c, sent, received))
+    new = server(c)
+    assert (flat(new.theta) != flat(state.theta)).any()
+    assert_near(server(gone), new, 0)
+
+
+def test_a_frozen_theta_serves_and_stays():
+    theta = learned()
+    method = hyperlora(CLIENTS, SIGNATURE, "frozen", theta=module.named(theta))
+    state = begin(method.init, KEY)
+    new, _, _ = jit(rounds.make_round(method, loss_fn, optax.sgd(0.1)))(BASE, state, cohort(), KEY)
+    assert_near(new.theta, theta, 0)
+    one, two, *_ = np.asarray(dispatched(method, new, cohort()).adapter["head"]["bias"])
+    assert norm(one - two) > 0
+
+
+def test_the_report_is_zero_for_flexlora_and_says_what_was_learned():
+    fresh, state = compiled("hyperlora").start, compiled("hyperlora").state
+    report = jit(built(learner).report)
+    for name, value in report(fresh._replace(last=uploads())).items():
+        np.testing.assert_allclose(value, 1.0 if name == "server_step" else 0.0, atol=1e-6, err_msg=name)
+    said = report(state._replace(theta=learned(), last=uploads(), adapter=uploads().previous, center=center()))
+    assert min(said.values()) > 1e-4
+    counts = module.parameters(learned())
+    assert counts == {part: flat(getattr(learned(), part)).size for part in Theta._fields}
