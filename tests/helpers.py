@@ -74,7 +74,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "lora_fair_ridge": lambda: lora_fair(solver="ridge"),
     "lora_fair_columns": lambda: lora_fair(solver="column_cosine", steps=30, squared=False, on="both"),
     "hyperlora": lambda: hyperlora(CLIENTS, SIGNATURE, warmup=0),
-    "hyperlora_exact": lambda: hyperlora(CLIENTS, SIGNATURE, "exact", "bases", warmup=0, query=BATCH, kappa=0.5),
+    "hyperlora_exact": lambda: hyperlora(
+        CLIENTS, SIGNATURE, "exact", "bases", warmup=0, query=BATCH, kappa=0.5, memory=0.5, factors="steady"
+    ),
     "fedhl": fedhl,
     "rolora": rolora,
     "hetlora": hetlora,

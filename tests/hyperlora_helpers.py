@@ -31,7 +31,7 @@ from fedlora_jax.signatures import Signature
 KERNELS = ["blocks/kernel", "mix/kernel"]
 FORMS = ["mix", "bases"]
 generate = jit(generator.generate, static_argnames="form")
-synthesize = jit(aggregated)
+synthesize = jit(aggregated, static_argnames="factors")
 
 
 learner = METHODS["hyperlora"]

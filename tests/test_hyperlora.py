@@ -170,6 +170,42 @@ def test_the_server_step_goes_from_the_previous_product_towards_the_mean_and_bey
     assert_near(new["head"]["kernel"], old + eta * (mean - old), 1e-10)
 
 
+def test_memory_makes_a_part_of_the_last_move_again(x64):
+    """In product space: the factors of both ends are in gauges of their own."""
+    x, before = uploads(), nudged(uploads().previous, 7)
+    new = synthesize(neutral(), x._replace(push=synthesizer.push(0.7, x.previous, before)))
+    for name in KERNELS:
+        moved = products(x.previous)[name] - products(before)[name]
+        assert_near(products(new)[name], truncated(means(x)[name] + 0.7 * moved), 1e-10)
+    now, then, mean = (np.asarray(a["head"]["bias"]) for a in (x.previous, before, synthesize(neutral(), x)))
+    assert_near(new["head"]["bias"], mean + 0.7 * (now - then), 1e-10)
+
+
+def test_a_round_remembers_the_round_before():
+    method = hyperlora(CLIENTS, SIGNATURE, memory=0.7)
+    round_fn = jit(rounds.make_round(method, loss_fn, OPTIMIZER))
+    states = [begin(method.init, jax.random.key(1))]
+    for t in range(3):
+        states.append(round_fn(BASE, states[-1], cohort(t), KEY)[0])
+    for t, new in enumerate(states[1:]):
+        old, older = states[t].adapter, states[max(t - 1, 0)].adapter
+        push = lora.flatten(new.last.push)
+        for name in KERNELS:
+            assert_near(product(push[name]), 0.7 * (products(old)[name] - products(older)[name]), 1e-5)
+        assert_near(push["head/bias"], 0.7 * (old["head"]["bias"] - older["head"]["bias"]), 1e-5)
+    assert hyperlora(CLIENTS, SIGNATURE).init(KEY, ADAPTER).last.push == ()  # without memory there is none to carry
+
+
+def test_steady_factors_are_the_same_product_with_an_a_as_long_as_before(x64):
+    x = uploads()
+    balanced, new = (synthesize(learned(), x, factors=factors) for factors in ("balanced", "steady"))
+    assert_near(products(new), products(balanced), 1e-10)
+    for name in KERNELS:
+        length = lambda adapter, name=name: norm(lora.flatten(adapter)[name].a, axis=(-2, -1))
+        assert_near(length(new), length(x.previous), 1e-10)
+        assert (length(balanced) != length(x.previous)).all()
+
+
 # --- what is a client's own
 
 
@@ -326,7 +362,14 @@ def test_it_refuses_what_does_not_fit():
         generator.init(KEY, mixed, SIGNATURE, "mix")
     with pytest.raises(ValueError, match="needs a Signature"):
         hyperlora(CLIENTS, ())  # type: ignore[arg-type]
-    for wrong in ({"mode": "guess"}, {"form": "full"}, {"kappa": -1.0}, {"personal": -1}):
+    for wrong in (
+        {"mode": "guess"},
+        {"form": "full"},
+        {"kappa": -1.0},
+        {"personal": -1},
+        {"memory": 1.0},
+        {"factors": "any"},
+    ):
         with pytest.raises(ValueError, match=r"must be|guess"):
             hyperlora(CLIENTS, SIGNATURE, **wrong).init(KEY, ADAPTER)
     longer = SIGNATURE._replace(shape=np.zeros(9))

@@ -1,18 +1,19 @@
 """S: from what clients send to the new global adapter, in product space.
 
     w_c = softmax(log p_c + alpha(z_c, feat_c))
-    T   = T_r( a b + eta (sum_c w_c a_c b_c - a b) )       a b: the previous product       0 < eta < 4
+    T   = T_r( a b + eta (sum_c w_c a_c b_c - a b) + q )   a b: the previous product       0 < eta < 4
     b  <- (1 + g_0 + g_1 N + g_2 N^2) b                    N = b b^T / tr(b b^T), eigenvalues S_i / sum S
 
-``T_r`` is the best approximation of rank r, in balanced factors turned towards the previous ones. Parameters trained in
-full move by ``eta (mean - previous)``. ``alpha`` is a network, ``eta`` and ``g`` are numbers of each layer. Every
-feature is invariant to the clients' order and to the gauge of their factors. At first ``alpha = g = 0`` and
-``eta = 1``: FlexLoRA with balanced factors.
+``T_r`` is the best approximation of rank r, in balanced factors turned towards the previous ones, or in ``steady``
+ones: the same, scaled so that ``a`` stays as long as it was. ``q`` is memory, a part of the last move of the global
+product (``push``). Parameters trained in full move by ``eta (mean - previous) + q``. ``alpha`` is a network, ``eta``
+and ``g`` are numbers of each layer. Every feature is invariant to the clients' order and to the gauge of their factors.
+At first ``alpha = g = 0`` and ``eta = 1``: without memory FlexLoRA with balanced factors.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,12 @@ from jax import Array
 
 from fedlora_jax import product
 from fedlora_jax.hyper.networks import Conditioned, Place, per_layer, places
-from fedlora_jax.lora import Adapter, LoRA, flatten, is_lora
+from fedlora_jax.lora import Adapter, LoRA, flatten, is_lora, tree_map
 from fedlora_jax.method import mean
 from fedlora_jax.product import matmul
 from fedlora_jax.signatures import Signature
 
+Factors = Literal["balanced", "steady"]
 FEATURES = 4
 
 
@@ -35,6 +37,7 @@ class Uploads(NamedTuple):
     weights: Array  # [C], summing to one
     signatures: Signature  # [C, ...]
     previous: Adapter  # the global adapter then in force
+    push: Adapter | tuple[()] = ()  # what memory adds: products of rank 2 r, differences of what is trained in full
 
 
 class Synthesizer(NamedTuple):
@@ -64,17 +67,22 @@ def init(key: Array, adapter: Adapter, like: Signature) -> Synthesizer:
     )
 
 
-def synthesize(s: Synthesizer, x: Uploads) -> tuple[dict[str, Synthesis], dict[str, Array]]:
+def synthesize(
+    s: Synthesizer, x: Uploads, factors: Factors = "balanced"
+) -> tuple[dict[str, Synthesis], dict[str, Array]]:
     """By name: the new products of low-rank kernels, and the new values of what is trained in full."""
     old, new, z = flatten(x.previous), flatten(x.received), x.signatures.flat()
+    q = flatten(x.push) if x.push else {}
     low_rank = {}
     for place in places(x.previous):
         name = place.name
         feat = features(new[name], x.weights, old[name])  # [C, ..., 4]
         w = client_weights(s, x.weights, jnp.concatenate([per_layer(z, place.layers), feat], -1), place)
-        t = _truncated(server_step(s.steps[name]), s.gains[name], new[name], w, old[name])
+        t = _truncated(server_step(s.steps[name]), s.gains[name], new[name], w, old[name], q.get(name))
+        t = steady(t, old[name]) if factors == "steady" else t
         low_rank[name] = Synthesis(t, w, feat)
-    move = lambda name, y: old[name] + server_step(s.steps[name]) * (mean(y, x.weights) - old[name])
+    step = lambda name, y: server_step(s.steps[name]) * (mean(y, x.weights) - old[name])
+    move = lambda name, y: old[name] + step(name, y) + q.get(name, 0.0)
     return low_rank, {name: move(name, y) for name, y in new.items() if not is_lora(y)}
 
 
@@ -87,6 +95,21 @@ def client_weights(s: Synthesizer, weights: Array, context: Array, place: Place)
 def server_step(steps: Array) -> Array:
     """``eta``, between 0 and 4; 1 at zero."""
     return 4 / (1 + 3 * jnp.exp(-steps))
+
+
+def steady(x: LoRA, like: LoRA) -> LoRA:
+    """The same product with an ``a`` as long as that of ``like``, in each layer: then steps of ``b`` do not depend on
+    how large the product is, as with the first ``a``, which nothing has trained yet."""
+    length = lambda a: product.safe_sqrt(jnp.sum(a**2, (-2, -1)))
+    k = (length(like.a) / jnp.maximum(length(x.a), 1e-12))[..., None, None]
+    return LoRA(k * x.a, x.b / k, x.scale)
+
+
+def push(part: float | Array, now: Adapter, before: Adapter) -> Adapter:
+    """``q``, a part of the way that the global adapter last went (heavy ball: Polyak 1964), in product space."""
+    scaled = lambda q: LoRA(part * q.a, q.b, q.scale)
+    low_rank = lambda x, y: scaled(product.difference(x, y))
+    return tree_map(low_rank, now, before, full=lambda x, y: part * (x - y))
 
 
 def features(x: LoRA, weights: Array, previous: LoRA) -> Array:
@@ -111,9 +134,10 @@ def _network() -> Conditioned:
     return Conditioned(outputs=1, width=32, blocks=0)
 
 
-def _truncated(eta: Array, gains: Array, x: LoRA, w: Array, before: LoRA) -> LoRA:
+def _truncated(eta: Array, gains: Array, x: LoRA, w: Array, before: LoRA, push: LoRA | None) -> LoRA:
     kept = LoRA((1 - eta)[..., None, None] * before.a, before.b, before.scale)
     mixed = product.plus(product.total(x, eta * w), kept)
+    mixed = mixed if push is None else product.plus(mixed, push)
     t = product.truncate(mixed, before.a.shape[-1], split="balanced", like=before)
     return LoRA(t.a, _gain(0.25 * jnp.tanh(gains), t.b), t.scale)
 

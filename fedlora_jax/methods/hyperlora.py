@@ -17,7 +17,7 @@ upload, ``first_order`` a gradient on examples kept apart, ``exact`` the derivat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,9 @@ from fedlora_jax.hyper import corrector, generator, synthesizer
 from fedlora_jax.hyper.corrector import Corrector
 from fedlora_jax.hyper.generator import Form, Generator
 from fedlora_jax.hyper.networks import per_layer, places
-from fedlora_jax.hyper.synthesizer import Synthesizer, Uploads
+from fedlora_jax.hyper.synthesizer import Factors, Synthesizer, Uploads
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Dispatch, Method, Traffic
+from fedlora_jax.method import About, Dispatch, Method, Traffic, known
 from fedlora_jax.signatures import Signature
 
 ABOUT = About(
@@ -73,6 +73,8 @@ def hyperlora(
     lr_prior: float = 0.1,
     lr_server: float = 3e-4,
     lr_step: float = 0.1,
+    memory: float = 0.0,
+    factors: Factors = "balanced",
     warmup: int = 3,
     query: int = 16,
     kappa: float = 0.0,
@@ -89,7 +91,9 @@ def hyperlora(
       lr, lr_prior: of G's network and of its ``t`` (AdamW, weight decay 1e-4); 0 switches that part off.
       lr_server: of all else in S and C (Adam).
       lr_step: of S's server steps (Adam).
+      memory: part of the last move of the global adapter that S makes again, from 0 to below 1; 0: none is kept.
       warmup: rounds before anything is learned, in which the method is FlexLoRA with balanced, aligned factors.
+      factors: of the global adapter's products, see ``fedlora_jax/hyper/synthesizer.py``.
       query: examples a client keeps apart in a round, where the mode needs them.
       kappa: weight of the loss at the start itself, before local steps; needs examples kept apart.
       personal: rank of the update that a client keeps for itself and that C may add to its next start; 0: none.
@@ -99,9 +103,12 @@ def hyperlora(
       ValueError: an unknown mode, a rank or weight below 0, or (when a round is traced) signatures of another size
         than theta was learned for.
     """
-    _check(mode, kappa, personal, signature)
+    _check(mode, kappa, personal, memory, factors, signature)
     slope = {**meta.SLOPES, "frozen": method.no_slope}[mode]
     tx = _optimizer(lr, lr_prior, lr_server, lr_step)
+
+    def push(now, before):
+        return () if known(memory) and memory == 0 else synthesizer.push(memory, now, before)
 
     def init(key, adapter):
         keys = jax.random.split(key, 3)
@@ -114,7 +121,9 @@ def hyperlora(
         stack = lambda x: jnp.broadcast_to(x, (participants, *x.shape)) * 1
         nobody = signatures.nobody(signature)
         weights = jnp.ones(participants) / participants  # not jnp.full: its weak type would compile round two anew
-        last = Uploads(jax.tree.map(stack, adapter), weights, jax.tree.map(stack, nobody), adapter)
+        last = Uploads(
+            jax.tree.map(stack, adapter), weights, jax.tree.map(stack, nobody), adapter, push(adapter, adapter)
+        )
         return HyperLoRAState(adapter, own, tx.init(own), last, nobody, jnp.zeros((), jnp.int32))
 
     def starts(theta, state, adapter, cohort):
@@ -134,7 +143,7 @@ def hyperlora(
         """One step of theta against the slopes (none during warm-up)."""
         # Whoever differentiates a round takes what theta learns in it as given.
         frozen, cohort, slopes = jax.lax.stop_gradient((state, cohort, slopes))
-        phi = lambda theta: starts(theta, frozen, aggregated(theta, frozen.last), cohort)
+        phi = lambda theta: starts(theta, frozen, aggregated(theta, frozen.last, factors), cohort)
         _, pull = jax.vjp(phi, frozen.theta)
         (grads,) = pull(jax.tree.map(lambda g: jnp.einsum("c,c...->c...", cohort.weights, g), slopes))
         updates, moments = tx.update(grads, frozen.meta, frozen.theta)
@@ -143,9 +152,11 @@ def hyperlora(
         return state._replace(theta=theta, meta=keep(moments, frozen.meta))
 
     def aggregate(base, state, cohort, sent, received):
-        last = Uploads(received, cohort.weights, cohort.signatures, state.adapter)
+        moved = push(state.adapter, state.last.previous)
+        last = Uploads(received, cohort.weights, cohort.signatures, state.adapter, moved)
         center = signatures.mean_so_far(state.center, cohort.signatures, cohort.weights, state.round)
-        return HyperLoRAState(aggregated(state.theta, last), state.theta, state.meta, last, center, state.round + 1)
+        adapter = aggregated(state.theta, last, factors)
+        return HyperLoRAState(adapter, state.theta, state.meta, last, center, state.round + 1)
 
     def report(state):
         rows = generator.generate(state.theta.generator, state.last.signatures, state.center, state.adapter, form)
@@ -174,9 +185,9 @@ def hyperlora(
     )
 
 
-def aggregated(theta: Theta, uploads: Uploads) -> Adapter:
+def aggregated(theta: Theta, uploads: Uploads, factors: Factors = "balanced") -> Adapter:
     """The new global adapter: S, then C."""
-    low_rank, full = synthesizer.synthesize(theta.synthesizer, uploads)
+    low_rank, full = synthesizer.synthesize(theta.synthesizer, uploads, factors)
     return lora.unflatten({**full, **corrector.correct(theta.corrector, uploads, low_rank)})
 
 
@@ -227,11 +238,15 @@ def _optimizer(lr: float, lr_prior: float, lr_server: float, lr_step: float) -> 
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(rates, labels))
 
 
-def _check(mode: str, kappa: float, personal: int, signature: Signature) -> None:
+def _check(mode: str, kappa: float, personal: int, memory: float, factors: str, signature: Signature) -> None:
     if mode not in (*meta.SLOPES, "frozen"):
         raise ValueError(f"mode must be {', '.join(meta.SLOPES)} or frozen, got {mode!r}")
     if kappa < 0 or personal < 0:
         raise ValueError(f"kappa and personal must be at least 0, got {kappa} and {personal}")
+    if known(memory) and not 0 <= memory < 1:
+        raise ValueError(f"memory must be at least 0 and below 1, got {memory}")
+    if factors not in get_args(Factors):
+        raise ValueError(f"factors must be {' or '.join(get_args(Factors))}, got {factors!r}")
     if not isinstance(signature, Signature):
         raise ValueError(f"hyperlora needs a Signature, got {type(signature).__name__}; see fedlora_jax.signatures")
 
