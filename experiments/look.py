@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 METHODS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")  # Okabe and Ito
 DOMAINS = ("#332288", "#DDCC77", "#117733", "#CC6677", "#88CCEE", "#882255", "#999933", "#AA4499", "#44AA99")  # Tol
 MARKERS, DASHES, HATCHES = "os^Dv<>P", ("-", "--", ":", "-."), ("", "///", "...", "xxx")
+WIDE = 100  # letters of a legend beside each other
 GREY, FAINT = "#444444", "#f0f0f0"
 TITLE: dict[str, Any] = {"fontsize": 12, "weight": "bold"}
 LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
@@ -71,7 +72,10 @@ def stroke(looks: Looks, name: str, points: int) -> dict[str, Any]:
 def legend(figure: Figure, looks: Looks, names: Collection[str], bars: bool = False) -> Figure:
     patch = lambda look: Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label)
     line = lambda name: Line2D([], [], label=looks[name].label, **stroke(looks, name, 1))
-    figure.legend(handles=[patch(looks[name]) if bars else line(name) for name in names], **LEGEND)
+    longest = max((len(looks[name].label) for name in names), default=0)
+    columns = min(4, WIDE // (longest + 8))  # the line or patch before a label takes the room of some letters
+    handles = [patch(looks[name]) if bars else line(name) for name in names]
+    figure.legend(handles=handles, **LEGEND | {"ncols": columns})
     return figure
 
 

@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from experiments import figures, report
-from experiments.look import looks_of, png
+from experiments.look import legend, looks_of, png
 from experiments.summary import paired, summarise
 
 FIGURES = ("curves", "accuracies", "domains", "bias", "clients", "map", "traffic", "holdings")
@@ -212,6 +213,15 @@ def test_a_method_has_one_colour_and_colours_differ():
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     assert write(tmp_path, *make()) == write(tmp_path, *make())
+
+
+def test_a_legend_of_long_names_stays_within_the_picture():
+    looks = looks_of({"methods": {f"m{i}": {"about": {"name": "HyperLoRA (memory=0.5, steady)"}} for i in range(4)}})
+    figure = legend(Figure((7.2, 4.3), 150), looks, looks)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-7, 0.3])
