@@ -104,7 +104,7 @@ class Plan:
                 entries.append(self._entry(name, steps))
                 self._write(entries)
                 bar.update(steps)
-        self._write(entries)
+        self._write(entries)  # where nothing was left to compute, too: claims and pictures are of this code
         print(f"\n{table(self._result(entries))}\n\n{self.folder / FILE}")
         return self.folder
 
@@ -122,7 +122,12 @@ class Plan:
                 "passes": method.slope.passes(steps), **_numbers(config, result)}  # fmt: skip
 
     def _result(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"schema": 1, **self.about, "taus": TAUS, "entries": entries, "claims": claims(entries)}
+        held = {
+            "methods": list(dict.fromkeys(e["method"] for e in entries)),
+            "budgets": sorted({e["steps"] for e in entries}),
+        }  # more than was asked for, after --resume
+        about = self.about | {"config": self.about["config"] | held}
+        return {"schema": 1, **about, "taus": TAUS, "entries": entries, "claims": claims(entries)}
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
         result = self._result(entries)
@@ -211,9 +216,9 @@ def claims(entries: list[dict[str, Any]], factor: int = 5) -> list[dict[str, Any
     """Every learned method against the best baseline, the one that validation prefers at its budget; paired by seed.
 
     ``training``: ``E / factor`` local steps per round against the baseline's ``E``. ``sent``: the same, with the models
-    of both used as sent, and the baseline that validation prefers so. ``serving``: trained with the same ``E``, but
-    used as sent, without any local step. ``needed`` is what the best baseline itself loses by the same saving: where
-    it is not clearly above 0, the pair shows nothing.
+    of both used as sent, and the baseline that validation prefers so at the rate it chose. ``serving``: trained with
+    the same ``E``, but used as sent, without any local step. ``needed`` is what the best baseline itself loses by the
+    same saving: where it is not clearly above 0, the pair shows nothing.
     """
     baselines = [e for e in entries if not _is_learned(e)]
     budgets = {e["steps"] for e in baselines}

@@ -38,16 +38,16 @@ def settle(devices: int = 1) -> None:
     Args:
       devices: as how many a CPU counts, unless ``XLA_FLAGS`` says.
     """
-    elsewhere = accelerated()
+    accelerator = accelerated()
     if devices > 1:
         _flag(CPUS, devices)
-    if elsewhere:
+    if accelerator:
         _flag(TRITON, "false")
     caches = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "fedlora-jax"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))  # bytes; the longest unused goes first
     on_glibc = platform.libc_ver()[0] == "glibc"
-    if on_glibc and not elsewhere and "GLIBC_TUNABLES" not in os.environ and sys.orig_argv:
+    if on_glibc and not accelerator and "GLIBC_TUNABLES" not in os.environ and sys.orig_argv:
         tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": tunables})
 

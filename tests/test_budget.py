@@ -105,8 +105,9 @@ def test_a_budget_goes_on_where_it_was_cut_off_and_takes_more_methods(tmp_path, 
         run("--methods fedit --budgets 1,5")
     run("--methods fedit,hyperlora --budgets 1,5 --resume")
     assert cells == [("fedit", 1), ("fedit", 5), ("fedit", 5), ("hyperlora", 1), ("hyperlora", 5)]
-    written = json.loads((tmp_path / "out" / "budget.json").read_text())["entries"]
-    assert [(e["method"], e["steps"]) for e in written] == [("fedit", 1), *cells[2:]]
+    written = json.loads((tmp_path / "out" / "budget.json").read_text())
+    assert [(e["method"], e["steps"]) for e in written["entries"]] == [("fedit", 1), *cells[2:]]
+    assert written["config"]["methods"] == ["fedit", "hyperlora"]
     for options, told in (
         ("--local-steps 3", "unrecognized"),
         ("--rounds 3 --resume", "rounds was 10, is 3"),

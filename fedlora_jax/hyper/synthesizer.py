@@ -134,10 +134,10 @@ def _network() -> Conditioned:
     return Conditioned(outputs=1, width=32, blocks=0)
 
 
-def _truncated(eta: Array, gains: Array, x: LoRA, w: Array, before: LoRA, push: LoRA | None) -> LoRA:
+def _truncated(eta: Array, gains: Array, x: LoRA, w: Array, before: LoRA, q: LoRA | None) -> LoRA:
     kept = LoRA((1 - eta)[..., None, None] * before.a, before.b, before.scale)
     mixed = product.plus(product.total(x, eta * w), kept)
-    mixed = mixed if push is None else product.plus(mixed, push)
+    mixed = mixed if q is None else product.plus(mixed, q)
     t = product.truncate(mixed, before.a.shape[-1], split="balanced", like=before)
     return LoRA(t.a, _gain(0.25 * jnp.tanh(gains), t.b), t.scale)
 

@@ -92,16 +92,16 @@ def hyperlora(
       lr_server: of all else in S and C (Adam).
       lr_step: of S's server steps (Adam).
       memory: part of the last move of the global adapter that S makes again, from 0 to below 1; 0: none is kept.
-      warmup: rounds before anything is learned, in which the method is FlexLoRA with balanced, aligned factors.
       factors: of the global adapter's products, see ``fedlora_jax/hyper/synthesizer.py``.
+      warmup: rounds before anything is learned; by default the method is FlexLoRA with balanced, aligned factors there.
       query: examples a client keeps apart in a round, where the mode needs them.
       kappa: weight of the loss at the start itself, before local steps; needs examples kept apart.
       personal: rank of the update that a client keeps for itself and that C may add to its next start; 0: none.
       theta: parameters learned elsewhere, as ``named`` gives them.
 
     Raises:
-      ValueError: an unknown mode, a rank or weight below 0, or (when a round is traced) signatures of another size
-        than theta was learned for.
+      ValueError: an unknown mode or unknown factors, a rank or weight below 0, a memory of 1 or more, or (when a round
+        is traced) signatures of another size than theta was learned for.
     """
     _check(mode, kappa, personal, memory, factors, signature)
     slope = {**meta.SLOPES, "frozen": method.no_slope}[mode]
