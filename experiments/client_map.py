@@ -11,7 +11,7 @@ from jax import Array
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.look import LEGEND, MARKERS, TITLE, Looks, colours, plain
+from experiments.look import MARKERS, TITLE, Looks, below, colours, plain
 from fedlora_jax import clustering
 
 MOST = 9  # clusters that a picture can still tell apart
@@ -74,8 +74,7 @@ def picture(looks: Looks, rows: list[dict[str, Any]], holdings: dict[str, Any]) 
             face = own[kinds[i]] if i < holdings["training"] else "none"
             axes.scatter(x, y, 26, facecolor=face, edgecolor=own[kinds[i]], marker=MARKERS[cluster % len(MARKERS)])
     present = sorted(set(kinds.tolist()))
-    figure.legend(handles=[Patch(color=own[j], label=plain(names[j])) for j in present], **LEGEND)
-    return figure
+    return below(figure, [Patch(color=own[j], label=plain(names[j])) for j in present])
 
 
 def _kinds(counts: np.ndarray, holdings: dict[str, Any]) -> tuple[np.ndarray, list[str]]:

@@ -18,9 +18,9 @@ from experiments import client_map
 from experiments.look import (
     FAINT,
     GREY,
-    LEGEND,
     TITLE,
     Looks,
+    below,
     colours,
     dress,
     legend,
@@ -180,8 +180,7 @@ def held(holdings: dict[str, Any]) -> Figure | None:
     axes.set_title(
         f"seed {holdings['seed']}; largest dot: {rings.max()} images{several}", loc="right", fontsize=8, color=GREY
     )
-    figure.legend(handles=[Patch(color=own[j], label=plain(d)) for j, d in enumerate(names)], **LEGEND)
-    return figure
+    return below(figure, [Patch(color=own[j], label=plain(d)) for j, d in enumerate(names)])
 
 
 def _over_rounds(looks: Looks, rows: Rows, key: str, scale: float = 1.0) -> Lines:

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,6 +21,7 @@ METHODS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DOMAINS = ("#332288", "#DDCC77", "#117733", "#CC6677", "#88CCEE", "#882255", "#999933", "#AA4499", "#44AA99")  # Tol
 MARKERS, DASHES, HATCHES = "os^Dv<>P", ("-", "--", ":", "-."), ("", "///", "...", "xxx")
 WIDE = 100  # letters of a legend beside each other
+LINE = 0.2  # inches from one line of it to the next
 GREY, FAINT = "#444444", "#f0f0f0"
 TITLE: dict[str, Any] = {"fontsize": 12, "weight": "bold"}
 LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
@@ -72,9 +74,14 @@ def stroke(looks: Looks, name: str, points: int) -> dict[str, Any]:
 def legend(figure: Figure, looks: Looks, names: Collection[str], bars: bool = False) -> Figure:
     patch = lambda look: Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label)
     line = lambda name: Line2D([], [], label=looks[name].label, **stroke(looks, name, 1))
-    longest = max((len(looks[name].label) for name in names), default=0)
+    return below(figure, [patch(looks[name]) if bars else line(name) for name in names])
+
+
+def below(figure: Figure, handles: Sequence[Artist]) -> Figure:
+    """The figure with a legend under it, higher by as many lines as the legend has beyond two."""
+    longest = max((len(str(handle.get_label())) for handle in handles), default=0)
     columns = min(4, WIDE // (longest + 8))  # the line or patch before a label takes the room of some letters
-    handles = [patch(looks[name]) if bars else line(name) for name in names]
+    figure.set_figheight(figure.get_figheight() + LINE * max(0, -(-len(handles) // columns) - 2))
     figure.legend(handles=handles, **LEGEND | {"ncols": columns})
     return figure
 

@@ -43,13 +43,25 @@ def settle(devices: int = 1) -> None:
         _flag(CPUS, devices)
     if accelerator:
         _flag(TRITON, "false")
-    caches = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "fedlora-jax"))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))  # bytes; the longest unused goes first
+    keep_compiled()
     on_glibc = platform.libc_ver()[0] == "glibc"
     if on_glibc and not accelerator and "GLIBC_TUNABLES" not in os.environ and sys.orig_argv:
         tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": tunables})
+
+
+def keep_compiled() -> None:
+    """Have jax keep compiled programs in a folder of ours, of limited size, unless the user has chosen one.
+
+    A folder of the user's may hold what other programs wrote without a limit, and jax then fails to write beside it. Of
+    ours every program is kept, however quickly it compiled: a second start compiles nothing.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(caches / "fedlora-jax")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))  # bytes; the longest unused goes first
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def accelerated() -> bool:

@@ -215,6 +215,17 @@ def test_the_same_run_gives_the_same_bytes(tmp_path):
     assert write(tmp_path, *make()) == write(tmp_path, *make())
 
 
+@pytest.mark.parametrize("domains", [2, 12, 60])
+def test_a_picture_has_room_for_a_legend_of_any_number_of_domains(domains):
+    names = [f"domain {j} of a long name" for j in range(domains)]
+    holdings = {"counts": np.ones((1, domains, 2), int), "training": 1, "domains": names, "classes": ["a", "b"]}
+    figure = figures.held(holdings | {"superclasses": None, "seed": 0})
+    assert figure is not None
+    png(figure)  # matplotlib warns, and lays out nothing, where axes have no room left
+    (axes,) = figure.axes
+    assert axes.get_window_extent().height > 0.3 * figure.dpi
+
+
 def test_a_legend_of_long_names_stays_within_the_picture():
     looks = looks_of({"methods": {f"m{i}": {"about": {"name": "HyperLoRA (memory=0.5, steady)"}} for i in range(4)}})
     figure = legend(Figure((7.2, 4.3), 150), looks, looks)

@@ -1,0 +1,51 @@
+"""What a newcomer meets: a first start without a warning, and a second one that compiles nothing."""
+
+import os
+import subprocess
+import sys
+
+RUN = """
+import atexit, sys
+from experiments import process
+
+process.settle()
+import jax
+
+seen = []
+jax.monitoring.register_event_listener(lambda event, **_: seen.append(event.rpartition("/")[2]))
+atexit.register(lambda: print("compiled", seen.count("cache_misses"), "found", seen.count("cache_hits")))
+from experiments.__main__ import main
+
+main()
+"""
+
+
+def start(caches, out, **environment: str) -> tuple[int, int]:
+    """Programs that a small comparison compiled, and that it found compiled."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    options = "compare --methods fedit --rounds 1 --local-steps 1 --batch 4 --clients 6 --holdout-clients 6 --seeds 1"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", RUN, *options.split(), "--out", str(out)],
+        env=env | {"XDG_CACHE_HOME": str(caches)} | environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "arning" not in done.stderr
+    *_, compiled, _, found = done.stdout.split()
+    return int(compiled), int(found)
+
+
+def test_a_second_start_compiles_nothing_and_none_warns(tmp_path):
+    compiled, _ = start(tmp_path, tmp_path / "first")
+    again, found = start(tmp_path, tmp_path / "second")
+    assert compiled > 0
+    assert (again, found) == (0, compiled)
+
+
+def test_a_folder_of_the_user_gets_no_limit_and_is_written_beside_what_others_left(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "jit_of_others-0-cache").write_bytes(b"x")  # without the time of its last use, as jax writes unlimited
+    compiled, _ = start(tmp_path, tmp_path / "run", JAX_COMPILATION_CACHE_DIR=str(theirs))
+    assert compiled > 0
+    assert any(theirs.glob("*train*-cache")), "the rounds' program is kept"
+    assert not list((tmp_path).glob("fedlora-jax"))
