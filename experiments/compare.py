@@ -210,5 +210,5 @@ class Trial:
         failed = ~np.isfinite(info.aggregation.bias) | ~np.isfinite(info.loss).any(-1)  # one client may, if left out
         if failed.any():
             raise FloatingPointError(f"{self.name}: the loss became infinite by round {end}; try a smaller --lr")
-        if not (np.asarray(info.aggregation.update) > 0).all():
-            raise FloatingPointError(f"{self.name}: no adapter moved by round {end}; is --lr too small?")
+        if not (np.asarray(info.moved) > 0).any(-1).all():
+            raise FloatingPointError(f"{self.name}: nothing that is trained moved by round {end}; is --lr too small?")

@@ -115,7 +115,7 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
             "weights": pretrained.name,
             "weights_hash": _hash_tree(pretrained.params),
             "partition_hash": digest.hexdigest()[:16],
-            "adapted": sorted(lora.select(top.params, config.targets)),
+            "adapted": sorted(lora.adapted(top.params, config.targets)),
             "trained_in_full": sorted(lora.select(top.params, config.full)),
         },
     )

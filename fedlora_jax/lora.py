@@ -28,8 +28,12 @@ import jax.numpy as jnp
 from flax import struct, traverse_util
 from jax import Array
 
+from fedlora_jax.keys import stable_hash
+
 Params = Any  # nested dict of arrays
 Adapter = Any  # nested dict of LoRA leaves and arrays
+
+KERNEL = "(^|/)kernel$"  # what linen calls the matrices of its layers
 
 
 @struct.dataclass
@@ -104,6 +108,7 @@ def new(
     targets: str | Sequence[str],
     full: str | Sequence[str] = (),
     scale: float = 1.0,
+    kernel: str = KERNEL,
 ) -> Adapter:
     """A fresh adapter: ``a`` uniform in +-1/sqrt(in) (as PEFT), ``b = 0``, full differences 0.
 
@@ -111,16 +116,25 @@ def new(
       key: typed PRNG key; each kernel folds in its own name, so adding a target changes no other.
       params: the frozen parameters; kernels are ``[..., in, out]``, leading axes are layers.
       rank: number of columns of ``a``; at most ``min(in, out)`` of every target.
-      targets: regular expression(s), searched in slash-joined names such as ``blocks/attn/query/kernel``.
+      targets: regular expression(s), searched in slash-joined names such as ``blocks/attn/query/kernel``; of what they
+        find the kernels are adapted.
       full: regular expression(s) of the parameters to train in full.
       scale: static factor ``s`` of the update, one for all clients and ranks.
+      kernel: regular expression of the names of kernels. Shapes do not tell: stacked biases are ``[layers, out]``.
 
     Raises:
-      ValueError: an expression matches nothing, a target is not a matrix, or the rank does not fit.
+      ValueError: an expression matches nothing (of ``targets``: no kernel), a parameter is adapted as well as trained
+        in full, a target is not a matrix, or the rank does not fit.
     """
     flat = flatten(params)
     adapter: dict[str, Any] = {name: jnp.zeros_like(flat[name]) for name in select(params, full)}
-    for name in select(params, targets):
+    kernels = adapted(params, targets, kernel)
+    if both := [name for name in kernels if name in adapter]:
+        raise ValueError(
+            f"{', '.join(both)} would be adapted (targets {targets!r}) and trained in full ({full!r}): a parameter is "
+            "one or the other, make the expressions narrower"
+        )
+    for name in kernels:
         shape = flat[name].shape
         if len(shape) < 2:
             raise ValueError(f"target {name!r} has shape {shape}; low-rank adaptation needs a kernel [..., in, out]")
@@ -137,7 +151,7 @@ def restart(key: Array, adapter: Adapter) -> Adapter:
     """The adapter with every ``a`` drawn anew and every ``b`` at zero; full differences stay."""
 
     def draw(name: str, x: LoRA) -> LoRA:
-        a = jax.random.uniform(jax.random.fold_in(key, _stable_hash(name)), x.a.shape, x.a.dtype, -1.0, 1.0)
+        a = jax.random.uniform(jax.random.fold_in(key, stable_hash(name)), x.a.shape, x.a.dtype, -1.0, 1.0)
         return LoRA(a / math.sqrt(x.a.shape[-2]), jnp.zeros_like(x.b), x.scale)
 
     flat = flatten(adapter)
@@ -158,6 +172,19 @@ def select(params: Params, patterns: str | Sequence[str]) -> list[str]:
             raise ValueError(f"no parameter matches {pattern!r}; near names: {', '.join(near)}")
         chosen |= found
     return [name for name in names if name in chosen]
+
+
+def adapted(params: Params, targets: str | Sequence[str], kernel: str = KERNEL) -> list[str]:
+    """Names of the kernels in which any of ``targets`` is found, as ``new`` adapts them."""
+    kernels = {name for name in flatten(params) if re.search(kernel, name)}
+    for pattern in (targets,) if isinstance(targets, str) else targets:
+        found = select(params, pattern)
+        if not kernels.intersection(found):
+            raise ValueError(
+                f"target {pattern!r} finds no kernel, only {', '.join(found[:5])}: low-rank updates are for kernels "
+                f"[..., in, out], whose names match {kernel!r} (an argument of lora.new); train others in full"
+            )
+    return [name for name in select(params, targets) if name in kernels]
 
 
 def variables(base: Params, adapter: Adapter) -> dict[str, Params]:
@@ -247,11 +274,3 @@ def rank_mask(adapter: Adapter, ranks: Array) -> Adapter:
         return LoRA(live.reshape(*lead, 1, -1), live.reshape(*lead, -1, 1), x.scale)
 
     return tree_map(low_rank, adapter, full=lambda x: jnp.ones((ranks.shape[0],) + (1,) * x.ndim, x.dtype))
-
-
-def _stable_hash(name: str) -> int:
-    """A 31-bit hash that does not change between processes (Python's own does)."""
-    value = 0
-    for byte in name.encode():
-        value = (value * 131 + byte) % (2**31 - 1)
-    return value

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh, PartitionSpec
 
-from fedlora_jax import diagnostics
+from fedlora_jax import diagnostics, lora
 from fedlora_jax.clients import Population, sample_ids, sample_members, sample_views
 from fedlora_jax.diagnostics import Aggregation
 from fedlora_jax.gradient import forward_over_reverse
@@ -34,6 +35,7 @@ class Info(NamedTuple):
     loss: Array  # [C] each client's task loss (penalties left out), mean over its local steps; [1] of pooled data
     aggregation: Aggregation
     learned: dict[str, Array]  # the method's own report on its new state
+    moved: Array  # [C] how far its local steps took each client: the norm of the change of all that it trains
 
 
 class Run(NamedTuple):
@@ -137,6 +139,7 @@ def make_round(
         if method.query and not jax.tree.leaves(cohort.queries):
             raise ValueError("the method judges models on queries and the cohort has none: see make_step, sample_apart")
         sent = method.dispatch(base, state, cohort)
+        refuse_unread(method, loss_fn, sent, cohort, key)
 
         def client(row):
             id_, adapter, mask, anchor, memory, batches, queries = row
@@ -146,19 +149,47 @@ def make_round(
             judge = lambda end: loss_fn(sent.base, method.model(end, anchor), queries, last)
             received, trace, slope = method.slope.train(tune, judge, adapter)
             slope = slope if slope == () else _masked(slope, mask)
-            return received, method.remember(memory, anchor, adapter, received), trace.loss.mean(), slope
+            change = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, received, adapter))  # |0| has no slope
+            kept = method.remember(memory, anchor, adapter, received)
+            return received, kept, trace.loss.mean(), optax.tree.norm(change), slope
 
         rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.memory, cohort.batches, cohort.queries)
-        received, memory, loss, slopes = map_clients(client, rows, at_once, shared_by)
+        received, memory, loss, moved, slopes = map_clients(client, rows, at_once, shared_by)
         learned = method.learn(state, cohort, slopes)
         new_state = method.aggregate(base, learned, cohort, sent, received)
         after = method.dispatch(base, new_state, average_client(cohort._replace(memory=memory)))
         told = lambda d: d._replace(adapter=method.told(d.adapter) if method.told else models(method, d))
         ends = told(sent._replace(adapter=received)).adapter
         bias = diagnostics.measure(told(sent), ends, cohort.weights, told(after))
-        return new_state, memory, Info(ids, loss, bias, method.report(new_state))
+        return new_state, memory, Info(ids, loss, bias, method.report(new_state), moved)
 
     return round_fn
+
+
+def refuse_unread(method: Method, loss_fn: LossFn, sent: Dispatch, cohort: Cohort, key: Array) -> None:
+    """Refuse an adapter of which the loss does not read everything: that part would never be trained.
+
+    Looks at the program of the loss on one client's batch and computes nothing.
+    """
+    row = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+    model = jax.eval_shape(method.model, row(sent.adapter), row(sent.anchor))
+    program = jax.make_jaxpr(loss_fn)(sent.base, model, row(row(cohort.batches)), key).jaxpr
+    read = dce_jaxpr(program, [True] * len(program.outvars))[1]
+    before = len(jax.tree.leaves(sent.base))
+    is_read = jax.tree.unflatten(jax.tree.structure(model), read[before : before + len(jax.tree.leaves(model))])
+    unread = [name for name, x in lora.flatten(is_read).items() if not all(jax.tree.leaves(x))]
+    if switches := [name for name in unread if name not in lora.flatten(sent.base)]:
+        raise ValueError(
+            f"the method switches parts of the model by {', '.join(switches)} in the adapter, and the loss does not "
+            "read it: use a model that looks for it in its lora collection, or another method"
+        )
+    if unread:
+        raise ValueError(
+            f"the loss does not read {', '.join(unread[:5])}{' ...' * (len(unread) > 5)} of the adapter, so it would "
+            "never be trained. Layers of fedlora_jax.Dense read lora.variables(base, adapter); for any other model "
+            "merge it, as in loss_fn = lambda base, adapter, batch, key: "
+            "loss(model.apply({'params': lora.merge(base, adapter)}, batch[0]), batch[1])"
+        )
 
 
 def make_evaluate(

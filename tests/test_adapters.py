@@ -44,8 +44,26 @@ def test_a_pattern_that_finds_nothing_names_what_is_near():
 def test_what_is_not_an_expression_or_not_a_matrix_is_refused():
     with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
         lora.new(KEY, BASE, 1, targets="(")
-    with pytest.raises(ValueError, match=r"target 'bias' has shape \(3,\)"):
-        lora.new(KEY, {"bias": jnp.zeros(3)}, 1, targets="bias")
+    with pytest.raises(ValueError, match=r"target 'kernel' has shape \(3,\)"):
+        lora.new(KEY, {"kernel": jnp.zeros(3)}, 1, targets="kernel")
+
+
+def test_kernels_alone_are_adapted_whatever_else_an_expression_finds():
+    """Stacked biases ``[layers, out]`` have the shape of matrices."""
+    names = lambda **options: set(lora.flatten(lora.new(KEY, BASE, 2, **options)))
+    assert names(targets="blocks") == {"blocks/kernel"}
+    assert names(targets=["blocks/", "mix"], full="head/bias") == {"blocks/kernel", "mix/kernel", "head/bias"}
+    with pytest.raises(ValueError, match=r"target 'blocks/bias' finds no kernel, only blocks/bias"):
+        lora.new(KEY, BASE, 2, targets=["mix", "blocks/bias"])
+    own = {"w1": jnp.zeros((4, 4)), "b1": jnp.zeros((4, 4))}
+    with pytest.raises(ValueError, match=r"finds no kernel, only w1, b1.*an argument of lora.new"):
+        lora.new(KEY, own, 2, targets="1")
+    assert list(lora.new(KEY, own, 2, targets="1", kernel="^w")) == ["w1"]
+
+
+def test_a_parameter_is_adapted_or_trained_in_full_and_not_both():
+    with pytest.raises(ValueError, match=r"mix/kernel would be adapted \(targets '.'\) and trained in full \('mix'\)"):
+        lora.new(KEY, BASE, 1, targets=".", full="mix")
 
 
 # --- using an adapter
