@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from experiments import bench, process
 from experiments.cli import fail, parse
+from experiments.config import SEEDS, check_fields
 
 
 def main() -> None:
@@ -15,6 +17,8 @@ def main() -> None:
         execute = planned(command, options)
     except (ValueError, OSError) as error:
         fail(str(error))
+    if (count := len(getattr(options, "seeds", ()))) > SEEDS:
+        print(f"note: {count} seeds are run; to run the one seed {count}, write --seeds {count},", file=sys.stderr)
     try:
         execute()
     except (FloatingPointError, MemoryError) as error:
@@ -56,5 +60,10 @@ def planned(command: str, options: Any) -> Callable[[], Any]:
 
 
 if __name__ == "__main__":
-    process.settle(getattr(parse()[1], "devices", 1))  # before anything imports jax, and may start again from here
+    given = parse()[1]
+    try:
+        check_fields(given)
+    except ValueError as error:
+        fail(str(error))
+    process.settle(getattr(given, "devices", 1))  # before anything imports jax, and may start again from here
     main()

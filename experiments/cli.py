@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from experiments.bench import options as bench
-from experiments.config import Config
+from experiments.config import MANY, Config
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
+
+LONGEST = 1200  # letters of an error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,7 +26,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    text = " ".join(message.split())
+    if len(text) > LONGEST:  # what was got may be as long as a command line can be
+        text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}"
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -55,11 +60,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
     add_options(commands.add_parser("methods", help=text, description=text, allow_abbrev=False), "methods")
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
-    if command == "bench":
-        return command, bench.Options(**given)
     if "method" in given:
         given["methods"] = (given.pop("method"),)
-    return command, Config(**given)
+    return command, bench.Options(**given) if command == "bench" else Config(**given)
 
 
 _RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
@@ -136,15 +139,22 @@ def _converter(name: str, hint: Any) -> tuple[Callable[[str], Any], str]:
 
 def _list_of(kind: type) -> Callable[[str], tuple]:
     def convert(text: str) -> tuple:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+        parts = [part.strip() for part in text.split(",")]
+        entries = parts[:-1] if not parts[-1] else parts  # "42," is a list of one, "" of none
+        return tuple(kind(part) for part in entries)
 
     convert.__name__ = f"comma-separated {kind.__name__}"  # argparse names it in its error
     return convert
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    values = _list_of(int)(text)
-    return tuple(range(values[0])) if len(values) == 1 and "," not in text else values
+    if "," in text or not text.strip():
+        return _list_of(int)(text)
+    first, colon, end = text.partition(":")
+    start, stop = (int(first), int(end)) if colon else (0, int(first))
+    if not stop - start <= MANY:  # before a tuple of them is made
+        raise argparse.ArgumentTypeError(f"{text} means {stop - start} seeds: expected at most {MANY}")
+    return tuple(range(start, stop))
 
 
-_seeds.__name__ = "count or comma-separated int"
+_seeds.__name__ = "count, range (0:5) or comma-separated int"

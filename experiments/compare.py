@@ -34,8 +34,6 @@ class Plan:
 
     def __init__(self, command: str, config: Config):
         check(config)
-        if config.checkpoint_every % config.eval_every:
-            raise ValueError(f"--checkpoint-every {config.checkpoint_every} is no multiple of --eval-every")
         for name in config.methods:
             methods.check(name)  # a misspelt name is refused before data are loaded
         mesh_of(config.devices)  # refuses more devices than there are
@@ -200,7 +198,7 @@ class Trial:
             tune = np.bool_(end > config.rounds - summary.WINDOW)
             scores = jax.device_get(self.evaluate(p.base, p.train, p.test, p.clients, run, p.keys, tune))
             metrics.append(self.rows.of_block(end, jax.device_get(info), scores))
-            if end % config.checkpoint_every == 0 or end == config.rounds:
+            if end % config.rounds_between_checkpoints() == 0 or end == config.rounds:
                 store.save(end, run)
             bar.update(config.eval_every * len(config.seeds))
         store.keep_theta(innermost(run.state))

@@ -7,14 +7,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlora_jax import partition
+from fedlora_jax.method import refuse_outside
 
 
-def option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, inside: str | None = None, among: tuple = (), empty: bool = False) -> Any:
+    """A field of options.
+
+    Args:
+      default: its default; ``None`` where it need not be given.
+      help: what it is.
+      inside: the interval of its numbers (``refuse_outside``); of each, where it holds several.
+      among: what it (each of its entries) may be, where that is a choice.
+      empty: whether nothing is an answer too (of a list).
+    """
+    return field(default=default, metadata={"help": help, "inside": inside, "among": among, "empty": empty})
 
 
+COUNT = "[1, 1000000]"  # clients, rounds, steps: more would be a slip, and take years or terabytes
+INT32 = "[0, 2147483647]"
 PREFIXES = ("auto", "stored", "anew")
 SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+BUDGETS = (1, 2, 5, 10)
+MANY = 10_000  # runs of one program: seeds, or values of a sweep
+SEEDS = 20  # a larger count is asked about: it may have been meant as the one seed
+CHECKPOINTS = 10  # rounds between them, at least, where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -28,47 +45,79 @@ class Config:
         "and wrappers after a plus sign, as in fedit+proximal:mu=0.1+fedadam:lr=0.01",
     )
     data: str = option("digits", "'digits' (built in) or the path of a .npz file")
-    image_size: int | None = option(None, "resize images to this side (default: as they are)")
+    image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
     weights: str = option("nano", "'nano' (built in) or the path of a timm-named .npz or .safetensors file")
     targets: tuple[str, ...] = option(
         ("attn/(query|value)/kernel",), "regular expressions, comma-separated: kernels that get low-rank adapters"
     )
     adapt_last: int | None = option(
-        None, "adapt the last N blocks only; what the others compute can be stored, see --prefix (default: all blocks)"
+        None,
+        "adapt the last N blocks only; what the others compute can be stored, see --prefix (default: all blocks)",
+        "[1, 1000]",
     )
     prefix: str = option(
         "auto",
         "what the blocks before --adapt-last compute: 'stored' once per image, 'anew' in every step, "
         "or 'auto': stored where that takes at most a quarter of the memory there is",
+        among=PREFIXES,
     )
-    full: tuple[str, ...] = option(("^head/",), "regular expressions, comma-separated: parameters trained in full")
-    clients: int = option(12, "clients that train")
-    clients_per_round: int | None = option(None, "clients drawn each round (default: all)")
-    holdout_clients: int = option(6, "further clients with data of their own that never train: the unseen ones")
+    full: tuple[str, ...] = option(
+        ("^head/",),
+        "regular expressions, comma-separated: parameters trained in full ('': none, the head stays as it is)",
+        empty=True,
+    )
+    clients: int = option(12, "clients that train", COUNT)
+    clients_per_round: int | None = option(None, "clients drawn each round (default: all)", COUNT)
+    holdout_clients: int = option(
+        6, "further clients with data of their own that never train: the unseen ones", "[0, 1000000]"
+    )
     partition: str = option("domain_dirichlet:1.0", partition.FORMS)
-    minimum: int = option(10, "training images of the smallest client, at least")
+    minimum: int = option(10, "training images of the smallest client, at least", COUNT)
     signature: str = option(
         "full",
         "what clients tell of their data: full, label_free, noisy; or a control: shuffled, constant, random",
+        among=SIGNATURES,
     )
-    test_images: int | None = option(None, "score a client on so many of its test images at most (default: all)")
-    rank: tuple[int, ...] = option((4,), "rank of the adapters; a list (4,8,16) is dealt out to clients at random")
-    scale: float = option(2.0, "factor s of every low-rank update, the same for all clients and ranks")
+    test_images: int | None = option(
+        None, "score a client on so many of its test images at most (default: all)", "[1, 2147483647]"
+    )
+    rank: tuple[int, ...] = option(
+        (4,), "rank of the adapters; a list (4,8,16) is dealt out to clients at random", "[1, 100000]"
+    )
+    scale: float = option(2.0, "factor s of every low-rank update, the same for all clients and ranks", "(-inf, inf)")
     validation: float = option(
-        0.0, "set this share of the training images apart and score on it instead of the test images; to tune on"
+        0.0,
+        "set this share of the training images apart and score on it instead of the test images; to tune on",
+        "[0, 1)",
     )
-    rounds: int = option(10, "rounds")
-    local_steps: int = option(5, "local optimizer steps per round")
-    batch: int = option(16, "images per local step")
-    optimizer: str = option("sgd", "local optimizer: sgd, momentum (0.9), adam or adamw; fresh each round")
-    lr: float = option(0.1, "local learning rate")
-    seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "seeds: a count (5 means 0..4) or a list (3,7)")
-    target: float = option(0.8, "accuracy for rounds to target (global; in budget, of personal models as sent)")
-    eval_every: int = option(1, "rounds between evaluations; the last round is always evaluated")
-    chunk: int | None = option(None, "clients trained at once; must divide the cohort (default: chosen by device)")
-    devices: int = option(1, "devices that share the clients of a round, of a CPU parts of it; must divide the cohort")
-    seeds_at_once: int | None = option(None, "seeds run side by side; must divide their number (default: by device)")
-    checkpoint_every: int = option(10, "rounds between checkpoints, a multiple of --eval-every")
+    rounds: int = option(10, "rounds", COUNT)
+    local_steps: int = option(5, "local optimizer steps per round", COUNT)
+    batch: int = option(16, "images per local step", COUNT)
+    optimizer: str = option(
+        "sgd", "local optimizer: sgd, momentum (0.9), adam or adamw; fresh each round", among=OPTIMIZERS
+    )
+    lr: float = option(0.1, "local learning rate", "(0, inf)")
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2, 3, 4),
+        "seeds: a count (5 means 0 to 4), a range (0:5 means the same) or a list (3,7; 42, is the seed 42 alone)",
+        INT32,
+    )
+    target: float = option(
+        0.8, "accuracy for rounds to target (global; in budget, of personal models as sent)", "(0, 1]"
+    )
+    eval_every: int = option(1, "rounds between evaluations; the last round is always evaluated", COUNT)
+    chunk: int | None = option(
+        None, "clients trained at once; must divide the cohort (default: chosen by device)", COUNT
+    )
+    devices: int = option(
+        1, "devices that share the clients of a round, of a CPU parts of it; must divide the cohort", "[1, 1024]"
+    )
+    seeds_at_once: int | None = option(
+        None, "seeds run side by side; must divide their number (default: by device)", COUNT
+    )
+    checkpoint_every: int | None = option(
+        None, "rounds between checkpoints, a multiple of --eval-every (default: the smallest from 10)", COUNT
+    )
     theta: str | None = option(
         None, "a METHOD.theta.npz of an earlier run: what the method learned there, to start from (or mode=frozen)"
     )
@@ -77,88 +126,87 @@ class Config:
     dry_run: bool = option(False, "say what the run would need (memory, traffic, arithmetic, time) and write nothing")
 
     budgets: tuple[int, ...] = option(
-        (1, 2, 5, 10), "numbers of local steps per round to compare (1, 2, 5 and 10 only)"
+        (1, 2, 5, 10), "numbers of local steps per round to compare (1, 2, 5 and 10 only)", among=BUDGETS
     )
     lrs: tuple[float, ...] = option(
-        (0.05, 0.1, 0.2), "local learning rates: in sweep to show, in budget to choose from for each method and budget"
+        (0.05, 0.1, 0.2),
+        "local learning rates: in sweep to show, in budget to choose from for each method and budget",
+        "(0, inf)",
     )
     vary: str | None = option(
         None,
         "an option of the methods or their wrappers and its values, as in mu=0,0.01,0.1 (or proximal:mu=0,0.01,0.1 "
         "where more than one has it); with each learning rate",
     )
-    unroll: int = option(2, "rounds that a meta-step differentiates through")
-    meta_lr: float = option(0.003, "learning rate of a meta-step (Adam)")
-    tuning_seeds: tuple[int, ...] = option((100, 101, 102), "seeds of the runs that choose the learning rate")
+    unroll: int = option(2, "rounds that a meta-step differentiates through", "[1, 1000]")
+    meta_lr: float = option(0.003, "learning rate of a meta-step (Adam)", "(0, inf)")
+    tuning_seeds: tuple[int, ...] = option((100, 101, 102), "seeds of the runs that choose the learning rate", INT32)
 
     def identity(self) -> dict[str, Any]:
         """What decides the results: everything but where they are written and how fast they are computed."""
         free = {"out", "resume", "checkpoint_every", "dry_run"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
+    def rounds_between_checkpoints(self) -> int:
+        """As set, or the smallest multiple of ``eval_every`` that is not below ``CHECKPOINTS``."""
+        return self.checkpoint_every or -(-CHECKPOINTS // self.eval_every) * self.eval_every
+
 
 def check(config: Config) -> None:
     """Refuse what can be seen to be wrong without looking at data or weights."""
-    for name in (
-        "clients",
-        "rounds",
-        "local_steps",
-        "batch",
-        "eval_every",
-        "checkpoint_every",
-        "minimum",
-        "devices",
-        "unroll",
-    ):
-        _at_least(config, name, 1)
-    if not 0 < config.meta_lr < float("inf"):
-        raise ValueError(f"--meta-lr must be above 0 and finite, got {config.meta_lr:g}")
-    _at_least(config, "holdout_clients", 0)
-    for name in ("clients_per_round", "chunk", "seeds_at_once", "image_size", "adapt_last", "test_images"):
-        if getattr(config, name) is not None:
-            _at_least(config, name, 1)
-    if not config.lr > 0 or config.lr == float("inf"):
-        raise ValueError(f"--lr must be above 0 and finite, got {config.lr:g}")
-    if not 0 < abs(config.scale) < float("inf"):
-        raise ValueError(f"--scale must be finite and not 0, got {config.scale:g}")
-    if not 0 <= config.validation < 1:
-        raise ValueError(f"--validation is a share from 0 to below 1; got {config.validation:g}")
-    if config.signature not in SIGNATURES:
-        raise ValueError(f"--signature must be one of {', '.join(SIGNATURES)}; got {config.signature}")
-    if config.prefix not in PREFIXES:
-        raise ValueError(f"--prefix must be one of {', '.join(PREFIXES)}; got {config.prefix}")
-    if not 0 < config.target <= 1:
-        raise ValueError(f"--target is an accuracy above 0, at most 1; got {config.target:g}")
-    if not config.rank or min(config.rank) < 1:
-        raise ValueError(f"--rank must be at least 1, got {','.join(map(str, config.rank))}")
-    if len(set(config.methods)) < len(config.methods) or not config.methods:
-        raise ValueError(f"--methods must name each method once, got {','.join(config.methods)}")
-    if (
-        len(set(config.seeds)) < len(config.seeds)
-        or not config.seeds
-        or not 0 <= min(config.seeds) <= max(config.seeds) < 2**31
-    ):
-        raise ValueError(
-            f"--seeds must be different numbers from 0 to 2147483647, got {','.join(map(str, config.seeds))}"
-        )
-    if config.clients_per_round is not None and config.clients_per_round > config.clients:
-        raise ValueError(f"--clients-per-round {config.clients_per_round} is more than --clients {config.clients}")
+    check_fields(config)
+    if config.scale == 0:
+        raise ValueError("--scale must not be 0: nothing that adapters learn would count")
+    for name in ("methods", "seeds", "lrs", "budgets", "tuning_seeds"):
+        values = getattr(config, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{_flag(name)} must name each once, got {','.join(map(str, values))}")
     cohort = config.clients_per_round or config.clients
+    if cohort > config.clients:
+        raise ValueError(f"--clients-per-round {cohort} is more than --clients {config.clients}")
     if cohort % config.devices:
         raise ValueError(f"--devices {config.devices} does not divide the {cohort} clients of a round")
     if config.chunk is not None and cohort // config.devices % config.chunk:
         raise ValueError(f"--chunk {config.chunk} does not divide the {cohort // config.devices} clients of a device")
     if config.rounds % config.eval_every:
-        raise ValueError(f"--eval-every {config.eval_every} does not divide --rounds {config.rounds}")
-    for name in ("budgets", "lrs", "tuning_seeds"):
-        if not getattr(config, name) or min(getattr(config, name)) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} needs at least one number, none below 0")
-    if not set(config.budgets) <= {1, 2, 5, 10}:
-        raise ValueError(f"--budgets may be 1, 2, 5 and 10, got {','.join(map(str, config.budgets))}")
+        near = ", ".join(map(str, _divisors_near(config.rounds, config.eval_every)))
+        longer = -(-config.rounds // config.eval_every) * config.eval_every
+        raise ValueError(
+            f"--eval-every {config.eval_every} does not divide --rounds {config.rounds}: {near} would, or "
+            f"--rounds {longer}"
+        )
+    if config.rounds_between_checkpoints() % config.eval_every:
+        raise ValueError(f"--checkpoint-every {config.checkpoint_every} is no multiple of --eval-every")
     if config.seeds_at_once is not None and len(config.seeds) % config.seeds_at_once:
         raise ValueError(f"--seeds-at-once {config.seeds_at_once} does not divide {len(config.seeds)} seeds")
 
 
-def _at_least(config: Config, name: str, least: int) -> None:
-    if getattr(config, name) < least:
-        raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
+def check_fields(options: Any) -> None:
+    """Refuse a field of a dataclass of options that is empty, outside its interval or not among its choices."""
+    for entry in dataclasses.fields(options):
+        value, about = getattr(options, entry.name), entry.metadata
+        if value is None or not about:
+            continue
+        flag, several = "--" + _flag(entry.name), isinstance(value, tuple)
+        values = value if several else (value,)
+        if (not values and not about["empty"]) or any(isinstance(x, str) and not x.strip() for x in values):
+            raise ValueError(f"{flag} is empty or has an empty entry: leave it out, or give it a value")
+        if about["inside"] is not None:
+            for x in values:
+                refuse_outside(about["inside"], **{flag: x})
+        if about["among"] and not set(values) <= set(about["among"]):
+            got = ",".join(map(str, values))
+            raise ValueError(f"{flag} must be one of {', '.join(map(str, about['among']))}; got {got}")
+        if len(values) > MANY:
+            raise ValueError(f"{flag} holds {len(values)} entries: expected at most {MANY}")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _divisors_near(number: int, wanted: int) -> list[int]:
+    """The divisors of ``number`` next to ``wanted`` on either side."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = [d for d in divisors if d < wanted], [d for d in divisors if d > wanted]
+    return below[-1:] + above[:1]

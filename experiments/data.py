@@ -8,13 +8,15 @@ integer ``[n_classes]`` (the one of each class; those of CIFAR-100 are known by 
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from models import archive
+
+CONTRACT = ("x", "y", "classes", "domain", "domains", "split", "superclass")
 
 # The superclasses of CIFAR-100 (Krizhevsky 2009), each with its five classes.
 CIFAR100 = {
@@ -86,54 +88,79 @@ def load(source: str, test_share: float = 0.2) -> Images:
 
 
 def _read(source: str) -> dict[str, np.ndarray]:
-    path = Path(source)
-    if not path.is_file():
+    if not Path(source).is_file():
         raise ValueError(f"no data {source!r}: expected 'digits' or the path of a .npz file")
-    try:
-        with path.open("rb") as file:
-            return dict(np.load(file, allow_pickle=False))
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{source} is not a readable .npz file (damaged, truncated or pickled): {error}") from None
+    arrays = archive.read_npz(source, CONTRACT)
+    missing = [key for key in ("x", "y", "classes") if key not in arrays]
+    if missing:
+        has = ", ".join(archive.members(source)) or "none"
+        raise ValueError(f"{source} lacks the array(s) {', '.join(missing)}; it has {has}")
+    return arrays
 
 
 def _checked(name: str, arrays: dict[str, np.ndarray], test_share: float) -> Images:
-    missing = [key for key in ("x", "y", "classes") if key not in arrays]
-    if missing:
-        raise ValueError(f"{name} lacks the array(s) {', '.join(missing)}; it has {', '.join(arrays) or 'none'}")
-    x, y, classes = arrays["x"], arrays["y"], tuple(map(str, arrays["classes"]))
+    x, y, classes = arrays["x"], arrays["y"], _names(name, "classes", arrays["classes"])
     if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
         raise ValueError(f"{name}: x holds NaN or infinite values; expected uint8 images")
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not x.size:
         raise ValueError(f"{name}: x is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W, 3] with N > 0")
-    domains = tuple(map(str, arrays["domains"])) if "domains" in arrays else ("all",)
+    if not 2 <= len(classes) <= len(x):
+        raise ValueError(
+            f"{name}: {len(classes)} classes for {len(x)} images; expected at least 2, at most one an image"
+        )
     if ("domain" in arrays) != ("domains" in arrays):
         raise ValueError(f"{name} has only one of the arrays domain and domains; expected both or neither")
-    domain = arrays.get("domain", np.zeros(len(x), np.int32))
-    split = arrays.get("split")
-    for key, values, count in (("y", y, len(classes)), ("domain", domain, len(domains)), ("split", split, 2)):
-        if values is None:
-            continue
-        if values.shape != (len(x),) or not np.issubdtype(values.dtype, np.integer):
-            raise ValueError(f"{name}: {key} is {values.dtype} {list(values.shape)}; expected integers [{len(x)}]")
-        if values.min() < 0 or values.max() >= count:
-            raise ValueError(f"{name}: {key} runs from {values.min()} to {values.max()}; expected 0 to {count - 1}")
-    y, domain = y.astype(np.int32), domain.astype(np.int32)
-    test = _split(domain * len(classes) + y, test_share) if split is None else split.astype(bool)
-    for j, label in enumerate(domains):
-        for part, where in (("training", ~test), ("test", test)):
-            if not (domain[where] == j).any():
-                raise ValueError(f"{name}: domain {label!r} has no {part} images")
-    return Images(name, x, y, domain, test, classes, domains, _superclass(name, arrays, classes))
+    domains = _names(name, "domains", arrays["domains"]) if "domains" in arrays else ("all",)
+    if len(set(domains)) < len(domains):  # results are listed by them; two classes may well be called alike
+        raise ValueError(f"{name}: two domains have the same name among {', '.join(domains[:20])}")
+    y = _numbers(name, "y", y, len(x), len(classes))
+    domain = _numbers(name, "domain", arrays.get("domain", np.zeros(len(x), int)), len(x), len(domains))
+    if "split" in arrays:
+        test = _numbers(name, "split", arrays["split"], len(x), 2).astype(bool)
+    else:
+        test = _split(domain * len(classes) + y, test_share)
+    images = Images(name, x, y, domain, test, classes, domains, _superclass(name, arrays, classes))
+    _check_parts(images, "give it some, or leave the domain out")
+    return images
+
+
+def _names(name: str, key: str, names: np.ndarray) -> tuple[str, ...]:
+    """Names that can be written and told apart; whole numbers are taken as names too."""
+    if names.ndim != 1 or names.dtype.kind not in "USiu":
+        raise ValueError(f"{name}: {key} is {names.dtype} {list(names.shape)}; expected names [number of {key}]")
+    try:
+        found = tuple(x.decode() if isinstance(x, bytes) else str(x) for x in names.tolist())
+        "".join(found).encode()
+    except UnicodeError as error:
+        raise ValueError(f"{name}: {key} holds names that are no text: {error}") from None
+    if not all(map(str.strip, found)):
+        raise ValueError(f"{name}: {key} holds an empty name; give every one a name")
+    return found
+
+
+def _numbers(name: str, key: str, values: np.ndarray, length: int, count: int) -> np.ndarray:
+    """``length`` whole numbers from 0 to below ``count``, as int32."""
+    if values.shape != (length,) or values.dtype.kind not in "iu":
+        raise ValueError(f"{name}: {key} is {values.dtype} {list(values.shape)}; expected integers [{length}]")
+    if values.min() < 0 or values.max() >= count:
+        raise ValueError(f"{name}: {key} runs from {values.min()} to {values.max()}; expected 0 to {count - 1}")
+    return values.astype(np.int32)
+
+
+def _check_parts(images: Images, remedy: str) -> None:
+    """Every domain has training and test images."""
+    for part, where in (("training", ~images.test), ("test", images.test)):
+        counts = np.bincount(images.domain[where], minlength=len(images.domains))
+        if not counts.all():
+            label = images.domains[int(np.argmin(counts))]
+            raise ValueError(f"{images.name}: domain {label!r} has no {part} images: {remedy}")
 
 
 def _superclass(name: str, arrays: dict[str, np.ndarray], classes: tuple[str, ...]) -> np.ndarray | None:
-    found = arrays.get("superclass")
-    if found is None:
-        of = {label: i for i, labels in enumerate(CIFAR100.values()) for label in labels.split()}
-        return np.array([of[label] for label in classes], np.int32) if set(classes) == of.keys() else None
-    if found.shape != (len(classes),) or not np.issubdtype(found.dtype, np.integer):
-        raise ValueError(f"{name}: superclass is {found.dtype} {list(found.shape)}; expected integers [{len(classes)}]")
-    return found.astype(np.int32)
+    if "superclass" in arrays:
+        return _numbers(name, "superclass", arrays["superclass"], len(classes), len(classes))
+    of = {label: i for i, labels in enumerate(CIFAR100.values()) for label in labels.split()}
+    return np.array([of[label] for label in classes], np.int32) if set(classes) == of.keys() else None
 
 
 def validation(images: Images, share: float, seed: int = 1) -> Images:
@@ -141,7 +168,9 @@ def validation(images: Images, share: float, seed: int = 1) -> Images:
     kept = np.flatnonzero(~images.test)
     cells = images.domain[kept] * len(images.classes) + images.y[kept]
     own = images._replace(x=images.x[kept], y=images.y[kept], domain=images.domain[kept])
-    return own._replace(name=f"{images.name} (validation)", test=_split(cells, share, seed))
+    own = own._replace(name=f"{images.name} (validation)", test=_split(cells, share, seed))
+    _check_parts(own, f"a share of {share:g} of each of its classes leaves none; use another --validation")
+    return own
 
 
 def _split(cells: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
@@ -157,5 +186,6 @@ def resized(images: Images, side: int) -> Images:
     if images.x.shape[1:3] == (side, side):
         return images
     resize = jax.jit(lambda x: jax.image.resize(x.astype(np.float32), (len(x), side, side, 3), "bicubic"))
-    parts = [np.asarray(resize(part)) for part in np.array_split(images.x, max(1, len(images.x) // 512))]
-    return images._replace(x=np.clip(np.round(np.concatenate(parts)), 0, 255).astype(np.uint8))
+    as_bytes = lambda x: np.clip(np.round(x), 0, 255).astype(np.uint8)  # each part at once: floats take four times that
+    parts = [as_bytes(np.asarray(resize(part))) for part in np.array_split(images.x, max(1, len(images.x) // 512))]
+    return images._replace(x=np.concatenate(parts))

@@ -6,14 +6,17 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import fedlora_jax.methods
 import fedlora_jax.wrappers
-from fedlora_jax.method import About, Method
+from fedlora_jax.method import About, Method, refuse_outside
 from fedlora_jax.wrappers import AboutWrapper
+
+LONGEST = 200  # letters of a method with its options: folders and files are named by it
 
 
 def names() -> list[str]:
@@ -26,7 +29,7 @@ def wrappers() -> dict[str, AboutWrapper]:
 
 
 def check(spec: str) -> None:
-    """Refuse a name or an option that does not exist."""
+    """Refuse a name or an option that does not exist, and a value that is none."""
     _parse(spec)
 
 
@@ -79,7 +82,9 @@ def find(spec: str, option: str) -> Varied:
 def with_option(spec: str, option: Varied, value: float) -> str:
     """The method with one more option set, as it is written on the command line."""
     parts = spec.split("+")
-    parts[option.part] += f":{option.key}={value:g}"
+    short = f"{value:g}"
+    text = short if float(short) == value else repr(value)
+    parts[option.part] += f":{option.key}={text.replace('e+', 'e')}"  # a plus would begin a wrapper
     return "+".join(parts)
 
 
@@ -95,21 +100,36 @@ def build(spec: str, varied: Mapping[Varied, Any] = MappingProxyType({}), **fact
     parsed = _parse(spec)
     for option, value in varied.items():
         parsed[option.part][1][option.key] = value
-    (make, chosen), *around = parsed
-    asked = lambda make: {key: facts[key] for key in inspect.signature(make).parameters if key in facts}
-    method = make(**asked(make), **chosen)
-    for wrap, options in around:
-        method = wrap(method, **asked(wrap), **options)
-    return method
+    inner: list[Method] = []  # a method is made of nothing, a wrapper of what is inside it
+    for part, (make, options) in zip(spec.split("+"), parsed, strict=True):
+        asked = {key: facts[key] for key in inspect.signature(make).parameters if key in facts}
+        try:
+            inner = [make(*inner, **asked, **options)]
+        except ValueError as error:
+            raise ValueError(f"{part}: {error}") from error
+    return inner[0]
 
 
 def _parse(spec: str) -> list[tuple[Callable[..., Method], dict[str, Any]]]:
-    """Of the method and each wrapper, the function that makes it and the options that are set."""
+    """Of the method and each wrapper, the function that makes it and the options that are set.
+
+    Raises:
+      ValueError: no such name or option, an option set twice, a value that is none, or a text that cannot name files.
+    """
+    if len(spec) > LONGEST or not re.fullmatch(r"[\w.:=,+-]+", spec, re.ASCII):
+        short = spec if len(spec) <= 60 else spec[:60] + "..."
+        raise ValueError(
+            f"{short!r} is no method: expected NAME:OPTION=VALUE+WRAPPER:OPTION=VALUE, at most {LONGEST} letters, "
+            "digits and . : = , + - _"
+        )
     made = []
     for i, part in enumerate(spec.split("+")):
         name, *options = part.split(":")
         make = getattr(_module(name), name) if i == 0 else _wrapper(name)[1]
-        made.append((make, dict(_option(part, text, settable(make)) for text in options)))
+        pairs = [_option(part, text, settable(make)) for text in options]
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"{part!r} sets an option more than once: leave one of them")
+        made.append((make, dict(pairs)))
     return made
 
 
@@ -125,9 +145,13 @@ def _option(spec: str, text: str, settable: dict[str, inspect.Parameter]) -> tup
         raise ValueError(f"{spec!r}: {text!r} is no option of {spec.split(':')[0]}; it has {can}")
     kind = type(settable[key].default)
     try:
-        return key, {"True": True, "False": False}[value] if kind is bool else kind(value)
+        found = {"True": True, "False": False}[value] if kind is bool else kind(value)
     except (KeyError, ValueError):
-        raise ValueError(f"{spec!r}: {key} must be {kind.__name__}, got {value!r}") from None
+        what = "True or False" if kind is bool else kind.__name__
+        raise ValueError(f"{spec!r}: {key} must be {what}, got {value!r}") from None
+    if kind in (int, float):
+        refuse_outside("(-inf, inf)", **{f"{spec!r}: {key}": found})
+    return key, found
 
 
 def _is_plain(default: Any) -> bool:

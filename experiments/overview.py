@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments import data, methods
-from experiments.config import Config
+from experiments.config import Config, check
 from experiments.problem import NANO, signature_of_one
 from experiments.programs import traffic_bytes
 from fedlora_jax import lora
@@ -36,6 +36,7 @@ class Sizes(NamedTuple):
 
 def table(config: Config) -> str:
     """Two tables of all methods (papers and tests; what moves, for the configured model) and one of wrappers."""
+    check(config)
     adapter, signature = shapes(config)
     who, what = [], []
     for name in methods.names():

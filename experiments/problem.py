@@ -69,7 +69,6 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
         raise ValueError.
     """
     # Everything that can be refused is looked at on the host first; only then does anything compile.
-    make_optimizer(config)
     images = data.load(config.data)
     if config.validation:
         images = data.validation(images, config.validation)
@@ -180,8 +179,6 @@ def make_optimizer(config: Config, lr: float | Array | None = None) -> optax.Gra
         "adam": optax.adam,
         "adamw": optax.adamw,
     }
-    if config.optimizer not in makers:
-        raise ValueError(f"unknown optimizer {config.optimizer!r}: expected {', '.join(makers)}")
     return makers[config.optimizer](config.lr if lr is None else lr)
 
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from models import archive
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -168,14 +168,21 @@ def _is_key(x: Any) -> bool:
 
 
 def read_arrays(path: str | None) -> dict[str, np.ndarray] | None:
-    """The arrays of a ``.npz`` file; ``None`` for no path."""
+    """What a method has learned, of a ``METHOD.theta.npz``; ``None`` for no path.
+
+    Raises:
+      ValueError: no such file, or it holds something else than finite real numbers.
+    """
     if path is None:
         return None
     try:
-        with open(path, "rb") as file:
-            return dict(np.load(file, allow_pickle=False))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"cannot read what a method learned from {path}: {error}") from None
+        arrays = archive.read_npz(path)
+    except ValueError as error:
+        raise ValueError(f"cannot read what a method learned: {error}") from None
+    for name, x in arrays.items():
+        if x.dtype.kind != "f" or not np.isfinite(x).all():
+            raise ValueError(f"{path} is nothing that a method learned: {name!r} is {x.dtype}, expected finite floats")
+    return arrays
 
 
 def number(x: Any) -> float | None:

@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 from experiments import methods, problem, programs, record, summary, sweep_figures
 from experiments.compare import acceptable, describe, facts_of
-from experiments.config import Config, check
+from experiments.config import MANY, Config, check
 from experiments.layout import layout, mesh_of
 from experiments.look import png
 from experiments.methods import Varied
 from experiments.programs import Arrays, Point, Scores, Scoring, Seed
 from experiments.rows import Rows
-from fedlora_jax.method import Method
+from fedlora_jax.method import Method, refuse_outside
 from fedlora_jax.rounds import Info, Run
 
 
@@ -49,9 +49,9 @@ class Plan:
 
     def __init__(self, config: Config):
         check(config)
-        if len(set(config.lrs)) < len(config.lrs) or not 0 < min(config.lrs) <= max(config.lrs) < float("inf"):
-            raise ValueError(f"--lrs must be different numbers above 0, got {','.join(map(str, config.lrs))}")
         self.axis = axis_of(config.vary)
+        if len(config.lrs) * len(self.axis.values) > MANY:
+            raise ValueError(f"--lrs and --vary make {len(config.lrs) * len(self.axis.values)} points: at most {MANY}")
         for name in config.methods:
             methods.check(name)
         self.varied = {name: methods.find(name, self.axis.name) if self.axis.name else None for name in config.methods}
@@ -184,7 +184,9 @@ def axis_of(vary: str | None) -> Axis:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if not name or not equals or not values or not np.isfinite(values).all() or len(set(values)) < len(values):
+    for value in values:
+        refuse_outside("(-inf, inf)", **{f"--vary {name}": value})
+    if not name or not equals or not values or len(set(values)) < len(values):
         raise ValueError(f"--vary needs an option and different finite numbers, as in mu=0,0.01,0.1; got {vary!r}")
     return Axis(name, values)
 

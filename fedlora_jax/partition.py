@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedlora_jax.method import refuse_outside
+
 KINDS = ("iid", "dirichlet", "classes", "superclass_dirichlet", "domain", "domain_dirichlet")
 FORMS = "iid, dirichlet:ALPHA, classes:N, superclass_dirichlet:ALPHA, domain or domain_dirichlet:ALPHA"
 _TRIES = 100
@@ -42,10 +44,9 @@ def parse(text: str) -> Partition:
         value = float(found[2])
     except ValueError:
         raise ValueError(f"partition {text!r}: {found[2]!r} is not a number") from None
-    if value <= 0 or (kind == "classes" and value != int(value)):
-        raise ValueError(
-            f"partition {text!r}: its number must be {'a whole number ' if kind == 'classes' else ''}above 0"
-        )
+    refuse_outside("(0, inf)", **{f"the number of partition {text!r}": value})
+    if kind == "classes" and value != int(value):
+        raise ValueError(f"partition {text!r}: its number must be a whole number above 0")
     return Partition(kind, value)
 
 

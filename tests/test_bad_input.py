@@ -90,7 +90,7 @@ OPTIONS = {
         "budget --methods hyperlora {small} --clients 1 --holdout-clients 1",
         "at least 2 and 1",
     ),
-    "a budget that is not scored": ("budget --methods fedit {small} --holdout-clients 1 --budgets 3", "1, 2, 5 and 10"),
+    "a budget that is not scored": ("budget --methods fedit {small} --holdout-clients 1 --budgets 3", "1, 2, 5, 10"),
     "rank 0": ("run --method fedit --rank 0", "--rank must be at least 1"),
     "rank that is no number": ("run --method fedit --rank four", "'four'"),
     "rank larger than the layer": ("run --method fedit --rank 65", "choose a rank from 1 to 64"),

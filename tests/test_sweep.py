@@ -67,7 +67,7 @@ REFUSED = {
     "a value twice": ("--methods ditto --vary lam=1,1", "different finite numbers"),
     "no values": ("--methods ditto --vary lam", "different finite numbers"),
     "a value that is no number": ("--methods ditto --vary lam=much", "different finite numbers"),
-    "a learning rate of 0": ("--methods ditto --lrs 0,0.1", "--lrs must be different numbers above 0"),
+    "a learning rate of 0": ("--methods ditto --lrs 0,0.1", "--lrs must be above 0, got 0"),
     "a number that decides what is computed": ("--methods finetune --vary share=0.2,0.5", "programs of their own"),
 }
 

@@ -18,12 +18,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.options import Options, check
+from experiments.bench.options import Options
+from experiments.config import check_fields
 
 
 def execute(options: Options) -> list[dict[str, Any]]:
     """Run one bench: lines to stdout as they come, and to the folder at the end."""
-    check(options)
+    check_fields(options)
     bench = importlib.import_module(f"experiments.bench.bench_{options.bench}")
     lines = []
     for line in bench.run(options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.config import option
+from experiments.config import COUNT, option
 
 BENCHES = {
     "learning": "rounds of learned methods against plain ones, and the server's part alone",
@@ -51,37 +51,26 @@ class Options:
     bench: str
     work: str = option("tiny", "the fixed work: toy, nano, tiny, learning or base (experiments/bench/works.py)")
     works: tuple[str, ...] = option(("tiny", "nano", "base"), "the fixed works, comma-separated")
-    repeats: int = option(3, "measurements of each program, in turns; the median is given")
-    chunk: int | None = option(None, "clients trained at once (default: as a run chooses)")
-    devices: int = option(1, "devices that share our clients, of a CPU parts of it")
-    chunks: tuple[int, ...] = option((1, 2, 4, 8, 16), "numbers of clients trained at once, comma-separated")
-    clients: tuple[int, ...] = option((8, 32, 128), "numbers of clients, comma-separated")
-    ranks: tuple[int, ...] = option((1, 4, 16, 64), "ranks, comma-separated")
-    local_steps: tuple[int, ...] = option((1, 5, 20), "numbers of local steps, comma-separated")
-    depths: tuple[int, ...] = option((1, 2, 4, 8), "numbers of blocks, comma-separated")
-    last: int = option(3, "adapted blocks, from the end")
+    repeats: int = option(3, "measurements of each program, in turns; the median is given", "[1, 1000]")
+    chunk: int | None = option(None, "clients trained at once (default: as a run chooses)", COUNT)
+    devices: int = option(1, "devices that share our clients, of a CPU parts of it", "[1, 1024]")
+    chunks: tuple[int, ...] = option((1, 2, 4, 8, 16), "numbers of clients trained at once, comma-separated", COUNT)
+    clients: tuple[int, ...] = option((8, 32, 128), "numbers of clients, comma-separated", COUNT)
+    ranks: tuple[int, ...] = option((1, 4, 16, 64), "ranks, comma-separated", "[1, 100000]")
+    local_steps: tuple[int, ...] = option((1, 5, 20), "numbers of local steps, comma-separated", COUNT)
+    depths: tuple[int, ...] = option((1, 2, 4, 8), "numbers of blocks, comma-separated", "[1, 1000]")
+    last: int = option(3, "adapted blocks, from the end", "[1, 1000]")
     kernels: str = option("base", "the work whose adapted kernels are aggregated")
-    methods: tuple[str, ...] = option((), "methods, comma-separated (all, where no default is given)")
-    contenders: tuple[str, ...] = option(CONTENDERS, "who computes the round, comma-separated")
+    methods: tuple[str, ...] = option((), "methods, comma-separated (all, where no default is given)", empty=True)
+    contenders: tuple[str, ...] = option(CONTENDERS, "who computes the round, comma-separated", among=CONTENDERS)
     python: tuple[str, ...] = option(
-        (), "interpreters for contenders, as in torch_peft=venv/bin/python; one without a name is for all the others"
+        (),
+        "interpreters for contenders, as in torch_peft=venv/bin/python; one without a name is for all the others",
+        empty=True,
     )
-    minutes: float = option(8.0, "start no further contender after so many minutes")
+    minutes: float = option(8.0, "start no further contender after so many minutes", "(0, inf)")
     force: bool = option(False, "run works that are meant for a GPU on a CPU too")
     out: str | None = option(None, "folder for bench.jsonl and a picture (default: print only)")
-
-
-def check(options: Options) -> None:
-    """Refuse what can be seen to be wrong at once."""
-    for name in ("repeats", "chunk", "devices", "minutes", "last"):
-        if (value := getattr(options, name)) is not None and not value > 0:
-            raise ValueError(f"--{name} must be above 0, got {value}")
-    for name in ("clients", "ranks", "local_steps", "depths", "chunks"):
-        values = getattr(options, name)
-        if not values or min(values) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} needs numbers above 0, got {','.join(map(str, values))}")
-    if unknown := set(options.contenders) - set(CONTENDERS):
-        raise ValueError(f"unknown contenders {', '.join(sorted(unknown))}: expected some of {', '.join(CONTENDERS)}")
 
 
 def interpreter(options: Options, contender: str) -> str | None:
