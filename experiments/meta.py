@@ -3,9 +3,9 @@
     theta <- theta - Adam( grad_theta L(run after K rounds) )        run <- one round with the new theta
 
 ``L`` is the loss of the models that the server would send after ``K`` further rounds, local steps, aggregation and
-generation included, on images that those rounds keep apart (``meta.outcome``; memory is that of one round). This needs
-clients' data in one place, so it is for simulation (the first of ``--seeds`` alone); what it finds is served by any run
-(``--theta``, ``mode=frozen``).
+generation included, on images that all of those rounds keep apart (``meta.outcome``; memory is that of one round).
+This needs clients' data in one place, so it is for simulation (the first of ``--seeds`` alone); what it finds is served
+by any run (``--theta``, ``mode=frozen``).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from experiments.layout import layout
 from experiments.problem import Problem, make_optimizer
 from experiments.programs import Seed
 from fedlora_jax import meta, rounds
-from fedlora_jax.clients import sample_apart, sample_ids, sample_views
-from fedlora_jax.method import Method, no_learning
+from fedlora_jax.clients import sample_ids, sample_rounds, sample_views
+from fedlora_jax.method import Cohort, Method, no_learning
 from fedlora_jax.rounds import Run
 
 
@@ -97,25 +97,15 @@ def make(config: Config, p: Problem, method: Method):
     chunk, _ = layout(config, p)
     after_rounds = meta.outcome(method, p.loss_fn, optimizer, chunk=chunk)
     advance = programs.make_block(config, p, method, optimizer, chunk)
-    participants = config.clients_per_round or config.clients
 
     def start(seed: Seed) -> Learning:
         run = rounds.start(method, seed.key, seed.adapter, config.clients)
         return Learning(run, tx.init(run.state.theta))
 
-    def ahead(seed: Seed, run: Run, key: Array):
-        """One cohort of rounds to come, and its examples apart."""
-        population = seed.clients.training(config.clients)
-        ids = sample_ids(key, config.clients, participants)
-        batches, apart = sample_apart(
-            key, p.train, population, ids, config.local_steps, config.batch, p.smallest, config.batch
-        )
-        return population.cohort(ids, run.memory, batches, views=sample_views(key, population, ids)), apart
-
     def step(learning: Learning, seed: Seed) -> tuple[Learning, Array]:
         run, key = learning.run, jax.random.fold_in(jax.random.fold_in(seed.key, 2), learning.run.round)
-        cohorts, apart = jax.vmap(lambda key: ahead(seed, run, key))(jax.random.split(key, config.unroll))
-        examples = jax.tree.map(lambda x: x[-1], apart)
+        key, draw = jax.random.split(key)
+        cohorts, examples = ahead(config, p, seed, run, draw)
         loss = lambda theta: after_rounds(p.base, run.state._replace(theta=theta), cohorts, examples, key)[0]
         value, slope = jax.value_and_grad(loss)(run.state.theta)
         updates, moments = tx.update(slope, learning.moments)
@@ -125,3 +115,17 @@ def make(config: Config, p: Problem, method: Method):
         return Learning(run, moments), value
 
     return step, start
+
+
+def ahead(config: Config, p: Problem, seed: Seed, run: Run, key: Array) -> tuple[Cohort, Any]:
+    """The cohorts of the rounds to come ``[unroll, C, ...]``, and images of the last one's clients that none uses."""
+    population, participants = seed.clients.training(config.clients), config.clients_per_round or config.clients
+    who, images = jax.random.split(key)
+    keys = jax.random.split(who, config.unroll)
+    ids = jax.vmap(lambda key: sample_ids(key, config.clients, participants))(keys)
+    views = jax.vmap(lambda key, ids: sample_views(key, population, ids))(keys, ids)
+    batches, examples = sample_rounds(
+        images, p.train, population, ids, config.local_steps, config.batch, p.smallest, config.batch
+    )
+    cohort = lambda ids, batches, views: population.cohort(ids, run.memory, batches, views=views)
+    return jax.vmap(cohort)(ids, batches, views), examples

@@ -96,6 +96,29 @@ def sample_apart(
     return sample_members(key, data, population.members(ids), ids, steps, batch, smallest, query)
 
 
+def sample_rounds(
+    key: Array, data: Any, population: Population, ids: Array, steps: int, batch: int, smallest: int, query: int
+) -> tuple[Any, Any]:
+    """``sample_apart`` for several rounds: what a client keeps apart is in no batch of any of them.
+
+    Args:
+      ids: ``[R, C]`` who takes part in each round; the other arguments are ``sample_apart``'s, per round.
+
+    Returns:
+      batches ``[R, C, steps, batch, ...]``, in which a client that takes part again goes on with its epoch, and
+      ``[C, query, ...]`` examples of the last round's clients.
+    """
+    rounds = ids.shape[0]
+    numbers = jnp.arange(jax.tree.leaves(data)[0].shape[0])
+    # A client's draw depends on the key and its id alone: in every round it sets the same examples apart, and draws
+    # the batches of all rounds from the rest.
+    draw = lambda ids: sample_apart(key, numbers, population, ids, rounds * steps, batch, smallest, query)
+    batches, apart = jax.vmap(draw)(ids)
+    own = jax.vmap(lambda t, rows: jax.lax.dynamic_slice_in_dim(rows, t * steps, steps, 1))(jnp.arange(rounds), batches)
+    examples = lambda rows: jax.tree.map(lambda x: x[rows], data)
+    return examples(own), examples(apart[-1]) if query else ()
+
+
 def sample_members(
     key: Array, data: Any, members: Population, ids: Array, steps: int, batch: int, smallest: int, query: int
 ) -> tuple[Any, Any]:

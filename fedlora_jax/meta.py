@@ -86,7 +86,8 @@ def outcome(
     Args:
       method, loss_fn, optimizer, chunk: as in ``make_round``.
       The function's own: ``cohorts`` with a leading axis of rounds on every array, ``[K, C, ...]``; ``examples``
-      ``[C, ...]``, one batch for each client of the last cohort, which its local steps should not have seen.
+      ``[C, ...]``, one batch for each client of the last cohort, which the local steps of none of these rounds
+        should have seen (``clients.sample_rounds``).
     """
     round_fn = make_round(method, loss_fn, optimizer, chunk=chunk)
 

@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora_jax import meta, rounds
-from fedlora_jax.clients import padded, sample_apart, sample_views
+from fedlora_jax.clients import padded, sample_apart, sample_rounds, sample_views
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.hyperlora import hyperlora
@@ -198,6 +198,26 @@ def test_what_is_kept_apart_is_the_clients_own_and_in_no_batch(seed, query):
         assert not trained & apart
         assert len(apart) == max(1, min(query, size // 4))
         assert trained == own - apart  # 12 draws pass through everything that is left
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), query=st.integers(1, 6))
+def test_what_judges_several_rounds_is_in_no_batch_of_any_of_them(seed, query):
+    """Clients that come again, that come once, that come in the last round alone."""
+    sizes, clients = (5, 9, 2, 7, 4), population((5, 9, 2, 7, 4))
+    ids = jnp.asarray([[0, 1, 2], [3, 1, 0], [1, 4, 0]])
+    draw = jit(sample_rounds, static_argnums=(4, 5, 6, 7))
+    rows = {"row": jnp.arange(sum(sizes))}
+    batches, queries = draw(jax.random.key(seed), rows, clients, ids, 4, 3, min(sizes), query)
+    assert batches["row"].shape == (3, 3, 4, 3)
+    for c, client in enumerate(ids[-1].tolist()):
+        own = set(clients.rows[client, : sizes[client]].tolist())
+        trained, apart = set(batches["row"][ids == client].ravel().tolist()), set(queries["row"][c].tolist())
+        assert trained | apart == own  # 12 draws pass through everything that is left
+        assert not trained & apart
+    alone, judged = draw(jax.random.key(seed), rows, clients, ids[-1:], 12, 3, min(sizes), query)
+    np.testing.assert_array_equal(judged["row"], queries["row"])  # a client's draw depends on nobody else
+    np.testing.assert_array_equal(alone["row"][0, :, 8:], batches["row"][-1])  # and goes on where it stood
 
 
 def test_a_client_of_one_example_has_none_to_spare():

@@ -3,12 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_bad_input import change
 
 from experiments import compare, meta
 from experiments.cli import parse
+from fedlora_jax.rounds import Run
 
 COMMON = "--partition iid --clients 3 --holdout-clients 1 --minimum 4 --rounds 2 --local-steps 1 --batch 4"
 FROZEN, ONE = "hyperlora:mode=frozen", ("--unroll", 1, "--seeds", "7,")
@@ -51,6 +53,21 @@ def test_a_step_lowers_the_loss_after_the_same_rounds_and_moves_the_run_on(optio
     again, after = step(old._replace(run=old.run._replace(state=old.run.state._replace(theta=theta))), seed)
     assert before - 0.1 < after < before - 1e-5
     assert new.run.round == again.run.round == old.run.round + 1
+
+
+def test_images_that_judge_a_step_are_in_no_batch_of_its_rounds(options, tmp_path):
+    """Three rounds of two of three clients, over many keys."""
+    more = ("--unroll", 3, "--clients-per-round", 2, "--batch", 6, "--local-steps", 4, "--out", tmp_path)
+    found = meta.Plan(plan("meta", FROZEN, *options, *more)[1])
+    p, run = found.problem, Run(None, (), jnp.zeros((), int))
+    p = p._replace(train=(jnp.arange(len(p.train[1])), p.train[1]))  # images by number
+    ahead = jax.jit(lambda key: meta.ahead(found.config, p, found.seed, run, key))
+    for key in jax.random.split(jax.random.key(0), 50):
+        cohorts, (apart, _) = ahead(key)
+        for client, judged in zip(cohorts.ids[-1], np.asarray(apart), strict=True):
+            trained = np.asarray(cohorts.batches[0])[np.asarray(cohorts.ids == client)]
+            assert trained.size
+            assert not np.isin(judged, trained).any()
 
 
 @pytest.mark.parametrize(
