@@ -1,4 +1,7 @@
-"""Between which bounds every method lies: zero-shot and a linear probe below, local-only beside, centralised above."""
+"""Between which bounds every method lies: zero-shot and a linear probe below, local-only beside, centralised above.
+
+What is trained sees what a federation sees: the images of the clients that train, not those of unseen ones.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from experiments.problem import (
     own_accuracy,
 )
 from fedlora_jax import rounds
-from fedlora_jax.clients import Population, sample_batches
+from fedlora_jax.clients import Population, padded, sample_batches
 from fedlora_jax.methods.fedit import FedITState, fedit
 
 _CENTRAL_BATCH = 64
@@ -41,15 +44,18 @@ class Plan:
         images = steps * config.batch * (config.clients_per_round or config.clients)
         central_steps = max(1, images // _CENTRAL_BATCH)
         local = jax.jit(lambda *row: _local(score, p, config, steps, *row))
-        central = jax.jit(lambda *row: _central(score, p, config, central_steps, *row))
+        held = pooled(p, config.clients)
+        central = jax.jit(lambda *row: _central(score, p, config, central_steps, int(held.sizes.min()), *row))
+        features = frozen_features(p.pretrained, p.images.x)
         results: dict[str, list[float]] = {"zero_shot": [], "linear_probe": [], "local_only": [], "centralised": []}
         for s in tqdm(range(len(config.seeds)), unit="seed", dynamic_ncols=True):
             seed = jax.tree.map(lambda x, s=s: x[s], (p.clients, p.adapters, p.keys))
-            frozen, tuned = central(*seed)
+            own = jax.tree.map(lambda x, s=s: x[s : s + 1], held)
+            frozen, tuned = central(own, *seed[1:])
             results["zero_shot"].append(_domain_mean(p, frozen))
+            results["linear_probe"].append(_domain_mean(p, _probe(p, features, own.rows[0, : int(own.sizes[0])])))
             results["centralised"].append(_domain_mean(p, tuned))
             results["local_only"].append(float(np.nanmean(local(*seed))))
-        results["linear_probe"] = [_domain_mean(p, _probe(p))] * len(config.seeds)
         entries = {name: summary.spread(values) for name, values in results.items()}
         self._print(entries, steps, central_steps)
         return entries
@@ -57,9 +63,9 @@ class Plan:
     def _print(self, entries: dict[str, Any], steps: int, central_steps: int) -> None:
         what = {
             "zero_shot": "the frozen model, all test images",
-            "linear_probe": "logistic regression on frozen features of all training images, all test images",
+            "linear_probe": "logistic regression on frozen features of training clients' images pooled, all test images",
             "local_only": f"each client alone, {steps} steps of {self.config.batch}, own test images",
-            "centralised": f"all training images pooled, {central_steps} steps of {_CENTRAL_BATCH}, all test images",
+            "centralised": f"training clients' images pooled, {central_steps} steps of {_CENTRAL_BATCH}, all test images",
         }
         print()
         for name, entry in entries.items():
@@ -77,21 +83,30 @@ def _local(score, p: Problem, config: Config, steps: int, clients: Clients, adap
     return own_accuracy(correct, clients.test_counts[: config.clients])
 
 
-def _central(score, p: Problem, config: Config, steps: int, clients: Clients, adapter, key):
+def pooled(p: Problem, training: int) -> Population:
+    """Of each seed a client that holds all that its training clients hold; no signatures."""
+    population = jax.device_get(p.clients.population)
+    parts = [
+        np.sort(np.concatenate([row[:size] for row, size in zip(rows[:training], sizes[:training], strict=True)]))
+        for rows, sizes in zip(population.rows, population.sizes, strict=True)
+    ]
+    return Population(padded(parts), np.array([len(part) for part in parts]), population.ranks.max(1))  # type: ignore
+
+
+def _central(score, p: Problem, config: Config, steps: int, smallest: int, everybody: Population, adapter, key):
     """Which test images one client that holds everything gets right, before and after training, ``[n_test]``."""
-    size = p.train[1].shape[0]
-    everybody = Population(jnp.arange(size)[None], jnp.full(1, size), jnp.full(1, max(config.rank)))
     one = jnp.zeros(1, int)
-    batches = sample_batches(key, p.train, everybody, one, steps, _CENTRAL_BATCH, size)
+    batches = sample_batches(key, p.train, everybody, one, steps, _CENTRAL_BATCH, smallest)
     cohort = everybody.cohort(one, (), batches)
     scores = score(p.base, FedITState(adapter), cohort, (p.test[0][None], p.test[1][None]), key)
     return scores.before[0], scores.after[0]
 
 
-def _probe(p: Problem) -> np.ndarray:
-    train, test = (frozen_features(p.pretrained, p.images.x[rows]) for rows in (~p.images.test, p.images.test))
+def _probe(p: Problem, features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Which test images are right, by the training images ``rows``."""
+    train, test = features[~p.images.test][rows], features[p.images.test]
     scale = train.std(0) + 1e-6
-    model = LogisticRegression(max_iter=2000).fit(train / scale, np.asarray(p.train[1]))
+    model = LogisticRegression(max_iter=2000).fit(train / scale, np.asarray(p.train[1])[rows])
     return model.predict(test / scale) == np.asarray(p.test[1])
 
 
