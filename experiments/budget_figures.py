@@ -73,10 +73,11 @@ def _panels(title: str, x: str, result: dict[str, Any]) -> tuple[Figure, list[tu
 
 
 def line(axes: Axes, looks: Looks, name: str, x: list[float], values: list[dict[str, Any]]) -> None:
+    """Means, and intervals where there are any, cut at 0 and 100 %."""
     mean = [100 * v["mean"] for v in values]
     axes.plot(x, mean, **stroke(looks, name, len(x)))
     if all(v["ci95"] for v in values):
-        low, high = zip(*(np.multiply(100, v["ci95"]) for v in values), strict=True)
+        low, high = zip(*(np.clip(np.multiply(100, v["ci95"]), 0, 100) for v in values), strict=True)
         axes.fill_between(x, low, high, color=looks[name].colour, alpha=0.1, linewidth=0)
 
 

@@ -106,12 +106,7 @@ class Plan:
         }
         record.write_json(self.folder / "summary.json", result)
         path = report.write(self.folder, result, rows, holdings(self.config, self.problem))
-        seeds = len(self.config.seeds)
-        print(f"\n{summary.table(result)}\n")
-        print(
-            f"accuracies in %, mean over the last five rounds and 95 % interval over {seeds} seed{'s' * (seeds > 1)};"
-        )
-        print("+steps: after one round of local steps; bias: share of the mean update that the server got wrong")
+        print(f"\n{summary.table(result)}\n\n{summary.meaning(result['config'])}")
         print(f"\nreport: {path}")
         return path
 

@@ -1,7 +1,7 @@
 """The figures of a report.
 
 Each function returns a ``Figure``, or ``None`` where the run has no data for it. Lines and bars are means over seeds,
-bands and whiskers 95 % t-intervals (none with one seed); accuracies are in per cent.
+bands and whiskers 95 % t-intervals (none with one seed), cut at 0 and 100 %; accuracies are in per cent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from experiments.look import (
     plain,
     stroke,
 )
-from experiments.summary import WINDOW, spread
+from experiments.summary import spread, window
 
 ROUNDING = 1e-4  # a bias share below this is float32 rounding
 
@@ -62,8 +62,7 @@ def curves(looks: Looks, rows: Rows, target: float | None = None) -> Figure | No
     if target is not None and axes.get_ylim()[1] > 100 * target:
         axes.axhline(100 * target, color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
         note(axes, f"target {100 * target:g} %", 0.01, 100 * target, ha="left", va="bottom")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
+    return _by_round(figure, lines)
 
 
 def traffic(looks: Looks, rows: Rows) -> Figure | None:
@@ -102,25 +101,25 @@ def bias(looks: Looks, rows: Rows) -> Figure | None:
     if logarithmic and every.min() < ROUNDING:
         axes.axhspan(floor / 1.5, ROUNDING, color=FAINT, zorder=0)
         note(axes, "exact: only float32 rounding is left", 0.99, 0.8 * ROUNDING, ha="right", va="top")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
+    return _by_round(figure, lines)
 
 
 def accuracies(looks: Looks, summary: dict[str, Any]) -> Figure | None:
-    """Global, personal, worst tenth and unseen, before and after local steps; the last five rounds."""
+    """Global, personal, worst tenth, 10th percentile and unseen, before and after local steps."""
     keys = {"global": "global_accuracy"}
-    for title, key in (("personal", "personal"), ("worst 10 %", "worst10"), ("unseen", "unseen")):
+    lowest = (("mean of worst 10 %", "worst10"), ("10th percentile", "p10"))
+    for title, key in (("personal", "personal"), *lowest, ("unseen", "unseen")):
         keys |= {title: f"{key}_accuracy", f"{title},\nlocal steps": f"{key}_accuracy_tuned"}
     groups = [(title, {m: e[key]["last5"] for m, e in summary["methods"].items()}) for title, key in keys.items()]
-    return _bars(looks, groups, f"Accuracies, mean of the last {WINDOW} rounds", "accuracy (%)")
+    return _bars(looks, groups, f"Accuracies, mean of {window(summary['config'])}", "accuracy (%)")
 
 
 def domains(looks: Looks, summary: dict[str, Any]) -> Figure | None:
-    """The global model on each domain, the last five rounds; ``None`` with a single domain."""
+    """The global model on each domain; ``None`` with a single one."""
     methods = summary["methods"]
     names = list(next(iter(methods.values()))["per_domain"])
     groups = [(plain(d, 16), {m: e["per_domain"][d]["last5"] for m, e in methods.items()}) for d in names]
-    title = f"Global model on each domain, mean of the last {WINDOW} rounds"
+    title = f"Global model on each domain, mean of {window(summary['config'])}"
     return _bars(looks, groups, title, "accuracy (%)") if len(names) > 1 else None
 
 
@@ -195,6 +194,7 @@ def _over_rounds(looks: Looks, rows: Rows, key: str, scale: float = 1.0) -> Line
         table = [(r, s["mean"], *(s["ci95"] or (s["mean"], s["mean"]))) for r, s in points if s["mean"] is not None]
         if table:
             lines[name] = np.array(table, float).T * [[1], [scale], [scale], [scale]]
+            lines[name][2:] = np.clip(lines[name][2:], 0, np.inf if scale == 1 else scale)  # an accuracy has ends
     return lines
 
 
@@ -213,11 +213,22 @@ def _final(rows: Rows, method: str, key: str) -> np.ndarray:
     return 100 * np.sort(np.array(found, float))
 
 
+def _by_round(figure: Figure, lines: Lines) -> Figure:
+    """The axis of rounds: whole numbers, and nothing beside the only one that was evaluated."""
+    (axes,), at = figure.axes, np.concatenate([line[0] for line in lines.values()])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if at.min() == at.max():
+        axes.set_xlim(at[0] - 0.5, at[0] + 0.5)
+    return figure
+
+
 def _lines(looks: Looks, lines: Lines, title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure, axes = new(title, x, y)
     for name, (at, mean, low, high) in lines.items():
         axes.plot(at, mean, **stroke(looks, name, len(mean)))
         axes.fill_between(at, low, high, color=looks[name].colour, alpha=0.13, linewidth=0)
+        if len(at) == 1 and low < high:
+            axes.errorbar(at, mean, [mean - low, high - mean], color=looks[name].colour, elinewidth=0.9, capsize=3)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0), min(high, 100))
     return legend(figure, looks, lines), axes
@@ -240,6 +251,6 @@ def _bars(looks: Looks, groups: list[tuple[str, dict[str, Any]]], title: str, x:
                 low, high = np.clip(np.multiply(100, own[name]["ci95"]), 0, 100)
                 axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color="black", elinewidth=0.9, capsize=2)
     axes.set_yticks(range(len(groups)), [label for label, _ in groups], fontsize=9)
-    axes.set(xlim=(0, None), ylim=(len(groups) - 0.5, -0.5))
+    axes.set(xlim=(0, min(axes.get_xlim()[1], 100)), ylim=(len(groups) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
     return legend(figure, looks, looks, bars=True)

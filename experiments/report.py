@@ -13,12 +13,13 @@ from typing import Any
 from experiments import figures
 from experiments.look import png
 from experiments.record import write_atomically
+from experiments.summary import window
 
 ACCURACIES = {
     "global": "global_accuracy",
     "personal": "personal_accuracy",
     "personal, local steps": "personal_accuracy_tuned",
-    "worst 10\u00a0%": "worst10_accuracy",
+    "mean of worst 10\u00a0%": "worst10_accuracy",
     "10th percentile": "p10_accuracy",
     "worst client": "worst_accuracy",
     "unseen": "unseen_accuracy",
@@ -26,13 +27,13 @@ ACCURACIES = {
 }
 MEANING = (
     "<b>Global</b>: the global model on all test images, mean over domains. <b>Personal</b>: the model that each "
-    "training client is sent, on that client's own test images, mean over clients. <b>Worst 10 %</b>: the same over "
-    "the tenth of clients where it is lowest; <b>10th percentile</b>, <b>worst client</b>: single clients, "
-    "the whole distribution is drawn below. <b>Unseen</b>: the same for clients that never train. <b>Local "
+    "training client is sent, on that client's own test images, mean over clients. <b>Mean of worst 10 %</b>: the "
+    "same over the tenth of clients (rounded up) where it is lowest; <b>10th percentile</b>: a tenth of clients are "
+    "below it; <b>worst client</b>: a single one; the whole distribution is drawn below. <b>Unseen</b>: the same for clients that never train. <b>Local "
     "steps</b>: after one round's local steps on the client's own training images. <b>Bias share</b>: how far the "
     "server's model is from the mean of its clients' models, as a share of the mean update."
 )
-INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals."
+INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals, cut at 0 and 100 %."
 CAPTIONS = {
     "curves": "How fast each method rises, and where it settles.",
     "accuracies": "What a method gains globally against what single clients, the worst served ones and unseen ones "
@@ -58,8 +59,10 @@ font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.15rem;margin-top:2.2rem}
 a{color:var(--link)}small,figcaption,.note{color:var(--soft)}.note,figcaption{font-size:.9rem}
 .box{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
+.wide{width:min(100vw - 3rem,94rem);margin-left:calc(50% - min(50vw - 1.5rem,47rem))}
+@media(min-width:90rem){.hint{display:none}}
 table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-th,td{padding:.4rem .65rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);font-weight:400}
+th,td{padding:.4rem .5rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);font-weight:400}
 thead th{border-top:0;background:var(--head);vertical-align:bottom;white-space:normal;font-weight:600}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--page);max-width:9rem;white-space:normal}
 thead th:first-child{background:var(--head)}
@@ -139,10 +142,10 @@ def _sentence(config: dict[str, Any], holdings: dict[str, Any], names: list[str]
 
 def _statistics(summary: dict[str, Any]) -> str:
     seeds = len(summary["config"]["seeds"])
-    some = " (those that were evaluated)" if summary["config"]["eval_every"] > 1 else ""
+    over = window(summary["config"])
     spread = f"mean and 95 % t-interval over {seeds} seeds" if seeds > 1 else "mean; one seed, so there is no interval"
     paired = " Differences are in percentage points of global accuracy, paired by seed." if summary["paired"] else ""
-    return f"<b>Last five rounds{some}, {spread}.</b> Accuracies in %.{paired}"
+    return f"<b>{over[0].upper()}{over[1:]}, {spread}.</b> Accuracies in %.{paired}"
 
 
 def _headline(summary: dict[str, Any]) -> str:
@@ -160,7 +163,8 @@ def _headline(summary: dict[str, Any]) -> str:
         row += [_reached(entry["rounds_to_target"]), _bytes(entry["bytes_up"]["per_client_round"])]
         row += [_percent(entry["bias_share"]["last5"]), "–" if seconds is None else f"{seconds:.3g}"]
         table.append(row)
-    return _table(["method", *ACCURACIES, *difference, *rest], table)
+    hint = '<p class="note hint">On a narrow screen the table goes on to the right: scroll it.</p>'
+    return _table(["method", *ACCURACIES, *difference, *rest], table, box="box wide") + hint
 
 
 def _domains(summary: dict[str, Any]) -> str:
@@ -205,7 +209,7 @@ def _figure(name: str, image: bytes) -> str:
     )
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "numbers") -> str:
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "numbers", box: str = "box") -> str:
     cell = lambda value: value if isinstance(value, Html) else escape(value)
     head = "".join(f'<th scope="col">{cell(title)}</th>' for title in header)
     body = "\n".join(
@@ -213,7 +217,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "nu
         for first, *rest in rows
     )
     inner = f'<table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
-    return f'<div class="box" tabindex="0">{inner}</div>'  # it can be scrolled from the keyboard
+    return f'<div class="{box}" tabindex="0">{inner}</div>'  # it can be scrolled from the keyboard
 
 
 def _percent(spread: dict[str, Any], sign: str = "") -> str:

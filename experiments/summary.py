@@ -2,14 +2,15 @@
 
 Schema 1. For each method and each measure ``{"last": S, "last5": S}`` with
 ``S = {"mean", "std", "ci95": [low, high] or null, "seeds": [...]}``: the last round, and the mean over the evaluated
-rounds among the last five. Intervals are 95 % t-intervals over seeds. There is no best round: picking one on test
+rounds among the last five. Intervals are 95 % t-intervals over seeds; they know nothing of 0 and 1, where pictures cut
+them. There is no best round: picking one on test
 data would be selection.
 
     global_accuracy            the global model on all test images, mean over domains
     pooled_accuracy            the same, mean over images
     per_domain                 {domain: ...}
     personal_accuracy          each training client's model, as dispatched, on its own test images; mean over clients
-    worst10_accuracy           mean over the tenth of clients where it is lowest
+    worst10_accuracy           mean over the ceil(N / 10) clients where it is lowest: at most the 10th percentile
     p10_accuracy               the 10th percentile of clients
     worst_accuracy             the worst client
     personal_std               deviation over clients
@@ -49,11 +50,13 @@ MEASURES = (
     "bias_share",
 )
 WINDOW = 5
+NUMBERS = ("no", "one", "two", "three", "four", "five")
 COLUMNS = (  # of tables
     ("global", "global_accuracy"),
     ("personal", "personal_accuracy"),
     ("+steps", "personal_accuracy_tuned"),
     ("worst 10%", "worst10_accuracy"),
+    ("p10", "p10_accuracy"),
     ("unseen", "unseen_accuracy"),
     ("+steps", "unseen_accuracy_tuned"),
 )
@@ -113,8 +116,29 @@ def _mean(values: list[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
+def window(config: dict[str, Any]) -> str:
+    """Over which rounds means are taken: the evaluated ones among the last five, in words."""
+    every, end = config["eval_every"], config["rounds"]
+    rounds = [r for r in range(every, end + 1, every) if r > end - WINDOW]
+    if len(rounds) == 1:
+        return "the last round"
+    if every == 1:
+        return f"the last {NUMBERS[len(rounds)]} rounds"
+    return f"rounds {', '.join(map(str, rounds[:-1]))} and {rounds[-1]}"
+
+
+def meaning(config: dict[str, Any]) -> str:
+    """What stands under a table of the terminal."""
+    seeds = len(config["seeds"])
+    return (
+        f"accuracies in %, mean over {window(config)} and 95 % interval over {seeds} seed{'s' * (seeds > 1)};\n"
+        "+steps: after one round of local steps; worst 10%: mean over the lowest tenth of clients, rounded up;\n"
+        "p10: the 10th percentile of clients; bias: share of the mean update that the server got wrong"
+    )
+
+
 def table(summary: dict[str, Any]) -> str:
-    """The terminal's table: last five rounds, mean and half-width of the 95 % interval, in per cent."""
+    """The terminal's table: means over ``window`` and half-width of the 95 % interval, in per cent."""
     header = ["method", *(title for title, _ in COLUMNS), "vs first", "bias", "KiB up", "s/round"]
     rows = [header]
     for name, entry in summary["methods"].items():

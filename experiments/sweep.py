@@ -92,11 +92,8 @@ class Plan:
                 entries += self._entries(name, info, scores)
                 self._write({"schema": 1, **self.about, "took": took, "entries": entries})
                 bar.update(len(self.grid))
-        print(f"\n{table(entries, self.axis.name)}\n")
-        print(
-            "accuracies in %, mean over the last five rounds and 95 % interval over seeds; +steps: after one round of"
-        )
-        print(f"local steps\n\n{self.folder / 'summary.json'}")
+        print(f"\n{table(entries, self.axis.name)}\n\n{summary.meaning(self.about['config'])}")
+        print(f"\n{self.folder / 'summary.json'}")
         return self.folder
 
     def _acceptable(self, signature: Any, adapter: Any) -> None:
@@ -192,7 +189,7 @@ def axis_of(vary: str | None) -> Axis:
 
 
 def table(entries: list[dict[str, Any]], option: str | None) -> str:
-    """The terminal's: last five rounds, mean and half-width of the 95 % interval, in per cent."""
+    """The terminal's: means over ``summary.window`` and half-width of the 95 % interval, in per cent."""
     header = ["method", "lr", *([option] if option else []), *(title for title, _ in summary.COLUMNS)]
     rows = [[*header, "bias"]]
     for e in entries:

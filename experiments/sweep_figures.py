@@ -10,6 +10,7 @@ from matplotlib.ticker import NullLocator
 
 from experiments.budget_figures import line
 from experiments.look import dress, legend, looks_of
+from experiments.summary import window
 
 PANELS = {"global_accuracy": "global model", "personal_accuracy": "clients that train, as sent"}
 
@@ -29,7 +30,7 @@ def draw(result: dict[str, Any]) -> Figure:
     values = sorted({_value(e, option) for e in entries})
     places = _places(values)
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), PANELS.items(), strict=True):
-        dress(axes, "", what, "last five rounds (%)" if key == "global_accuracy" else "")
+        dress(axes, "", what, f"accuracy, {window(result['config'])} (%)" if key == "global_accuracy" else "")
         axes.set_title(title, loc="left", fontsize=10)
         for name, own in lines.items():
             known = sorted((e for e in own if not e["diverged"]), key=lambda e: _value(e, option))

@@ -9,8 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import figures, report
+from experiments.budget_figures import line
 from experiments.look import legend, looks_of, png
-from experiments.summary import paired, summarise
+from experiments.summary import paired, spread, summarise
 
 FIGURES = ("curves", "accuracies", "domains", "bias", "clients", "map", "traffic", "holdings")
 DOMAINS = ("ink", "chalk", "_neon $x$")
@@ -154,7 +155,7 @@ def test_tables_hold_the_numbers_of_the_summary(tmp_path):
         for own in entry["per_domain"].values():
             assert shown(own["last5"]) in text
     assert shown(summary["paired"]["flora"], "+") in text
-    for piece in ("Last five rounds, mean and 95 % t-interval over 3 seeds", "39.1 KiB", "0.0512", "abc123",
+    for piece in ("The last five rounds, mean and 95 % t-interval over 3 seeds", "39.1 KiB", "0.0512", "abc123",
                   "10 training clients, all of them in every round, and 3 unseen clients"):  # fmt: skip
         assert piece in text
     assert "best" not in text.replace("worst to best", "").lower()
@@ -178,7 +179,7 @@ def test_names_are_escaped(tmp_path):
 
 def test_one_seed_has_no_intervals(tmp_path):
     text = Page(write(tmp_path, *make(seeds=1))).text
-    assert "Last five rounds, mean; one seed, so there is no interval." in text
+    assert "The last five rounds, mean; one seed, so there is no interval." in text
     assert "±" not in text
 
 
@@ -190,7 +191,7 @@ def test_missing_values_are_dashes(tmp_path):
     assert "no unseen clients" in text
     assert "–" in text
     assert "1 of 2 seeds" in text
-    assert "those that were evaluated" in text
+    assert "Rounds 4 and 8, mean" in text
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -244,3 +245,38 @@ def test_bias_of_any_size_is_drawn(share):
     assert figure is not None
     assert png(figure)
     assert figure.axes[0].get_yscale() == "linear"
+
+
+def drawn(axes):
+    """All coordinates of lines, bands and whiskers on an axis, [points, 2]."""
+    lines = [line.get_xydata() for line in axes.lines]
+    paths = [path.vertices for own in axes.collections for path in own.get_paths() if len(path.vertices)]
+    return np.concatenate([np.asarray(x, float) for x in (*lines, *paths)])
+
+
+def test_an_interval_of_an_accuracy_is_drawn_no_further_than_it_can_go():
+    summary, rows, _ = make()
+    for row in rows:
+        row["global_accuracy"] = (0.999, 0.9, 0.02)[row["seed"]]
+    for entry in summary["methods"].values():
+        entry["global_accuracy"]["last5"] = spread([0.999, 0.9, 0.02])
+    low, high = spread([0.999, 0.9, 0.02])["ci95"]
+    assert low < 0
+    assert high > 1
+    looks = looks_of(summary)
+    curves, bars = figures.curves(looks, rows), figures.accuracies(looks, summary)
+    (axes,) = Figure().subplots(1, 1, squeeze=False)[0]
+    line(axes, looks, "fedit", [1, 2], [spread([0.999, 0.9, 0.02])] * 2)
+    for x in (drawn(curves.axes[0])[:, 1], drawn(bars.axes[0])[:, 0], drawn(axes)[:, 1]):
+        assert 0 <= x.min() <= x.max() <= 100
+    assert bars.axes[0].get_xlim()[1] <= 100
+
+
+@pytest.mark.parametrize("picture", [figures.curves, figures.bias])
+def test_one_evaluated_round_is_a_whole_number_with_its_interval(picture):
+    summary, rows, _ = make(rounds=5, every=5)
+    rows = [row for row in rows if row["round"] == 5]
+    axes = picture(looks_of(summary), rows).axes[0]
+    low, high = axes.get_xlim()
+    assert [t for t in axes.get_xticks() if low <= t <= high] == [5]
+    assert len(axes.containers) == 2  # whiskers of both methods: a band over one round has no width

@@ -1,9 +1,13 @@
 """The summary's statistics against SciPy, and its rules: last and last five, paired by seed, never a best round."""
 
+import re
+
 import numpy as np
+import pytest
 from scipy import stats
 
-from experiments.summary import paired, spread, summarise
+from experiments.rows import _worst
+from experiments.summary import COLUMNS, meaning, paired, spread, summarise, window
 
 
 def rows(method: str = "fedit", shift: float = 0.0, seeds: int = 4, rounds: int = 8) -> list[dict]:
@@ -41,6 +45,35 @@ def test_last_round_and_mean_of_the_last_five():
     assert entry["unseen_accuracy"]["last"]["mean"] is None
     assert entry["bytes_up"] == {"per_client_round": 100, "total": 1600}
     assert summarise(data, target=0.99)["rounds_to_target"]["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("every", "rounds", "said"),
+    [(1, 10, "the last five rounds"), (1, 2, "the last two rounds"), (3, 9, "rounds 6 and 9"), (10, 10, "the last round"),
+     (2, 10, "rounds 6, 8 and 10"), (5, 10, "the last round"), (4, 8, "rounds 4 and 8")],
+)  # fmt: skip
+def test_the_rounds_that_are_named_are_those_that_count(every, rounds, said):
+    assert window({"eval_every": every, "rounds": rounds}) == said
+    data = [r if r["round"] % every == 0 else {k: x for k, x in r.items() if "accuracy" not in k and k != "per_domain"}
+            for r in rows(rounds=rounds)]  # fmt: skip
+    named = [int(n) for n in re.findall(r"\d+", said)]
+    named = named or list(range(rounds + 1 - {"five": 5, "two": 2, "round": 1}[said.split()[2]], rounds + 1))
+    own = [r["global_accuracy"] for r in data if r["seed"] == 0 and r["round"] in named]
+    np.testing.assert_allclose(summarise(data, 0.5)["global_accuracy"]["last5"]["seeds"][0], np.mean(own))
+
+
+def test_the_mean_of_the_worst_tenth_stands_beside_the_10th_percentile_and_is_no_higher():
+    """Of 12 clients two are counted, the tenth rounded up."""
+    own = np.array([0.3, 0.9, 0.1, *[0.8] * 9])
+    np.testing.assert_allclose(_worst(own), 0.2)
+    titles = dict(COLUMNS)
+    assert (titles["worst 10%"], titles["p10"]) == ("worst10_accuracy", "p10_accuracy")
+    said = meaning({"eval_every": 1, "rounds": 9, "seeds": [0]})
+    assert "worst 10%: mean over the lowest tenth of clients, rounded up" in said
+    assert "p10: the 10th percentile" in said
+    for n in range(1, 40):
+        own = np.random.default_rng(n).uniform(size=n)
+        assert _worst(own) <= np.percentile(own, 10) + 1e-12
 
 
 def test_differences_are_paired_by_seed():
