@@ -61,11 +61,12 @@ class Plan:
         return entries
 
     def _print(self, entries: dict[str, Any], steps: int, central_steps: int) -> None:
+        pooled = "training clients' images pooled"
         what = {
             "zero_shot": "the frozen model, all test images",
-            "linear_probe": "logistic regression on frozen features of training clients' images pooled, all test images",
+            "linear_probe": f"logistic regression on frozen features of {pooled}, all test images",
             "local_only": f"each client alone, {steps} steps of {self.config.batch}, own test images",
-            "centralised": f"training clients' images pooled, {central_steps} steps of {_CENTRAL_BATCH}, all test images",
+            "centralised": f"{pooled}, {central_steps} steps of {_CENTRAL_BATCH}, all test images",
         }
         print()
         for name, entry in entries.items():

@@ -5,7 +5,7 @@ For every method and every budget ``E`` (local steps of a round):
 1. on a part of the training images set apart, and on other seeds, the learning rate of the grid is chosen, and whether
    clients use a model as it is sent or after ``E`` more steps on their own images: whatever serves all clients best;
 2. with these, fresh runs on all training images are scored on the test images: training clients and clients never
-   seen, after 0, 1, 2, 5 and 10 local steps.
+   seen, after 0, 1, 2, 5 and 10 local steps, served as in ``compare``.
 
 What is charged: ``passes`` per client and round, one for the forward and backward computation of one batch: ``E`` for
 the local steps, one for each gradient on examples kept apart, and what differentiating through local steps adds
@@ -33,13 +33,11 @@ from tqdm import tqdm
 from experiments import budget_figures, methods, problem, programs, record, summary
 from experiments.compare import acceptable, describe, facts_of
 from experiments.config import Config, check
-from experiments.layout import divisor, mesh_of
+from experiments.layout import layout, mesh_of
 from experiments.look import png
-from experiments.problem import Clients, Problem, own_accuracy
+from experiments.problem import Problem
 from experiments.programs import Arrays, Point, Scoring, Seed
-from fedlora_jax import rounds
-from fedlora_jax.clients import sample_batches
-from fedlora_jax.method import Method, average_client, models
+from fedlora_jax.method import Method
 from fedlora_jax.rounds import Run
 
 TAUS = (0, 1, 2, 5, 10)
@@ -138,20 +136,18 @@ class Plan:
 
 def program(config: Config, p: Problem, method: Method, points: int) -> Callable[[tuple[float, ...]], Outcome]:
     """All rounds of all seeds and their scores as one jitted function of ``points`` learning rates: ``[P, ...]``."""
-    n = config.clients
+    n, (chunk, _) = config.clients, layout(config, p, points)
 
     def scoring(method: Method, optimizer: Any) -> Scoring:
-        local = rounds.make_local(method, p.loss_fn, optimizer, watch=lambda base, now: now)
+        serving = programs.make_serving(config, p, method, optimizer, chunk)
 
         def block(arrays: Arrays, seed: Seed, run: Run, info, end) -> tuple[Array, Array]:
-            cohort = seed.clients.training(n).cohort(jnp.arange(n), run.memory)
-            sent = method.dispatch(arrays.base, run.state, average_client(cohort))
-            whole = p.correct_fn(sent.base, jax.tree.map(lambda x: x[0], models(method, sent)), arrays.test)
-            as_sent = _served(config, p, method, None, arrays, *seed, run)[0]
-            return jnp.nanmean(as_sent[:n]), whole.mean()
+            as_sent, _ = serving.score(arrays, seed, run, serving.meet(arrays, seed, run), 0)
+            return jnp.nanmean(as_sent[:n]), serving.whole(arrays, seed, run).mean()
 
         def end(arrays: Arrays, seed: Seed, run: Run) -> Array:
-            return _served(config, p, method, local, arrays, *seed, run)
+            memory = serving.meet(arrays, seed, run)
+            return jnp.stack([serving.score(arrays, seed, run, memory, steps)[0] for steps in TAUS])
 
         return Scoring(block, end)
 
@@ -163,30 +159,6 @@ def program(config: Config, p: Problem, method: Method, points: int) -> Callable
         return Outcome(end, *blocks)
 
     return at
-
-
-def _served(config, p: Problem, method: Method, local, arrays: Arrays, clients: Clients, adapter, key, run: Run):
-    """Accuracy of every client, ``[taus, N + K]``, after ``TAUS`` local steps (as sent only, without ``local``)."""
-    everybody = jnp.arange(config.clients + config.holdout_clients)
-    fresh = rounds.start(method, key, adapter, config.holdout_clients).memory
-    memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh)
-    sent = method.dispatch(arrays.base, run.state, clients.population.cohort(everybody, memory))
-    draw, steps = jax.random.fold_in(key, 1), max(TAUS)
-    batches = sample_batches(draw, arrays.train, clients.population, everybody, steps, config.batch, p.smallest)
-
-    def client(row) -> Array:
-        start, mask, anchor, batches, own = row
-        carried = jax.tree.map(lambda x: x[None], start)
-        if local is not None:
-            _, trace = local(sent.base, start, mask, anchor, batches, key)
-            after = jax.tree.map(lambda x: x[jnp.array(TAUS[1:]) - 1], trace.seen)
-            carried = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), carried, after)
-        examples = tuple(a[own] for a in arrays.test)
-        return jax.lax.map(lambda now: p.correct_fn(sent.base, method.model(now, anchor), examples), carried)
-
-    rows = (sent.adapter, sent.mask, sent.anchor, batches, clients.test_rows)
-    right = rounds.map_clients(client, rows, divisor(len(everybody), 8))  # [N + K, taus, m]
-    return jax.vmap(own_accuracy, (1, None))(right, clients.test_counts)
 
 
 def _numbers(config: Config, x: Outcome) -> dict[str, Any]:

@@ -15,6 +15,11 @@ from experiments.look import MARKERS, TITLE, Looks, below, colours, plain
 from fedlora_jax import clustering
 
 MOST = 9  # clusters that a picture can still tell apart
+CLIENTS = 500  # for which a map is drawn at most: it takes the square of their number, and eigenvectors the cube
+
+
+def is_drawn(clients: int) -> bool:
+    return clients <= CLIENTS
 
 
 def positions(apart: np.ndarray) -> np.ndarray:

@@ -93,7 +93,7 @@ def one_step(config: Config, problem: Problem) -> tuple[Any, Any, Any, Any]:
 def largest(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> int:
     """Bytes of the largest array that a local step makes."""
     gradient = jax.make_jaxpr(jax.grad(loss_fn, 1))(base, adapter, batch, key)
-    return max(_bytes(x) for x in _made(gradient.jaxpr))
+    return max(_bytes(x) for x in made(gradient.jaxpr))
 
 
 def kept(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> int:
@@ -104,13 +104,14 @@ def kept(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> in
     return max(1, sum(_bytes(x) for x in residuals if (x.shape, x.dtype) not in shared))
 
 
-def _made(jaxpr: Jaxpr) -> Iterator[Any]:
+def made(jaxpr: Jaxpr) -> Iterator[Any]:
+    """Shapes of all arrays that a program makes, but for the stacks of its loops."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name != "scan":  # its stacks over blocks are never read as one
             yield from (v.aval for v in eqn.outvars)
         for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))):
             if isinstance(value, (Jaxpr, ClosedJaxpr)):
-                yield from _made(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+                yield from made(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
 
 
 def _bytes(x: Any) -> int:

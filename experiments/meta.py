@@ -30,6 +30,7 @@ from experiments.problem import Problem, make_optimizer
 from experiments.programs import Seed
 from fedlora_jax import meta, rounds
 from fedlora_jax.clients import sample_ids, sample_rounds, sample_views
+from fedlora_jax.keys import purpose
 from fedlora_jax.method import Cohort, Method, no_learning
 from fedlora_jax.rounds import Run
 
@@ -103,9 +104,8 @@ def make(config: Config, p: Problem, method: Method):
         return Learning(run, tx.init(run.state.theta))
 
     def step(learning: Learning, seed: Seed) -> tuple[Learning, Array]:
-        run, key = learning.run, jax.random.fold_in(jax.random.fold_in(seed.key, 2), learning.run.round)
-        key, draw = jax.random.split(key)
-        cohorts, examples = ahead(config, p, seed, run, draw)
+        run, key = learning.run, jax.random.fold_in(purpose(seed.key, "meta-training"), learning.run.round)
+        cohorts, examples = ahead(config, p, seed, run, key)
         loss = lambda theta: after_rounds(p.base, run.state._replace(theta=theta), cohorts, examples, key)[0]
         value, slope = jax.value_and_grad(loss)(run.state.theta)
         updates, moments = tx.update(slope, learning.moments)
@@ -120,8 +120,7 @@ def make(config: Config, p: Problem, method: Method):
 def ahead(config: Config, p: Problem, seed: Seed, run: Run, key: Array) -> tuple[Cohort, Any]:
     """The cohorts of the rounds to come ``[unroll, C, ...]``, and images of the last one's clients that none uses."""
     population, participants = seed.clients.training(config.clients), config.clients_per_round or config.clients
-    who, images = jax.random.split(key)
-    keys = jax.random.split(who, config.unroll)
+    keys, images = jax.random.split(purpose(key, "cohorts"), config.unroll), purpose(key, "images")
     ids = jax.vmap(lambda key: sample_ids(key, config.clients, participants))(keys)
     views = jax.vmap(lambda key, ids: sample_views(key, population, ids))(keys, ids)
     batches, examples = sample_rounds(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments import client_map
 from experiments.config import Config
 from experiments.layout import divisor, layout, mesh_of
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
@@ -21,6 +22,8 @@ from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method, average_client, no_learning
 from fedlora_jax.rounds import Run
 
+GROUP = 256  # clients that hold a model at a time when they are scored
+
 
 class Scores(NamedTuple):
     """Accuracies after a block of rounds; clients are the training ones, then the unseen ones."""
@@ -29,7 +32,8 @@ class Scores(NamedTuple):
     personal: Array  # [N + K] each client's model, as dispatched, on the client's own test images; of unseen clients
     #   after the trial by which the method gets to know them, where it has one (Method.meet)
     tuned: Array  # [N + K] the same after local steps; nan where they were not asked for
-    apart: Array | None  # [N + K, N + K] distances of their subspaces after the last round and local steps; or nan
+    apart: Array | None  # [N + K, N + K] distances of their subspaces after the last round and local steps; or nan;
+    #   None where there are too many for a map
 
 
 class Arrays(NamedTuple):
@@ -136,47 +140,97 @@ def make_runs(config: Config, problem: Problem, points: int, build: Callable[[Po
     return runs, (arrays, Seed(problem.clients, problem.adapters, problem.keys))
 
 
-def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int) -> Callable:
-    """``(arrays, seed, run, tune) -> Scores`` of one seed; tune: also after local steps?
+class Serving(NamedTuple):
+    """How clients are served the models of a run, the training ones, then the unseen ones; of one seed."""
 
-    Clients are scored in chunks of at most ``chunk``, as they are trained.
+    whole: Callable  # (arrays, seed, run) -> [n_test] 1 where the global model is right
+    meet: Callable  # (arrays, seed, run) -> memory [N + K, ...], of unseen clients after the trial by which the method
+    #   gets to know them, where it has one (Method.meet)
+    score: Callable  # (arrays, seed, run, memory, steps, read) -> (accuracy [N + K] of each client's model on its own
+    #   test images after so many local steps, read(model) [N + K, ...])
+
+
+def make_serving(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int) -> Serving:
+    """The one way in which models are served and scored: in every run, whatever it then reports.
+
+    Clients are scored in chunks of at most ``chunk``, as they are trained. Of many clients no more than ``GROUP`` hold
+    a model at a time; images are looked up where they are used.
     """
-    total = config.clients + config.holdout_clients
+    total, train = config.clients + config.holdout_clients, config.clients
+    many = total > GROUP
+    own_chunk = min(chunk, GROUP) if many else divisor(total, chunk)
     score_one = rounds.make_evaluate(method, problem.correct_fn)
-    seen = lambda base, model, examples: (problem.correct_fn(base, model, examples), subspaces(model))
-    score = rounds.make_evaluate(method, seen, problem.loss_fn, optimizer, chunk=divisor(total, chunk))
-    meet = rounds.make_meet(method, problem.loss_fn, optimizer)
-    drawn = lambda train, clients, ids, key: sample_batches(
-        key, train, clients.population, ids, config.local_steps, config.batch, problem.smallest
-    )
+    key_of = lambda seed, run: jax.random.fold_in(jax.random.fold_in(seed.key, run.round), 1)
 
-    def scores(arrays: Arrays, seed: Seed, run: Run, tune: Array) -> Scores:
-        base, (x, y), clients = arrays.base, arrays.test, seed.clients
-        key = jax.random.fold_in(jax.random.fold_in(seed.key, run.round), 1)
-        training = clients.training(config.clients).cohort(jnp.arange(config.clients), run.memory)
-        whole = score_one(base, run.state, average_client(training), (x[None], y[None]), key).before[0]
+    def drawn(arrays: Arrays, clients: Clients, ids: Array, key: Array, steps: int) -> Array:
+        """Rows of the training images of so many local steps, ``[C, steps, batch]``."""
+        rows = jnp.arange(arrays.train[1].shape[0])
+        return sample_batches(key, rows, clients.population, ids, steps, config.batch, problem.smallest)
 
-        everybody = jnp.arange(total)
+    def loss_of(arrays: Arrays) -> Callable:
+        images = lambda rows: jax.tree.map(lambda x: x[rows], arrays.train)
+        return lambda base, adapter, rows, key: problem.loss_fn(base, adapter, images(rows), key)
+
+    def whole(arrays: Arrays, seed: Seed, run: Run) -> Array:
+        (x, y), training = arrays.test, seed.clients.training(train).cohort(jnp.arange(train), run.memory)
+        key = key_of(seed, run)
+        return score_one(arrays.base, run.state, average_client(training), (x[None], y[None]), key).before[0]
+
+    def meet(arrays: Arrays, seed: Seed, run: Run) -> Any:
+        key, population = key_of(seed, run), seed.clients.population
         fresh = rounds.start(method, key, seed.adapter, config.holdout_clients)
         memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh.memory)
-        if method.meet and config.holdout_clients:
-            unseen = everybody[config.clients :]
-            trial = drawn(arrays.train, clients, unseen, jax.random.fold_in(key, 1))
-            told = meet(base, run.state, clients.population.cohort(unseen, memory, trial), key)
-            memory = jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
-        examples = (x[clients.test_rows], y[clients.test_rows])
+        if method.meet is None or not config.holdout_clients:
+            return memory
+        unseen = jnp.arange(train, total)
+        trial = drawn(arrays, seed.clients, unseen, jax.random.fold_in(key, 1), config.local_steps)
+        told = rounds.make_meet(method, loss_of(arrays), optimizer)(
+            arrays.base, run.state, population.cohort(unseen, memory, trial), key
+        )
+        return jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
 
-        def tuned() -> tuple[Array, Array]:
-            cohort = clients.population.cohort(everybody, memory, drawn(arrays.train, clients, everybody, key))
-            correct, q = score(base, run.state, cohort, examples, key).after
+    def score(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable = lambda model: ()):
+        (x, y), key, clients = arrays.test, key_of(seed, run), seed.clients
+        metric = lambda base, model, rows: (problem.correct_fn(base, model, (x[rows], y[rows])), read(model))
+        evaluate = rounds.make_evaluate(method, metric, loss_of(arrays), optimizer, chunk=own_chunk)
+
+        def group(ids: Array):
+            batches = drawn(arrays, clients, ids, key, steps) if steps else ()
+            cohort = clients.population.cohort(ids, memory, batches)
+            scores = evaluate(arrays.base, run.state, cohort, clients.test_rows[ids], key)
+            correct, seen = scores.after if steps else scores.before
+            return own_accuracy(correct, clients.test_counts[ids]), seen
+
+        if not many:
+            return group(jnp.arange(total))
+        size = GROUP // own_chunk * own_chunk
+        ids = jnp.minimum(jnp.arange(-(-total // size) * size), total - 1).reshape(-1, size)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], jax.lax.map(group, ids))
+
+    return Serving(whole, meet, score)
+
+
+def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int) -> Callable:
+    """``(arrays, seed, run, tune) -> Scores`` of one seed; tune: also after local steps?"""
+    total = config.clients + config.holdout_clients
+    serving = make_serving(config, problem, method, optimizer, chunk)
+    mapped = client_map.is_drawn(total)
+
+    def scores(arrays: Arrays, seed: Seed, run: Run, tune: Array) -> Scores:
+        memory = serving.meet(arrays, seed, run)
+
+        def tuned() -> tuple[Array, Array | None]:
+            read = subspaces if mapped else lambda model: ()
+            accuracy, q = serving.score(arrays, seed, run, memory, config.local_steps, read)
+            if not mapped:
+                return accuracy, None
             nowhere = jnp.full((total, total), jnp.nan)
-            apart = jax.lax.cond(run.round == config.rounds, lambda: clustering.distances(q, q), lambda: nowhere)
-            return own_accuracy(correct, clients.test_counts), apart
+            last = run.round == config.rounds
+            return accuracy, jax.lax.cond(last, lambda: clustering.distances(q, q), lambda: nowhere)
 
-        as_sent, _ = score(base, run.state, clients.population.cohort(everybody, memory), examples, key).before
-        personal = own_accuracy(as_sent, clients.test_counts)
+        personal, _ = serving.score(arrays, seed, run, memory, 0)
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(tuned))
-        return Scores(whole, personal, *jax.lax.cond(tune, tuned, lambda: nothing))
+        return Scores(serving.whole(arrays, seed, run), personal, *jax.lax.cond(tune, tuned, lambda: nothing))
 
     return scores
 

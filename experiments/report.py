@@ -29,9 +29,10 @@ MEANING = (
     "<b>Global</b>: the global model on all test images, mean over domains. <b>Personal</b>: the model that each "
     "training client is sent, on that client's own test images, mean over clients. <b>Mean of worst 10 %</b>: the "
     "same over the tenth of clients (rounded up) where it is lowest; <b>10th percentile</b>: a tenth of clients are "
-    "below it; <b>worst client</b>: a single one; the whole distribution is drawn below. <b>Unseen</b>: the same for clients that never train. <b>Local "
-    "steps</b>: after one round's local steps on the client's own training images. <b>Bias share</b>: how far the "
-    "server's model is from the mean of its clients' models, as a share of the mean update."
+    "below it; <b>worst client</b>: a single one; the whole distribution is drawn below. <b>Unseen</b>: the same for "
+    "clients that never train. <b>Local steps</b>: after one round's local steps on the client's own training images. "
+    "<b>Bias share</b>: how far the server's model is from the mean of its clients' models, as a share of the mean "
+    "update."
 )
 INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals, cut at 0 and 100 %."
 CAPTIONS = {

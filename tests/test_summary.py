@@ -49,8 +49,8 @@ def test_last_round_and_mean_of_the_last_five():
 
 @pytest.mark.parametrize(
     ("every", "rounds", "said"),
-    [(1, 10, "the last five rounds"), (1, 2, "the last two rounds"), (3, 9, "rounds 6 and 9"), (10, 10, "the last round"),
-     (2, 10, "rounds 6, 8 and 10"), (5, 10, "the last round"), (4, 8, "rounds 4 and 8")],
+    [(1, 10, "the last five rounds"), (1, 2, "the last two rounds"), (3, 9, "rounds 6 and 9"),
+     (10, 10, "the last round"), (2, 10, "rounds 6, 8 and 10"), (5, 10, "the last round"), (4, 8, "rounds 4 and 8")],
 )  # fmt: skip
 def test_the_rounds_that_are_named_are_those_that_count(every, rounds, said):
     assert window({"eval_every": every, "rounds": rounds}) == said

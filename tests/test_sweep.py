@@ -93,8 +93,9 @@ def test_the_picture_has_a_line_for_each_method_and_learning_rate():
     own |= {key: {"last5": spread} for key in sweep_figures.PANELS}
     entries = [own | {"method": m, "lr": lr, "value": v} for m in "ab" for lr in (0.1, 0.2) for v in (0.0, 0.1, 1.0)]
     entries[0] = {"method": "a", "lr": 0.1, "value": 0.0, "diverged": [0], "about": own["about"]}
-    figure = sweep_figures.draw({"option": "mu", "entries": entries, "config": {"eval_every": 1, "rounds": 5}})
+    config = {"eval_every": 1, "rounds": 5}
+    figure = sweep_figures.draw({"option": "mu", "entries": entries, "config": config})
     assert [len(axes.lines) for axes in figure.axes] == [4, 4]
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["0", "0.1", "1"]
     assert len(figure.axes[0].lines[0].get_xdata()) == 2, "what diverged has no point"
-    assert len(sweep_figures.draw({"option": None, "entries": entries[:3]}).axes) == 2
+    assert len(sweep_figures.draw({"option": None, "entries": entries[:3], "config": config}).axes) == 2

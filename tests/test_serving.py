@@ -1,0 +1,84 @@
+"""Every command serves clients in one way: budget's scores are those of compare, for newcomers as for members."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from test_bad_input import change
+
+from experiments import budget, compare, layout, methods, problem, programs
+from experiments.cli import parse
+from experiments.problem import make_optimizer
+from experiments.programs import Arrays, Seed
+from fedlora_jax import rounds
+
+OPTIONS = (
+    "--partition iid --clients 4 --holdout-clients 2 --minimum 4 --rounds 3 --eval-every 3 --local-steps 2 --batch 4 "
+    "--seeds 1 --lr 0.3 --adapt-last 1"
+)
+METHODS = ("fedit", "hilora:root=0.4:cluster=0.6", "hyperlora", "fedrep")  # no trial; a trial; signatures; phases
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    path = tmp_path_factory.mktemp("serving") / "data.npz"
+    change()(path)
+    return [*OPTIONS.split(), "--data", str(path)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_and_a_comparison_give_every_client_the_same_accuracy(name, options):
+    config = parse(["run", "--method", name, *options])[1]
+    plan = compare.Plan("run", config)
+    trial, p = plan.trials[name], plan.problem
+    run = trial.programs.start(p.adapters, p.keys)
+    run, _ = trial.programs.train(p.base, p.train, p.clients, run, p.keys)
+    scores = trial.programs.evaluate(p.base, p.train, p.test, p.clients, run, p.keys, np.bool_(True))
+    found = budget.program(config, p, trial.method, 1)((config.lr,))
+    clients = np.asarray(found.clients)[0, 0]  # [taus, N + K]
+    np.testing.assert_array_equal(clients[budget.TAUS.index(0)], scores.personal[0])
+    np.testing.assert_array_equal(clients[budget.TAUS.index(2)], scores.tuned[0])
+    np.testing.assert_allclose(found.overall[0, 0, -1], scores.correct[0].mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.personal[0, 0, -1], np.nanmean(scores.personal[0, :4]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["hilora:root=0.4:cluster=0.6", "fedit"])
+def test_clients_served_in_groups_have_the_accuracies_of_all_at_once(name, options, monkeypatch):
+    """Six clients in groups of four: the last group is filled up, and no group sees another's clients."""
+    config = parse(["run", "--method", name, *options])[1]
+    p = problem.build(config, partial(compare.acceptable, config))
+    method = methods.build(name, **compare.facts_of(config, p.signature))
+    seed = jax.tree.map(lambda x: x[0], Seed(p.clients, p.adapters, p.keys))
+    run = rounds.start(method, seed.key, seed.adapter, config.clients)
+    moved = jax.tree.map(lambda x: x + 0.3 * np.ones(x.shape, x.dtype), seed.adapter)
+    part = "root" if name.startswith("hilora") else "adapter"
+    run = run._replace(state=run.state._replace(**{part: moved}))
+    found = []
+    for most in (256, 4):
+        monkeypatch.setattr(programs, "GROUP", most)
+        serving = programs.make_serving(config, p, method, make_optimizer(config), 2)
+
+        def served(arrays, seed, run, serving=serving):
+            return serving.score(arrays, seed, run, serving.meet(arrays, seed, run), 2, programs.subspaces)
+
+        found.append(jax.jit(served)(Arrays(p.base, p.train, p.test[:2]), seed, run))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), *found)
+
+
+def test_scoring_holds_no_images_of_more_than_one_group(options, monkeypatch):
+    """No array of the program is as large as the test images, or the images of local steps, of all clients."""
+    monkeypatch.setattr(programs, "GROUP", 2)
+    config = parse(["run", "--method", "fedit", *options, "--batch", "24", "--local-steps", "8"])[1]
+    p = problem.build(config)
+    method = methods.build("fedit", **compare.facts_of(config, p.signature))
+    seed = jax.tree.map(lambda x: x[0], Seed(p.clients, p.adapters, p.keys))
+    run = rounds.start(method, seed.key, seed.adapter, config.clients)
+    serving = programs.make_serving(config, p, method, make_optimizer(config), 1)
+    arrays = Arrays(p.base, p.train, p.test[:2])
+    own = arrays.train[0].shape[1:]
+    for steps, images in ((0, p.clients.test_rows.shape[-1]), (8, 8 * 24)):
+        program = jax.make_jaxpr(lambda *row, steps=steps: serving.score(*row, (), steps))(arrays, seed, run)
+        made = [x for x in layout.made(program.jaxpr) if x.shape[-len(own) :] == own]
+        assert 0 < max(x.size for x in made) <= 2 * images * np.prod(own)
