@@ -7,67 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from experiments.__main__ import main
+from input_helpers import SMALL, change, cut_in_half, refused
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--clients 4 --holdout-clients 0 --minimum 2 --rounds 2 --seeds 1 --local-steps 1 --batch 4".split()
-
-
-def good_arrays(n: int = 96) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {
-        "x": rng.integers(0, 256, (n, 16, 16, 3), np.uint8),
-        "y": np.arange(n) % 3,
-        "domain": np.arange(n) // 3 % 2,
-        "split": (np.arange(n) // 6 % 4 == 0).astype(int),
-        "classes": np.array(["a", "b", "c"]),
-        "domains": np.array(["left", "right"]),
-    }
-
-
-def change(**changes):
-    """A data file like the good one but for these arrays (``None``: left out)."""
-
-    def write(path: Path) -> None:
-        arrays = good_arrays() | changes
-        np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
-
-    return write
-
-
-def cut_in_half(path: Path) -> None:
-    change()(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def pickled(path: Path) -> None:
-    np.savez(path, **(good_arrays() | {"classes": np.array(["a", None, {}], dtype=object)}))
-
-
-x = good_arrays()["x"]
-float_x = x.astype(np.float32)
-float_x[5, 3, 3, 0] = np.nan
-
-DATA_FILES = {
-    "truncated data": (cut_in_half, "damaged"),
-    "pickled data": (pickled, "pickled"),
-    "NaN images": (change(x=float_x), "NaN"),
-    "images as floats": (change(x=x / 255), "expected uint8"),
-    "grey images": (change(x=x[..., :1]), "expected uint8"),
-    "no images": (change(x=x[:0], y=np.arange(0), domain=np.arange(0), split=np.arange(0)), "N > 0"),
-    "oblong images": (change(x=x[:, :12]), "--image-size"),
-    "no labels": (change(y=None), "lacks the array(s) y"),
-    "labels out of range": (change(y=np.arange(96) % 4), "y runs from 0 to 3; expected 0 to 2"),
-    "negative labels": (change(y=np.arange(96) % 3 - 1), "y runs from -1"),
-    "labels as floats": (change(y=np.ones(96)), "expected integers"),
-    "too few labels": (change(y=np.zeros(95, int)), "expected integers [96]"),
-    "empty domain": (change(domain=np.zeros(96, int)), "'right' has no training images"),
-    "domain without test images": (change(split=np.zeros(96, int)), "no test images"),
-    "domain without names": (change(domains=None), "only one of the arrays"),
-    "split of three": (change(split=np.arange(96) % 3), "split runs from 0 to 2"),
-}
-
 OPTIONS = {
     "no command": ("", "required"),
     "unknown command": ("dance", "dance"),
@@ -154,18 +96,6 @@ def places(tmp_path_factory):
     }
 
 
-def refused(arguments: list[str], capsys, monkeypatch) -> str:
-    monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
-    output = capsys.readouterr()
-    assert not output.out
-    assert output.err.startswith("error: ")
-    assert output.err.count("\n") == 1
-    return output.err
-
-
 @pytest.mark.parametrize("case", OPTIONS)
 def test_options(case, places, tmp_path, capsys, monkeypatch, compilations):
     text, reason = OPTIONS[case]
@@ -179,23 +109,6 @@ def test_options(case, places, tmp_path, capsys, monkeypatch, compilations):
     assert not compilations
     assert [p.name for p in places["full"].iterdir()] == ["thesis.txt"]
     assert [p.name for p in places["other"].iterdir()] == ["config.json"]
-
-
-@pytest.mark.parametrize("case", DATA_FILES)
-def test_data_files(case, tmp_path, capsys, monkeypatch, compilations):
-    write, reason = DATA_FILES[case]
-    write(tmp_path / "data.npz")
-    arguments = ["run", "--method", "fedit", *SMALL, "--data", str(tmp_path / "data.npz")]
-    message = refused([*arguments, "--out", str(tmp_path / "out")], capsys, monkeypatch)
-    assert reason in message
-    assert not (tmp_path / "out").exists()
-    assert not compilations
-
-
-def test_a_domain_partition_needs_domains(tmp_path, capsys, monkeypatch):
-    change(domain=None, domains=None)(tmp_path / "data.npz")
-    arguments = ["run", "--method", "fedit", *SMALL, "--data", str(tmp_path / "data.npz"), "--partition", "domain"]
-    assert "needs data with domains" in refused([*arguments, "--out", str(tmp_path / "out")], capsys, monkeypatch)
 
 
 def test_as_a_process_there_is_no_traceback(tmp_path):
