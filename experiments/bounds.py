@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from experiments import problem, summary
 from experiments.config import Config, check
+from experiments.layout import refuse_draws
 from experiments.problem import (
     Clients,
     Problem,
@@ -36,6 +37,9 @@ class Plan:
     def __init__(self, config: Config):
         check(config)
         self.config, self.problem = config, problem.build(config)
+        steps, cohort = config.rounds * config.local_steps, config.clients_per_round or config.clients
+        for clients, alone in ((config.clients, steps), (1, steps * cohort)):  # each for itself, and all as one
+            refuse_draws(self.problem.train[0][0], clients, alone, config.batch)
 
     def execute(self) -> dict[str, Any]:
         config, p = self.config, self.problem

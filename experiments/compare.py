@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import forecast, methods, problem, programs, record, report, summary
+from experiments import forecast, layout, methods, problem, programs, record, report, summary
 from experiments.config import Config, check
 from experiments.layout import mesh_of
 from experiments.problem import Problem
 from experiments.programs import Programs
 from experiments.rows import Rows, holdings
+from fedlora_jax import rounds
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method
 from fedlora_jax.rounds import Info, Run
@@ -139,7 +140,13 @@ def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
             raise ValueError(f"{name} keeps examples of every client apart: --minimum must be at least 2, got 1")
         if "+scaffold" in name and config.optimizer != "sgd":
             raise ValueError(f"{name} needs local steps of plain SGD: --optimizer must be sgd, got {config.optimizer}")
-        jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0), adapter)
+        start = lambda key, adapter, method=method: rounds.start(method, key, adapter, config.clients)
+        run = jax.eval_shape(start, jax.eval_shape(jax.random.key, 0), adapter)
+        layout.refuse_more_than_there_is(
+            len(config.seeds) * layout.bytes_of(run),
+            f"what {name} keeps of {config.clients} clients and {len(config.seeds)} seeds would",
+            "use fewer of them, or smaller options of the method",
+        )
 
 
 class Trial:

@@ -53,7 +53,7 @@ def layout(config: Config, problem: Problem, points: int = 1) -> tuple[int, int]
 def at_once(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> int:
     """Clients in one device's memory, or a CPU's caches; the arguments are a local step's, or their shapes."""
     if jax.default_backend() == "cpu":
-        return CACHE // largest(loss_fn, base, adapter, batch, key)
+        return CACHE // largest(jax.grad(loss_fn, 1), base, adapter, batch, key)
     memory = jax.local_devices()[0].memory_stats()["bytes_limit"]
     return int(SHARE * memory / kept(loss_fn, base, adapter, batch, key))
 
@@ -67,6 +67,33 @@ def memory() -> int | None:
         return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     free = _free()
     return None if free is None else free + sum(x.nbytes for x in jax.live_arrays())
+
+
+def refuse_more_than_there_is(needed: int, what: str, remedy: str) -> None:
+    """Refuse what takes more bytes than there are for arrays, before any of it is allocated.
+
+    Raises:
+      ValueError: it does; with what to change.
+    """
+    have = memory()
+    if have is not None and needed > have:
+        raise ValueError(f"{what} take {needed / 2**30:,.1f} GiB of memory, and there are {have / 2**30:.1f}: {remedy}")
+
+
+def refuse_draws(image: Any, clients: int, steps: int, batch: int, query: int = 0) -> None:
+    """Refuse more images than there is memory for: so many clients draw them for all their local steps at once.
+
+    Args:
+      image: one, as the model reads it, or its shape.
+      clients, steps, batch: who draws, and what for.
+      query: images that each keeps apart.
+    """
+    drawn = clients * (steps * batch + query)
+    refuse_more_than_there_is(
+        drawn * _bytes(image),
+        f"the {drawn} images that {clients} clients draw for {steps} local steps of {batch} would",
+        "use fewer --local-steps or --clients-per-round, a smaller --batch, or fewer queries of a method",
+    )
 
 
 def _free() -> int | None:
@@ -90,10 +117,9 @@ def one_step(config: Config, problem: Problem) -> tuple[Any, Any, Any, Any]:
     return problem.base, adapter, batch, jax.eval_shape(jax.random.key, 0)
 
 
-def largest(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> int:
-    """Bytes of the largest array that a local step makes."""
-    gradient = jax.make_jaxpr(jax.grad(loss_fn, 1))(base, adapter, batch, key)
-    return max(_bytes(x) for x in made(gradient.jaxpr))
+def largest(function: Callable, *arguments: Any) -> int:
+    """Bytes of the largest array that a function makes, of arguments or their shapes."""
+    return max(map(_bytes, made(jax.make_jaxpr(function)(*arguments).jaxpr)))
 
 
 def kept(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> int:
@@ -112,6 +138,11 @@ def made(jaxpr: Jaxpr) -> Iterator[Any]:
         for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))):
             if isinstance(value, (Jaxpr, ClosedJaxpr)):
                 yield from made(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+
+
+def bytes_of(tree: Any) -> int:
+    """Of all arrays in a tree, or of their shapes."""
+    return sum(map(_bytes, jax.tree.leaves(tree)))
 
 
 def _bytes(x: Any) -> int:

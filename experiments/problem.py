@@ -25,6 +25,7 @@ from models import vit
 from models.pretrained import Pretrained, load_vit
 from models.vit import normalise
 
+FORWARD = 256  # images that a frozen model sees at once
 VIEWS = 16  # random halves of its data that describe each client in training
 STEM = "stem"  # the name under which a base holds the blocks that come before the adapted ones
 KEPT = 0.25  # of the memory there is, at most, for what the stem makes of all images
@@ -73,7 +74,21 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
     if config.validation:
         images = data.validation(images, config.validation)
     side = config.image_size or _side(images)
+    size = len(images.x) * side * side * 3
+    layout.refuse_more_than_there_is(
+        size if images.x.shape[1:3] == (side, side) else 2 * size,  # on the device, and resized ones on the host too
+        f"{len(images.x)} images of {side} x {side}",
+        "use a smaller --image-size or fewer images",
+    )
+    image = jax.ShapeDtypeStruct((side, side, 3), jnp.uint8)
+    layout.refuse_draws(image, config.clients_per_round or config.clients, config.local_steps, config.batch)
     pretrained = load_vit(NANO if config.weights == "nano" else config.weights, len(images.classes), side)
+    batch = jax.ShapeDtypeStruct((min(FORWARD, len(images.x)), *image.shape), image.dtype)
+    layout.refuse_more_than_there_is(
+        layout.largest(partial(_forward, pretrained), pretrained.params, batch),
+        f"{pretrained.name} on {batch.shape[0]} images of {side} x {side} makes an array that would",
+        "use a smaller --image-size or model",
+    )
     blocks = config.adapt_last or pretrained.model.depth
     stem, top = (None, pretrained) if blocks == pretrained.model.depth else cut(pretrained, blocks)
     new = partial(
@@ -196,15 +211,19 @@ def frozen_features(pretrained: Pretrained, x: np.ndarray) -> np.ndarray:
 
 def _applied(pretrained: Pretrained, x: np.ndarray, read: Callable = lambda out: out[0]) -> np.ndarray:
     """A model's output for all images, in batches of one size (so one compilation: the last one starts earlier)."""
-    model, params = pretrained.model, jax.device_put(pretrained.params)
-    apply = jax.jit(lambda params, x: read(model.apply({"params": params}, inputs(pretrained, x))))
-    size = min(256, len(x))
+    params = jax.device_put(pretrained.params)
+    apply = jax.jit(lambda params, x: read(_forward(pretrained, params, x)))
+    size = min(FORWARD, len(x))
     starts = [min(i, len(x) - size) for i in range(0, len(x), size)]
     parts = {i: np.asarray(apply(params, x[i : i + size])) for i in starts}
     out = np.zeros((len(x), *parts[0].shape[1:]), np.float32)
     for i, part in parts.items():
         out[i : i + size] = part
     return out
+
+
+def _forward(pretrained: Pretrained, params: Params, x: Any) -> Any:
+    return pretrained.model.apply({"params": params}, inputs(pretrained, x))
 
 
 def inputs(pretrained: Pretrained, x: Any) -> Array:

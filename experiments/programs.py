@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import client_map
 from experiments.config import Config
-from experiments.layout import divisor, layout, mesh_of
+from experiments.layout import divisor, layout, mesh_of, refuse_draws
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import clustering, lora, rounds
 from fedlora_jax.clients import sample_batches
@@ -241,7 +241,13 @@ def subspaces(model: Adapter) -> list[Array]:
 
 
 def make_block(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int | None) -> Callable:
-    """The rounds between two evaluations, sampling included: ``rounds.scan_rounds`` with a run's options."""
+    """The rounds between two evaluations, sampling included: ``rounds.scan_rounds`` with a run's options.
+
+    Raises:
+      ValueError: the images that a cohort draws would not fit into memory.
+    """
+    cohort = config.clients_per_round or config.clients
+    refuse_draws(problem.train[0][0], cohort, config.local_steps, config.batch, method.query)
     step = rounds.make_step(
         rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk, mesh=mesh_of(config.devices)),
         participants=config.clients_per_round or config.clients,
