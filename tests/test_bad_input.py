@@ -131,7 +131,7 @@ LATE = {  # what shows only once a model has been loaded, or described its image
     "images larger than a model's memory": ("run --method fedit --image-size 2048", "GiB of memory"),
     "queries beyond all memory": ("run --method pfedme:query=2000000000", "GiB of memory"),
     "rounds to bounds beyond all memory": (
-        "bounds --data {data} --partition iid --clients 4 --holdout-clients 0 --seeds 1 --local-steps 1000000 --rounds 1000",
+        "bounds --data {data} --partition iid --clients 4 --holdout-clients 0 --local-steps 1000000 --rounds 1000",
         "GiB of memory",
     ),
 }
