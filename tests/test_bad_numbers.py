@@ -1,10 +1,17 @@
 """Numbers that are none, or that no device holds, are refused by name: nan, infinity, beyond float32 or int32."""
 
+import importlib
+import inspect
+import re
+
 import jax
 import numpy as np
 import pytest
+from helpers import SIGNATURE
 
+from experiments import methods
 from fedlora_jax.method import in_words, refuse_outside
+from fedlora_jax.methods.fedit import fedit
 
 NO_NUMBERS = (float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 1e-300, np.float64(1e39), 2**31, -(10**12))
 
@@ -29,3 +36,28 @@ def test_an_interval_holds_its_numbers_and_no_others(interval, inside, outside, 
 
 def test_traced_numbers_pass():
     jax.jit(lambda x: refuse_outside("(0, 1)", x=x))(7.0)
+
+
+PARTS = {name: getattr(importlib.import_module(f"fedlora_jax.methods.{name}"), name) for name in methods.names()}
+PARTS |= {name: methods._wrapper(name)[1] for name in methods.wrappers()}
+OPTIONS = [(name, key) for name, make in PARTS.items() for key, p in methods.settable(make).items()
+           if type(p.default) in (int, float)]  # fmt: skip
+FACTS = {"participants": 4, "population": 8, "rounds": 3, "local_lr": 0.1, "signature": SIGNATURE}
+
+
+@pytest.mark.parametrize(("name", "key"), OPTIONS)
+def test_every_number_of_every_method_and_wrapper_is_looked_at(name, key):
+    """In the library itself, by name; and on the command line with the part that it belongs to."""
+    make = PARTS[name]
+    asked = {fact: FACTS[fact] for fact in inspect.signature(make).parameters if fact in FACTS}
+    inner = [fedit()] if name in methods.wrappers() else []
+    make(*inner, **asked)
+    kind = type(methods.settable(make)[key].default)
+    for value in NO_NUMBERS if kind is float else (2**31, -(10**12)):
+        with pytest.raises(ValueError, match=f"(?s){key}.*{re.escape(f'{value}')}"):
+            make(*inner, **asked, **{key: value})
+        if kind is float and isinstance(value, int):
+            continue  # as text a real number like any other
+        part = f"{name}:{key}={value}".replace("e+", "e")  # a plus begins a wrapper
+        with pytest.raises(ValueError, match=re.escape(f"'{part}': {key} must be a finite number")):
+            methods.check(f"fedit+{part}" if inner else part)

@@ -247,7 +247,7 @@ def test_lora_fair_starts_where_b_is_zero():
 
 
 def test_lora_fair_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="weight of a penalty"):
+    with pytest.raises(ValueError, match="lam must be at least 0"):
         lora_fair(lam=-1)
     with pytest.raises(ValueError, match="must be 'cosine', 'column_cosine' or 'ridge'"):
         lora_fair(solver="newton")

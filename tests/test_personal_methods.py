@@ -441,17 +441,17 @@ def test_what_clients_keep_goes_by_client_through_a_run_with_few_participants():
 
 def test_numbers_out_of_range_are_refused():
     for make, message in (
-        (lambda: ditto(-1.0), "0 or more"),
-        (lambda: finetune(1.5), "expected 0 to 1"),
+        (lambda: ditto(-1.0), "at least 0"),
+        (lambda: finetune(1.5), "at most 1"),
         (lambda: fedrep(1.0), "below 1"),
-        (lambda: fedproto(-1.0), "0 or more"),
+        (lambda: fedproto(-1.0), "at least 0"),
         (lambda: pfedme(lam=0.0), "above 0"),
         (lambda: pfedme(lam=15.0, lr=0.2), "diverges"),
-        (lambda: per_fedavg(-1.0), "0 or more"),
+        (lambda: per_fedavg(-1.0), "at least 0"),
         (lambda: per_fedavg(order="second"), "first_order"),
-        (lambda: ifca(0), "above 0"),
-        (lambda: ifca(2, query=0), "above 0"),
-        (lambda: pfedhn(0), "above 0"),
+        (lambda: ifca(0), "at least 1"),
+        (lambda: ifca(2, query=0), "at least 1"),
+        (lambda: pfedhn(0), "at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

@@ -170,7 +170,7 @@ def test_signatures_without_labels_and_models_without_a_bias_are_refused():
         signature_bias(fedit(), label_free(SIGNATURE))
     with pytest.raises(ValueError, match="at least 0, got -1"):
         signature_bias(fedit(), SIGNATURE, lr=-1)
-    with pytest.raises(ValueError, match=r"above -1 and below 1 .* got 1"):
+    with pytest.raises(ValueError, match="above -1 and below 1, got 1"):
         signature_bias(fedit(), SIGNATURE, start=1)
     bare = lora.new(KEY, BASE, 2, targets="blocks/kernel")
     with pytest.raises(ValueError, match="add the head's bias"):

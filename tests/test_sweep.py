@@ -63,7 +63,7 @@ REFUSED = {
     "an option several parts have": ("--methods fedit+fedadam+fedavgm --vary lr=0.1,1", "several parts have"),
     "an option that is set": ("--methods lora_fair:lam=1 --vary lam=0,1", "sets it already"),
     "an option that is no real number": ("--methods lora_fair --vary steps=1,2", "no part has such a number"),
-    "a value that a method refuses": ("--methods ditto --vary lam=0,-1", "expected 0 or more"),
+    "a value that a method refuses": ("--methods ditto --vary lam=0,-1", "lam must be at least 0"),
     "a value twice": ("--methods ditto --vary lam=1,1", "different finite numbers"),
     "no values": ("--methods ditto --vary lam", "different finite numbers"),
     "a value that is no number": ("--methods ditto --vary lam=much", "different finite numbers"),

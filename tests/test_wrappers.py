@@ -510,16 +510,16 @@ def test_what_acts_on_uploads_refuses_methods_that_learn_from_slopes(wrap):
 
 def test_numbers_out_of_range_are_refused():
     for make, message in (
-        (lambda: proximal(fedit(), -1), "0 or more"),
-        (lambda: scaffold(fedit(), 0, 0.1), "above 0"),
+        (lambda: proximal(fedit(), -1), "at least 0"),
+        (lambda: scaffold(fedit(), 0, 0.1), "at least 1"),
         (lambda: feddyn(fedit(), 8, 0.0), "above 0"),
         (lambda: fedadam(fedit(), lr=0.0), "above 0"),
-        (lambda: fedbc(fedit(), lr=-1.0), "0 or more"),
-        (lambda: fedlc(fedit(), -1.0), "0 or more"),
+        (lambda: fedbc(fedit(), lr=-1.0), "at least 0"),
+        (lambda: fedlc(fedit(), -1.0), "at least 0"),
         (lambda: clip(fedit(), 0.0), "above 0"),
-        (lambda: noise(fedit(), -1.0), "0 or more"),
+        (lambda: noise(fedit(), -1.0), "at least 0"),
         (lambda: trimmed_mean(fedit(), 0.5), "below 0.5"),
-        (lambda: krum(fedit(), kept=0), "above 0"),
+        (lambda: krum(fedit(), kept=0), "at least 1"),
         (lambda: norm_bound(fedit(), 0.0), "above 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ clips by the global norm scales them together, and the global adapter is then no
 from __future__ import annotations
 
 from fedlora_jax import personal
-from fedlora_jax.method import About, Method, Slope, known
+from fedlora_jax.method import About, Method, Slope, refuse_outside
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.personal import squared_distance
 
@@ -26,8 +26,7 @@ def ditto(lam: float = 0.1) -> Method:
     Raises:
       ValueError: lam below 0.
     """
-    if known(lam) and lam < 0:
-        raise ValueError(f"lam is the weight of a penalty: got {lam}, expected 0 or more")
+    refuse_outside("[0, inf)", lam=lam)
 
     def objective(task, carried, w):
         v = carried["personal"]

@@ -22,7 +22,7 @@ from jax import Array
 
 from fedlora_jax import layers, lora
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Method, Traffic, broadcast, mean_of_holders, uniform
+from fedlora_jax.method import About, Method, Traffic, broadcast, mean_of_holders, refuse_outside, uniform
 
 ABOUT = About(
     "Fed-HeLLo", "Zhang et al. 2025", "2506.12213", "a, b of chosen layers; head", "chosen layers, head", "no", "budget"
@@ -53,8 +53,7 @@ def fed_hello(
     """
     if odds not in ("bottleneck", "uniform", "fisher"):
         raise ValueError(f"odds must be 'bottleneck', 'uniform' or 'fisher', got {odds!r}")
-    if regroup < 1:
-        raise ValueError(f"regroup must be at least 1, got {regroup}")
+    refuse_outside("[1, inf)", regroup=regroup)
     shares = layers.shares(depths)
 
     def init(key, adapter):

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, Params
-from fedlora_jax.method import About, Method
+from fedlora_jax.method import About, Method, refuse_outside
 from fedlora_jax.methods.fedex_lora import FedExState, fedex_lora
 
 ABOUT = About("Fed-TaLoRA", "Yu et al. 2025", "2505.12318", "a, b, head", "a, b, head; residual down", "yes")
@@ -42,8 +42,7 @@ def fed_talora(tasks: int = 1, rounds_per_task: int = 10) -> Method:
       tasks: how many the classes are dealt to, in order (the last axis of every parameter trained in full is classes).
       rounds_per_task: then the next task begins; the last one goes on for ever.
     """
-    if tasks < 1 or rounds_per_task < 1:
-        raise ValueError(f"tasks and rounds_per_task must be at least 1, got {tasks} and {rounds_per_task}")
+    refuse_outside("[1, inf)", tasks=tasks, rounds_per_task=rounds_per_task)
     inner = fedex_lora()
 
     def init(key, adapter):

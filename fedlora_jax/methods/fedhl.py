@@ -25,7 +25,7 @@ from jax import Array
 
 from fedlora_jax import lora, product
 from fedlora_jax.lora import Adapter, LoRA, Params
-from fedlora_jax.method import About, Cohort, Method, broadcast, known, mean
+from fedlora_jax.method import About, Cohort, Method, broadcast, mean, refuse_outside
 
 ABOUT = About("FedHL", "Peng et al. 2025", "2505.18494", "a, b, head", "a, b, head", "in what clients changed")
 
@@ -55,8 +55,8 @@ def fedhl(weighting: Literal["2", "1", "data"] = "2", eps: float = 1e-6, tail_de
     """
     if weighting not in _POWERS:
         raise ValueError(f"weighting must be '2', '1' or 'data', got {weighting!r}")
-    if known(eps, tail_decay) and (not eps > 0 or not 0 <= tail_decay <= 1):
-        raise ValueError(f"expected eps above 0 and tail_decay from 0 to 1, got {eps} and {tail_decay}")
+    refuse_outside("(0, inf)", eps=eps)
+    refuse_outside("[0, 1]", tail_decay=tail_decay)
 
     def init(key, adapter):
         return FedHLState(adapter, lora.zero_deltas(adapter))

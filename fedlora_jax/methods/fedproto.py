@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax import lora, personal
-from fedlora_jax.method import About, Method, Traffic, known, mean
+from fedlora_jax.method import About, Method, Traffic, mean, refuse_outside
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.personal import squared_distance
 from fedlora_jax.signatures import Signature
@@ -33,8 +33,7 @@ def fedproto(lam: float = 1.0) -> Method:
     Raises:
       ValueError: lam below 0, or an adapter without a head.
     """
-    if known(lam) and lam < 0:
-        raise ValueError(f"lam is the weight of a penalty: got {lam}, expected 0 or more")
+    refuse_outside("[0, inf)", lam=lam)
     inner = fedit()
 
     def init(key, adapter):

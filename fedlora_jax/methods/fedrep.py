@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax import lora, personal
-from fedlora_jax.method import About, Method, known
+from fedlora_jax.method import About, Method, known, refuse_outside
 from fedlora_jax.methods.fedper import fedper
 
 ABOUT = About("FedRep", "Collins et al. ICML 2021", "2102.07078", "head, then a, b", "a, b", "n/a")
@@ -30,8 +30,7 @@ def fedrep(share: float = 0.5) -> Method:
       ValueError: a share that leaves no step to one of the two phases, of all or (when a round is traced) of those that
         the cohort's batches make.
     """
-    if known(share) and not 0 < share < 1:
-        raise ValueError(f"share is the head's part of the local steps: got {share}, expected above 0 and below 1")
+    refuse_outside("(0, 1)", share=share)
 
     def moving(mask, progress):
         body, head = lora.split(mask)

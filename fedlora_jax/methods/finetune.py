@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 
 from fedlora_jax import personal
-from fedlora_jax.method import About, Method, Slope
+from fedlora_jax.method import About, Method, Slope, refuse_outside
 from fedlora_jax.methods.fedit import fedit
 
 ABOUT = About("FedIT fine-tuned", "Wang et al. 2019", "1910.10252", "a, b, head", "a, b, head", "no")
@@ -25,8 +25,7 @@ def finetune(share: float = 1.0) -> Method:
     Raises:
       ValueError: a share outside 0 to 1.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share is a part of the local steps: got {share}, expected 0 to 1")
+    refuse_outside("[0, 1]", share=share)
     if share == 0:
         return fedit()
 

@@ -20,7 +20,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Cohort, Dispatch, Method, known, mean
+from fedlora_jax.method import About, Cohort, Dispatch, Method, mean, refuse_outside
 
 ABOUT = About("FSLoRA", "Fang et al. 2025", "2501.19389", "k columns of a, b; head", "k columns of a, b; head", "no")
 
@@ -45,8 +45,7 @@ def fslora(server: Literal["sgd", "adamw"] = "sgd", server_lr: float = 1.0) -> M
     makers = {"sgd": optax.sgd, "adamw": optax.adamw}
     if server not in makers:
         raise ValueError(f"server must be 'sgd' or 'adamw', got {server!r}")
-    if known(server_lr) and not server_lr > 0:
-        raise ValueError(f"server_lr must be above 0, got {server_lr}")
+    refuse_outside("(0, inf)", server_lr=server_lr)
     optimizer = makers[server](server_lr)
 
     def init(key, adapter):

@@ -18,7 +18,7 @@ from jax import Array
 
 from fedlora_jax import lora, product
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method, known, mean, memory_of, revived, uniform
+from fedlora_jax.method import About, Method, mean, memory_of, refuse_outside, revived, uniform
 from fedlora_jax.methods.fedit import FedITState, fedit
 
 ABOUT = About("HetLoRA", "Cho et al. EMNLP 2024", "2401.06432", "a, b, head", "a, b, head", "no", "rank")
@@ -39,8 +39,9 @@ def hetlora(gamma: float = 0.99, lam: float = 1e-3, min_rank: int = 4) -> Method
       lam: weight of the penalty on the tail.
       min_rank: nobody prunes below it; clients of smaller ranks never prune.
     """
-    if (known(gamma, lam) and (not 0 < gamma <= 1 or lam < 0)) or min_rank < 1:
-        raise ValueError(f"expected gamma in (0, 1], lam >= 0, min_rank >= 1; got {gamma}, {lam} and {min_rank}")
+    refuse_outside("(0, 1]", gamma=gamma)
+    refuse_outside("[0, inf)", lam=lam)
+    refuse_outside("[1, inf)", min_rank=min_rank)
     inner = fedit()
 
     def dispatch(base, state, cohort):

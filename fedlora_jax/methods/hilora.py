@@ -38,7 +38,7 @@ from jax import Array
 
 from fedlora_jax import clustering, lora, personal, product
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Dispatch, Meet, Method, mean, memory_of, per_client
+from fedlora_jax.method import About, Dispatch, Meet, Method, mean, memory_of, per_client, refuse_outside
 from fedlora_jax.personal import Kept
 from fedlora_jax.signatures import Signature
 
@@ -111,13 +111,13 @@ def hilora(
     Raises:
       ValueError: a number out of its range.
     """
-    if population < 1 or rounds < 1 or not (0 < root <= 1 and 0 <= cluster <= 1 and root + cluster <= 1 + 1e-9):
-        raise ValueError(
-            f"expected population and rounds of at least 1, root in (0, 1] and root + cluster at most 1; got "
-            f"{population}, {rounds}, {root:g} and {cluster:g}"
-        )
-    if min(tau, g_c, g_l) < 0 or not 0 <= lam < 1:
-        raise ValueError(f"expected tau, g_c, g_l >= 0 and 0 <= lam < 1, got {tau:g}, {g_c:g}, {g_l:g} and {lam:g}")
+    refuse_outside("(0, 1]", root=root)
+    refuse_outside("[0, 1]", cluster=cluster)
+    refuse_outside("[1, inf)", population=population, rounds=rounds, k_min=k_min, k_max=k_max)
+    if root + cluster > 1 + 1e-9:
+        raise ValueError(f"root and cluster are shares of the rounds: got {root:g} + {cluster:g}, expected at most 1")
+    refuse_outside("[0, inf)", tau=tau, g_c=g_c, g_l=g_l)
+    refuse_outside("[0, 1)", lam=lam)
     if not (2 <= k_min <= k_max or k_min == k_max == 1):
         raise ValueError(f"expected 2 <= k_min <= k_max, or 1 and 1 for a single cluster; got {k_min} and {k_max}")
     if subspace not in ("b", "change"):

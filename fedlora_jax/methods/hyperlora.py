@@ -32,7 +32,7 @@ from fedlora_jax.hyper.generator import Form, Generator
 from fedlora_jax.hyper.networks import per_layer, places
 from fedlora_jax.hyper.synthesizer import Factors, Synthesizer, Uploads
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Dispatch, Method, Traffic, known
+from fedlora_jax.method import About, Dispatch, Method, Traffic, known, refuse_outside
 from fedlora_jax.signatures import Signature
 
 ABOUT = About(
@@ -104,6 +104,8 @@ def hyperlora(
         is traced) signatures of another size than theta was learned for.
     """
     _check(mode, kappa, personal, memory, factors, signature)
+    refuse_outside("[0, inf)", lr=lr, lr_prior=lr_prior, lr_server=lr_server, lr_step=lr_step, warmup=warmup)
+    refuse_outside("[1, inf)", query=query)
     slope = {**meta.SLOPES, "frozen": method.no_slope}[mode]
     tx = _optimizer(lr, lr_prior, lr_server, lr_step)
 
@@ -241,10 +243,8 @@ def _optimizer(lr: float, lr_prior: float, lr_server: float, lr_step: float) -> 
 def _check(mode: str, kappa: float, personal: int, memory: float, factors: str, signature: Signature) -> None:
     if mode not in (*meta.SLOPES, "frozen"):
         raise ValueError(f"mode must be {', '.join(meta.SLOPES)} or frozen, got {mode!r}")
-    if kappa < 0 or personal < 0:
-        raise ValueError(f"kappa and personal must be at least 0, got {kappa} and {personal}")
-    if known(memory) and not 0 <= memory < 1:
-        raise ValueError(f"memory must be at least 0 and below 1, got {memory}")
+    refuse_outside("[0, inf)", kappa=kappa, personal=personal)
+    refuse_outside("[0, 1)", memory=memory)
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be {' or '.join(get_args(Factors))}, got {factors!r}")
     if not isinstance(signature, Signature):

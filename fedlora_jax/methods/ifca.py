@@ -18,7 +18,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Dispatch, Method, Slope, Traffic, known, mean, no_slope, revived
+from fedlora_jax.method import About, Dispatch, Method, Slope, Traffic, mean, no_slope, refuse_outside, revived
 
 ABOUT = About("IFCA", "Ghosh et al. NeurIPS 2020", "2006.04088", "a, b, head", "a, b, head; k-fold down", "no")
 
@@ -48,8 +48,10 @@ def ifca(k: int = 2, spread: float = 0.1, query: int = 16) -> Method:
     Raises:
       ValueError: k, or for k > 1 the query or the spread, not above 0.
     """
-    if k < 1 or (k > 1 and (query < 1 or (known(spread) and spread <= 0))):
-        raise ValueError(f"k, query and spread must be above 0, got {k}, {query} and {spread}")
+    refuse_outside("[1, inf)", k=k)
+    if k > 1:
+        refuse_outside("[1, inf)", query=query)
+        refuse_outside("(0, inf)", spread=spread)
 
     def init(key, adapter):
         return IFCAState(jax.vmap(lambda key: _start(key, adapter, spread))(jax.random.split(key, k)), jnp.ones(k) / k)

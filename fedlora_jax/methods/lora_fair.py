@@ -20,7 +20,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import LoRA
-from fedlora_jax.method import About, Method, known, mean, revived
+from fedlora_jax.method import About, Method, mean, refuse_outside, revived
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.product import matmul, norm, safe_sqrt, total
 
@@ -49,8 +49,8 @@ def lora_fair(
         the noise outlives the descent, and the result is worse than FedIT: an ablation.
       on: the factor that is corrected, the paper's ablation; ``both``: b, then a with the corrected b (ours).
     """
-    if known(lam) and lam < 0:
-        raise ValueError(f"lam is the weight of a penalty: got {lam}, expected 0 or more")
+    refuse_outside("[0, inf)", lam=lam, steps=steps)
+    refuse_outside("(0, inf)", lr=lr)
     if solver not in ("cosine", "column_cosine", "ridge"):
         raise ValueError(f"solver must be 'cosine', 'column_cosine' or 'ridge', got {solver!r}")
     if start not in ("zero", "xavier") or on not in ("b", "a", "both"):

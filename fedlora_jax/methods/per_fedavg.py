@@ -15,7 +15,7 @@ from typing import Literal
 
 import jax
 
-from fedlora_jax.method import About, Method, Slope, known
+from fedlora_jax.method import About, Method, Slope, refuse_outside
 from fedlora_jax.methods.fedit import fedit
 
 ABOUT = About("Per-FedAvg", "Fallah et al. NeurIPS 2020", "2002.07948", "a, b, head", "a, b, head", "no")
@@ -31,8 +31,9 @@ def per_fedavg(al: float = 0.05, order: Literal["exact", "first_order"] = "exact
     Raises:
       ValueError: al below 0, or an unknown order.
     """
-    if (known(al) and al < 0) or order not in ("exact", "first_order"):
-        raise ValueError(f"al must be 0 or more and order 'exact' or 'first_order', got {al} and {order!r}")
+    refuse_outside("[0, inf)", al=al)
+    if order not in ("exact", "first_order"):
+        raise ValueError(f"order must be 'exact' or 'first_order', got {order!r}")
 
     def objective(task, w, anchor):
         loss, grads = jax.value_and_grad(task)(w)

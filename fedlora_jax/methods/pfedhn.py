@@ -20,7 +20,7 @@ from jax import Array
 
 from fedlora_jax import lora, meta
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Dispatch, Method, known
+from fedlora_jax.method import About, Dispatch, Method, refuse_outside
 
 ABOUT = About("pFedHN", "Shamsian et al. ICML 2021", "2103.04628", "a, b, head", "a, b, head", "n/a")
 
@@ -53,8 +53,8 @@ def pfedhn(population: int, lr: float = 0.01, size: int = 16, width: int = 100) 
     Raises:
       ValueError: a number that is not above 0.
     """
-    if min(population, size, width) < 1 or (known(lr) and lr <= 0):
-        raise ValueError(f"population, lr, size and width must be above 0, got {population}, {lr}, {size} and {width}")
+    refuse_outside("[1, inf)", population=population, size=size, width=width)
+    refuse_outside("(0, inf)", lr=lr)
     tx = optax.chain(optax.clip_by_global_norm(50.0), optax.sgd(lr))
 
     def init(key, adapter):

@@ -18,7 +18,7 @@ import jax
 
 from fedlora_jax import personal
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Method, Slope, known
+from fedlora_jax.method import About, Method, Slope, known, refuse_outside
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.personal import squared_distance
 
@@ -37,8 +37,8 @@ def pfedme(lam: float = 15.0, steps: int = 5, lr: float = 0.05, beta: float = 1.
     Raises:
       ValueError: lam not above 0, no steps, a step towards theta that diverges, or no examples kept apart.
     """
-    if (known(lam) and lam <= 0) or steps < 1 or query < 1:
-        raise ValueError(f"lam, steps and query must be above 0, got {lam}, {steps} and {query}")
+    refuse_outside("(0, inf)", lam=lam, lr=lr, beta=beta)
+    refuse_outside("[1, inf)", steps=steps, query=query)
     if known(lr, lam) and not 0 < lr * lam < 2:
         raise ValueError(f"theta diverges unless lr * lam is above 0 and below 2: got {lr} * {lam}, lower lr")
 

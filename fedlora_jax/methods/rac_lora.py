@@ -16,7 +16,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, Params
-from fedlora_jax.method import About, Method
+from fedlora_jax.method import About, Method, refuse_outside
 from fedlora_jax.methods.fedit import FedITState
 from fedlora_jax.methods.ffa_lora import ffa_lora
 
@@ -35,8 +35,7 @@ class RACState(NamedTuple):
 
 def rac_lora(block: int = 1) -> Method:
     """RAC-LoRA with blocks of ``block`` rounds."""
-    if block < 1:
-        raise ValueError(f"a block has at least 1 round, got {block}")
+    refuse_outside("[1, inf)", block=block)
     inner = ffa_lora()
 
     def init(key, adapter):

@@ -20,7 +20,7 @@ from jax import Array
 
 from fedlora_jax import lora, product
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method, memory_of, per_client
+from fedlora_jax.method import About, Method, memory_of, per_client, refuse_outside
 from fedlora_jax.methods.fedit import FedITState
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.product import Split
@@ -53,8 +53,7 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
       clip: largest norm of a client's change of what it uploads; 0: no bound.
       noise: standard deviation of Gaussian noise on every upload, in units of ``clip``.
     """
-    if local_rank < 0 or clip < 0 or noise < 0:
-        raise ValueError(f"local_rank, clip and noise must be at least 0, got {local_rank}, {clip} and {noise}")
+    refuse_outside("[0, inf)", local_rank=local_rank, clip=clip, noise=noise)
     if noise and not clip:
         raise ValueError("noise is in units of clip, and clip is 0 (no bound): set both")
     inner = flexlora(split)

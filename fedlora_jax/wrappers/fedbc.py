@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, known
+from fedlora_jax.method import Method, refuse_outside
 from fedlora_jax.wrappers.around import AboutWrapper, around, present, square_norms, updates
 
 ABOUT = {"fedbc": AboutWrapper("FedBC", "Bedi et al. 2022", "2206.10815", "a learned penalty weighs each client")}
@@ -44,8 +44,7 @@ def fedbc(inner: Method, lr: float = 1e-3, gam: float = 0.0, lam: float = 0.0) -
     Raises:
       ValueError: a number below 0.
     """
-    if known(lr, gam, lam) and min(lr, gam, lam) < 0:
-        raise ValueError(f"lr, gam and lam must be 0 or more, got {lr}, {gam} and {lam}")
+    refuse_outside("[0, inf)", lr=lr, gam=gam, lam=lam)
 
     def distance(told, x):
         return sum(

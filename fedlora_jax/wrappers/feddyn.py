@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, known, mean
+from fedlora_jax.method import Method, mean, refuse_outside
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
@@ -50,8 +50,8 @@ def feddyn(inner: Method, population: int, al: float = 0.01) -> Method:
     Raises:
       ValueError: N or al not above 0, or (at init or dispatch) another inner method.
     """
-    if population < 1 or (known(al) and not al > 0):
-        raise ValueError(f"population and al must be above 0, got {population} and {al}")
+    refuse_outside("[1, inf)", population=population)
+    refuse_outside("(0, inf)", al=al)
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
 
     def tell(h, cohort, sent):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from fedlora_jax import lora
-from fedlora_jax.method import Method, known
+from fedlora_jax.method import Method, refuse_outside
 from fedlora_jax.wrappers.around import AboutWrapper, around, class_bias, tells_of_labels
 
 ABOUT = {"fedlc": AboutWrapper("FedLC", "Zhang et al. ICML 2022", "2209.00189", "logits calibrated by class counts")}
@@ -28,8 +28,7 @@ def fedlc(inner: Method, tau: float = 1.0) -> Method:
       ValueError: tau below 0; (when a round is traced) signatures that do not tell of labels, or a model without one
         bias of its classes that is trained in full.
     """
-    if known(tau) and tau < 0:
-        raise ValueError(f"tau is the size of a margin: got {tau}, expected 0 or more")
+    refuse_outside("[0, inf)", tau=tau)
 
     def tell(own, cohort, sent):
         z = tells_of_labels("fedlc", cohort.signatures)

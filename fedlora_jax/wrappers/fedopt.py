@@ -22,7 +22,7 @@ import optax
 from jax import Array
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, known
+from fedlora_jax.method import Method, refuse_outside
 from fedlora_jax.wrappers.around import AboutWrapper, around, innermost, needs_an_adapter, where_moved, with_adapter
 
 _REDDI = "Reddi et al. ICLR 2021", "2003.00295"
@@ -59,7 +59,9 @@ def server(inner: Method, tx: optax.GradientTransformation) -> Method:
 
 def fedavgm(inner: Method, lr: float = 1.0, b1: float = 0.9) -> Method:
     """FedAvgM around ``inner``: server SGD with momentum ``b1``."""
-    return server(inner, optax.sgd(_positive(lr=lr), momentum=b1))
+    refuse_outside("(0, inf)", lr=lr)
+    refuse_outside("[0, 1)", b1=b1)
+    return server(inner, optax.sgd(lr, momentum=b1))
 
 
 def fedadagrad(inner: Method, lr: float = 0.01, b1: float = 0.0, tau: float = 1e-3) -> Method:
@@ -69,11 +71,13 @@ def fedadagrad(inner: Method, lr: float = 0.01, b1: float = 0.0, tau: float = 1e
 
 def fedyogi(inner: Method, lr: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3) -> Method:
     """FedYogi around ``inner``."""
+    refuse_outside("[0, 1)", b2=b2)
     return server(inner, adaptive(lambda v, d2: v - (1 - b2) * d2 * jnp.sign(v - d2), lr, b1, tau))
 
 
 def fedadam(inner: Method, lr: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3) -> Method:
     """FedAdam around ``inner``."""
+    refuse_outside("[0, 1)", b2=b2)
     return server(inner, adaptive(lambda v, d2: b2 * v + (1 - b2) * d2, lr, b1, tau))
 
 
@@ -88,9 +92,10 @@ def adaptive(second: Callable[[Array, Array], Array], lr: float, b1: float, tau:
     """``-lr m / (sqrt(v) + tau)`` with ``v <- second(v, g^2)`` from ``v = tau^2``.
 
     Raises:
-      ValueError: lr or tau not above 0.
+      ValueError: lr or tau not above 0, or b1 not at least 0 and below 1.
     """
-    _positive(lr=lr, tau=tau)
+    refuse_outside("(0, inf)", lr=lr, tau=tau)
+    refuse_outside("[0, 1)", b1=b1)
 
     def init(params):
         v = jax.tree.map(lambda x: jnp.full_like(x, tau**2), params)
@@ -102,9 +107,3 @@ def adaptive(second: Callable[[Array, Array], Array], lr: float, b1: float, tau:
         return jax.tree.map(lambda m, v: -lr * m / (jnp.sqrt(v) + tau), m, v), AdaptiveState(m, v)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
-
-
-def _positive(lr: float, tau: float = 1.0) -> float:
-    if known(lr, tau) and not (lr > 0 and tau > 0):
-        raise ValueError(f"the server's lr and tau must be above 0, got {lr} and {tau}")
-    return lr

@@ -16,7 +16,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax.method import Method, known, per_client
+from fedlora_jax.method import Method, per_client, refuse_outside
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
@@ -41,8 +41,7 @@ def clip(inner: Method, bound: float = 1.0) -> Method:
     Raises:
       ValueError: a bound not above 0, or an inner method that learns from more than adapters.
     """
-    if known(bound) and not bound > 0:
-        raise ValueError(f"bound is a norm: got {bound}, expected above 0")
+    refuse_outside("(0, inf)", bound=bound)
     needs_plain_uploads("clip", inner)
 
     def receive(own, cohort, sent, received):
@@ -58,8 +57,7 @@ def noise(inner: Method, deviation: float = 0.01) -> Method:
     Raises:
       ValueError: a deviation below 0, or an inner method that learns from more than adapters.
     """
-    if known(deviation) and deviation < 0:
-        raise ValueError(f"deviation of the noise: got {deviation}, expected 0 or more")
+    refuse_outside("[0, inf)", deviation=deviation)
     needs_plain_uploads("noise", inner)
 
     def receive(key, cohort, sent, received):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax.method import Method, known
+from fedlora_jax.method import Method, refuse_outside
 from fedlora_jax.wrappers.around import AboutWrapper, around
 
 ABOUT = {"proximal": AboutWrapper("FedProx", "Li et al. MLSys 2020", "1812.06127", "mu / 2 |w - w_g|^2 on the loss")}
@@ -22,8 +22,7 @@ def proximal(inner: Method, mu: float = 0.01) -> Method:
     Raises:
       ValueError: mu below 0.
     """
-    if known(mu) and mu < 0:
-        raise ValueError(f"mu is the weight of a penalty: got {mu}, expected 0 or more")
+    refuse_outside("[0, inf)", mu=mu)
 
     def penalty(w, anchor):
         start, mask = anchor

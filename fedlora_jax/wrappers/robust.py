@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax.method import Method, known, per_client
+from fedlora_jax.method import Method, per_client, refuse_outside
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
@@ -53,8 +53,7 @@ def trimmed_mean(inner: Method, share: float = 0.1) -> Method:
     Raises:
       ValueError: a share that leaves nothing.
     """
-    if known(share) and not 0 <= share < 0.5:
-        raise ValueError(f"share is cut off at both ends: got {share}, expected 0 to below 0.5")
+    refuse_outside("[0, 0.5)", share=share)
 
     def middle(n):
         cut = jnp.floor(share * n + 1e-4).astype(int)  # 0.1 * 10 is 1, whatever float32 makes of it
@@ -74,8 +73,8 @@ def krum(inner: Method, outliers: int = 1, kept: int = 1) -> Method:
     Raises:
       ValueError: a number out of range, or (when a round is traced) fewer than ``outliers + 3`` clients.
     """
-    if outliers < 0 or kept < 1:
-        raise ValueError(f"outliers must be 0 or more and kept above 0, got {outliers} and {kept}")
+    refuse_outside("[0, inf)", outliers=outliers)
+    refuse_outside("[1, inf)", kept=kept)
     needs_plain_uploads("krum", inner)
 
     def receive(own, cohort, sent, received):
@@ -101,8 +100,7 @@ def norm_bound(inner: Method, factor: float = 2.0) -> Method:
     Raises:
       ValueError: a factor not above 0.
     """
-    if known(factor) and not factor > 0:
-        raise ValueError(f"factor of the median norm: got {factor}, expected above 0")
+    refuse_outside("(0, inf)", factor=factor)
     needs_plain_uploads("norm_bound", inner)
 
     def receive(own, cohort, sent, received):

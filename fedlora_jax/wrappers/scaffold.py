@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, Traffic, known, mean, per_client
+from fedlora_jax.method import Method, Traffic, mean, per_client, refuse_outside
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
@@ -54,8 +54,8 @@ def scaffold(inner: Method, population: int, local_lr: float) -> Method:
     Raises:
       ValueError: N or eta not above 0, or (at init or dispatch) another inner method.
     """
-    if population < 1 or (known(local_lr) and not local_lr > 0):
-        raise ValueError(f"population and local_lr must be above 0, got {population} and {local_lr}")
+    refuse_outside("[1, inf)", population=population)
+    refuse_outside("(0, inf)", local_lr=local_lr)
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
 
     def tell(c, cohort, sent):

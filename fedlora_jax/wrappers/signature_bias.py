@@ -25,7 +25,7 @@ from jax import Array
 
 from fedlora_jax import lora, signatures
 from fedlora_jax.hyper import generator
-from fedlora_jax.method import Method, Traffic, known
+from fedlora_jax.method import Method, Traffic, refuse_outside
 from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers.around import AboutWrapper, around, class_bias, tells_of_labels
 
@@ -60,10 +60,8 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.1, warmup:
       ValueError: lr or warmup below 0, start not between -1 and 1; signatures that say nothing of labels; (when a round
         is traced) a model without one bias of its classes that is trained in full.
     """
-    if (known(lr) and lr < 0) or warmup < 0:
-        raise ValueError(f"signature_bias: lr and warmup must be at least 0, got {lr} and {warmup}")
-    if known(start) and not -1 < start < 1:
-        raise ValueError(f"signature_bias: start must be above -1 and below 1 (the limit of tanh), got {start}")
+    refuse_outside("[0, inf)", lr=lr, warmup=warmup)
+    refuse_outside("(-1, 1)", start=start)  # the limits of tanh
     classes = tells_of_labels("signature_bias", signature).labels.shape[-1]
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=1e-4))
 
