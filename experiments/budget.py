@@ -77,7 +77,8 @@ class Plan:
             record.check_same(self.folder, "config", same, FILE)
         validation = dataclasses.replace(config, validation=SHARE, seeds=config.tuning_seeds)
         accept = partial(acceptable, config)
-        self.problems = {"test": problem.build(config, accept), "validation": problem.build(validation, accept)}
+        self.problems = {"test": problem.build(config, accept)}
+        self.problems["validation"] = problem.build(validation, accept, self.problems["test"].pretrained)
         if config.resume:
             record.check_same(self.folder, "record", self.problems["test"].record, FILE)
         self.about = {

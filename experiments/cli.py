@@ -68,7 +68,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
 _RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
 _META = {"unroll", "meta_lr"}
 _TUNED = {"budgets", "lrs", "tuning_seeds", "vary"} | _META
-_MODEL = {"data", "weights", "image_size", "targets", "adapt_last", "prefix", "full", "rank", "scale"}
+_WEIGHTS = {"weights", "mean", "std", "heads", "epsilon", "keep_head"}
+_MODEL = _WEIGHTS | {"data", "image_size", "targets", "adapt_last", "prefix", "full", "rank", "scale"}
 _LEFT_OUT = {
     "compare": _TUNED,
     "run": _TUNED,

@@ -47,6 +47,18 @@ class Config:
     data: str = option("digits", "'digits' (built in) or the path of a .npz file")
     image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
     weights: str = option("nano", "'nano' (built in) or the path of a timm-named .npz or .safetensors file")
+    mean: tuple[float, ...] | None = option(
+        None,
+        "mean of the images that the weights were trained on, per channel, of x / 255 (default: as the weight file or "
+        "config.json or preprocessor_config.json beside it says)",
+        "[0, 1]",
+    )
+    std: tuple[float, ...] | None = option(None, "their standard deviation (default: as for --mean)", "(0, 1]")
+    heads: int | None = option(None, "attention heads of the weights (default: as for --mean)", COUNT)
+    epsilon: float | None = option(None, "epsilon of the weights' layer norms (default: as for --mean)", "(0, 0.1)")
+    keep_head: bool = option(
+        False, "begin with the weights' head although nothing says that it is for the data's classes (else: a new one)"
+    )
     targets: tuple[str, ...] = option(
         ("attn/(query|value)/kernel",), "regular expressions, comma-separated: kernels that get low-rank adapters"
     )

@@ -13,15 +13,14 @@ import numpy as np
 
 from experiments import data, methods
 from experiments.config import Config, check
-from experiments.problem import NANO, signature_of_one
+from experiments.problem import load_weights, signature_of_one
 from experiments.programs import traffic_bytes
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter
 from fedlora_jax.signatures import Signature
-from models.pretrained import load_vit
 
 TESTS = Path(__file__).parents[1] / "tests"
-DIGITS = 10  # classes of the built-in data, which need not be drawn for this
+DIGITS = tuple("0123456789")  # classes of the built-in data, which need not be drawn for this
 
 
 class Sizes(NamedTuple):
@@ -65,8 +64,8 @@ def table(config: Config) -> str:
 
 def shapes(config: Config) -> tuple[Adapter, Signature]:
     """The shapes of one adapter of the configured model, and of one client's signature."""
-    classes = DIGITS if config.data == "digits" else len(data.load(config.data).classes)
-    pretrained = load_vit(NANO if config.weights == "nano" else config.weights, classes, config.image_size)
+    classes = DIGITS if config.data == "digits" else data.load(config.data).classes
+    pretrained = load_weights(config, classes, config.image_size)
     params = pretrained.params
     if config.adapt_last is not None:
         blocks = jax.tree.map(lambda x: x[-config.adapt_last :], params["blocks"])  # type: ignore[operator]
@@ -74,7 +73,7 @@ def shapes(config: Config) -> tuple[Adapter, Signature]:
     new = partial(
         lora.new, params=params, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
     )
-    return jax.eval_shape(new, jax.eval_shape(jax.random.key, 0)), signature_of_one(config, classes)
+    return jax.eval_shape(new, jax.eval_shape(jax.random.key, 0)), signature_of_one(config, len(classes))
 
 
 def sizes(config: Config, name: str, adapter: Adapter, signature: Signature) -> Sizes:

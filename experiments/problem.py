@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,13 +63,18 @@ class Problem(NamedTuple):
     record: dict[str, Any]  # what identifies it, for config.json
 
 
-def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda signature, adapter: None) -> Problem:
+def build(
+    config: Config,
+    accept: Callable[[Signature, Adapter], None] = lambda signature, adapter: None,
+    pretrained: Pretrained | None = None,
+) -> Problem:
     """Load, split and describe the data.
 
     Args:
       config: the options.
       accept: is shown the shapes of one client's signature and of one adapter while nothing has compiled yet; it may
         raise ValueError.
+      pretrained: the model, where it has been loaded before.
     """
     # Everything that can be refused is looked at on the host first; only then does anything compile.
     images = data.load(config.data)
@@ -82,7 +89,7 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
     )
     image = jax.ShapeDtypeStruct((side, side, 3), jnp.uint8)
     layout.refuse_draws(image, config.clients_per_round or config.clients, config.local_steps, config.batch)
-    pretrained = load_vit(NANO if config.weights == "nano" else config.weights, len(images.classes), side)
+    pretrained = pretrained or load_weights(config, images.classes, side)
     batch = jax.ShapeDtypeStruct((min(FORWARD, len(images.x)), *image.shape), image.dtype)
     layout.refuse_more_than_there_is(
         layout.largest(partial(_forward, pretrained), pretrained.params, batch),
@@ -128,11 +135,27 @@ def build(config: Config, accept: Callable[[Signature, Adapter], None] = lambda 
             "data_hash": images.fingerprint(),
             "weights": pretrained.name,
             "weights_hash": _hash_tree(pretrained.params),
+            **pretrained.told(),
             "partition_hash": digest.hexdigest()[:16],
             "adapted": sorted(lora.adapted(top.params, config.targets)),
             "trained_in_full": sorted(lora.select(top.params, config.full)),
         },
     )
+
+
+def load_weights(config: Config, classes: Sequence[str], side: int | None) -> Pretrained:
+    """The model of ``--weights``; of all but the built-in one, stderr says what is used beside the arrays."""
+    built_in = config.weights == "nano"
+    options = {name: getattr(config, name) for name in ("mean", "std", "heads", "epsilon", "keep_head")}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pretrained = load_vit(NANO if built_in else config.weights, classes, side, **options)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    if not built_in:
+        told = "; ".join(f"{fact} {value}" for fact, value in pretrained.told().items())
+        print(f"weights {pretrained.name}: {told}", file=sys.stderr)
+    return pretrained
 
 
 def is_stored(config: Config, stem: Pretrained, images: Images) -> bool:
