@@ -60,6 +60,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
     add_options(commands.add_parser("methods", help=text, description=text, allow_abbrev=False), "methods")
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
+    if nothing := [name for name, value in given.items() if value == []]:  # what argparse makes of --data=--
+        parser.error(f"argument --{nothing[0].replace('_', '-')}: expected one argument")
     if "method" in given:
         given["methods"] = (given.pop("method"),)
     return command, bench.Options(**given) if command == "bench" else Config(**given)

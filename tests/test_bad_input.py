@@ -82,6 +82,7 @@ OPTIONS = {
     "no data": ("run --method fedit --data=", "--data is empty"),
     "no weights": ("run --method fedit --weights=", "--weights is empty"),
     "no theta": ("run --method fedit --theta=", "--theta is empty"),
+    "two dashes for data": ("run --method fedit --data=--", "--data: expected one argument"),
     "no methods": ("compare --methods=", "--methods is empty"),
     "an empty method": ("compare --methods fedit,,lora_fair", "--methods is empty or has an empty entry"),
     "a penalty that is no number": (
@@ -129,7 +130,7 @@ OPTIONS = {
 
 LATE = {  # what shows only once a model has been loaded, or described its images
     "images larger than a model's memory": ("run --method fedit --image-size 2048", "GiB of memory"),
-    "queries beyond all memory": ("run --method pfedme:query=2000000000", "GiB of memory"),
+    "queries beyond all memory": ("run --method ifca:query=2000000000", "GiB of memory"),
     "rounds to bounds beyond all memory": (
         "bounds --data {data} --partition iid --clients 4 --holdout-clients 0 --local-steps 1000000 --rounds 1000",
         "GiB of memory",

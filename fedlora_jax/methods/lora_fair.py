@@ -49,7 +49,8 @@ def lora_fair(
         the noise outlives the descent, and the result is worse than FedIT: an ablation.
       on: the factor that is corrected, the paper's ablation; ``both``: b, then a with the corrected b (ours).
     """
-    refuse_outside("[0, inf)", lam=lam, steps=steps)
+    refuse_outside("[0, inf)", lam=lam)
+    refuse_outside("[0, 1000000]", steps=steps)
     refuse_outside("(0, inf)", lr=lr)
     if solver not in ("cosine", "column_cosine", "ridge"):
         raise ValueError(f"solver must be 'cosine', 'column_cosine' or 'ridge', got {solver!r}")

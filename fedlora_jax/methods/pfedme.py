@@ -38,7 +38,7 @@ def pfedme(lam: float = 15.0, steps: int = 5, lr: float = 0.05, beta: float = 1.
       ValueError: lam not above 0, no steps, a step towards theta that diverges, or no examples kept apart.
     """
     refuse_outside("(0, inf)", lam=lam, lr=lr, beta=beta)
-    refuse_outside("[1, inf)", steps=steps, query=query)
+    refuse_outside("[1, 1000000]", steps=steps, query=query)
     if known(lr, lam) and not 0 < lr * lam < 2:
         raise ValueError(f"theta diverges unless lr * lam is above 0 and below 2: got {lr} * {lam}, lower lr")
 
