@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,13 +29,15 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from experiments import budget_figures, methods, problem, programs, record, summary
-from experiments.compare import acceptable, describe, facts_of
+from experiments import budget_figures, methods, problem, programs, summary
+from experiments.compare import describe
 from experiments.config import Config, check
+from experiments.folder import CONFIG, Folder, read_json, say, sealed, unsealed, write_atomically, write_json
 from experiments.layout import layout, mesh_of
 from experiments.look import png
 from experiments.problem import Problem
 from experiments.programs import Arrays, Point, Scoring, Seed
+from experiments.trial import acceptable, facts_of
 from fedlora_jax.method import Method
 from fedlora_jax.rounds import Run
 
@@ -70,17 +71,16 @@ class Plan:
                 raise ValueError(f"{name} is built for one local learning rate, and budget tries several: use compare")
         mesh_of(config.devices)
         self.config = config
-        self.folder = Path(config.out or f"runs/budget-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-        record.check_folder(self.folder, config.resume, FILE)
+        self.folder = Folder("budget", config.out, config.resume)
         if config.resume:  # with the same methods and budgets, others or more
             same = {key: value for key, value in config.identity().items() if key not in ("methods", "budgets")}
-            record.check_same(self.folder, "config", same, FILE)
+            self.folder.check_same("config", same)
         validation = dataclasses.replace(config, validation=SHARE, seeds=config.tuning_seeds)
         accept = partial(acceptable, config)
         self.problems = {"test": problem.build(config, accept)}
         self.problems["validation"] = problem.build(validation, accept, self.problems["test"].pretrained)
         if config.resume:
-            record.check_same(self.folder, "record", self.problems["test"].record, FILE)
+            self.folder.check_same("record", self.problems["test"].record)
         self.about = {
             "command": "budget",
             "config": config.identity(),
@@ -92,20 +92,24 @@ class Plan:
         self.built = {name: methods.build(name, **facts) for name in config.methods}
 
     def execute(self) -> Path:
-        entries = json.loads((self.folder / FILE).read_text())["entries"] if self.config.resume else []
+        with self.folder as folder:
+            return self._execute(folder)
+
+    def _execute(self, folder: Path) -> Path:
+        entries = _held(folder / FILE)
+        write_json(folder / CONFIG, self.about)
         done = {(e["method"], e["steps"]) for e in entries}
         cells = [(name, steps) for name in self.config.methods for steps in self.config.budgets]
         left = [cell for cell in cells if cell not in done]
-        self.folder.mkdir(parents=True, exist_ok=True)
         with tqdm(total=sum(steps for _, steps in left), unit="step", dynamic_ncols=True) as bar:
             for name, steps in left:
                 bar.set_description(f"{name}, {steps} local steps")
                 entries.append(self._entry(name, steps))
-                self._write(entries)
+                self._write(folder, entries)
                 bar.update(steps)
-        self._write(entries)  # where nothing was left to compute, too: claims and pictures are of this code
-        print(f"\n{table(self._result(entries))}\n\n{self.folder / FILE}")
-        return self.folder
+        self._write(folder, entries)  # where nothing was left to compute, too: claims and pictures are of this code
+        print(f"\n{table(self._result(entries))}\n\n{folder / FILE}")
+        return folder
 
     def _entry(self, name: str, steps: int) -> dict[str, Any]:
         config, method = dataclasses.replace(self.config, local_steps=steps), self.built[name]
@@ -128,11 +132,21 @@ class Plan:
         about = self.about | {"config": self.about["config"] | held}
         return {"schema": 1, **about, "taus": TAUS, "entries": entries, "claims": claims(entries)}
 
-    def _write(self, entries: list[dict[str, Any]]) -> None:
+    def _write(self, folder: Path, entries: list[dict[str, Any]]) -> None:
         result = self._result(entries)
-        record.write_json(self.folder / FILE, result)
+        write_json(folder / FILE, result | {"entries": [sealed(e) for e in entries]})
         for name, figure in budget_figures.draw(result).items():
-            record.write_atomically(self.folder / f"{name}.png", png(figure))
+            write_atomically(folder / f"{name}.png", png(figure))
+
+
+def _held(path: Path) -> list[dict[str, Any]]:
+    """The entries that are as they were written; a line where others are not."""
+    content = read_json(path.read_bytes()) if path.exists() else {"entries": []}
+    there = content.get("entries") if isinstance(content, dict) else None
+    whole = [entry for e in there if (entry := unsealed(e))] if isinstance(there, list) else []
+    if not isinstance(there, list) or len(whole) < len(there):
+        say(f"{path} is damaged: what is not whole in it is computed again")
+    return whole
 
 
 def program(config: Config, p: Problem, method: Method, points: int) -> Callable[[tuple[float, ...]], Outcome]:

@@ -7,11 +7,12 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from experiments.bench import options as bench
 from experiments.config import MANY, Config
+from experiments.folder import asked
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
 
@@ -25,12 +26,12 @@ class _Parser(argparse.ArgumentParser):
         fail(f"{message} (see {self.prog} --help)")
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, code: int = 2) -> NoReturn:
     text = " ".join(message.split())
     if len(text) > LONGEST:  # what was got may be as long as a command line can be
         text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}"
     print(f"error: {text}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.Options]:
@@ -62,9 +63,31 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
     command = given.pop("command")
     if nothing := [name for name, value in given.items() if value == []]:  # what argparse makes of --data=--
         parser.error(f"argument --{nothing[0].replace('_', '-')}: expected one argument")
+    if given.get("resume") and given["out"]:
+        commands.choices[command].set_defaults(**_held(given["out"], given.keys()))
+        given = vars(parser.parse_args(arguments))
+        del given["command"]
     if "method" in given:
         given["methods"] = (given.pop("method"),)
     return command, bench.Options(**given) if command == "bench" else Config(**given)
+
+
+def _held(out: str, names: Collection[str]) -> dict[str, Any]:
+    """The options of the run that goes on in a folder: what is not given stays as it was."""
+    hints, found = typing.get_type_hints(Config), {}
+    for name, value in asked(out).items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name in names and _is_a(value, hints[name]):
+            found[name] = value
+    return found
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_is_a(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_a(x, typing.get_args(hint)[0]) for x in value)
+    return type(value) is hint
 
 
 _RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import math
+import json
 import platform
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import forecast, layout, methods, problem, programs, record, report, summary
+from experiments import checkpoints, forecast, methods, problem, record, report, summary
+from experiments.checkpoints import Checkpoints
 from experiments.config import Config, check
+from experiments.folder import CONFIG, Folder, digest, say, write_json
 from experiments.layout import mesh_of
-from experiments.problem import Problem
-from experiments.programs import Programs
-from experiments.rows import Rows, holdings
-from fedlora_jax import rounds
-from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method
-from fedlora_jax.rounds import Info, Run
-from fedlora_jax.signatures import Signature
-from fedlora_jax.wrappers import innermost
+from experiments.rows import holdings
+from experiments.trial import Trial, acceptable
+
+GROWS = ("methods", "seeds", "rounds")  # what a run may have more of when it goes on
+
+
+class Part(NamedTuple):
+    """A method on the seeds that are computed together."""
+
+    trial: Trial
+    store: Checkpoints
+    whole: list[int]  # rounds done in its checkpoints that can be gone on from, newest first
+    timings: dict[str, float] | None = None  # where any rounds were run
+
+    @property
+    def left(self) -> int:
+        return (self.trial.config.rounds - max(self.whole, default=0)) * len(self.trial.config.seeds)
 
 
 class Plan:
@@ -39,13 +48,14 @@ class Plan:
             methods.check(name)  # a misspelt name is refused before data are loaded
         mesh_of(config.devices)  # refuses more devices than there are
         self.command, self.config = command, config
-        self.folder = Path(config.out or f"runs/{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-        record.check_folder(self.folder, config.resume)
+        self.folder = Folder(command, config.out, config.resume)
         if config.resume:
-            record.check_same(self.folder, "config", config.identity())
+            self.folder.check_same("config", config.identity(), GROWS)
+            self._refuse_stages_of_other_rounds()
         self.problem = problem.build(config, partial(acceptable, config))
         if config.resume:
-            record.check_same(self.folder, "record", self.problem.record)
+            self._refuse_other_draws()
+            self.folder.check_same("record", self.problem.record, ("partition_hash",))
         self.about = {
             "command": command,
             "config": config.identity(),
@@ -56,7 +66,7 @@ class Plan:
 
     def forecast(self) -> None:
         """Print what the run would need."""
-        print(forecast.table(self.config, self.problem, self._compiled(self.trials)))
+        print(forecast.table(self.config, self.problem, self._compiled(self.trials.values())))
 
     def execute(self) -> Path:
         """Run, write, print. Returns the report's path.
@@ -64,32 +74,75 @@ class Plan:
         Raises:
           MemoryError: it would need more memory than there is; nothing has been written.
         """
-        config = self.config
-        if not config.resume:
-            self._refuse_what_does_not_fit(self.trials)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            record.write_json(self.folder / "config.json", self.about)
-        stores = {name: record.Checkpoints(self.folder, name) for name in self.trials}
-        done = {name: store.latest() for name, store in stores.items()}
-        self._refuse_what_does_not_fit([name for name in self.trials if done[name] < config.rounds])
-        metrics = record.Metrics(self.folder)
-        metrics.keep(done)
-        left = sum(config.rounds - rounds for rounds in done.values())
-        timings = {}
-        with tqdm(total=left * len(config.seeds), unit="round", smoothing=0.1, dynamic_ncols=True) as bar:
-            for name, trial in self.trials.items():
-                timings[name] = trial.run(done[name], stores[name], metrics, bar)
-                stores[name].close()
-        return self._finish(metrics.read(), timings)
+        if not self.config.resume:
+            self._refuse_what_does_not_fit(self.trials.values())
+        with self.folder as path:
+            return self._execute(path)
 
-    def _compiled(self, names: Iterable[str]) -> list[Trial]:
-        for name in tqdm(names, desc="compiling", unit="method", leave=False, dynamic_ncols=True):
-            self.trials[name].compile()
-        return [self.trials[name] for name in names]
+    def _execute(self, folder: Path) -> Path:
+        config, metrics = self.config, record.Metrics(folder)
+        rows = metrics.read()
+        parts = [part for trial in self.trials.values() for part in self._parts(trial, folder, rows)]
+        self._refuse_what_does_not_fit(part.trial for part in parts if part.left)
+        write_json(folder / CONFIG, self.about)
+        with tqdm(total=sum(part.left for part in parts), unit="round", smoothing=0.1, dynamic_ncols=True) as bar:
+            parts = [part._replace(timings=part.trial.run(part.whole, part.store, metrics, bar)) for part in parts]
+        found = {(row["method"], row["round"], row["seed"]): row for row in metrics.read()}
+        order = [(name, r + 1, seed) for name in config.methods for r in range(config.rounds) for seed in config.seeds]
+        metrics.rewrite([found[key] for key in order])  # seeds that came later stand among the others
+        return self._finish(metrics.read(), {name: _timings(parts, name) for name in self.trials})
 
-    def _refuse_what_does_not_fit(self, names: Iterable[str]) -> None:
-        for trial in self._compiled(names):
-            if reason := forecast.too_large(self.config, self.problem, trial.name, trial.need()):
+    def _parts(self, trial: Trial, folder: Path, rows: list[dict[str, Any]]) -> list[Part]:
+        """A method by the seeds that began together, and how far they are; a line where something is damaged."""
+        path, parts = folder / "checkpoints" / trial.name, []
+        for span in checkpoints.spans(path, len(self.config.seeds)):
+            own = trial.of_seeds(*span)
+            about = {"run": self._identity(), "method": own.name, "seeds": own.config.seeds}
+            store = Checkpoints(path / "{}-{}".format(*span), about)
+            whole, wrong = store.whole()
+            complete = record.complete(rows, own.name, own.config.seeds)
+            wrong += [f"rows after round {complete} are damaged or missing"] * (complete < max(whole, default=0))
+            whole = [rounds for rounds in whole if rounds <= complete]
+            if not (wrong or whole) and complete >= self.config.rounds_between_checkpoints():
+                wrong = ["its checkpoints are gone"]
+            if wrong:
+                then = f"goes on after round {whole[0]}" if whole else "begins anew"
+                say(f"{own.name} {then}: {'; '.join(wrong[:3])}")
+            parts.append(Part(own, store, whole))
+        return parts
+
+    def _identity(self) -> str:
+        """Of all that a checkpoint depends on besides its method, seeds and rounds."""
+        config = {key: x for key, x in self.config.identity().items() if key not in GROWS}
+        return digest(json.dumps([config, {**self.problem.record, "partition_hash": None}]).encode())
+
+    def _refuse_stages_of_other_rounds(self) -> None:
+        before, now = self.folder.held("config"), self.config.rounds
+        staged = [name for name in before["methods"] if methods.asks(name, "rounds")]
+        if staged and before["rounds"] != now:
+            raise ValueError(
+                f"{staged[0]} divides its rounds into stages, so that {now} rounds do not begin as {before['rounds']} "
+                "do: use another --out, or the same --rounds"
+            )
+
+    def _refuse_other_draws(self) -> None:
+        """Batches are drawn from lists of images as long as the largest client of any seed."""
+        was, now = self.folder.held("record").get("largest"), self.problem.record["largest"]
+        if was != now and len(self.folder.held("config")["seeds"]) < len(self.config.seeds):
+            raise ValueError(
+                f"with these seeds the largest client has {now} training images, so far it has {was}: how batches are "
+                "drawn depends on it, and every seed would begin anew: use another --out, or other seeds"
+            )
+
+    def _compiled(self, trials: Iterable[Trial]) -> list[Trial]:
+        trials = list(trials)
+        for trial in tqdm(trials, desc="compiling", unit="method", leave=False, dynamic_ncols=True):
+            trial.compile()
+        return trials
+
+    def _refuse_what_does_not_fit(self, trials: Iterable[Trial]) -> None:
+        for trial in self._compiled(trials):
+            if reason := forecast.too_large(trial.config, trial.problem, trial.name, trial.need()):
                 raise MemoryError(reason)
 
     def _finish(self, rows: list[dict[str, Any]], timings: dict[str, dict[str, float | None]]) -> Path:
@@ -105,8 +158,8 @@ class Plan:
             "methods": entries,
             "paired": summary.paired(entries),
         }
-        record.write_json(self.folder / "summary.json", result)
-        path = report.write(self.folder, result, rows, holdings(self.config, self.problem))
+        write_json(self.folder.path / "summary.json", result)
+        path = report.write(self.folder.path, result, rows, holdings(self.config, self.problem))
         print(f"\n{summary.table(result)}\n\n{summary.meaning(result['config'])}")
         print(f"\nreport: {path}")
         return path
@@ -120,95 +173,11 @@ def describe() -> dict[str, Any]:
     }
 
 
-def facts_of(config: Config, signature: Signature) -> dict[str, Any]:
-    """What a method can ask to be given of a run."""
-    return {
-        "participants": config.clients_per_round or config.clients,
-        "signature": signature,
-        "population": config.clients,
-        "rounds": config.rounds,
-        "theta": record.read_arrays(config.theta),
-        "local_lr": config.lr,
-    }
-
-
-def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
-    """Refuse options that a method does not take, and what it has learned where that does not fit."""
-    for name in config.methods:
-        method = methods.build(name, **facts_of(config, signature))
-        if method.query and config.minimum < 2:
-            raise ValueError(f"{name} keeps examples of every client apart: --minimum must be at least 2, got 1")
-        if "+scaffold" in name and config.optimizer != "sgd":
-            raise ValueError(f"{name} needs local steps of plain SGD: --optimizer must be sgd, got {config.optimizer}")
-        start = lambda key, adapter, method=method: rounds.start(method, key, adapter, config.clients)
-        run = jax.eval_shape(start, jax.eval_shape(jax.random.key, 0), adapter)
-        layout.refuse_more_than_there_is(
-            len(config.seeds) * layout.bytes_of(run),
-            f"what {name} keeps of {config.clients} clients and {len(config.seeds)} seeds would",
-            "use fewer of them, or smaller options of the method",
-        )
-
-
-class Trial:
-    """One method of a comparison."""
-
-    def __init__(self, config: Config, problem: Problem, name: str):
-        self.config, self.problem, self.name = config, problem, name
-        self.method: Method = methods.build(name, **facts_of(config, problem.signature))
-        self.rows = Rows(config, problem, name, self.method)
-        self.programs: Programs = programs.make(config, problem, self.method)
-        run = jax.eval_shape(self.programs.start, problem.adapters, problem.keys)
-        theta = jax.tree.leaves(getattr(innermost(run.state), "theta", ()))
-        self.theta_size = sum(math.prod(x.shape[1:]) for x in theta)  # without the axis of seeds
-        # Tracing finds every mistake of shapes and options, before anything compiles.
-        self.start = run
-        self.lowered = self.programs.train.lower(problem.base, problem.train, problem.clients, run, problem.keys)
-
-    def compile(self) -> None:
-        """Compile the rounds and the evaluation, once."""
-        if hasattr(self, "train"):
-            return
-        p, begin = self.problem, time.perf_counter()
-        self.train = self.lowered.compile()
-        self.compile_seconds = time.perf_counter() - begin
-        arguments = (p.base, p.train, p.test, p.clients, self.start, p.keys, np.bool_(True))
-        self.evaluate = self.programs.evaluate.lower(*arguments).compile()
-
-    def need(self) -> forecast.Need | None:
-        """Memory of the run; ``None`` where XLA does not tell."""
-        p = self.problem
-        held = (p.base, p.train, p.test, p.clients, p.adapters, p.keys, self.start)
-        return forecast.need(held, [self.train, self.evaluate])
-
-    def run(self, done: int, store: record.Checkpoints, metrics: record.Metrics, bar: tqdm) -> dict[str, float | None]:
-        """Rounds after ``done``; rows and checkpoints as they come. Returns timings."""
-        config, p = self.config, self.problem
-        if done == config.rounds:
-            return {"seconds_per_round": None, "compile_seconds": None}
-        self.compile()
-        bar.set_description(self.name)
-
-        run: Run = self.programs.start(p.adapters, p.keys)
-        if done:
-            run = store.restore(run)
-        seconds = []
-        for end in range(done + config.eval_every, config.rounds + 1, config.eval_every):
-            begin = time.perf_counter()
-            run, info = jax.block_until_ready(self.train(p.base, p.train, p.clients, run, p.keys))
-            seconds.append((time.perf_counter() - begin) / (config.eval_every * len(config.seeds)))
-            self._check_moved(info, end)
-            tune = np.bool_(end > config.rounds - summary.WINDOW)
-            scores = jax.device_get(self.evaluate(p.base, p.train, p.test, p.clients, run, p.keys, tune))
-            metrics.append(self.rows.of_block(end, jax.device_get(info), scores))
-            if end % config.rounds_between_checkpoints() == 0 or end == config.rounds:
-                store.save(end, run)
-            bar.update(config.eval_every * len(config.seeds))
-        store.keep_theta(innermost(run.state))
-        return {"seconds_per_round": float(np.median(seconds)), "compile_seconds": self.compile_seconds}
-
-    def _check_moved(self, info: Info, end: int) -> None:
-        failed = ~np.isfinite(info.aggregation.bias) | ~np.isfinite(info.loss).any(-1)  # one client may, if left out
-        if failed.any():
-            raise FloatingPointError(f"{self.name}: the loss became infinite by round {end}; try a smaller --lr")
-        if not (np.asarray(info.moved) > 0).any(-1).all():
-            raise FloatingPointError(f"{self.name}: nothing that is trained moved by round {end}; is --lr too small?")
+def _timings(parts: list[Part], name: str) -> dict[str, float | None]:
+    """Of one method, whose seeds may have been computed in several parts."""
+    own = [(part.timings, len(part.trial.config.seeds)) for part in parts if part.trial.name == name]
+    known = [(timings, count) for timings, count in own if timings]
+    if not known:
+        return {"seconds_per_round": None, "compile_seconds": None}
+    found, counts = zip(*known, strict=True)
+    return {key: float(np.average([timings[key] for timings in found], weights=counts)) for key in found[0]}

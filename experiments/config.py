@@ -134,7 +134,11 @@ class Config:
         None, "a METHOD.theta.npz of an earlier run: what the method learned there, to start from (or mode=frozen)"
     )
     out: str | None = option(None, "folder to write (default: runs/ and the time)")
-    resume: bool = option(False, "go on with the run in --out; what it has finished is kept")
+    resume: bool = option(
+        False,
+        "go on with the run in --out: what it has finished is kept, options that are not given stay as they were; "
+        "there may be more rounds, methods and seeds (in budget methods and budgets)",
+    )
     dry_run: bool = option(False, "say what the run would need (memory, traffic, arithmetic, time) and write nothing")
 
     budgets: tuple[int, ...] = option(

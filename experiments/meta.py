@@ -11,7 +11,6 @@ by any run (``--theta``, ``mode=frozen``).
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +22,13 @@ from jax import Array
 from tqdm import tqdm
 
 from experiments import methods, problem, programs, record
-from experiments.compare import acceptable, describe, facts_of
+from experiments.compare import describe
 from experiments.config import Config, check
+from experiments.folder import Folder, write_json
 from experiments.layout import layout
 from experiments.problem import Problem, make_optimizer
 from experiments.programs import Seed
+from experiments.trial import acceptable, facts_of
 from fedlora_jax import meta, rounds
 from fedlora_jax.clients import sample_ids, sample_rounds, sample_views
 from fedlora_jax.keys import purpose
@@ -53,8 +54,7 @@ class Plan:
         methods.check(self.name)
         config = dataclasses.replace(config, seeds=config.seeds[:1])
         self.config = config
-        self.folder = Path(config.out or f"runs/meta-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-        record.check_folder(self.folder, resume=False)
+        self.folder = Folder("meta", config.out)
         self.problem = problem.build(config, partial(acceptable, config))
         self.method = methods.build(self.name, **facts_of(config, self.problem.signature))
         p = self.problem
@@ -66,6 +66,10 @@ class Plan:
             raise ValueError(f"{self.name} learns in its rounds already: meta-train hyperlora:mode=frozen")
 
     def execute(self) -> Path:
+        with self.folder as folder:
+            return self._execute(folder)
+
+    def _execute(self, folder: Path) -> Path:
         config, seed = self.config, self.seed
         step, start = make(config, self.problem, self.method)
         learning, losses = jax.jit(start)(seed), []
@@ -79,10 +83,9 @@ class Plan:
                     raise FloatingPointError(f"{self.name}: the loss became infinite; try a smaller --meta-lr or --lr")
                 losses += np.asarray(seen, float).tolist()
                 bar.update(config.eval_every)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = record.write_theta(self.folder, self.name, learning.run.state.theta)
+        path = record.write_theta(folder, self.name, learning.run.state.theta)
         about = {"command": "meta", "config": config.identity(), "record": self.problem.record, **describe()}
-        record.write_json(self.folder / "meta.json", {"schema": 1, **about, "loss": losses})
+        write_json(folder / "meta.json", {"schema": 1, **about, "loss": losses})
         width = max(1, len(losses) // 5)
         print(f"\nloss after {config.unroll} rounds, mean over meta-steps:")
         for i in range(0, len(losses), width):

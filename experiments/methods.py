@@ -110,6 +110,11 @@ def build(spec: str, varied: Mapping[Varied, Any] = MappingProxyType({}), **fact
     return inner[0]
 
 
+def asks(spec: str, fact: str) -> bool:
+    """Whether the method or a wrapper around it is built for this fact of the run."""
+    return any(fact in inspect.signature(make).parameters for make, _ in _parse(spec))
+
+
 def _parse(spec: str) -> list[tuple[Callable[..., Method], dict[str, Any]]]:
     """Of the method and each wrapper, the function that makes it and the options that are set.
 

@@ -117,7 +117,7 @@ def build(
     features = frozen_features(pretrained, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
-    digest = hashlib.sha256(b"".join(part.tobytes() for parts, tests, _ in made for part in (*parts, *tests)))
+    partition_hash = lambda parts, tests: hashlib.sha256(b"".join(own.tobytes() for own in (*parts, *tests)))
     return Problem(
         images=images,
         pretrained=pretrained,
@@ -136,7 +136,8 @@ def build(
             "weights": pretrained.name,
             "weights_hash": _hash_tree(pretrained.params),
             **pretrained.told(),
-            "partition_hash": digest.hexdigest()[:16],
+            "partition_hash": [partition_hash(parts, tests).hexdigest()[:16] for parts, tests, _ in made],  # by seed
+            "largest": int(stacked.population.rows.shape[-1]),  # images of a client of any seed: draws depend on it
             "adapted": sorted(lora.adapted(top.params, config.targets)),
             "trained_in_full": sorted(lora.select(top.params, config.full)),
         },
@@ -156,6 +157,12 @@ def load_weights(config: Config, classes: Sequence[str], side: int | None) -> Pr
         told = "; ".join(f"{fact} {value}" for fact, value in pretrained.told().items())
         print(f"weights {pretrained.name}: {told}", file=sys.stderr)
     return pretrained
+
+
+def of_seeds(problem: Problem, start: int, stop: int) -> Problem:
+    """What some of the seeds begin with; how they draw stays that of all."""
+    part = jax.tree.map(lambda x: x[start:stop], (problem.clients, problem.adapters, problem.keys))
+    return problem._replace(clients=part[0], adapters=part[1], keys=part[2])
 
 
 def is_stored(config: Config, stem: Pretrained, images: Images) -> bool:

@@ -1,143 +1,77 @@
-"""The output folder: what is in it, and how it is written so that a kill at any moment loses no finished round.
+"""The rows of a run and what its methods have learned. All that is in a folder of ``compare`` or ``run``:
 
     config.json     what was run: options, hashes of data, weights and partition, versions
-    metrics.jsonl   one row per method, seed and round; no timings, so that a resumed run gives the same bytes
+    metrics.jsonl   one row per method, seed and round, each with a checksum of its own; no timings, so that a resumed
+                    run gives the same bytes
     summary.json    per method: last round and mean of the last five, with intervals over seeds (``summary.py``)
     *.theta.npz     what a method has learned besides its adapter (state.theta), of the first seed
-    checkpoints/    one orbax folder per method; older ones are deleted
+    checkpoints/    METHOD/SEEDS/ROUNDS, seeds by their place in the list (``checkpoints.py``); older ones are deleted
     *.png, report.html
 
-Rows are on disk before the checkpoint that covers them; a resumed run drops the rows after its checkpoint.
+Rows are on disk before the checkpoint that covers them. A resumed run reads the newest checkpoint that is whole and has
+all its rows, and only then drops the rows after it.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
+from experiments.folder import read_json, sealed, unsealed, write_atomically
 from models import archive
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside ``path``, then rename: a reader sees the old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
-
-
-def check_folder(folder: Path, resume: bool, file: str = "config.json") -> None:
-    """Refuse a folder that cannot be written, holds something else, or has nothing to resume (no ``file``)."""
-    if resume:
-        if not (folder / file).is_file():
-            raise ValueError(f"nothing to resume in {folder}: it has no {file}")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty: use --resume to go on with it, or another --out")
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"cannot write to {folder}: {parent} is {'not writable' if parent.is_dir() else 'not a folder'}"
-        )
-
-
-def check_same(folder: Path, part: str, values: dict[str, Any], file: str = "config.json") -> None:
-    """Refuse to resume a run whose ``config`` or ``record`` (what ``part`` names) differs."""
-    try:
-        before = json.loads((folder / file).read_text())[part]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot resume: {folder / file} is not readable: {error}") from None
-    changed = [
-        f"{key} was {_short(before.get(key))}, is {_short(value)}"
-        for key, value in json.loads(json.dumps(values)).items()
-        if before.get(key) != value
-    ]
-    if changed:
-        raise ValueError(f"{folder} belongs to another configuration: {'; '.join(changed[:4])}")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 class Metrics:
-    """``metrics.jsonl``, append-only while a run goes on."""
+    """``metrics.jsonl``, append-only while a method runs."""
 
     def __init__(self, folder: Path):
-        self._path = folder / "metrics.jsonl"
-
-    def keep(self, rounds_done: dict[str, int]) -> None:
-        """Drop rows that no checkpoint covers (and a last line cut short by a kill)."""
-        rows = [row for row in self.read() if row["round"] <= rounds_done.get(row["method"], 0)]
-        write_atomically(self._path, b"".join(_line(row) for row in rows))
+        self.folder, self._path = folder, folder / "metrics.jsonl"
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         with self._path.open("ab") as file:
-            file.write(b"".join(_line(row) for row in rows))
+            file.write(b"".join(map(_line, rows)))
             file.flush()
             os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        lines = self._path.read_bytes().split(b"\n")
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is incomplete
+        """The rows that are as they were written; none where two of one method, seed and round contradict."""
+        lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
+        found: dict[tuple, dict[bytes, dict[str, Any]]] = {}
+        for line in lines:  # what follows the last newline was cut short by a kill
+            row = unsealed(read_json(line))
+            if row is not None and row.keys() >= {"method", "seed", "round"}:
+                found.setdefault((row["method"], row["seed"], row["round"]), {})[line] = row
+        return [row for same in found.values() if len(same) == 1 for row in same.values()]
+
+    def rewrite(self, rows: list[dict[str, Any]]) -> None:
+        """Put these in place of what is there, where they differ."""
+        content = b"".join(map(_line, rows))
+        if not self._path.exists() or self._path.read_bytes() != content:
+            write_atomically(self._path, content)
+
+
+def complete(rows: Iterable[dict[str, Any]], method: str, seeds: Sequence[int]) -> int:
+    """Rounds from the first on that have the rows of a method on all these seeds."""
+    there = {(row["seed"], row["round"]) for row in rows if row["method"] == method}
+    return next(r for r in itertools.count() if not all((seed, r + 1) in there for seed in seeds))
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row, allow_nan=False) + "\n").encode()
+    return (json.dumps(sealed(row), allow_nan=False) + "\n").encode()
 
 
-class Checkpoints:
-    """The run of one method, by rounds done. Orbax writes beside and renames; the latest two are kept."""
-
-    def __init__(self, folder: Path, method: str):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._folder, self._method = folder, method
-        self._manager = ocp.CheckpointManager((folder / "checkpoints" / method).absolute(), options=options)
-
-    def latest(self) -> int:
-        """Rounds done in the newest checkpoint; 0 without one."""
-        return self._manager.latest_step() or 0
-
-    def save(self, rounds_done: int, run: Any) -> None:
-        self._manager.save(rounds_done, args=ocp.args.StandardSave(_arrays(run)))  # type: ignore[call-arg]
-        self._manager.wait_until_finished()
-
-    def restore(self, like: Any) -> Any:
-        """The newest checkpoint, in the structure of ``like``."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(like))
-        arrays = self._manager.restore(self.latest(), args=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
-        leaves, structure = jax.tree.flatten(like)
-        arrays = {name: jax.random.wrap_key_data(x) if _is_key(leaves[int(name)]) else x for name, x in arrays.items()}
-        return jax.tree.unflatten(structure, [arrays.get(_name(i), old) for i, old in enumerate(leaves)])
-
-    def keep_theta(self, state: Any) -> None:
-        """Write the first seed's ``state.theta``, where the method has one, for ``--theta`` of later runs."""
-        if hasattr(state, "theta"):
-            write_theta(self._folder, self._method, jax.tree.map(lambda x: x[0], state.theta))
-
-    def close(self) -> None:
-        self._manager.close()
+def keep_theta(folder: Path, method: str, state: Any) -> None:
+    """Write the first seed's ``state.theta``, where the method has one, for ``--theta`` of later runs."""
+    if hasattr(state, "theta"):
+        write_theta(folder, method, jax.tree.map(lambda x: x[0], state.theta))
 
 
 def write_theta(folder: Path, method: str, theta: Any) -> Path:
@@ -148,23 +82,6 @@ def write_theta(folder: Path, method: str, theta: Any) -> Path:
     np.savez(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
     return path
-
-
-def _arrays(run: Any) -> dict[str, Any]:
-    """A run's leaves under numbers: no class of ours is needed to read a checkpoint.
-
-    Orbax does not write arrays of size zero (the labels of a signature that says nothing of them): they are left out.
-    """
-    plain = lambda x: jax.random.key_data(x) if _is_key(x) else x
-    return {_name(i): plain(x) for i, x in enumerate(jax.tree.leaves(run)) if x.size}
-
-
-def _name(i: int) -> str:
-    return f"{i:04d}"
-
-
-def _is_key(x: Any) -> bool:
-    return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def read_arrays(path: str | None) -> dict[str, np.ndarray] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import client_map, programs
+from experiments import client_map, programs, summary
 from experiments.config import Config
 from experiments.problem import Problem, domain_accuracies
 from experiments.programs import Scores
@@ -76,6 +76,14 @@ class Rows:
             row["client_positions"] = client_map.positions(apart).round(6).tolist()
             row["client_clusters"] = client_map.clusters(apart).tolist()
         return row
+
+
+def as_of(row: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """The row as a run of more rounds has it: what stands in its last rows alone is left out of earlier ones."""
+    last = {"client_positions", "client_clusters", "client_accuracies", "client_accuracies_tuned"}
+    late = lambda key: key in last and row["round"] < rounds
+    tuned = lambda key: key.endswith("_tuned") and row["round"] <= rounds - summary.WINDOW
+    return {key: value for key, value in row.items() if not late(key) and not tuned(key)}
 
 
 def holdings(config: Config, problem: Problem) -> dict[str, Any]:

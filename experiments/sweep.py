@@ -25,14 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import methods, problem, programs, record, summary, sweep_figures
-from experiments.compare import acceptable, describe, facts_of
+from experiments import methods, problem, programs, summary, sweep_figures
+from experiments.compare import describe
 from experiments.config import MANY, Config, check
+from experiments.folder import Folder, write_atomically, write_json
 from experiments.layout import layout, mesh_of
 from experiments.look import png
 from experiments.methods import Varied
 from experiments.programs import Arrays, Point, Scores, Scoring, Seed
 from experiments.rows import Rows
+from experiments.trial import acceptable, facts_of
 from fedlora_jax.method import Method, refuse_outside
 from fedlora_jax.rounds import Info, Run
 
@@ -57,8 +59,7 @@ class Plan:
         self.varied = {name: methods.find(name, self.axis.name) if self.axis.name else None for name in config.methods}
         mesh_of(config.devices)
         self.config = config
-        self.folder = Path(config.out or f"runs/sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-        record.check_folder(self.folder, resume=False)
+        self.folder = Folder("sweep", config.out)
         self.problem = problem.build(config, self._acceptable)
         self.about = {
             "command": "sweep",
@@ -77,7 +78,10 @@ class Plan:
         return name if option is None else methods.with_option(name, option, value)
 
     def execute(self) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.folder as folder:
+            return self._execute(folder)
+
+    def _execute(self, folder: Path) -> Path:
         entries, took = [], {}
         with tqdm(total=len(self.grid) * len(self.config.methods), unit="point", dynamic_ncols=True) as bar:
             for name, (lowered, arguments) in self.lowered.items():
@@ -90,11 +94,11 @@ class Plan:
                 (info, scores), _ = jax.device_get(compiled(*arguments))
                 took[name] = {"compile_seconds": compile_seconds, "seconds": time.perf_counter() - begin}
                 entries += self._entries(name, info, scores)
-                self._write({"schema": 1, **self.about, "took": took, "entries": entries})
+                _write(folder, {"schema": 1, **self.about, "took": took, "entries": entries})
                 bar.update(len(self.grid))
         print(f"\n{table(entries, self.axis.name)}\n\n{summary.meaning(self.about['config'])}")
-        print(f"\n{self.folder / 'summary.json'}")
-        return self.folder
+        print(f"\n{folder / 'summary.json'}")
+        return folder
 
     def _acceptable(self, signature: Any, adapter: Any) -> None:
         """Refuse values that a method refuses, and options that it cannot take as a traced number."""
@@ -167,9 +171,10 @@ class Plan:
             entries.append(entry)
         return entries
 
-    def _write(self, result: dict[str, Any]) -> None:
-        record.write_json(self.folder / "summary.json", result)
-        record.write_atomically(self.folder / "sweep.png", png(sweep_figures.draw(result)))
+
+def _write(folder: Path, result: dict[str, Any]) -> None:
+    write_json(folder / "summary.json", result)
+    write_atomically(folder / "sweep.png", png(sweep_figures.draw(result)))
 
 
 def axis_of(vary: str | None) -> Axis:

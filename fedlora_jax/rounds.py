@@ -264,10 +264,10 @@ def map_clients(f: Callable, rows: Any, chunk: int | None, mesh: Mesh | None = N
         part = PartitionSpec(mesh.axis_names)
         share = lambda rows: map_clients(f, rows, chunk)
         return jax.shard_map(share, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(rows)
-    if chunk is None or chunk == clients:
-        return jax.vmap(f)(rows)
     if chunk == 1:  # without an axis of clients: a stack of one would turn every product into a batched one
         return jax.lax.map(f, rows)
+    if chunk is None or chunk == clients:
+        return jax.vmap(f)(rows)
     if not 1 <= chunk <= clients or clients % chunk:
         fits = [c for c in range(1, clients + 1) if clients % c == 0]
         raise ValueError(f"chunk {chunk} does not divide a cohort of {clients} clients: choose one of {fits}")

@@ -55,9 +55,7 @@ def test_the_folder_holds_what_is_promised(compared):
 def test_what_a_method_learned_is_written_and_can_be_given_to_another_run(tmp_path):
     state = hyperlora(CLIENTS, SIGNATURE).init(KEY, ADAPTER)
     seeds = jax.tree.map(lambda x: jnp.stack([x, x]), state._replace(theta=nudged(state.theta)))
-    store = record.Checkpoints(tmp_path, "hyperlora:mode=exact")
-    store.keep_theta(seeds)
-    store.close()
+    record.keep_theta(tmp_path, "hyperlora:mode=exact", seeds)
     arrays = record.read_arrays(str(tmp_path / "hyperlora_mode=exact.theta.npz"))
     again = hyperlora(CLIENTS, SIGNATURE, "frozen", theta=arrays).init(KEY, ADAPTER)
     assert_near(again.theta, nudged(state.theta), 0)

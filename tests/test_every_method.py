@@ -49,7 +49,7 @@ from helpers import (
 )
 
 import fedlora_jax.methods
-from experiments.record import Checkpoints
+from experiments.checkpoints import Checkpoints
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import sample_apart
 from fedlora_jax.method import About, models
@@ -373,9 +373,9 @@ def test_exact_methods_hold_the_mean_of_the_clients_weights(name):
 def test_a_checkpoint_restores_every_bit(name, tmp_path):
     m = compiled(name)
     run = jax.tree.map(jnp.asarray, rounds.Run(m.state, m.cohort().memory, np.ones((), np.int32)))
-    store = Checkpoints(tmp_path, name)
+    store = Checkpoints(tmp_path, {"method": name})
     store.save(1, run)
-    again = store.restore(jax.tree.map(lambda x: x, run))
-    store.close()
+    assert store.whole() == ([1], [])
+    again = store.restore(1, jax.tree.map(lambda x: x, run))
     assert jax.tree.structure(again) == jax.tree.structure(run)
     assert_near(again, run, 0)

@@ -8,10 +8,10 @@ import pytest
 from test_bad_input import change
 
 from experiments import compare, forecast, layout
-from experiments.__main__ import planned
 from experiments.cli import parse
 from experiments.config import Config
 from experiments.forecast import Need
+from experiments.start import planned
 
 GIB = 2**30
 SMALL = (
@@ -25,7 +25,7 @@ def plan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("forecast")
     change()(folder / "data.npz")
     options = f"run --method ffa_lora --dry-run {SMALL} --data {folder / 'data.npz'} --out {folder / 'out'}"
-    return planned(*parse(options.split())).__self__
+    return planned(*parse(options.split()))[1].__self__
 
 
 @pytest.mark.long
@@ -40,7 +40,7 @@ def test_a_dry_run_tells_and_writes_nothing(plan, capsys):
     assert int(cells["trained"].replace(",", "")) == moving
     assert cells["KiB up"] == cells["KiB down"] == f"{4 * moving / 1024:.1f}"
     assert all(float(cells[name]) > 0 for name in ("GFLOP/round", "compile s", "run s"))
-    assert not plan.folder.exists()
+    assert not plan.folder.path.exists()
 
 
 @pytest.mark.long
@@ -60,7 +60,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_first_round(plan, monkeyp
     monkeypatch.setattr(layout, "memory", lambda: needed.held + needed.work // 2 + 1)
     with pytest.raises(MemoryError, match=r"ffa_lora needs about .* MiB of memory .*--chunk 2 should fit"):
         plan.execute()
-    assert not plan.folder.exists()
+    assert not plan.folder.path.exists()
     monkeypatch.setattr(layout, "memory", lambda: needed.peak)
     assert forecast.too_large(plan.config, plan.problem, "ffa_lora", needed) is None
 

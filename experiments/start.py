@@ -1,0 +1,97 @@
+"""A command from what is typed to its end: refused, carried out, or stopped, with one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from experiments import bench, process
+from experiments.cli import fail, parse
+from experiments.config import SEEDS, check_fields
+from experiments.folder import Folder, command
+from experiments.stopping import stoppable
+
+# What the system may refuse while a folder is being written, and what to do about it
+REFUSED = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
+    **dict.fromkeys((errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV), "see to the disk"),
+    errno.EPIPE: "nobody reads what is printed",
+}
+
+
+def main() -> None:
+    name, options = parse()
+    folder: Folder | None = None
+    goes_on = lambda: f"to go on: {folder.command() if folder else command()}"
+    with stoppable(goes_on):
+        try:
+            folder, execute = planned(name, options)
+        except (ValueError, OSError) as error:
+            fail(str(error))
+        if (count := len(getattr(options, "seeds", ()))) > SEEDS:
+            print(f"note: {count} seeds are run; to run the one seed {count}, write --seeds {count},", file=sys.stderr)
+        try:
+            execute()
+            sys.stdout.flush()
+        except (FloatingPointError, MemoryError) as error:
+            fail(str(error))
+        except OSError as error:
+            if error.errno is None:  # ours: somebody else has taken the folder
+                fail(str(error))
+            if error.errno not in REFUSED or (error.filename and not (folder and folder.holds(error.filename))):
+                raise
+            if error.errno == errno.EPIPE:  # nor can Python's last words be
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            where = error.filename or (folder.path if folder else "the output")
+            fail(f"cannot write to {where}: {error.strerror}; {REFUSED[error.errno]}; {goes_on()}", code=1)
+
+
+def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any]]:
+    """The folder that is written, and what remains to be done once everything that can be refused has been."""
+    match command:  # imports wait until here: --help and typing errors need no jax
+        case "bench":  # many small runs, each of which may be refused: nothing is left for later
+            bench.execute(options)
+            return None, lambda: None
+        case "methods":
+            from experiments import overview
+
+            text = overview.table(options)
+            return None, lambda: print(text)
+        case "bounds":
+            from experiments import bounds
+
+            return None, bounds.Plan(options).execute
+        case "budget":
+            from experiments import budget
+
+            plan = budget.Plan(options)
+            return plan.folder, plan.execute
+        case "sweep":
+            from experiments import sweep
+
+            plan = sweep.Plan(options)
+            return plan.folder, plan.execute
+        case "meta":
+            from experiments import meta
+
+            plan = meta.Plan(options)
+            return plan.folder, plan.execute
+        case _:
+            from experiments import compare
+
+            plan = compare.Plan(command, options)
+            return (None, plan.forecast) if options.dry_run else (plan.folder, plan.execute)
+
+
+def settle() -> None:
+    """Check what is typed, and set up the process for it; it may start again from here."""
+    given = parse()[1]
+    try:
+        check_fields(given)
+    except ValueError as error:
+        fail(str(error))
+    process.settle(getattr(given, "devices", 1))

@@ -1,0 +1,148 @@
+"""One method of a comparison: its programs, and its rounds from wherever they were left off."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments import forecast, layout, methods, problem, programs, record, summary
+from experiments.checkpoints import Checkpoints
+from experiments.config import Config
+from experiments.folder import say
+from experiments.problem import Problem
+from experiments.programs import Programs
+from experiments.rows import Rows, as_of
+from fedlora_jax import rounds
+from fedlora_jax.lora import Adapter
+from fedlora_jax.method import Method
+from fedlora_jax.rounds import Info, Run
+from fedlora_jax.signatures import Signature
+from fedlora_jax.wrappers import innermost
+
+
+def facts_of(config: Config, signature: Signature) -> dict[str, Any]:
+    """What a method can ask to be given of a run."""
+    return {
+        "participants": config.clients_per_round or config.clients,
+        "signature": signature,
+        "population": config.clients,
+        "rounds": config.rounds,
+        "theta": record.read_arrays(config.theta),
+        "local_lr": config.lr,
+    }
+
+
+def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
+    """Refuse options that a method does not take, and what it has learned where that does not fit."""
+    for name in config.methods:
+        method = methods.build(name, **facts_of(config, signature))
+        if method.query and config.minimum < 2:
+            raise ValueError(f"{name} keeps examples of every client apart: --minimum must be at least 2, got 1")
+        if "+scaffold" in name and config.optimizer != "sgd":
+            raise ValueError(f"{name} needs local steps of plain SGD: --optimizer must be sgd, got {config.optimizer}")
+        start = lambda key, adapter, method=method: rounds.start(method, key, adapter, config.clients)
+        run = jax.eval_shape(start, jax.eval_shape(jax.random.key, 0), adapter)
+        layout.refuse_more_than_there_is(
+            len(config.seeds) * layout.bytes_of(run),
+            f"what {name} keeps of {config.clients} clients and {len(config.seeds)} seeds would",
+            "use fewer of them, or smaller options of the method",
+        )
+
+
+class Trial:
+    """One method of a comparison, traced; on all seeds or on some of them."""
+
+    def __init__(self, config: Config, problem: Problem, name: str):
+        self.config, self.problem, self.name = config, problem, name
+        self.leads = True  # are the first of all seeds among these?
+        self.method: Method = methods.build(name, **facts_of(config, problem.signature))
+        self.rows = Rows(config, problem, name, self.method)
+        self.programs: Programs = programs.make(config, problem, self.method)
+        run = jax.eval_shape(self.programs.start, problem.adapters, problem.keys)
+        theta = jax.tree.leaves(getattr(innermost(run.state), "theta", ()))
+        self.theta_size = sum(math.prod(x.shape[1:]) for x in theta)  # without the axis of seeds
+        # Tracing finds every mistake of shapes and options, before anything compiles.
+        self.start = run
+        self.lowered = self.programs.train.lower(problem.base, problem.train, problem.clients, run, problem.keys)
+
+    def compile(self) -> None:
+        """Compile the rounds and the evaluation, once."""
+        if hasattr(self, "train"):
+            return
+        p, begin = self.problem, time.perf_counter()
+        self.train = self.lowered.compile()
+        self.compile_seconds = time.perf_counter() - begin
+        arguments = (p.base, p.train, p.test, p.clients, self.start, p.keys, np.bool_(True))
+        self.evaluate = self.programs.evaluate.lower(*arguments).compile()
+
+    def need(self) -> forecast.Need | None:
+        """Memory of the run; ``None`` where XLA does not tell."""
+        p = self.problem
+        held = (p.base, p.train, p.test, p.clients, p.adapters, p.keys, self.start)
+        return forecast.need(held, [self.train, self.evaluate])
+
+    def of_seeds(self, start: int, stop: int) -> Trial:
+        """The same on some of the seeds alone, which changes none of their numbers."""
+        if (start, stop) == (0, len(self.config.seeds)):
+            return self
+        config = dataclasses.replace(self.config, seeds=self.config.seeds[start:stop])
+        part = Trial(config, problem.of_seeds(self.problem, start, stop), self.name)
+        part.leads = start == 0
+        return part
+
+    def run(self, whole: list[int], store: Checkpoints, metrics: record.Metrics, bar: tqdm) -> dict[str, float] | None:
+        """Rounds after the newest checkpoint of ``whole``; rows and checkpoints as they come. Returns timings.
+
+        Rows are cut only now, when it is known from where the run goes on.
+        """
+        config, p = self.config, self.problem
+        done, run = (config.rounds, None) if config.rounds in whole else self._restored(whole, store)
+        own = lambda row: row["method"] == self.name and row["seed"] in config.seeds
+        kept = [row for row in metrics.read() if not own(row) or row["round"] <= done]
+        metrics.rewrite([as_of(row, config.rounds) if own(row) else row for row in kept])
+        store.keep([rounds for rounds in whole if rounds <= done])
+        if run is None:
+            return store.told(done)
+        self.compile()
+        bar.set_description(self.name)
+
+        seconds = []
+        for end in range(done + config.eval_every, config.rounds + 1, config.eval_every):
+            begin = time.perf_counter()
+            run, info = jax.block_until_ready(self.train(p.base, p.train, p.clients, run, p.keys))
+            seconds.append((time.perf_counter() - begin) / (config.eval_every * len(config.seeds)))
+            self._check_moved(info, end)
+            tune = np.bool_(end > config.rounds - summary.WINDOW)
+            scores = jax.device_get(self.evaluate(p.base, p.train, p.test, p.clients, run, p.keys, tune))
+            metrics.append(self.rows.of_block(end, jax.device_get(info), scores))
+            timings = {"seconds_per_round": float(np.median(seconds)), "compile_seconds": self.compile_seconds}
+            if end == config.rounds and self.leads:
+                record.keep_theta(metrics.folder, self.name, innermost(run.state))
+            if end % config.rounds_between_checkpoints() == 0 or end == config.rounds:
+                store.save(end, run, timings)
+            bar.update(config.eval_every * len(config.seeds))
+        return store.told(config.rounds)
+
+    def _restored(self, whole: list[int], store: Checkpoints) -> tuple[int, Run]:
+        """Rounds done, and the run after them, from the newest checkpoint that can be read."""
+        start = self.programs.start(self.problem.adapters, self.problem.keys)
+        for done in whole:
+            try:
+                return done, store.restore(done, start)
+            except Exception as error:  # whole, but written by another version of what reads it
+                why = " ".join(str(error).split())[:200]
+                say(f"{self.name}: its checkpoint after round {done} cannot be read ({why})")
+        return 0, start
+
+    def _check_moved(self, info: Info, end: int) -> None:
+        failed = ~np.isfinite(info.aggregation.bias) | ~np.isfinite(info.loss).any(-1)  # one client may, if left out
+        if failed.any():
+            raise FloatingPointError(f"{self.name}: the loss became infinite by round {end}; try a smaller --lr")
+        if not (np.asarray(info.moved) > 0).any(-1).all():
+            raise FloatingPointError(f"{self.name}: nothing that is trained moved by round {end}; is --lr too small?")

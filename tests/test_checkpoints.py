@@ -1,0 +1,117 @@
+"""A checkpoint is what was written, or none; the one before it is still there."""
+
+import errno
+import shutil
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.checkpoints import Checkpoints, spans
+
+ABOUT = {"run": "abc", "method": "fedit", "seeds": (0, 1)}
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = Checkpoints(tmp_path / "0-2", ABOUT)
+    for rounds in (2, 4, 6):
+        made.save(rounds, {"x": jnp.full(4000, rounds), "key": jnp.arange(3)}, {"seconds_per_round": rounds})
+    return made
+
+
+@pytest.fixture
+def path(store, tmp_path):
+    return tmp_path / "0-2"
+
+
+def files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def test_the_newest_two_are_kept(store, path):
+    assert store.whole() == ([6, 4], [])
+    assert sorted(p.name for p in path.iterdir()) == ["4", "6"]
+    assert store.told(4) == {"seconds_per_round": 4}
+    back = store.restore(4, {"x": jnp.zeros(4000, int), "key": jnp.zeros(3, int)})
+    np.testing.assert_array_equal(back["x"], np.full(4000, 4))
+
+
+def test_one_flipped_byte_in_any_file_is_noticed(store, path):
+    for file in files(path / "6"):
+        content = file.read_bytes()
+        for at in {0, len(content) // 2, len(content) - 1} if content else ():
+            file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            found, wrong = store.whole()
+            assert found == [4], file
+            assert len(wrong) == 1
+            assert f"{path}/6 is " in wrong[0]
+        file.write_bytes(content)
+    assert store.whole() == ([6, 4], [])
+
+
+def test_truncated_emptied_missing_and_added_files_are_noticed(store, path):
+    for file in files(path / "6"):
+        content = file.read_bytes()
+        for damage in (
+            lambda f: f.write_bytes(f.read_bytes()[:-1]),
+            lambda f: f.write_bytes(b""),
+            lambda f: f.unlink(),
+        ):
+            damage(file)
+            assert store.whole()[0] == ([6, 4] if file.exists() and file.read_bytes() == content else [4]), file
+            file.write_bytes(content)
+    (path / "6" / "d" / "more").write_bytes(b"")
+    assert store.whole()[0] == [4]
+
+
+FOREIGN = {
+    "emptied": lambda path: [shutil.rmtree(path / "6"), (path / "6").mkdir()],
+    "misnumbered": lambda path: (path / "6").rename(path / "8"),
+    "another's number": lambda path: [shutil.rmtree(path / "6"), shutil.copytree(path / "4", path / "6")],
+    "a file": lambda path: [shutil.rmtree(path / "6"), (path / "6").write_text("thesis")],
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_is_no_checkpoint_of_its_number_is_passed_over_and_goes_with_the_next(case, store, path):
+    FOREIGN[case](path)
+    found, wrong = store.whole()
+    assert (found, len(wrong)) == ([4], 1)
+    store.keep(found)
+    store.save(6, {"x": jnp.ones(3)})
+    assert store.whole() == ([6, 4], [])
+
+
+@pytest.mark.parametrize("key", ABOUT)
+def test_a_checkpoint_of_another_run_is_none(key, store, path):
+    found, wrong = Checkpoints(path, ABOUT | {key: "other"}).whole()
+    assert found == []
+    assert all("is of another run" in text for text in wrong)
+
+
+def test_seeds_that_began_together_are_computed_together(tmp_path):
+    assert spans(tmp_path / "nowhere", 5) == [(0, 5)]
+    for name in ("0-3", "5-6", "tmp", "2-4", "7-9"):
+        (tmp_path / name).mkdir()
+    assert spans(tmp_path, 8) == [(0, 3), (3, 5), (5, 6), (6, 8)]
+
+
+def test_a_full_disk_is_one_error_of_the_system_and_the_checkpoint_before_stays(tmp_path, capfd):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        store = Checkpoints(tmp_path / "0-1", ABOUT)
+        store.save(2, {"x": jnp.arange(10.0)})
+        noise = np.random.default_rng(0).normal(size=100_000)
+        with pytest.raises(OSError, match="No space left") as failed:
+            store.save(4, {"x": noise})
+        assert failed.value.errno == errno.ENOSPC
+        assert failed.value.filename == str(tmp_path / "0-1" / "4")
+        assert store.whole()[0] == [2]
+        store.save(4, {"x": jnp.arange(10.0)})
+        assert store.whole() == ([4, 2], [])
+        assert capfd.readouterr() == ("", "")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -1,0 +1,169 @@
+"""A finished run goes on with more rounds, methods and seeds, to the bytes of a run that asked for all at first."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from test_bad_input import change
+
+from experiments import compare
+from experiments.checkpoints import Checkpoints
+from experiments.cli import parse
+from experiments.config import Config
+
+SMALL = (
+    "--clients 3 --holdout-clients 1 --partition iid --minimum 4 --local-steps 5 --batch 8 --adapt-last 1 --rank 2 "
+    "--checkpoint-every 2"
+).split()
+TIMES = {"date", "seconds_per_round", "compile_seconds"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.npz"
+    change()(path)
+    return [*SMALL, "--data", str(path)]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(compare.report, "write", lambda *_: "")
+
+
+def plan(out, *options: str) -> compare.Plan:
+    command, config = parse(["compare", *options, "--out", str(out)])
+    assert isinstance(config, Config)
+    return compare.Plan(command, config)
+
+
+def run(out, *options: str) -> tuple[bytes, dict]:
+    plan(out, *options).execute()
+    return (out / "metrics.jsonl").read_bytes(), json.loads((out / "summary.json").read_text())
+
+
+def without_times(x):
+    if isinstance(x, dict):
+        return {key: without_times(value) for key, value in x.items() if key not in TIMES}
+    return x
+
+
+def assert_as_if_at_first(out, whole) -> None:
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    one, two = (without_times(json.loads((path / "summary.json").read_text())) for path in (out, whole))
+    assert one == two
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(compare.report, "write", lambda *_: "")
+        run(out, *small, "--methods", "fedit,ffa_lora", "--rounds", "7", "--seeds", "3")
+    return out
+
+
+def test_more_rounds_then_a_method_then_seeds(small, whole, tmp_path):
+    """The last five rounds of two are not those of seven; one seed alone, two that join it and three are the same."""
+    run(tmp_path, *small, "--methods", "fedit", "--rounds", "2", "--seeds", "1")
+    run(tmp_path, "--resume", "--rounds", "7")
+    run(tmp_path, "--resume", "--methods", "fedit,ffa_lora")
+    run(tmp_path, "--resume", "--seeds", "3")
+    assert_as_if_at_first(tmp_path, whole)
+
+
+@pytest.mark.long
+def test_all_at_once(small, whole, tmp_path):
+    run(tmp_path, *small, "--methods", "fedit", "--rounds", "3", "--seeds", "2")
+    run(tmp_path, "--resume", "--rounds", "7", "--methods", "fedit,ffa_lora", "--seeds", "0,1,2")
+    assert_as_if_at_first(tmp_path, whole)
+
+
+def test_a_finished_run_keeps_its_timings_and_trains_nothing(whole, monkeypatch):
+    monkeypatch.setattr(compare.Trial, "compile", lambda self: pytest.fail("something is compiled"))
+    rows, before = (whole / "metrics.jsonl").read_bytes(), json.loads((whole / "summary.json").read_text())
+    assert run(whole, "--resume") == (rows, before)
+    assert before["methods"]["fedit"]["seconds_per_round"] > 0
+
+
+@pytest.mark.long
+def test_what_is_damaged_is_said_and_computed_again(whole, tmp_path, capsys):
+    """A flipped byte in the newest checkpoint: from the one before. In an early row, or in both checkpoints: anew."""
+    for damage, said in (
+        (lambda out: flip(largest(out / "checkpoints/fedit/0-3/7")), "note: fedit goes on after round 6: "),
+        (lambda out: flip(out / "metrics.jsonl"), "note: fedit begins anew: rows after round 0 are damaged"),
+        (lambda out: shutil.rmtree(out / "checkpoints/ffa_lora"), "note: ffa_lora begins anew: its checkpoints"),
+    ):
+        out = tmp_path / "out"
+        shutil.copytree(whole, out)
+        damage(out)
+        capsys.readouterr()
+        run(out, "--resume")
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+        assert len(notes) == 1
+        assert notes[0].startswith(said), notes
+        assert_as_if_at_first(out, whole)
+        shutil.rmtree(out)
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path: Path, at: int = 100) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_nothing_is_cut_before_it_is_known_from_where_a_run_goes_on(whole, tmp_path, monkeypatch):
+    """The fault may be in what reads: rows and checkpoints are as they were when it fails."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    flip(largest(out / "checkpoints/fedit/0-3/7"))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare.Trial, "compile", lambda self: None)
+    monkeypatch.setattr(compare.Plan, "_refuse_what_does_not_fit", lambda *_: None)
+    monkeypatch.setattr(Checkpoints, "restore", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, "--resume")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--rounds 6", "rounds was 7, is 6 (it may only have more"),
+        ("--methods ffa_lora,fedit", "methods was"),
+        ("--methods fedit", "methods was"),
+        ("--seeds 0,2,1", "seeds was"),
+        ("--seeds 1,2", "seeds was"),
+        ("--lr 0.2", "lr was 0.1, is 0.2"),
+    ],
+)
+def test_what_there_is_cannot_be_less_or_other(options, said, whole):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        plan(whole, "--resume", *options.split())
+
+
+def test_stages_that_are_shares_of_the_rounds_are_not_those_of_more_rounds(small, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(plan(tmp_path, *small, "--methods", "fedit,hilora").about))
+    with pytest.raises(ValueError, match="hilora divides its rounds into stages"):
+        plan(tmp_path, "--resume", "--rounds", "20")
+
+
+def test_seeds_that_would_change_the_draws_of_others_are_refused(small, tmp_path):
+    """Batches are permutations of lists as long as the largest client of any seed, so that a larger one changes all."""
+    split = ("--partition", "dirichlet:1.0", "--methods", "fedit")
+    about = plan(tmp_path, *small, *split, "--seeds", "1").about
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    size = lambda seed: plan(tmp_path / "x", *small, *split, "--seeds", f"{seed},").problem.record["largest"]
+    larger = next(seed for seed in range(1, 20) if size(seed) > about["record"]["largest"])
+    with pytest.raises(ValueError, match="the largest client has"):
+        plan(tmp_path, "--resume", "--seeds", f"0,{larger}")
