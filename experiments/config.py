@@ -27,6 +27,7 @@ COUNT = "[1, 1000000]"  # clients, rounds, steps: more would be a slip, and take
 INT32 = "[0, 2147483647]"
 PREFIXES = ("auto", "stored", "anew")
 SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
+WEIGHTS = ("counts", "uniform")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 BUDGETS = (1, 2, 5, 10)
 MANY = 10_000  # runs of one program: seeds, or values of a sweep
@@ -85,6 +86,11 @@ class Config:
     )
     partition: str = option("domain_dirichlet:1.0", partition.FORMS)
     minimum: int = option(10, "training images of the smallest client, at least", COUNT)
+    weights_of_clients: str = option(
+        "counts",
+        "how much each client counts: counts, by how many images it holds, or uniform, all alike",
+        among=WEIGHTS,
+    )
     signature: str = option(
         "full",
         "what clients tell of their data: full, label_free, noisy; or a control: shuffled, constant, random",
@@ -177,6 +183,13 @@ def check(config: Config) -> None:
         values = getattr(config, name)
         if len(set(values)) < len(values):
             raise ValueError(f"--{_flag(name)} must name each once, got {','.join(map(str, values))}")
+    for name in config.methods:
+        wrappers = [part.split(":")[0] for part in name.split("+")[1:]]
+        if "noise" in wrappers and config.weights_of_clients != "uniform":
+            raise ValueError(
+                f"{name}: noise is scaled for clients that count alike, and a client with more images would be less "
+                f"private than it says: use --weights-of-clients uniform, got {config.weights_of_clients}"
+            )
     cohort = config.clients_per_round or config.clients
     if cohort > config.clients:
         raise ValueError(f"--clients-per-round {cohort} is more than --clients {config.clients}")

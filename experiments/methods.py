@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import fedlora_jax.methods
 import fedlora_jax.wrappers
 from fedlora_jax.method import About, Method, refuse_outside
-from fedlora_jax.wrappers import AboutWrapper
+from fedlora_jax.wrappers import AboutWrapper, order
 
 LONGEST = 200  # letters of a method with its options: folders and files are named by it
 
@@ -29,8 +29,11 @@ def wrappers() -> dict[str, AboutWrapper]:
 
 
 def check(spec: str) -> None:
-    """Refuse a name or an option that does not exist, and a value that is none."""
+    """Refuse a name or an option that does not exist, a value that is none, and wrappers that do not go together."""
     _parse(spec)
+    around = [part.split(":")[0] for part in spec.split("+")[1:]]
+    for i, name in enumerate(around):
+        order.check(name, tuple(around[:i]))
 
 
 def about(spec: str) -> About:

@@ -294,7 +294,8 @@ def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray,
     describe = lambda rows, sizes, key: of_data(rows, sizes, key, config.clients, classes, config.signature)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(jnp.asarray(config.seeds))
     told = jax.vmap(describe)(rows, sizes, keys)
-    population = Population(jnp.asarray(rows), jnp.asarray(sizes), jnp.asarray(ranks), told)
+    alike = jnp.ones(sizes.shape) if config.weights_of_clients == "uniform" else ()
+    population = Population(jnp.asarray(rows), jnp.asarray(sizes), jnp.asarray(ranks), told, alike)
     return Clients(population, jnp.asarray(tests), jnp.asarray(counts))
 
 

@@ -20,24 +20,36 @@ class Population(NamedTuple):
     sizes: Array  # [N] how many of them are the client's
     ranks: Array  # [N]
     signatures: Any = ()  # a Signature [N, 1 + V, ...]: view 0 is of all of a client's data, the others of random parts
+    weights: Any = ()  # [N] how much each client counts; (): by how many examples it holds
+    shares: Any = ()  # [N] of ``members``: their parts of the weight of all clients they were taken from
 
     def members(self, ids: Array | np.ndarray) -> Population:
         """The clients ``ids`` alone, in that order."""
-        return jax.tree.map(lambda x: x[ids], self)
+        return jax.tree.map(lambda x: x[ids], self._replace(shares=self._shares()))
 
     def cohort(
         self, ids: Array, memory: Memory, batches: Any = (), queries: Any = (), views: Array | int = 0
     ) -> Cohort:
-        """The clients ``ids``, weighted by how many examples they hold, each under one view of its signature."""
+        """The clients ``ids`` with their weights, each under one view of its signature."""
         return Cohort(
             ids=ids,
-            weights=self.sizes[ids].astype(jnp.float32),
+            weights=self._weights()[ids].astype(jnp.float32),
             ranks=self.ranks[ids],
             signatures=jax.tree.map(lambda x: x[ids, views], self.signatures),
             memory=jax.tree.map(lambda x: x[ids], memory),
             batches=batches,
             queries=queries,
+            shares=self._shares()[ids],
         )
+
+    def _weights(self) -> Array:
+        return self.sizes if isinstance(self.weights, tuple) else self.weights
+
+    def _shares(self) -> Array:
+        if not isinstance(self.shares, tuple):
+            return self.shares
+        weights = self._weights()
+        return weights.astype("float32") / weights.sum().astype("float32")
 
 
 def padded(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -7,7 +7,7 @@ A leading ``C`` axis means stacked clients; inside a function of one client it i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class Cohort(NamedTuple):
     memory: Memory = ()  # [C, ...] what each client keeps between rounds
     batches: Any = ()  # [C, T, B, ...] data of T local steps
     queries: Any = ()  # [C, Q, ...] data that a client keeps apart from them, to judge its model by
+    shares: Any = ()  # [C] each client's part of the weight of the whole population; () where nobody knows
 
 
 class Dispatch(NamedTuple):
@@ -134,6 +135,10 @@ def all_of_it(mask: Adapter) -> Adapter:
     return mask
 
 
+def all_held(mask: Adapter, anchor: Any, received: Adapter) -> Adapter:
+    return mask
+
+
 def apart(cohort: Cohort) -> Cohort:
     return cohort
 
@@ -187,6 +192,8 @@ class Method(NamedTuple):
         loss of an adapter as ``model`` gives it; ``None``: both are the loss of the model.
       moving: ``(mask, progress) -> mask`` of one local step, ``progress`` from 0 to below 1: training in phases.
       shared: ``(mask) -> mask`` without the entries that a client trains and does not send; wrappers act on the rest.
+      held: ``(mask, anchor, received adapter) -> mask``, on one client, after its local steps: what is shared without
+        the entries that it has turned out not to hold (it chose, say, one of several adapters).
       pool: ``(cohort) -> cohort`` whose clients take the local steps, where that is not each on its own data.
       traffic: ``(own, cohort) -> Traffic`` for one client that holds the adapter ``own`` in a cohort whose
         members hold the adapters ``cohort``.
@@ -197,6 +204,9 @@ class Method(NamedTuple):
       query: examples that each client keeps apart in a round for ``judge``; 0 where the slope needs none.
       meet: how a client that never took part finds its place, where what it holds before does not say; ``None``: it
         needs none.
+      uploads: what the server makes of adapters: it may average them entry by entry (whatever it does besides), only
+        stack them as products, or get none. Says which wrappers have a meaning (``fedlora_jax.wrappers.order``).
+      stack: names of the wrappers around the method, from the innermost.
     """
 
     init: Callable[[Array, Adapter], State]
@@ -210,6 +220,7 @@ class Method(NamedTuple):
     objective: Callable[[Callable[[Adapter], Array], Adapter, Any], tuple[Array, Array]] | None = None
     moving: Callable[[Adapter, Array], Adapter] = all_along
     shared: Callable[[Adapter], Adapter] = all_of_it
+    held: Callable[[Adapter, Any, Adapter], Adapter] = all_held
     pool: Callable[[Cohort], Cohort] = apart
     traffic: Callable[[Adapter, list[Adapter]], Traffic] = same_both_ways
     slope: Slope = no_slope
@@ -217,6 +228,8 @@ class Method(NamedTuple):
     report: Callable[[State], dict[str, Array]] = no_report
     query: int = 0
     meet: Meet | None = None
+    uploads: Literal["averaged", "stacked", "none"] = "averaged"
+    stack: tuple[str, ...] = ()
 
 
 def models(method: Method, sent: Dispatch) -> Adapter:
@@ -272,6 +285,22 @@ def uniform(cohort: Cohort) -> Array:
     """``[C]`` equal weights that sum to one, for all clients whose own weight is not zero (such is padding)."""
     present = (cohort.weights > 0).astype(cohort.weights.dtype)
     return present / jnp.maximum(present.sum(), 1.0)
+
+
+def shares(cohort: Cohort, population: int) -> Array:
+    """``[C]`` each client's part of the weight of a population of that many clients; 0 for those that are not there.
+
+    Raises:
+      ValueError: the cohort does not say, and is not the whole population.
+    """
+    if isinstance(cohort.shares, tuple):
+        if len(cohort.ids) != population:
+            raise ValueError(
+                f"the cohort has {len(cohort.ids)} of {population} clients and does not say what part of all weight is "
+                "theirs: make it by Population.cohort, or give Cohort(shares=n_c / sum of all n)"
+            )
+        return cohort.weights / jnp.maximum(cohort.weights.sum(), 1e-12)
+    return jnp.where(cohort.weights > 0, cohort.shares, 0.0)
 
 
 def memory_of(cohort: Cohort) -> Memory:

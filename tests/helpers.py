@@ -130,9 +130,10 @@ WRAPPED: dict[str, Callable[[], Method]] = {
 STACKS: dict[str, Callable[[], Method]] = {
     "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
     "defended": lambda: nonfinite(clip(noise(median(flexlora("balanced", gauge=True))), 0.05)),
-    "reversed": lambda: scaffold(
-        feddyn(fedbc(nonfinite(fedlc(signature_bias(ffa_lora(), SIGNATURE, warmup=0), 0.1))), 8), 8, LOCAL_LR
+    "dynamic": lambda: fedlc(
+        nonfinite(clip(fedadam(feddyn(signature_bias(ffa_lora(), SIGNATURE, warmup=0), 8, 0.1)), 0.05)), 0.1
     ),
+    "weighed": lambda: clip(noise(proximal(fedbc(fedyogi(flexlora("balanced", gauge=True)), lr=0.1, lam=0.2))), 0.05),
     "outliers": lambda: norm_bound(krum(trimmed_mean(fedyogi(fedit()), 0.25), kept=2)),
     "personal": lambda: nonfinite(clip(proximal(ditto()), 0.05)),
 }
@@ -223,11 +224,12 @@ def cohort(seed: int = 0, clients: int = CLIENTS, steps: int = STEPS, weights=No
     rng = np.random.default_rng(seed)
     return Cohort(
         ids=array(np.arange(10, 10 + clients)),
-        weights=array(rng.uniform(1, 3, clients) if weights is None else np.asarray(weights, float)),
+        weights=array(weights := rng.uniform(1, 3, clients) if weights is None else np.asarray(weights, float)),
         ranks=array([rank] * clients if ranks is None else ranks),
         signatures=signatures(rng, clients),
         batches=labelled(rng, clients, steps, BATCH),
         queries=labelled(rng, clients, BATCH),
+        shares=array(weights / weights.sum() / 2),  # as many again take no part
     )
 
 

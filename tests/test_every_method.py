@@ -66,7 +66,8 @@ EXCEPTIONS = {
         "noise": "noise is added",
         "clip": "the clients' update is cut before it is averaged",
         "feddyn": "w_g = mean of w_i - h / al goes beyond the mean",
-        "reversed": "has FedDyn in it",
+        "dynamic": "has FedDyn in it",
+        "weighed": "has noise in it",
         "defended": "has noise in it",
         "personal": "has clipping in it",
     }

@@ -60,7 +60,7 @@ def test_a_method_that_is_built_for_the_learning_rate_is_given_the_traced_one(sm
 REFUSED = {
     "an option nobody has": ("--methods lora_fair --vary mu=0,1", "no part has such a number"),
     "an option only one method has": ("--methods lora_fair,fedit --vary lam=0,1", "no part has such a number in fedit"),
-    "an option several parts have": ("--methods fedit+fedadam+fedavgm --vary lr=0.1,1", "several parts have"),
+    "an option several parts have": ("--methods fedit+signature_bias+fedavgm --vary lr=0.1,1", "several parts have"),
     "an option that is set": ("--methods lora_fair:lam=1 --vary lam=0,1", "sets it already"),
     "an option that is no real number": ("--methods lora_fair --vary steps=1,2", "no part has such a number"),
     "a value that a method refuses": ("--methods ditto --vary lam=0,-1", "lam must be at least 0"),
@@ -82,8 +82,9 @@ def test_what_cannot_be_swept_is_refused_before_anything_compiles(case, small, t
 
 
 def test_an_option_is_found_in_the_part_that_has_it():
-    spec = "fedit+proximal+fedadam:b1=0.5+fedavgm"
-    assert methods.with_option(spec, methods.find(spec, "mu"), 0.1) == "fedit+proximal:mu=0.1+fedadam:b1=0.5+fedavgm"
+    spec = "fedit+proximal+signature_bias:start=0.5+fedavgm"
+    set_there = spec.replace("proximal", "proximal:mu=0.1")
+    assert methods.with_option(spec, methods.find(spec, "mu"), 0.1) == set_there
     assert methods.find(spec, "fedavgm:lr") == methods.Varied(3, "lr")
 
 

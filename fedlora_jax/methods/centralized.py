@@ -20,7 +20,7 @@ ABOUT = About("Centralised", "upper bound", "-", "a, b, head", "data", "yes")
 
 
 def centralized() -> Method:
-    return fedit()._replace(pool=pooled, traffic=lambda own, cohort: Traffic(up=(), down=()))
+    return fedit()._replace(pool=pooled, traffic=lambda own, cohort: Traffic(up=(), down=()), uploads="none")
 
 
 def pooled(cohort: Cohort) -> Cohort:

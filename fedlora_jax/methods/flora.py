@@ -46,4 +46,4 @@ def flora() -> Method:
     def traffic(own, cohort):
         return Traffic(up=own, down=(lora.split(own)[1], [lora.split(x)[0] for x in cohort]))
 
-    return Method(init, dispatch, aggregate, traffic=traffic)
+    return Method(init, dispatch, aggregate, traffic=traffic, uploads="stacked")

@@ -85,6 +85,10 @@ def ifca(k: int = 2, spread: float = 0.1, query: int = 16) -> Method:
         models = jax.vmap(cluster_mean, (0, 1, 1, 0))(state.models, received.models, weights, total)
         return IFCAState(models, total)
 
+    def held(mask, anchor, received):
+        its = lambda m: m * received.chosen.reshape(-1, *(1,) * (m.ndim - 1)).astype(m.dtype)  # [k, ...]
+        return mask._replace(models=jax.tree.map(its, mask.models))
+
     def model(carried, anchor):
         pick = lambda x: jnp.einsum("k,k...->...", carried.chosen.astype(x.dtype), x, precision="highest")
         return jax.tree.map(pick, carried.models)
@@ -96,6 +100,7 @@ def ifca(k: int = 2, spread: float = 0.1, query: int = 16) -> Method:
         init_client=lambda adapter: jnp.ones(k) / k,
         remember=lambda memory, anchor, sent, received: received.chosen,
         model=model,
+        held=held,
         traffic=lambda own, cohort: Traffic(up=(own, jnp.zeros(())), down=[own] * k),
         slope=Slope(train, lambda steps: steps + k) if k > 1 else no_slope,
         query=query if k > 1 else 0,

@@ -32,4 +32,5 @@ def local_only() -> Method:
         remember=lambda memory, anchor, sent, received: personal.keep(received),
         shared=lambda mask: jax.tree.map(jnp.zeros_like, mask),
         traffic=lambda own, cohort: Traffic(up=(), down=()),
+        uploads="none",
     )

@@ -1,7 +1,8 @@
 """Wrappers ``Method -> Method``: one small file each, with an ``ABOUT`` of every wrapper in it by function name.
 
-They stack in any order and stay one traced round. The outermost sees first what clients send, and last what the server
-has made of it: ``noise(clip(m))`` adds noise and then clips it away, ``clip(noise(m))`` clips first.
+They stack and stay one traced round. The outermost sees first what clients send, and last what the server has made of
+it: ``clip(noise(m))`` clips first. An order, or a pair, that has no meaning is refused when it is made, with what to do
+instead: ``noise(clip(m))`` would add noise and clip it away. ``order`` has the table of all pairs.
 
 All of them live in *factor* space, on what clients share (``Method.shared``). Methods that take singular vectors for
 factors (FlexLoRA) may turn these from round to round, and momenta or control variates kept over rounds then point

@@ -11,8 +11,9 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Cohort, Dispatch, Meet, Method, State, no_learning, per_client
+from fedlora_jax.method import Cohort, Dispatch, Meet, Memory, Method, State, all_held, no_learning, per_client, shares
 from fedlora_jax.signatures import Signature
+from fedlora_jax.wrappers import order
 
 
 class Wrapped(NamedTuple):
@@ -32,6 +33,7 @@ class AboutWrapper(NamedTuple):
 
 
 def around(
+    name: str,
     inner: Method,
     *,
     init: Callable[[Array, State, Adapter], Any] | None = None,
@@ -41,6 +43,7 @@ def around(
     see: Callable[[Adapter, Any], Adapter] | None = None,
     beside: Callable[[Adapter, Any], Adapter] | None = None,
     remember: Callable[[Any, Any, Adapter, Adapter], Any] | None = None,
+    upload: Callable[[Any, Adapter, Adapter, Adapter], Adapter] | None = None,
     receive: Callable[[Any, Cohort, Dispatch, Adapter], tuple[Array, Adapter]] | None = None,
     finish: Callable[[Wrapped, State, Cohort, Dispatch, Adapter], tuple[State, Any]] | None = None,
     report: Callable[[Any], dict[str, Array]] | None = None,
@@ -48,6 +51,7 @@ def around(
     """``inner`` with something around it. Every function sees the wrapper's own part of memory and anchor only.
 
     Args:
+      name: of the wrapper, by which ``order`` knows it.
       inner: the method.
       init: ``(key, inner state, adapter) -> own state``.
       init_client: ``(adapter) -> own memory`` of a client that never took part.
@@ -57,12 +61,21 @@ def around(
       beside: ``(model, own anchor) -> model`` that a client computes with always; needs ``tell``, and what it
         adds does not travel back.
       remember: ``(own memory, own anchor, sent adapter, received adapter) -> own memory``.
-      receive: ``(own state, cohort, sent, received) -> (weights [C], received)`` that the inner aggregation is given.
+      upload: ``(own anchor, mask, sent adapter, received adapter) -> received`` of one client, with the mask of what it
+        shares and holds: what the inner aggregation is given, and what wrappers inside remember by, since a client
+        knows what it does to its own.
+      receive: ``(own state, cohort, sent, received) -> (weights [C], received)`` that the inner aggregation is given,
+        where that depends on who else is there. The mask in ``sent`` is that of what clients share and hold.
       finish: ``(old state, new inner state, cohort, sent, received) -> (inner state, own state)`` after it, with what
-        clients sent to this wrapper (before ``receive``).
+        clients sent to this wrapper (before ``upload`` and ``receive``).
       report: ``(own state) -> {name: scalar}``.
+
+    Raises:
+      ValueError: this wrapper has no meaning around this method or around a wrapper that is around it.
     """
-    has_state, has_memory, has_anchor = init is not None, init_client is not None, tell is not None
+    order.check(name, inner.stack, inner.uploads)
+    has_state, has_memory = init is not None, init_client is not None
+    has_anchor = tell is not None or upload is not None
     parts = lambda x, has: x if has else Wrapped(x, ())
     whole = lambda inner, own, has: Wrapped(inner, own) if has else inner
 
@@ -78,6 +91,17 @@ def around(
     def shared(sent: Dispatch, anchor: Any) -> Dispatch:
         return sent._replace(mask=inner.shared(sent.mask), anchor=anchor)
 
+    def told(own: Any, cohort: Cohort, sent: Dispatch) -> Any:
+        own = tell(own, cohort, sent) if tell else ()
+        return (sent.mask, own) if upload else own
+
+    def uploaded(anchor: Wrapped, sent: Adapter, received: Adapter) -> Adapter:
+        mask, own = anchor.own
+        return upload(own, inner.held(mask, anchor.inner, received), sent, received) if upload else received
+
+    def held(mask, anchor, received):
+        return inner.held(mask, parts(anchor, has_anchor).inner, received)
+
     def init_both(key, adapter):
         state = inner.init(key, adapter)
         own = init(jax.random.fold_in(key, 1 + _depth(state)), state, adapter) if init else ()
@@ -86,13 +110,16 @@ def around(
     def dispatch(base, state, cohort):
         (theirs, mine), state = memories(cohort), parts(state, has_state)
         sent = inner.dispatch(base, state.inner, theirs)
-        own = tell(state.own, mine, shared(sent, ())) if tell else ()
+        own = told(state.own, mine, shared(sent, ()))
         return sent._replace(anchor=whole(sent.anchor, own, has_anchor))
 
     def aggregate(base, state, cohort, sent, received):
         (theirs, mine), state, anchor = memories(cohort), parts(state, has_state), parts(sent.anchor, has_anchor)
         ours = shared(sent, anchor.own)
+        if inner.held is not all_held:
+            ours = ours._replace(mask=jax.vmap(inner.held)(ours.mask, anchor.inner, received))
         weights, uploads = receive(state.own, mine, ours, received) if receive else (cohort.weights, received)
+        uploads = jax.vmap(uploaded)(anchor, sent.adapter, uploads) if upload else uploads
         theirs, sent = theirs._replace(weights=weights), sent._replace(anchor=anchor.inner)
         new, own = inner.aggregate(base, state.inner, theirs, sent, uploads), state.own
         if finish:
@@ -102,7 +129,11 @@ def around(
     def remember_both(memory, anchor, sent, received):
         memory, anchor = parts(memory, has_memory), parts(anchor, has_anchor)
         own = remember(memory.own, anchor.own, sent, received) if remember else memory.own
-        return whole(inner.remember(memory.inner, anchor.inner, sent, received), own, has_memory)
+        theirs = inner.remember(memory.inner, anchor.inner, sent, received)
+        if upload:
+            by = inner.remember(memory.inner, anchor.inner, sent, uploaded(anchor, sent, received))
+            theirs = _as_sent(theirs, by)
+        return whole(theirs, own, has_memory)
 
     def penalties(adapter, anchor):
         anchor = parts(anchor, has_anchor)
@@ -153,12 +184,21 @@ def around(
         penalty=own_penalty,
         init_client=(lambda x: Wrapped(inner.init_client(x), init_client(x))) if init_client else inner.init_client,
         remember=remember_both,
+        held=inner.held if inner.held is all_held else held,
         model=own_model,
         objective=objective if see or (inner.objective is not None and has_anchor) else inner.objective,
         learn=no_learning if inner.learn is no_learning else learn,
         report=report_both,
         meet=None if inner.meet is None else meet(inner.meet),
+        stack=(*inner.stack, name),
     )
+
+
+def _as_sent(kept: Memory, by_upload: Memory) -> Memory:
+    """What a method keeps of what it trained, and wrappers around it of what was sent."""
+    if isinstance(kept, Wrapped):
+        return Wrapped(_as_sent(kept.inner, by_upload.inner), by_upload.own)
+    return kept
 
 
 def innermost(state: State) -> State:
@@ -237,6 +277,24 @@ def present(cohort: Cohort) -> Array:
     return (cohort.weights > 0).astype(cohort.weights.dtype)
 
 
+def control_weights(wrapper: str, weights: str, population: int) -> Callable[[Cohort], Array]:
+    """``(cohort) -> [C]`` how much each client counts in what is kept of all clients of a population.
+
+    Args:
+      wrapper: which asks.
+      weights: ``counts``: its part of the population's weight; ``uniform``: 1 of N. 0 for a client that is not there.
+      population: N.
+
+    Raises:
+      ValueError: other weights.
+    """
+    if weights not in ("counts", "uniform"):
+        raise ValueError(f"weights of {wrapper} must be 'counts' or 'uniform', got {weights!r}")
+    if weights == "uniform":
+        return lambda cohort: present(cohort) / population
+    return lambda cohort: shares(cohort, population)
+
+
 def where_moved(inner: Method, cohort: Cohort, sent: Dispatch, new: Adapter, old: Adapter) -> Adapter:
     """``new`` where any client that takes part may move an entry that it shares, ``old`` elsewhere; both ``[...]``."""
     mask = inner.told(sent.mask) if inner.told else sent.mask
@@ -246,13 +304,17 @@ def where_moved(inner: Method, cohort: Cohort, sent: Dispatch, new: Adapter, old
 
 def updates(sent: Dispatch, received: Adapter) -> Adapter:
     """What clients changed of what they share, ``[C, ...]``."""
-    return jax.tree.map(lambda x, y, m: (y - x) * m.astype(x.dtype), sent.adapter, received, sent.mask)
+    return change(sent.mask, sent.adapter, received)
 
 
-def replaced(sent: Dispatch, received: Adapter, updates: Adapter) -> Adapter:
+def change(mask: Adapter, sent: Adapter, received: Adapter) -> Adapter:
+    """What was changed of what is shared, of one client or of all."""
+    return jax.tree.map(lambda x, y, m: (y - x) * m.astype(x.dtype), sent, received, mask)
+
+
+def changed(mask: Adapter, sent: Adapter, received: Adapter, updates: Adapter) -> Adapter:
     """The uploads whose shared entries are those sent, changed by ``updates``; what is not shared stays."""
-    new = lambda x, y, m, d: jnp.where(m > 0, x + d, y)
-    return jax.tree.map(new, sent.adapter, received, sent.mask, updates)
+    return jax.tree.map(lambda x, y, m, d: jnp.where(m > 0, x + d, y), sent, received, mask, updates)
 
 
 def square_norms(stacked: Adapter) -> Array:

@@ -6,7 +6,7 @@
 
 Clients pay for leaving the tolerance gam around what they were sent, the more the longer they do. lam_i is kept by the
 client and sent beside its adapter. Ours: one fixed gam for all clients, and weights in place of a mean, so that any
-aggregation can follow.
+aggregation can follow. What bounds uploads (clip) stands outside: a client far away weighs most.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def fedbc(inner: Method, lr: float = 1e-3, gam: float = 0.0, lam: float = 0.0) -
         return theirs._replace(up=(theirs.up, jnp.zeros(())))
 
     return around(
+        "fedbc",
         inner,
         init_client=lambda adapter: jnp.asarray(lam, jnp.float32),
         tell=lambda own, cohort, sent: Told(sent.adapter, sent.mask, cohort.memory),

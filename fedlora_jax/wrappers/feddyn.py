@@ -1,15 +1,17 @@
 """FedDyn: *Federated Learning Based on Dynamic Regularization*, Acar et al., ICLR 2021, arXiv 2111.04263, algorithm 1.
 
     minimise  f_i(w) - <h_i, w> + al / 2 |w - w_g|^2        h_i <- h_i - al (w_i - w_g)
-    h <- h - al / N sum_S (w_i - w_g)                       w_g = mean of w_i - h / al
+    h <- h - al sum_S q_i (w_i - w_g)                       w_g = mean of w_i - h / al
 
 The mean is that of the inner method. The norm is squared, over what clients share. Ours: h waits where no
-client of the cohort may move an entry.
+client of the cohort may move an entry; and q_i is the part of the population's weight that client i has, so that h is
+the mean of the h_i with the weights of the model's mean. Published is ``q_i = 1 / N`` (``weights="uniform"``), which
+settles where the plain mean of all f_i is least, whatever weighs the models.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,9 @@ from fedlora_jax.method import Method, mean, refuse_outside
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
+    control_weights,
     innermost,
     needs_an_adapter,
-    present,
     same_structure,
     updates,
     where_moved,
@@ -39,17 +41,22 @@ class Told(NamedTuple):
     mask: Adapter
 
 
-def feddyn(inner: Method, population: int, al: float = 0.01) -> Method:
+def feddyn(
+    inner: Method, population: int, al: float = 0.01, weights: Literal["counts", "uniform"] = "counts"
+) -> Method:
     """FedDyn around ``inner``.
 
     Args:
       inner: a method whose server holds one adapter and whose clients carry one like it.
       population: number of clients N.
       al: weight of the regularisation.
+      weights: q_i, ``counts``: as clients weigh in the population; ``uniform``: 1 / N, as published.
 
     Raises:
-      ValueError: N or al not above 0, or (at init or dispatch) another inner method.
+      ValueError: N or al not above 0, other weights, or (at init or dispatch) another inner method; (when a round is
+        traced) a part of the population that does not say how much of all weight it has (``Cohort.shares``).
     """
+    q = control_weights("feddyn", weights, population)
     refuse_outside("[1, inf)", population=population)
     refuse_outside("(0, inf)", al=al)
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
@@ -63,13 +70,14 @@ def feddyn(inner: Method, population: int, al: float = 0.01) -> Method:
         return sum(jax.tree.leaves(jax.tree.map(one, w, told.start, told.h, told.mask)), jnp.zeros(()))
 
     def finish(old, new, cohort, sent, received):
-        drift = mean(updates(sent, received), present(cohort) / population)
+        drift = mean(updates(sent, received), q(cohort))
         h = jax.tree.map(lambda h, d: h - al * d, old.own, drift)
         theirs = innermost(new).adapter
         moved = jax.tree.map(lambda w, h: w - h / al, theirs, h)
         return with_adapter(new, where_moved(inner, cohort, sent, moved, theirs)), h
 
     return around(
+        "feddyn",
         inner,
         init=lambda key, state, adapter: zeros(needs_an_adapter("feddyn", state)),
         init_client=zeros,

@@ -39,4 +39,4 @@ def fedlc(inner: Method, tau: float = 1.0) -> Method:
         flat, name = lora.flatten(model), class_bias("fedlc", model, margin.shape[0])
         return lora.unflatten(flat | {name: flat[name] - margin})
 
-    return around(inner, tell=tell, see=see)
+    return around("fedlc", inner, tell=tell, see=see)

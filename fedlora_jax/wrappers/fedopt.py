@@ -34,12 +34,13 @@ ABOUT = {
 }
 
 
-def server(inner: Method, tx: optax.GradientTransformation) -> Method:
+def server(inner: Method, tx: optax.GradientTransformation, name: str = "server") -> Method:
     """``inner`` whose server takes steps of ``tx`` on the pseudo-gradient ``old adapter - new adapter``.
 
     Args:
       inner: a method whose server holds one adapter.
       tx: any optax transformation; ``optax.sgd(1.0)`` is ``inner``.
+      name: of the wrapper, for what is said when it does not fit.
 
     Raises:
       ValueError: (at init) another inner method.
@@ -54,31 +55,31 @@ def server(inner: Method, tx: optax.GradientTransformation) -> Method:
         steps, own = tx.update(gradient, old.own, w)
         return with_adapter(new, where_moved(inner, cohort, sent, optax.apply_updates(w, steps), theirs)), own
 
-    return around(inner, init=lambda key, state, adapter: tx.init(needs_an_adapter("server", state)), finish=finish)
+    return around(name, inner, init=lambda key, state, adapter: tx.init(needs_an_adapter(name, state)), finish=finish)
 
 
 def fedavgm(inner: Method, lr: float = 1.0, b1: float = 0.9) -> Method:
     """FedAvgM around ``inner``: server SGD with momentum ``b1``."""
     refuse_outside("(0, inf)", lr=lr)
     refuse_outside("[0, 1)", b1=b1)
-    return server(inner, optax.sgd(lr, momentum=b1))
+    return server(inner, optax.sgd(lr, momentum=b1), "fedavgm")
 
 
 def fedadagrad(inner: Method, lr: float = 0.01, b1: float = 0.0, tau: float = 1e-3) -> Method:
     """FedAdagrad around ``inner``; the published experiments use ``b1 = 0``."""
-    return server(inner, adaptive(lambda v, d2: v + d2, lr, b1, tau))
+    return server(inner, adaptive(lambda v, d2: v + d2, lr, b1, tau), "fedadagrad")
 
 
 def fedyogi(inner: Method, lr: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3) -> Method:
     """FedYogi around ``inner``."""
     refuse_outside("[0, 1)", b2=b2)
-    return server(inner, adaptive(lambda v, d2: v - (1 - b2) * d2 * jnp.sign(v - d2), lr, b1, tau))
+    return server(inner, adaptive(lambda v, d2: v - (1 - b2) * d2 * jnp.sign(v - d2), lr, b1, tau), "fedyogi")
 
 
 def fedadam(inner: Method, lr: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3) -> Method:
     """FedAdam around ``inner``."""
     refuse_outside("[0, 1)", b2=b2)
-    return server(inner, adaptive(lambda v, d2: b2 * v + (1 - b2) * d2, lr, b1, tau))
+    return server(inner, adaptive(lambda v, d2: b2 * v + (1 - b2) * d2, lr, b1, tau), "fedadam")
 
 
 class AdaptiveState(NamedTuple):

@@ -3,7 +3,8 @@
 A client that sends a number that is not finite is treated as if it had sent what it was sent, with weight zero; the
 others share its weight. It keeps the memory it had, and what it tells of slopes counts as zero. If nobody is left the
 server's state stays as it was, with all that wrappers inside keep. ``dropped`` in the round's report is how many
-clients that were. It belongs outermost (last on the command line): a wrapper around it would see what it leaves out.
+clients that were. It belongs outermost (last on the command line): wrappers around it would see what it leaves out,
+and are refused.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def nonfinite(inner: Method) -> Method:
         return _if_any(fine & there, new, old.inner), Dropped(last, old.own.total + last)
 
     method = around(
+        "nonfinite",
         inner,
         init=lambda key, state, adapter: Dropped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
         receive=receive,

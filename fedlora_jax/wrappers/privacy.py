@@ -4,10 +4,17 @@
     clip    D_c <- D_c min(1, bound / |D_c|)        noise    D_c <- D_c + N(0, deviation^2)        D_c = w_c - w_g
 
 over all that clients share. The paper's server adds its noise to the sum; here it is on every client's update, so that
-whatever the inner method computes of uploads, linear or not, comes after it. ``n`` clients of equal weight with
-``deviation = z bound / sqrt(n)`` give their mean the noise ``z bound / n`` of DP-FedAvg at noise multiplier z. That is
-central privacy, towards those who see the aggregate; each upload alone is protected by its own ``deviation / bound``
-only. Clipping comes first when it is outside: ``clip(noise(m))``, on the command line ``m+noise+clip``.
+whatever the inner method computes of uploads, linear or not, comes after it. With weights p_c, and if these tell
+nothing, the mean of a cohort is noised at the multiplier
+
+    z = deviation sqrt(sum p_c^2) / (bound max p_c)        n clients of equal weight:   z = deviation sqrt(n) / bound
+
+so that ``deviation = z bound / sqrt(n)`` is DP-FedAvg at noise multiplier z where all clients count alike, and less
+than that where they do not: use equal weights (``Population.weights``, on the command line ``--weights-of-clients
+uniform``). That is central privacy, towards those who see the aggregate; each upload alone is protected by its own
+``deviation / bound`` only. Clipping comes first when it is outside: ``clip(noise(m))``, on the command line
+``m+noise+clip``. A client that keeps a part of what a wrapper inside keeps (SCAFFOLD's controls, say) makes it of its
+clipped and noised update, as the server does.
 Which epsilon that makes is not computed here; and the metrics of a run are not private.
 """
 
@@ -17,14 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax.method import Method, per_client, refuse_outside
-from fedlora_jax.wrappers.around import (
-    AboutWrapper,
-    around,
-    needs_plain_uploads,
-    replaced,
-    square_norms,
-    updates,
-)
+from fedlora_jax.wrappers.around import AboutWrapper, around, change, changed, needs_plain_uploads, square_norms
 
 _MCMAHAN = "McMahan et al. ICLR 2018", "1710.06963"
 ABOUT = {
@@ -34,7 +34,7 @@ ABOUT = {
 
 
 def clip(inner: Method, bound: float = 1.0) -> Method:
-    """``inner`` whose server shortens each client's update to the norm ``bound``, all arrays together.
+    """``inner`` whose clients' updates are shortened to the norm ``bound`` each, all arrays together.
 
     As robust aggregation it is the norm bound of Sun et al., 2019, arXiv 1911.07963.
 
@@ -44,15 +44,16 @@ def clip(inner: Method, bound: float = 1.0) -> Method:
     refuse_outside("(0, inf)", bound=bound)
     needs_plain_uploads("clip", inner)
 
-    def receive(own, cohort, sent, received):
-        d = updates(sent, received)
-        return cohort.weights, replaced(sent, received, shortened(d, jnp.full(len(cohort.ids), bound)))
+    def upload(own, mask, sent, received):
+        d = jax.tree.map(lambda x: x[None], change(mask, sent, received))
+        short = jax.tree.map(lambda x: x[0], shortened(d, jnp.full(1, bound)))
+        return changed(mask, sent, received, short)
 
-    return around(inner, receive=receive)
+    return around("clip", inner, upload=upload)
 
 
 def noise(inner: Method, deviation: float = 0.01) -> Method:
-    """``inner`` whose server gets each client's update with Gaussian noise on every entry that may move.
+    """``inner`` whose server gets each client's update with Gaussian noise on every entry that it may move.
 
     Raises:
       ValueError: a deviation below 0, or an inner method that learns from more than adapters.
@@ -60,21 +61,20 @@ def noise(inner: Method, deviation: float = 0.01) -> Method:
     refuse_outside("[0, inf)", deviation=deviation)
     needs_plain_uploads("noise", inner)
 
-    def receive(key, cohort, sent, received):
-        keys = jax.vmap(lambda id_: jax.random.fold_in(key, id_))(cohort.ids)
-
+    def upload(key, mask, sent, received):
         def noisy(d, i):
-            draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), d.shape[1:], d.dtype)
-            return d + deviation * jax.vmap(draw)(keys)
+            return d + deviation * jax.random.normal(jax.random.fold_in(key, i), d.shape, d.dtype)
 
-        leaves, tree = jax.tree.flatten(updates(sent, received))
+        leaves, tree = jax.tree.flatten(change(mask, sent, received))
         new = jax.tree.unflatten(tree, [noisy(d, i) for i, d in enumerate(leaves)])
-        return cohort.weights, replaced(sent, received, new)
+        return changed(mask, sent, received, new)
 
     return around(
+        "noise",
         inner,
         init=lambda key, state, adapter: key,
-        receive=receive,
+        tell=lambda key, cohort, sent: jax.vmap(lambda id_: jax.random.fold_in(key, id_))(cohort.ids),
+        upload=upload,
         finish=lambda old, new, cohort, sent, received: (new, jax.random.split(old.own, 1)[0]),
     )
 

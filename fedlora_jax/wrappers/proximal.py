@@ -29,4 +29,4 @@ def proximal(inner: Method, mu: float = 0.01) -> Method:
         squares = jax.tree.map(lambda x, y, m: jnp.sum(m * (x - y) ** 2), w, start, mask)
         return mu / 2 * sum(jax.tree.leaves(squares), jnp.zeros(()))
 
-    return around(inner, tell=lambda own, cohort, sent: (sent.adapter, sent.mask), penalty=penalty)
+    return around("proximal", inner, tell=lambda own, cohort, sent: (sent.adapter, sent.mask), penalty=penalty)

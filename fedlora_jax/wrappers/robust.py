@@ -9,6 +9,11 @@ So that they work around any method: the coordinate-wise median and trimmed mean
 every client's upload becomes what it was sent plus that (a mean of identical uploads is the upload; where all were sent
 the same it is the median of uploads themselves). Krum gives all others the weight zero. All live in factor space. A
 client of weight zero takes no part; as published, the others count alike whatever they weigh.
+
+Ours, where clients hold different entries (ranks, depths, a choice of their own): on an entry only those vote who hold
+it, so that what two clients alone hold has no majority, and one of them moves it. Krum compares two clients on what
+both hold, as if that were all; it keeps whole clients, and for what none of those kept holds it is as if nobody had
+been there. Norms are of all that a client holds, hence larger for larger ranks, and bounded alike.
 """
 
 from __future__ import annotations
@@ -21,9 +26,9 @@ from fedlora_jax.method import Method, per_client, refuse_outside
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
+    changed,
     needs_plain_uploads,
     present,
-    replaced,
     square_norms,
     updates,
 )
@@ -71,7 +76,7 @@ def krum(inner: Method, outliers: int = 1, kept: int = 1) -> Method:
       kept: 1: Krum; more: Multi-Krum, with the clients' weights.
 
     Raises:
-      ValueError: a number out of range, or (when a round is traced) fewer than ``outliers + 3`` clients.
+      ValueError: a number out of range, or (when a round is traced) fewer than ``outliers + 3`` or ``kept`` clients.
     """
     refuse_outside("[0, inf)", outliers=outliers)
     refuse_outside("[1, inf)", kept=kept)
@@ -84,14 +89,16 @@ def krum(inner: Method, outliers: int = 1, kept: int = 1) -> Method:
                 f"krum with {outliers} outliers needs a cohort of at least {outliers + 3} clients, got {clients}: "
                 "lower outliers or draw more clients per round"
             )
+        if kept > clients:
+            raise ValueError(f"krum keeps {kept} of a cohort of {clients} clients: lower kept, 1 is Krum as published")
         there = cohort.weights > 0
-        scores = _krum_scores(updates(sent, received), there, outliers)
+        scores = _krum_scores(updates(sent, received), sent.mask, there, outliers)
         rank = jnp.argsort(jnp.argsort(scores))
         chosen = jnp.where((rank < kept) & there, cohort.weights, 0.0)
         safe = jax.tree.map(lambda x, y: jnp.where(per_client(chosen > 0, x) > 0, y, x), sent.adapter, received)
         return chosen / jnp.maximum(chosen.sum(), 1e-12), safe  # 0 * inf is no zero: who is out sends nothing
 
-    return around(inner, receive=receive)
+    return around("krum", inner, receive=receive)
 
 
 def norm_bound(inner: Method, factor: float = 2.0) -> Method:
@@ -107,42 +114,62 @@ def norm_bound(inner: Method, factor: float = 2.0) -> Method:
         d = updates(sent, received)
         norms, n = jnp.sqrt(jnp.maximum(square_norms(d), 1e-30)), present(cohort).sum().astype(int)
         bound = factor * _mean_between(norms, cohort.weights > 0, (n - 1) // 2, n // 2)
-        return cohort.weights, replaced(sent, received, shortened(d, jnp.broadcast_to(bound, norms.shape)))
+        d = shortened(d, jnp.broadcast_to(bound, norms.shape))
+        return cohort.weights, changed(sent.mask, sent.adapter, received, d)
 
-    return around(inner, receive=receive)
+    return around("norm_bound", inner, receive=receive)
 
 
 def _coordinatewise(name: str, inner: Method, middle) -> Method:
     needs_plain_uploads(name, inner)
 
     def receive(own, cohort, sent, received):
-        n = present(cohort).sum().astype(int)
-        robust = lambda x: jnp.broadcast_to(_mean_between(x, cohort.weights > 0, *middle(n)), x.shape)
-        return cohort.weights, replaced(sent, received, jax.tree.map(robust, updates(sent, received)))
+        def voted(x, m):
+            voters = (m > 0) & (per_client(cohort.weights > 0, m) > 0)
+            return jnp.broadcast_to(_mean_between(x, voters, *middle(voters.sum(0))), x.shape)
 
-    return around(inner, receive=receive)
+        d = jax.tree.map(voted, updates(sent, received), sent.mask)
+        return cohort.weights, changed(sent.mask, sent.adapter, received, d)
+
+    return around(name, inner, receive=receive)
 
 
-def _mean_between(x: Array, there: Array, low: Array, high: Array) -> Array:
-    """The mean of the values from place ``low`` to ``high`` (both in) of ``x [C, ...]`` sorted over those ``there``."""
-    x = jnp.where(per_client(there, x) > 0, x, jnp.inf)  # last, as what is not a number: it is no one's middle
+def _mean_between(x: Array, voters: Array, low: Array, high: Array) -> Array:
+    """``[...]`` the mean of the values from place ``low`` to ``high`` (both in) of ``x [C, ...]``, sorted over voters.
+
+    Args:
+      x: ``[C, ...]``.
+      voters: ``[C, ...]``, broadcastable against it: whose values count. Without any the mean is 0.
+      low, high: ``[...]`` without C.
+    """
+    x = jnp.where(voters, x, jnp.inf)  # last, as what is not a number: it is no one's middle
     x = jnp.sort(jnp.where(jnp.isnan(x), jnp.inf, x), 0)
-    place = jnp.arange(x.shape[0])
-    between = per_client((place >= low) & (place <= high), x) > 0
-    return jnp.where(between, x, 0.0).sum(0) / (high - low + 1)
+    place = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
+    between = (place >= low) & (place <= high) & (place < voters.sum(0))
+    return jnp.where(between, x, 0.0).sum(0) / jnp.maximum(high - low + 1, 1)
 
 
-def _krum_scores(d, there: Array, outliers: int) -> Array:
+def _krum_scores(d, masks, there: Array, outliers: int) -> Array:
     """``[C]`` sums of squared distances to the nearest ``n - outliers - 2`` others; infinite for who is not there."""
     clients, n = there.shape[0], there.sum()
-    far = sum(map(_square_distances, jax.tree.leaves(d)), jnp.zeros(()))
-    apart = there[:, None] & there[None] & ~jnp.eye(clients, dtype=bool)
+    pairs = list(zip(*map(jax.tree.leaves, (d, masks)), strict=True))
+    far = sum((_square_distances(x, m) for x, m in pairs), jnp.zeros(()))
+    both = sum((_held_by_both(x, m) for x, m in pairs), jnp.zeros(()))
+    far *= jnp.diagonal(both).max() / jnp.maximum(both, 1.0)
+    apart = there[:, None] & there[None] & ~jnp.eye(clients, dtype=bool) & (both > 0)
     far = jnp.sort(jnp.where(apart & jnp.isfinite(far), far, jnp.inf), 1)
     nearest = jnp.arange(clients) < jnp.maximum(n - outliers - 2, 1)
     score = jnp.where(nearest, far, 0.0).sum(1)
     return jnp.where(there, jnp.minimum(score, 1e30), jnp.inf)  # who is there comes before who is not
 
 
-def _square_distances(x: Array) -> Array:
-    """``[C, C]`` between the rows of one array; as differences, which do not cancel."""
-    return jax.vmap(lambda y: jax.vmap(lambda z: jnp.sum((y - z) ** 2))(x))(x)
+def _held_by_both(x: Array, m: Array) -> Array:
+    """``[C, C]`` how many entries of one array ``x [C, ...]`` two clients both hold."""
+    m = m.astype(x.dtype)
+    return jnp.einsum("c...,d...->cd", m, m) * (x.size / m.size)
+
+
+def _square_distances(x: Array, m: Array) -> Array:
+    """``[C, C]`` between the rows of one array, over what both hold; as differences, which do not cancel."""
+    one = lambda y, n: jax.vmap(lambda z, k: jnp.sum(n * k * (y - z) ** 2))(x, m)
+    return jax.vmap(one)(x, m)

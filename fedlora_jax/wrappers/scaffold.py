@@ -2,17 +2,19 @@
 1910.06378, eq. 3 to 5 (option II).
 
     y <- y - eta (g(y) + c - c_i)        K steps from x        c_i+ = c_i - c + (x - y) / (K eta)
-    c <- c + 1 / N sum_S (c_i+ - c_i)                          all controls start at zero
+    c <- c + sum_S q_i (c_i+ - c_i)                            all controls start at zero, so that c = sum_i q_i c_i
 
 The correction is the gradient of the penalty ``<w, c - c_i>``. ``(x - y) / (K eta)`` is a mean gradient under plain SGD
-only: no momentum, no Adam inside. A client sends its control's change beside its adapter and receives c. Controls are
-made of what clients send: among wrappers that change uploads (clip, noise, median) it should be outermost, or server
-and clients keep controls that do not match.
+only: no momentum, no Adam inside. A client sends its control's change beside its adapter and receives c.
+
+Ours: q_i is the part of the population's weight that client i has, as the mean of models is weighted too; with the
+published ``q_i = 1 / N`` (``weights="uniform"``) rounds settle where the plain mean of all f_i is least, whatever
+weighs the models. Controls are made of what clients send: what changes that stands outside (``wrappers/order.py``).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,8 @@ from fedlora_jax.method import Method, Traffic, mean, per_client, refuse_outside
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
+    control_weights,
     needs_an_adapter,
-    present,
     same_structure,
     updates,
 )
@@ -43,17 +45,22 @@ class Told(NamedTuple):
     way: Array
 
 
-def scaffold(inner: Method, population: int, local_lr: float) -> Method:
+def scaffold(
+    inner: Method, population: int, local_lr: float, weights: Literal["counts", "uniform"] = "counts"
+) -> Method:
     """SCAFFOLD around ``inner``.
 
     Args:
       inner: a method whose server holds one adapter and whose clients carry one like it.
       population: number of clients N.
       local_lr: eta, of the clients' SGD.
+      weights: q_i, ``counts``: as clients weigh in the population; ``uniform``: 1 / N, as published.
 
     Raises:
-      ValueError: N or eta not above 0, or (at init or dispatch) another inner method.
+      ValueError: N or eta not above 0, other weights, or (at init or dispatch) another inner method; (when a round is
+        traced) a part of the population that does not say how much of all weight it has (``Cohort.shares``).
     """
+    q = control_weights("scaffold", weights, population)
     refuse_outside("[1, inf)", population=population)
     refuse_outside("(0, inf)", local_lr=local_lr)
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
@@ -76,13 +83,14 @@ def scaffold(inner: Method, population: int, local_lr: float) -> Method:
     def finish(old, new, cohort, sent, received):
         told = sent.anchor
         moved = jax.tree.map(lambda d, c: -d / per_client(told.way, d) - c, updates(sent, received), told.c)
-        return new, jax.tree.map(jnp.add, old.own, mean(moved, present(cohort) / population))
+        return new, jax.tree.map(jnp.add, old.own, mean(moved, q(cohort)))
 
     def traffic(own, cohort):
         theirs = inner.traffic(own, cohort)
         return Traffic(up=(theirs.up, theirs.up), down=(theirs.down, theirs.up))  # controls of what is shared
 
     return around(
+        "scaffold",
         inner,
         init=lambda key, state, adapter: zeros(needs_an_adapter("scaffold", state)),
         init_client=zeros,

@@ -100,5 +100,5 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.1, warmup:
         return Traffic(up=(theirs.up, signature), down=(theirs.down, jnp.zeros(classes)))
 
     report = lambda own: {"prior": generator.part(own.t)}
-    method = around(inner, init=init, tell=tell, beside=beside, finish=finish, report=report)
+    method = around("signature_bias", inner, init=init, tell=tell, beside=beside, finish=finish, report=report)
     return method._replace(traffic=traffic)

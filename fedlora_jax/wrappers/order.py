@@ -1,0 +1,182 @@
+"""Which wrappers have a meaning together, and in which order: one table, asked whenever one is put around a method.
+
+The outermost wrapper sees first what clients send, and last what the server has made of it. So whatever changes uploads
+or chooses among them stands outside of whatever keeps something that is made of them, or one client that sends 10^6
+fills a state that the defence was meant to protect; unless clients keep a part of the same, which has to match, and
+cannot know what a defence has made of their uploads. Every pair that is not refused here is right; the tests walk all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+SERVER = frozenset({"server", "fedavgm", "fedadagrad", "fedyogi", "fedadam"})  # steps towards what was aggregated
+CONTROLS = frozenset({"scaffold", "feddyn", "fedbc"})  # server and clients keep parts of one thing, made of uploads
+OWN = frozenset({"clip", "noise"})  # changes each upload by itself, so that its client knows what became of it
+ALIKE = frozenset({"median", "trimmed_mean"})  # one update in place of all
+COHORT = ALIKE | {"krum", "norm_bound"}  # what becomes of an upload depends on the others
+UPLOADS = OWN | COHORT
+LOCAL = frozenset({"proximal", "fedlc"})  # a term in the local loss, no state
+KNOWN = SERVER | CONTROLS | UPLOADS | LOCAL | {"signature_bias", "nonfinite"}
+
+_SWAP = "put {inner} outside: +{outer}+{inner}"
+
+
+class Refused(NamedTuple):
+    """``outer(inner(m))`` for all wrappers of two sets."""
+
+    inner: frozenset[str]
+    outer: frozenset[str]
+    why: str
+    instead: str
+
+
+def _set(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+REFUSED = (
+    Refused(
+        _set("nonfinite"),
+        KNOWN - LOCAL - {"nonfinite"},
+        "{outer} would see the numbers that nonfinite leaves out",
+        "put nonfinite last: +{outer}+nonfinite",
+    ),
+    Refused(
+        SERVER,
+        SERVER,
+        "a server takes the steps of one optimizer",
+        "leave one out, or give fedopt.server one optax chain",
+    ),
+    Refused(
+        CONTROLS,
+        CONTROLS,
+        "both correct what clients learn apart, and neither knows the terms or weights of the other",
+        "leave one out",
+    ),
+    Refused(
+        SERVER,
+        _set("feddyn"),
+        "w_g = mean of w_i - h / al needs the mean itself, not the steps that {inner} takes towards it",
+        _SWAP,
+    ),
+    Refused(
+        _set("proximal"),
+        _set("feddyn"),
+        "FedDyn holds that term already, and its h follows from al alone",
+        "leave proximal out and raise al",
+    ),
+    Refused(
+        _set("feddyn"),
+        _set("proximal"),
+        "FedDyn holds that term already, and its h follows from al alone",
+        "leave proximal out and raise al",
+    ),
+    Refused(
+        OWN,
+        CONTROLS,
+        "{outer} would keep what clients sent before {inner}, so that one client that sends too much fills it",
+        _SWAP,
+    ),
+    Refused(
+        COHORT,
+        CONTROLS,
+        "{outer} would keep what clients sent before {inner}, so that one client that sends too much fills it, and in "
+        "the other order clients cannot know their part of it",
+        "leave one out, or bound what clients send by clip: +{outer}+clip",
+    ),
+    Refused(
+        CONTROLS,
+        COHORT,
+        "clients keep their part of {inner} as made of what they sent, and cannot know what {outer} made of that",
+        "leave one out, or bound what clients send by clip: +{inner}+clip",
+    ),
+    Refused(
+        UPLOADS - ALIKE,
+        _set("signature_bias"),
+        "it would learn from what clients sent before {inner}",
+        _SWAP,
+    ),
+    Refused(
+        ALIKE,
+        _set("signature_bias"),
+        "it would learn from what clients sent before {inner}, and in the other order nothing of it is left",
+        "take krum, norm_bound or clip instead, outside: +{outer}+krum",
+    ),
+    Refused(
+        _set("signature_bias"),
+        ALIKE,
+        "it learns from how each client moved its own bias, and {outer} makes all of them alike",
+        "take krum, norm_bound or clip instead: +{inner}+krum",
+    ),
+    Refused(
+        _set("fedbc"),
+        _set("signature_bias"),
+        "fedbc weighs clients anew, and what is learned outside of it would be learned by other weights than the model",
+        _SWAP,
+    ),
+    Refused(
+        _set("krum", "fedbc"),
+        SERVER,
+        "{inner} gives clients the weight zero, and {outer} would take what these alone hold for moved",
+        _SWAP,
+    ),
+    Refused(
+        _set("clip"),
+        _set("noise"),
+        "noise on updates that nothing bounds is not private, and clip would cut it away again",
+        _SWAP,
+    ),
+    Refused(
+        _set("noise"),
+        COHORT,
+        "one client can move what {outer} makes of all by more than its own clipped update, which no noise behind it "
+        "accounts for",
+        _SWAP,
+    ),
+    Refused(
+        ALIKE,
+        ALIKE,
+        "behind {outer} all updates are alike, and nothing is left for {inner}",
+        "leave one out",
+    ),
+    Refused(
+        COHORT - ALIKE,
+        ALIKE,
+        "behind {outer} all updates are alike, and nothing is left for {inner}",
+        _SWAP,
+    ),
+)
+
+_WITHOUT_UPLOADS = frozenset({"fedlc", "nonfinite"})  # the only ones that mean something then
+
+
+def check(name: str, stack: tuple[str, ...], uploads: Literal["averaged", "stacked", "none"] = "averaged") -> None:
+    """Refuse to put the wrapper ``name`` around a method with the wrappers ``stack``, from the innermost.
+
+    A wrapper that the table does not know may stand anywhere.
+
+    Args:
+      name, stack: as on the command line.
+      uploads: ``Method.uploads``.
+
+    Raises:
+      ValueError: says which two do not go together, why, and what does.
+    """
+    if uploads == "none" and name in KNOWN - _WITHOUT_UPLOADS:
+        raise ValueError(
+            f"{name} works by what clients send, and clients of this method send no adapters: leave it out, or wrap a "
+            "method that aggregates adapters, such as fedit"
+        )
+    if uploads == "stacked" and name in ALIKE:
+        raise ValueError(
+            f"{name} takes factors entry by entry, and the server of this method stacks every client's own product, of "
+            "which nothing would be left: take krum, norm_bound or clip, or wrap a method that averages, such as fedit"
+        )
+    for inner in stack:
+        if inner == name:
+            raise ValueError(f"{name} around {name} is one {name} with another number: leave one out")
+        for rule in REFUSED:
+            if inner in rule.inner and name in rule.outer:
+                why, instead = (text.format(inner=inner, outer=name) for text in (rule.why, rule.instead))
+                raise ValueError(f"{name} around {inner} (+{inner}+{name}) is refused: {why}. Instead, {instead}")

@@ -1,0 +1,245 @@
+"""Privacy and robustness: what is clipped, noised, voted on, chosen or left out, by NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    ADAPTER,
+    BASE,
+    CLIENTS,
+    KEY,
+    LOCAL_LR,
+    OPTIMIZER,
+    assert_near,
+    cohort,
+    jit,
+    loss_fn,
+    members,
+    normalised,
+    nudged,
+    problem,
+    replaced,
+    take,
+)
+from wrapper_helpers import SGD, adapter_of, aggregated, flat, uploads
+
+from fedlora_jax import lora, rounds
+from fedlora_jax.methods.fedit import FedITState, fedit
+from fedlora_jax.methods.flexlora import flexlora
+from fedlora_jax.methods.ifca import ifca
+from fedlora_jax.methods.pfedhn import pfedhn
+from fedlora_jax.methods.rac_lora import rac_lora
+from fedlora_jax.wrappers import innermost
+from fedlora_jax.wrappers.around import with_adapter
+from fedlora_jax.wrappers.feddyn import feddyn
+from fedlora_jax.wrappers.fedopt import fedadam
+from fedlora_jax.wrappers.nonfinite import nonfinite
+from fedlora_jax.wrappers.privacy import clip, noise
+from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
+from fedlora_jax.wrappers.scaffold import scaffold
+
+
+def test_clipping_bounds_the_norm_of_every_update():
+    c, w = normalised(members(fedit())), uploads()
+    w = replaced(w, 0, jax.tree.map(lambda x, y: x + np.float32(1e-3) * (y - x), nudged(ADAPTER, 0), w))  # a short one
+    start = flat(nudged(ADAPTER, 0))
+    _, new = aggregated(clip(fedit(), 0.5), w, c)
+    d = flat(w, clients=True) - start
+    factor = np.minimum(1, 0.5 / np.linalg.norm(d, axis=1))
+    assert factor[0] == 1
+    assert factor[1:].max() < 1
+    assert_near(adapter_of(new), start + np.float64(c.weights) @ (factor[:, None] * d), 1e-5)
+
+
+def test_noise_has_the_stated_deviation_is_new_each_round_and_spares_what_is_masked():
+    base = problem().base
+    wide = {"kernel": lora.LoRA(jnp.zeros((400, 2)), jnp.zeros((2, 300)))}
+    method, c = noise(fedit(), 0.3), normalised(cohort(clients=1, ranks=[1]))
+    state, seen = method.init(KEY, wide), []
+    for _ in range(2):
+        state = with_adapter(state, wide)
+        sent = method.dispatch(base, state, c)
+        state = method.aggregate(base, state, c, sent, sent.adapter)
+        seen.append(flat(cut := lora.cut(innermost(state).adapter, 1)))
+        rest = jax.tree.map(lambda x, y: x, innermost(state).adapter, wide)["kernel"]
+        assert not rest.a[:, 1].any()
+        assert not rest.b[1].any()
+        assert cut["kernel"].a.shape == (400, 1)
+    for x in seen:
+        np.testing.assert_allclose(x.std(), 0.3, rtol=0.1)
+        assert abs(x.mean()) < 0.05
+    assert abs(np.corrcoef(*seen)[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1, 1], [10, 1, 2, 1]])
+def test_the_mean_is_noised_at_the_multiplier_that_is_stated(weights):
+    """Of a client's clipped update ``bound max p`` reaches the mean; equal weights give DP-FedAvg's ``z bound / n``."""
+    wide = {"kernel": lora.LoRA(jnp.zeros((2000, 2)), jnp.zeros((2, 2000)))}
+    p, bound, deviation = np.asarray(weights) / sum(weights), 0.5, 0.3
+    method, c = noise(fedit(), deviation), normalised(cohort(weights=weights))
+    state = method.init(KEY, wide)
+    sent = method.dispatch({"kernel": jnp.zeros((2000, 2000))}, state, c)
+    new = jit(method.aggregate)({}, state, c, sent, sent.adapter)
+    z = adapter_of(new).std() / (bound * p.max())
+    np.testing.assert_allclose(z, deviation * np.sqrt(np.sum(p**2)) / (bound * p.max()), rtol=0.05)
+    if len(set(weights)) == 1:
+        np.testing.assert_allclose(z, deviation * np.sqrt(len(p)) / bound, rtol=0.05)
+
+
+def with_outlier(size=1e4):
+    return replaced(uploads(), 2, size)
+
+
+@pytest.mark.parametrize("wrap", [median, lambda m: trimmed_mean(m, 0.25), krum, lambda m: norm_bound(m, 1.0)])
+@pytest.mark.parametrize("size", [1e4, jnp.nan])
+def test_an_outlier_does_not_carry_the_server_away(wrap, size):
+    if wrap not in (median, krum) and not np.isfinite(size):
+        size = 1e6  # what is not a number is for nonfinite
+    _, new = aggregated(wrap(fedit()), with_outlier(size))
+    _, plain = aggregated(fedit(), with_outlier())
+    start = flat(nudged(ADAPTER, 0))
+    reach = np.linalg.norm(flat(uploads(), clients=True) - start, axis=1).max()
+    assert np.linalg.norm(adapter_of(new) - start) < 1.5 * reach
+    assert np.linalg.norm(adapter_of(plain) - start) > 100 * reach
+
+
+@pytest.mark.parametrize("weights", [[1, 2, 3, 1], [1, 0, 2, 1]])
+def test_median_and_trimmed_mean_are_coordinatewise_over_who_is_there(weights):
+    c, w = normalised(cohort(weights=weights)), uploads()
+    there = flat(w, clients=True)[np.asarray(weights) > 0]
+    _, new = aggregated(median(fedit()), w, c)
+    assert_near(adapter_of(new), np.median(there, 0), 1e-5)
+    _, new = aggregated(trimmed_mean(fedit(), 0.34), w, c)
+    assert_near(adapter_of(new), np.sort(there, 0)[1:-1].mean(0), 1e-5)
+
+
+def middle(x, share):
+    """Of those of the numbers that are none of nan, without the share at both ends; None: their median."""
+    x = np.sort(x[~np.isnan(x)])
+    cut = (len(x) - 1) // 2 if share is None else int(share * len(x))
+    return x[cut : len(x) - cut].mean() if len(x) else 0.0
+
+
+VOTES = {None: median, 0.25: lambda m: trimmed_mean(m, 0.25)}
+
+
+@pytest.mark.parametrize("share", VOTES)
+def test_who_holds_an_entry_votes_on_it(share):
+    """Ranks 3, 3, 1, 1, 1, a third client that is not there, and FedIT, which takes columns that are missing for 0."""
+    p, ranks, weights = problem(rank=3), [3, 3, 1, 1, 1], [1, 2, 0, 3, 1]
+    c = normalised(cohort(clients=5, ranks=ranks, weights=weights))
+    method = VOTES[share](fedit())
+    state = FedITState(nudged(p.adapter, 0))
+    sent = method.dispatch(p.base, state, c)
+    d = nudged(jax.tree.map(np.zeros_like, sent.adapter))
+    w = jax.tree.map(lambda x, m, y: x + m * y, sent.adapter, sent.mask, d)
+    new = jit(method.aggregate)(p.base, state, c, sent, w)
+    mask = jax.tree.map(lambda x, m: np.broadcast_to(m, x.shape), sent.adapter, sent.mask)
+    x, y, held = (flat(tree, clients=True) for tree in (sent.adapter, w, mask))
+    votes = np.where((held > 0) & (np.asarray(weights) > 0)[:, None], y - x, np.nan)
+    expected = np.float64(c.weights) @ (x + held * np.asarray([middle(v, share) for v in votes.T]))
+    assert_near(adapter_of(new), expected, 1e-5)
+
+
+@pytest.mark.parametrize("share", VOTES)
+def test_a_model_that_one_client_chose_moves_as_that_client_says(share):
+    """Of five clients of IFCA: the others hold the other model, and vote on that."""
+    plain = ifca(query=1)
+    method, chosen = VOTES[share](plain), np.eye(2)[[0, 0, 1, 0, 0]].astype(np.float32)
+    state, c = plain.init(KEY, ADAPTER), normalised(members(plain, clients=5))
+    sent = method.dispatch(BASE, state, c)
+    moved = nudged(jax.tree.map(np.zeros_like, sent.adapter.models), 1)
+    pick = lambda x, d: x + d * chosen.reshape(5, 2, *(1,) * (x.ndim - 2))
+    received = sent.adapter._replace(models=jax.tree.map(pick, sent.adapter.models, moved), chosen=chosen)
+    new = jit(method.aggregate)(BASE, state, c, sent, received)
+    for k, who in enumerate(([0, 1, 3, 4], [2])):
+        d = flat(take(moved, (slice(None), k)), clients=True)[who]
+        expected = flat(take(state.models, k)) + [middle(v, share) for v in d.T]
+        assert_near(flat(take(new.models, k)), expected, 1e-5)
+
+
+def test_krum_does_not_prefer_clients_that_hold_less():
+    """Of updates alike in size, by what two clients both hold; whoever holds less is no nearer for that."""
+    picked = []
+    for seed in range(12):
+        c = normalised(cohort(clients=6, ranks=[2, 2, 2, 1, 1, 1], weights=[1] * 6))
+        spy = fedit()._replace(aggregate=lambda base, state, c, sent, received: picked.append(c.weights) or state)
+        sent = krum(spy).dispatch(BASE, FedITState(ADAPTER), c)
+        d = nudged(jax.tree.map(np.zeros_like, sent.adapter), seed)
+        w = jax.tree.map(lambda x, m, y: x + m * y, sent.adapter, sent.mask, d)
+        krum(spy).aggregate(BASE, FedITState(ADAPTER), c, sent, w)
+    full = sum(int(np.argmax(p) < 3) for p in picked)
+    assert 2 <= full <= 10
+
+
+@pytest.mark.parametrize("weights", [[1, 2, 3, 1], [1, 0, 2, 1]])
+def test_norm_bound_shortens_to_the_median_of_the_norms(weights):
+    """Of an even number of clients it is the mean of the two in the middle."""
+    c, w, start = normalised(cohort(weights=weights)), uploads(), flat(nudged(ADAPTER, 0))
+    w = jax.tree.map(
+        lambda x, y: x + jnp.asarray([0.2, 1, 2, 4]).reshape(-1, *(1,) * x.ndim) * (y - x), nudged(ADAPTER, 0), w
+    )
+    _, new = aggregated(norm_bound(fedit(), 0.9), w, c)
+    d = flat(w, clients=True) - start
+    norms = np.linalg.norm(d, axis=1)
+    factor = np.minimum(1, 0.9 * np.median(norms[np.asarray(weights) > 0]) / norms)
+    assert_near(adapter_of(new), start + np.float64(c.weights) @ (factor[:, None] * d), 1e-5)
+
+
+def test_krum_picks_the_update_with_the_nearest_others():
+    w, c = uploads(), normalised(cohort())
+    rows = flat(w, clients=True)
+    far = np.sum((rows[:, None] - rows[None]) ** 2, -1)
+    scores = np.sort(far, 1)[:, 1 : 1 + CLIENTS - 1 - 2].sum(1)
+    _, new = aggregated(krum(fedit(), 1), w, c)
+    assert_near(adapter_of(new), rows[scores.argmin()], 1e-6)
+    best = np.argsort(scores)[:2]
+    _, new = aggregated(krum(fedit(), 1, kept=2), w, c)
+    p = np.float64(c.weights)[best]
+    assert_near(adapter_of(new), p @ rows[best] / p.sum(), 1e-5)
+    with pytest.raises(ValueError, match="at least 5 clients, got 4"):
+        aggregated(krum(fedit(), 2), w, c)
+    with pytest.raises(ValueError, match="keeps 100 of a cohort of 4 clients"):
+        aggregated(krum(fedit(), kept=100), w, c)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_client_that_is_not_finite_changes_nothing_and_is_counted(bad):
+    """A whole round in which one client's data are no numbers, against one in which it has no weight."""
+    method = nonfinite(scaffold(fedit(), 8, LOCAL_LR))
+    round_fn = jit(rounds.make_round(method, loss_fn, SGD))
+    state, c = method.init(KEY, ADAPTER), members(method)
+    broken = c._replace(batches=c.batches | {"x": replaced(c.batches["x"], 2, bad)})
+    new, memory, info = round_fn(BASE, state, broken, KEY)
+    without, _, report = round_fn(BASE, state, c._replace(weights=replaced(c.weights, 2, 0.0)), KEY)
+    assert_near(new.inner, without.inner, 1e-6)
+    assert_near(take(memory, 2), take(c.memory, 2), 0)
+    assert (info.learned["dropped"], report.learned["dropped"]) == (1, 0)
+    assert new.own.total == 1
+    assert np.isfinite(info.aggregation).all()
+    assert_near(info.aggregation, report.aggregation, 1e-3, floor=1e-3)
+    assert np.isnan(info.loss[2])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [fedit, flexlora, rac_lora, lambda: fedadam(fedit()), lambda: noise(feddyn(fedit(), 8)), lambda: pfedhn(100)],
+)
+def test_if_all_clients_fail_the_servers_state_stays(make):
+    """With momenta inside, keys, counts of rounds and residuals; after a round that went well."""
+    method = nonfinite(make())
+    round_fn = jit(rounds.make_round(method, loss_fn, SGD))
+    c = members(method)
+    start, memory, _ = round_fn(BASE, method.init(KEY, ADAPTER), c, KEY)
+    broken = c._replace(batches=c.batches | {"x": c.batches["x"] * jnp.nan}, memory=memory)
+    state, after, info = round_fn(BASE, start, broken, KEY)
+    assert_near((state.inner, after), (start.inner, memory), 0)
+    assert info.learned["dropped"] == CLIENTS
+
+
+def test_without_the_wrapper_a_round_that_failed_says_so():
+    c = cohort()
+    broken = c._replace(batches=c.batches | {"x": replaced(c.batches["x"], 2, np.nan)})
+    _, _, info = jit(rounds.make_round(fedit(), loss_fn, OPTIMIZER))(BASE, fedit().init(KEY, ADAPTER), broken, KEY)
+    assert np.isnan(info.aggregation.bias)

@@ -1,0 +1,328 @@
+"""Every ordered pair of wrappers is right, in all that it keeps and does to uploads, or refused, with what to do.
+
+The pairs are played on FedIT with uploads that are written down, against NumPy in float64.
+"""
+
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    ADAPTER,
+    BASE,
+    KEY,
+    LOCAL_LR,
+    SIGNATURE,
+    assert_near,
+    cohort,
+    copies,
+    is_float,
+    normalised,
+    nudged,
+    replaced,
+    take,
+)
+from wrapper_helpers import flat
+
+from experiments.methods import wrappers
+from fedlora_jax.methods.centralized import centralized
+from fedlora_jax.methods.fedit import fedit
+from fedlora_jax.methods.flora import flora
+from fedlora_jax.methods.local_only import local_only
+from fedlora_jax.wrappers import Wrapped, order
+from fedlora_jax.wrappers.fedbc import fedbc
+from fedlora_jax.wrappers.feddyn import feddyn
+from fedlora_jax.wrappers.fedlc import fedlc
+from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
+from fedlora_jax.wrappers.fedopt import server as server_optimizer
+from fedlora_jax.wrappers.nonfinite import nonfinite
+from fedlora_jax.wrappers.privacy import clip, noise
+from fedlora_jax.wrappers.proximal import proximal
+from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
+from fedlora_jax.wrappers.scaffold import scaffold
+from fedlora_jax.wrappers.signature_bias import signature_bias
+
+CLIENTS, POPULATION, BROKEN = 6, 12, 2
+MADE = {
+    "proximal": lambda m: proximal(m, 0.3),
+    "fedlc": lambda m: fedlc(m, 0.1),
+    "signature_bias": lambda m: signature_bias(m, SIGNATURE, warmup=0),
+    "scaffold": lambda m: scaffold(m, POPULATION, LOCAL_LR),
+    "feddyn": lambda m: feddyn(m, POPULATION, 0.3),
+    "fedbc": lambda m: fedbc(m, lr=0.1, gam=0.5, lam=0.2),
+    "fedadam": lambda m: fedadam(m, 0.1),
+    "clip": lambda m: clip(m, 0.8),
+    "noise": lambda m: noise(m, 0.1),
+    "median": median,
+    "trimmed_mean": lambda m: trimmed_mean(m, 0.25),
+    "krum": lambda m: krum(m, kept=3),
+    "norm_bound": lambda m: norm_bound(m, 0.9),
+    "nonfinite": nonfinite,
+}
+SERVERS = {  # which are ``server`` with another transformation, as fedadam is
+    "fedavgm": fedavgm,
+    "fedadagrad": fedadagrad,
+    "fedyogi": fedyogi,
+    "server": lambda m: server_optimizer(m, optax.sgd(1.0)),
+}
+STATEFUL = ("signature_bias", "scaffold", "feddyn", "fedadam", "noise", "nonfinite")
+REMEMBERING = ("scaffold", "feddyn", "fedbc")
+DEFENCES = ("clip", "median", "trimmed_mean", "krum", "norm_bound")
+HANDS_ON = (*DEFENCES, "noise", "fedbc")  # other uploads or weights than it was given
+
+
+def built(*stack, method=None):
+    method = method or fedit()
+    for name in stack:
+        method = (MADE | SERVERS)[name](method)
+    return method
+
+
+class Play:
+    """Two rounds of uploads ``sent + updates`` through wrappers around FedIT."""
+
+    def __init__(self, stack, size=1.0, weights=(1, 2, 3, 4, 1, 1), key=None):
+        """``size``: of what the broken client sends in place of an update, or 1: none is broken."""
+        self.stack, self.method = stack, built(*stack)
+        c = normalised(cohort(clients=CLIENTS, weights=weights, ranks=[2, 2, 2, 1, 2, 1]))
+        # Half of the population; who is not there leaves the parts of the others as they are.
+        self.c = c._replace(shares=np.float32([1, 2, 3, 4, 1, 1]) / 24)
+        self.memory = copies(self.method.init_client(ADAPTER), CLIENTS)
+        self.state = self.method.init(KEY, ADAPTER)
+        if key is not None and "noise" in stack:
+            self.state = with_own(self.state, named(stack, STATEFUL).index("noise"), key)
+        for t in range(2):
+            moved = nudged(jax.tree.map(np.zeros_like, copies(ADAPTER, CLIENTS)), t, 0.3)
+            self.step(moved if size == 1 else replaced(moved, BROKEN, size))
+
+    def step(self, updates):
+        self.before, c = (self.state, self.memory), self.c._replace(memory=self.memory)
+        self.sent = self.method.dispatch(BASE, self.state, c)
+        upload = lambda x, m, u: x + np.where(m > 0, u, 0).astype(u.dtype)
+        self.received = jax.tree.map(upload, self.sent.adapter, self.sent.mask, updates)
+        self.memory = jax.vmap(self.method.remember)(self.memory, self.sent.anchor, self.sent.adapter, self.received)
+        self.state = self.method.aggregate(BASE, self.state, c, self.sent, self.received)
+
+    def kept(self, clients=slice(None)):
+        """The server's adapter and what every wrapper keeps, at the server and at clients, by name; no keys."""
+        out, rows = {}, take(self.memory, clients)
+        for tree, which in ((self.state, STATEFUL), (rows, REMEMBERING)):
+            for name in named(self.stack, which):
+                out[name, which is STATEFUL] = [x for x in jax.tree.leaves(tree.own) if is_float(x)]
+                tree = tree.inner
+            out["method", which is STATEFUL] = tree
+        return out
+
+
+def named(stack, which):
+    """The wrappers of a kind from the outermost, as their parts of a state or memory are nested."""
+    return [name for name in reversed(stack) if name in which]
+
+
+def with_own(state, depth, own):
+    return state._replace(own=own) if depth == 0 else state._replace(inner=with_own(state.inner, depth - 1, own))
+
+
+# --- what is right
+
+
+def controls_match(play):
+    """The server's control is the mean of its clients' by their parts of the population."""
+    for name in set(play.stack) & {"scaffold", "feddyn"}:
+        server, own = (flat(play.kept()[name, there], clients=not there) for there in (True, False))
+        assert_near(server, np.float64(play.c.shares) @ own, 1e-4)
+        assert np.abs(server).max() > 1e-3
+
+
+def a_broken_client_is_bounded(play):
+    broken = Play(play.stack, 1e6)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(broken.kept())) < 1e3
+
+
+def who_is_not_finite_leaves_no_trace(play):
+    """Nothing but the count of it, against rounds in which it had no weight."""
+    broken, without = Play(play.stack, np.nan), Play(play.stack, weights=(1, 2, 0, 4, 1, 1))
+    others = [i for i in range(CLIENTS) if i != BROKEN]
+    assert_near(broken.kept(others), without.kept(others), 1e-5, floor=1e-3)
+    start = copies(broken.method.init_client(ADAPTER), CLIENTS)
+    assert_near(take(broken.memory, BROKEN), take(start, BROKEN), 0)
+
+
+def the_outer_acts_first(play):
+    """All that is inside is as of the inner wrapper alone, given the uploads and weights that the outer hands on."""
+    inner, outer = play.stack
+    method, c = built(inner), play.c
+    (state, memory), new, after = play.before, play.state, play.memory
+    lam = key = None
+    if outer == "noise":
+        state, key, new = state.inner, state.own, new.inner
+    if outer == "fedbc":
+        memory, lam, after = memory.inner, memory.own, after.inner
+    sent = method.dispatch(BASE, state, c._replace(memory=memory))
+    weights, uploads = handed_on(outer, play, lam, key)
+    c = c._replace(weights=np.float32(weights), memory=memory)
+    assert_near(as_numbers(method.aggregate(BASE, state, c, sent, uploads)), as_numbers(new), 1e-4, floor=1e-3)
+    if outer in ("clip", "noise", "fedbc"):  # what a client knows of its own upload
+        rows = jax.vmap(method.remember)(memory, sent.anchor, sent.adapter, uploads)
+        assert_near(rows, after, 1e-4, floor=1e-3)
+
+
+def as_numbers(state):
+    return [x for x in jax.tree.leaves(state) if is_float(x)]
+
+
+def the_order_does_not_matter(play):
+    """All that is kept, the penalty, the loss and the model are those of the other order."""
+    key = jax.random.key(7)
+    one, other = Play(play.stack, key=key), Play(play.stack[::-1], key=key)
+    assert_near(other.kept(), one.kept(), 1e-4, floor=1e-3)
+    seen = []
+    for p in (one, other):
+        w, anchor = nudged(ADAPTER, 3), jax.tree.map(lambda x: x[0], p.sent.anchor)
+        task = lambda model: sum((i + 1) * np.square(x).sum() for i, x in enumerate(jax.tree.leaves(model)))
+        hook = p.method.objective
+        loss = hook(task, w, anchor) if hook else [task(p.method.model(w, anchor))] * 2
+        seen.append((p.method.penalty(w, anchor), *loss, p.method.model(w, anchor)))
+    assert_near(seen[1], seen[0], 1e-4, floor=1e-4)
+
+
+def handed_on(name, play, lam, key):
+    """``(weights [C], received)`` of the last round behind one wrapper, by its equations."""
+    mask = jax.tree.map(lambda x, m: np.broadcast_to(m, x.shape), play.sent.adapter, play.sent.mask)
+    x, y, held = (flat(tree, clients=True) for tree in (play.sent.adapter, play.received, mask))
+    d, p = (y - x) * held, np.float64(play.c.weights)
+    norms = np.linalg.norm(d, axis=1)
+    votes = np.where(held > 0, d, np.nan)
+    if name == "clip":
+        d = d * np.minimum(1, 0.8 / norms)[:, None]
+    elif name == "norm_bound":
+        d = d * np.minimum(1, 0.9 * np.median(norms) / norms)[:, None]
+    elif name == "median":
+        d = np.nanmedian(votes, 0) + 0 * d
+    elif name == "trimmed_mean":
+        d = (
+            np.asarray(
+                [np.sort(v[~np.isnan(v)])[(cut := int(sum(~np.isnan(v)) / 4)) : -cut or None].mean() for v in votes.T]
+            )
+            + 0 * d
+        )
+    elif name == "krum":
+        d, p = chosen_by_krum(d, held, p, 3)
+    elif name == "fedbc":
+        new = np.maximum(np.float64(lam) + 0.1 * (norms**2 - 0.5), 0)
+        p = new / new.sum()
+    elif name == "noise":
+        d = d + flat(drawn(play, key), clients=True)
+    return p, unflattened(np.where(held > 0, x + d, y), play.received)
+
+
+def chosen_by_krum(d, held, p, kept):
+    """With one outlier. Distances are means over what both hold, times what the largest holds."""
+    both = held @ held.T
+    far = np.asarray([[np.sum(held[i] * held[j] * (d[i] - d[j]) ** 2) for j in range(CLIENTS)] for i in range(CLIENTS)])
+    scores = np.sort(far * both.max() / both, 1)[:, 1 : 1 + CLIENTS - 3].sum(1)
+    out = np.argsort(scores)[kept:]
+    d, p = d.copy(), p.copy()
+    d[out], p[out] = 0, 0
+    return d, p / p.sum()
+
+
+def drawn(play, key):
+    """The noise of a round: what noise alone, with that key, hands on of no updates."""
+    seen = []
+    spy = fedit()._replace(aggregate=lambda base, state, c, sent, received: seen.append(received) or state)
+    alone = built("noise", method=spy)
+    state = Wrapped(spy.init(KEY, ADAPTER), key)
+    sent = alone.dispatch(BASE, state, play.c)
+    alone.aggregate(BASE, state, play.c, sent, sent.adapter)
+    return jax.tree.map(lambda x, y: np.asarray(y - x), sent.adapter, seen[0])
+
+
+def unflattened(rows, tree):
+    leaves, structure = jax.tree.flatten(tree)
+    parts = np.split(np.float32(rows), np.cumsum([x[0].size for x in leaves])[:-1], axis=1)
+    return structure.unflatten([part.reshape(x.shape) for part, x in zip(parts, leaves, strict=True)])
+
+
+def goes(*stack):
+    try:
+        built(*stack)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(inner, outer) for inner in MADE for outer in MADE])
+def test_every_ordered_pair_is_right_or_refused(inner, outer):
+    if not goes(inner, outer):
+        with pytest.raises(ValueError, match=r"(leave|put|take) ") as refused:
+            built(inner, outer)
+        assert {inner, outer} <= set(re.findall(r"\w+", str(refused.value)))
+        for better in re.findall(r"(?<=: )(?:\+\w+)+$", str(refused.value)):
+            built(*better[1:].split("+"))
+        return
+    checks, pair = [], {inner, outer}
+    if pair & {"scaffold", "feddyn"}:
+        checks.append(controls_match)
+    if pair & set(DEFENCES):
+        checks.append(a_broken_client_is_bounded)
+    if "nonfinite" in pair:
+        checks.append(who_is_not_finite_leaves_no_trace)
+    if outer in HANDS_ON:
+        checks.append(the_outer_acts_first)
+    if goes(outer, inner) and not pair <= set(HANDS_ON):
+        checks.append(the_order_does_not_matter)
+    assert checks
+    play = Play((inner, outer))
+    for check in checks:
+        check(play)
+
+
+@pytest.mark.parametrize("outer", ["scaffold", "feddyn", "fedbc"])
+@pytest.mark.parametrize("inner", DEFENCES)
+def test_a_defence_inside_of_controls_would_leave_them_open(inner, outer, monkeypatch):
+    """Why these orders are refused."""
+    monkeypatch.setattr(order, "check", lambda *arguments: None)
+    broken = Play((inner, outer), 1e6)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(broken.kept()[outer, outer != "fedbc"])) > 1e4
+
+
+def test_server_optimizers_are_one_to_the_table():
+    for name in SERVERS:
+        for other in MADE:
+            assert goes(name, other) == goes("fedadam", other)
+            assert goes(other, name) == goes(other, "fedadam")
+        assert not goes(name, "fedadam")
+
+
+def test_the_table_knows_every_wrapper():
+    assert set(wrappers()) | {"server"} == order.KNOWN == set(MADE) | set(SERVERS)
+
+
+def test_a_pair_is_seen_through_what_stands_between():
+    with pytest.raises(ValueError, match=r"scaffold around clip \(\+clip\+scaffold\)"):
+        built("clip", "proximal", "fedlc", "scaffold")
+
+
+# --- methods whose clients send nothing, or of which nothing is averaged
+
+
+@pytest.mark.parametrize("make", [local_only, centralized])
+@pytest.mark.parametrize("name", sorted(set(MADE) - {"fedlc", "nonfinite"}))
+def test_what_works_by_uploads_refuses_methods_without_any(name, make):
+    with pytest.raises(ValueError, match="send no adapters"):
+        MADE[name](make())
+
+
+@pytest.mark.parametrize("make", [local_only, centralized])
+def test_what_works_without_uploads_goes_around_methods_without_any(make):
+    assert nonfinite(fedlc(make())).stack == ("fedlc", "nonfinite")
+
+
+@pytest.mark.parametrize("wrap", [median, trimmed_mean])
+def test_entrywise_defences_refuse_a_stack_of_products(wrap):
+    with pytest.raises(ValueError, match="stacks every client's own product"):
+        wrap(flora())
+    assert clip(noise(krum(norm_bound(flora())))).stack == ("norm_bound", "krum", "noise", "clip")
