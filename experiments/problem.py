@@ -21,6 +21,7 @@ from experiments.config import Config
 from experiments.data import Images
 from fedlora_jax import lora, partition, signatures
 from fedlora_jax.clients import Population, padded
+from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.signatures import Signature
 from models import vit
@@ -318,7 +319,7 @@ def _signatures(
     )
     moments = jax.vmap(one)(jax.random.split(key, rows.shape[0]), rows, sizes)
     stats = signatures.standard(jax.tree.map(lambda x: x[:training, 0], moments))
-    return _told(signatures.signatures(moments, stats), key, training, kind)
+    return _told(signatures.signatures(moments, stats), purpose(key, "what is told"), training, kind)
 
 
 def signature_of_one(config: Config, classes: int) -> Signature:

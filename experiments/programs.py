@@ -18,6 +18,7 @@ from experiments.layout import divisor, layout, mesh_of, refuse_draws
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import clustering, lora, rounds
 from fedlora_jax.clients import sample_batches
+from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method, average_client, no_learning
 from fedlora_jax.rounds import Run
@@ -160,7 +161,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
     many = total > GROUP
     own_chunk = min(chunk, GROUP) if many else divisor(total, chunk)
     score_one = rounds.make_evaluate(method, problem.correct_fn)
-    key_of = lambda seed, run: jax.random.fold_in(jax.random.fold_in(seed.key, run.round), 1)
+    key_of = lambda seed, run: partial(purpose, purpose(jax.random.fold_in(seed.key, run.round), "evaluation"))
 
     def drawn(arrays: Arrays, clients: Clients, ids: Array, key: Array, steps: int) -> Array:
         """Rows of the training images of so many local steps, ``[C, steps, batch]``."""
@@ -173,19 +174,19 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
 
     def whole(arrays: Arrays, seed: Seed, run: Run) -> Array:
         (x, y), training = arrays.test, seed.clients.training(train).cohort(jnp.arange(train), run.memory)
-        key = key_of(seed, run)
-        return score_one(arrays.base, run.state, average_client(training), (x[None], y[None]), key).before[0]
+        one, key = average_client(training), key_of(seed, run)("nothing")
+        return score_one(arrays.base, run.state, one, (x[None], y[None]), key).before[0]
 
     def meet(arrays: Arrays, seed: Seed, run: Run) -> Any:
         key, population = key_of(seed, run), seed.clients.population
-        fresh = rounds.start(method, key, seed.adapter, config.holdout_clients)
+        fresh = rounds.start(method, key("newcomers"), seed.adapter, config.holdout_clients)
         memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh.memory)
         if method.meet is None or not config.holdout_clients:
             return memory
         unseen = jnp.arange(train, total)
-        trial = drawn(arrays, seed.clients, unseen, jax.random.fold_in(key, 1), config.local_steps)
+        trial = drawn(arrays, seed.clients, unseen, key("batches of trials"), config.local_steps)
         told = rounds.make_meet(method, loss_of(arrays), optimizer)(
-            arrays.base, run.state, population.cohort(unseen, memory, trial), key
+            arrays.base, run.state, population.cohort(unseen, memory, trial), key("trials"), run.round
         )
         return jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
 
@@ -195,9 +196,9 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         evaluate = rounds.make_evaluate(method, metric, loss_of(arrays), optimizer, chunk=own_chunk)
 
         def group(ids: Array):
-            batches = drawn(arrays, clients, ids, key, steps) if steps else ()
+            batches = drawn(arrays, clients, ids, key("batches"), steps) if steps else ()
             cohort = clients.population.cohort(ids, memory, batches)
-            scores = evaluate(arrays.base, run.state, cohort, clients.test_rows[ids], key)
+            scores = evaluate(arrays.base, run.state, cohort, clients.test_rows[ids], key("steps"), run.round)
             correct, seen = scores.after if steps else scores.before
             return own_accuracy(correct, clients.test_counts[ids]), seen
 

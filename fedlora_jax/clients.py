@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from fedlora_jax.method import Cohort, Memory
 
@@ -92,7 +94,11 @@ def sample_batches(
 ) -> Any:
     """``[C, steps, batch, ...]`` examples: each client passes through its own data epoch by epoch, freshly shuffled.
 
-    A client's draw depends on ``key`` and its id alone, not on who else takes part.
+    A client's draw depends on ``key`` and its id alone, not on who else takes part. ``smallest`` is the number of
+    examples of the smallest client.
+
+    Raises:
+      ValueError: a client is smaller (where sizes are not traced).
     """
     return sample_apart(key, data, population, ids, steps, batch, smallest, 0)[0]
 
@@ -137,30 +143,47 @@ def sample_members(
     """``sample_apart`` for the clients ``ids [C]``, of whom ``members`` holds one row each."""
     if query and smallest < 2:
         raise ValueError("a client with one example has none to keep apart: raise the minimum to 2, or query to 0")
+    if not isinstance(members.sizes, Tracer) and len(ids) and (least := int(members.sizes.min())) < smallest:
+        raise ValueError(f"smallest is {smallest}, and the smallest of these clients has {least}: give its size")
 
     def one(id_: Array, rows: Array, size: Array) -> tuple[Array, Array]:
         own = jax.random.fold_in(key, id_)
         if not query:
-            return sample_rows(own, rows, size, steps, batch, smallest), jnp.zeros(0, rows.dtype)
+            return sample_rows(own, rows, size, steps, batch), jnp.zeros(0, rows.dtype)
         apart = lambda n: jnp.maximum(1, jnp.minimum(query, n // 4))
-        rows = rows[_shuffled(jax.random.fold_in(own, 1), rows.shape[0], size, 1)[0]]
-        kept, held = size - apart(size), apart(size)
-        queries = rows[kept + jnp.arange(query) % held]
-        return sample_rows(own, rows, kept, steps, batch, smallest - max(1, min(query, smallest // 4))), queries
+        rows = rows[_shuffled(jax.random.fold_in(own, 1), rows.shape[0], size)]
+        held = apart(size)
+        kept = jnp.maximum(size - held, 1)
+        queries = rows[size - held + jnp.arange(query) % held]
+        return sample_rows(own, rows, kept, steps, batch), queries
 
     batches, queries = jax.vmap(one)(ids, members.rows, members.sizes)
     examples = lambda rows: jax.tree.map(lambda x: x[rows], data)
     return examples(batches), examples(queries) if query else ()
 
 
-def sample_rows(key: Array, rows: Array, size: Array, steps: int, batch: int, smallest: int) -> Array:
-    """Row numbers ``[steps, batch]`` for one client (see ``sample_batches``)."""
-    order = _shuffled(key, rows.shape[0], size, -(-steps * batch // smallest))
-    position = jnp.arange(steps * batch)
-    return rows[order[position // size, position % size]].reshape(steps, batch)
+def sample_rows(key: Array, rows: Array, size: Array, steps: int, batch: int) -> Array:
+    """Row numbers ``[steps, batch]`` for one client (see ``sample_batches``).
+
+    What it takes grows with ``steps * batch + len(rows)``, whatever the size.
+    """
+    drawn, width = steps * batch, rows.shape[0]
+    position = jnp.arange(drawn + width)  # to the end of the last epoch begun
+    epoch, item = position // size, position % size
+    _, _, item = jax.lax.sort((epoch, _scores(key, epoch * width + item), item), num_keys=2)
+    return rows[item[:drawn]].reshape(steps, batch)
 
 
-def _shuffled(key: Array, width: int, size: Array, times: int) -> Array:
-    """``[times, width]``: permutations of the first ``size`` numbers, the others after them."""
-    scores = jax.random.uniform(key, (times, width))
-    return jnp.argsort(jnp.where(jnp.arange(width) < size, scores, jnp.inf), axis=1)
+def _scores(key: Array, numbers: Array) -> Array:
+    """A random integer for each number ``[n]``; of the key and that number alone, so that no table has to be drawn.
+
+    They order what they are for as ``jax.random.uniform(key, [more than n])[numbers]`` does.
+    """
+    children = jax.vmap(partial(jax.random.fold_in, key))(numbers.astype(jnp.uint32))
+    words = jnp.moveaxis(jax.random.key_data(children), -1, 0)
+    return reduce(jnp.bitwise_xor, words) >> 9
+
+
+def _shuffled(key: Array, width: int, size: Array) -> Array:
+    """``[width]``: a permutation of the first ``size`` numbers, the others after them."""
+    return jnp.argsort(jnp.where(jnp.arange(width) < size, jax.random.uniform(key, (width,)), jnp.inf))

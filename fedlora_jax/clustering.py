@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedlora_jax.keys import purpose
 from fedlora_jax.product import matmul
 
 _DEAD = 1e-3  # rows of b whose singular value is below this share of the largest span nothing
@@ -174,7 +175,7 @@ def kmeans(key: Array, points: Array, known: Array, k: Array, k_max: int, restar
         left = jnp.where(used, squares(jax.lax.fori_loop(0, steps, step, centres)), _FAR)
         return jnp.sum(weight * left.min(1)), left.argmin(1)
 
-    errors, labels = jax.vmap(run)(jax.random.split(key, restarts))
+    errors, labels = jax.vmap(run)(jax.random.split(purpose(key, "k-means"), restarts))
     return labels[errors.argmin()]
 
 

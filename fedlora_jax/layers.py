@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax import lora
+from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter
 
 STACK = "blocks"
@@ -50,7 +51,8 @@ def draw(key: Array, ids: Array, count: Array, log_odds: Array) -> Array:
     """
 
     def one(id_: Array, count: Array) -> Array:
-        score = log_odds + jax.random.gumbel(jax.random.fold_in(key, id_), log_odds.shape)
+        own = jax.random.fold_in(purpose(key, "layers"), id_)
+        score = log_odds + jax.random.gumbel(own, log_odds.shape)
         return (jnp.argsort(jnp.argsort(-score)) < count).astype(log_odds.dtype)
 
     return jax.vmap(one)(ids, count)

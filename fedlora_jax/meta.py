@@ -20,12 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Method, Slope, State, models
-from fedlora_jax.rounds import LossFn, Trace, make_round, map_clients
+from fedlora_jax.rounds import LossFn, Optimizer, Trace, make_round, map_clients
 
 Tune = Callable[[Adapter], tuple[Adapter, Trace]]  # a start -> (after local steps, trace)
 Judge = Callable[[Adapter], Array]  # an adapter -> its loss on the examples kept apart
@@ -74,30 +73,32 @@ SLOPES = {"exact": exact, "first_order": first_order, "displacement": displaceme
 
 
 def outcome(
-    method: Method, loss_fn: LossFn, optimizer: optax.GradientTransformation, *, chunk: int | None = None
-) -> Callable[[Params, State, Cohort, Any, Array], tuple[Array, State]]:
-    """``(base, state, cohorts, examples, key) -> (loss, state)``: what federated rounds lead to, to be differentiated.
+    method: Method, loss_fn: LossFn, optimizer: Optimizer, *, chunk: int | None = None
+) -> Callable[..., tuple[Array, State]]:
+    """``(base, state, cohorts, examples, key, first=0) -> (loss, state)``: what federated rounds lead to.
 
-    The loss is that of the models the last state sends to the last cohort, each on the client's own examples, weighted
-    as in aggregation. It can be differentiated (in reverse mode) in the state, in the base, and in any hyper-parameter
-    that the method, the loss or the optimizer was built with: build them inside the function that is differentiated.
-    Memory is that of one round, and what clients keep between rounds (``Method.remember``) is not carried on.
+    It is there to be differentiated, in reverse mode: in the state, in the base, and in any hyper-parameter that the
+    method, the loss or the optimizer was built with (build them inside the function that is differentiated). The loss
+    is that of the models the last state sends to the last cohort, each on the client's own examples, weighted as in
+    aggregation. Memory is that of one round, and what clients keep between rounds (``Method.remember``) is not carried
+    on.
 
     Args:
       method, loss_fn, optimizer, chunk: as in ``make_round``.
       The function's own: ``cohorts`` with a leading axis of rounds on every array, ``[K, C, ...]``; ``examples``
       ``[C, ...]``, one batch for each client of the last cohort, which the local steps of none of these rounds
-        should have seen (``clients.sample_rounds``).
+      should have seen (``clients.sample_rounds``); ``first``, the number of the first round, for an optimizer that
+      follows rounds.
     """
     round_fn = make_round(method, loss_fn, optimizer, chunk=chunk)
 
-    def after_rounds(base: Params, state: State, cohorts: Cohort, examples: Any, key: Array) -> tuple[Array, State]:
+    def after_rounds(base: Params, state: State, cohorts: Cohort, examples: Any, key: Array, first=0):
         rounds = jax.tree.leaves(cohorts.batches)[0].shape[0]
 
         @jax.checkpoint
         def one(state: State, inputs: tuple[Array, Cohort]):
             t, cohort = inputs
-            return round_fn(base, state, cohort, jax.random.fold_in(key, t))[0], None
+            return round_fn(base, state, cohort, jax.random.fold_in(key, t), first + t)[0], None
 
         state, _ = jax.lax.scan(one, state, (jnp.arange(rounds), cohorts))
         last = jax.tree.map(lambda x: x[-1], cohorts)

@@ -325,7 +325,7 @@ def broadcast(base: Params, adapter: Adapter, cohort: Cohort) -> Dispatch:
 
 
 def average_client(cohort: Cohort) -> Cohort:
-    """A cohort of one client that is nobody in particular: mean signature and memory, the largest rank.
+    """A cohort of one client that is nobody in particular: mean signature and memory, every column that there is.
 
     What a method dispatches to it is the method's global model.
     """
@@ -334,7 +334,7 @@ def average_client(cohort: Cohort) -> Cohort:
     return Cohort(
         ids=jnp.full((1,), -1),
         weights=jnp.ones((1,)),
-        ranks=cohort.ranks.max(keepdims=True),
+        ranks=jnp.full(1, jnp.iinfo(cohort.ranks.dtype).max, cohort.ranks.dtype),
         signatures=jax.tree.map(one, cohort.signatures),
         memory=jax.tree.map(one, cohort.memory),
     )

@@ -25,6 +25,7 @@ from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client, models
 
 LossFn = Callable[[Params, Adapter, Any, Array], Array]  # (base, adapter, batch, key) -> scalar
+Optimizer = optax.GradientTransformation | Callable[[Array], optax.GradientTransformation]  # or one of each round
 MetricFn = Callable[[Params, Adapter, Any], Any]  # (base, adapter, examples) -> scores of these examples
 
 
@@ -63,15 +64,16 @@ class Trace(NamedTuple):
 def make_local(
     method: Method,
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     watch: Callable[[Params, Adapter], Any] = lambda base, adapter: (),
     remat: bool = True,
 ) -> Callable:
-    """Local training of one client: ``(base, adapter, mask, anchor, batches [T, ...], key) -> (adapter, Trace)``.
+    """Local training: ``(base, adapter, mask, anchor, batches [T, ...], key, round=None) -> (adapter, Trace)``.
 
-    The optimizer starts afresh. The mask is put on gradients, so that clipping by norm sees what is trained, and on
-    updates, so that weight decay and momentum cannot move what is frozen. Whoever differentiates several steps keeps
-    one adapter (and optimizer state) per step, and what a step's gradient took is computed again (``remat``).
+    It is one client's. The optimizer (of that round) starts afresh. The mask is put on gradients, so that clipping by
+    norm sees what is trained, and on updates, so that weight decay and momentum cannot move what is frozen. Whoever
+    differentiates several steps keeps one adapter (and optimizer state) per step, and what a step's gradient took is
+    computed again (``remat``).
     """
 
     def model_alone(task: Callable[[Adapter], Array], adapter: Adapter, anchor: Any) -> tuple[Array, Array]:
@@ -80,7 +82,8 @@ def make_local(
 
     objective = method.objective or model_alone
 
-    def local(base: Params, adapter: Adapter, mask: Adapter, anchor: Any, batches: Any, key: Array):
+    def local(base: Params, adapter: Adapter, mask: Adapter, anchor: Any, batches: Any, key: Array, round=None):
+        tx = of_round(optimizer, round)
         steps = jax.tree.leaves(batches)[0].shape[0]
         plain = partial(jax.grad, has_aux=True)
         gradient = forward_over_reverse if remat and steps > 1 else plain  # a single step has nothing to gain
@@ -96,31 +99,49 @@ def make_local(
 
             moving = method.moving(mask, t / steps)
             grads, loss = gradient(minimised)(adapter)
-            updates, opt_state = optimizer.update(_masked(grads, moving), opt_state, adapter)
+            updates, opt_state = tx.update(_masked(grads, moving), opt_state, adapter)
             adapter = optax.apply_updates(adapter, _masked(updates, moving))
             return (adapter, opt_state), Trace(loss, watch(base, adapter))
 
-        (adapter, _), trace = jax.lax.scan(step, (adapter, optimizer.init(adapter)), (jnp.arange(steps), batches))
+        (adapter, _), trace = jax.lax.scan(step, (adapter, tx.init(adapter)), (jnp.arange(steps), batches))
         return adapter, trace
 
     return local
 
 
+def of_round(optimizer: Optimizer, round: Array | int | None) -> optax.GradientTransformation:
+    """The optimizer of one round.
+
+    Raises:
+      ValueError: it follows rounds, and nobody said which one this is.
+    """
+    if not callable(optimizer):
+        return optimizer
+    if round is None:
+        raise ValueError("the optimizer follows rounds: say which one this is (round=0 is the first)")
+    return optimizer(round)  # type: ignore[arg-type]
+
+
 def make_round(
     method: Method,
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     chunk: int | None = None,
     remat: bool = True,
     mesh: Mesh | None = None,
-) -> Callable[[Params, State, Cohort, Array], tuple[State, Memory, Info]]:
-    """``round_fn(base, state, cohort, key) -> (state, memory [C, ...], info)``: dispatch, local steps, aggregation.
+) -> Callable[..., tuple[State, Memory, Info]]:
+    """``round_fn(base, state, cohort, key, round=None) -> (state, memory [C, ...], info)``.
+
+    Dispatch, local steps, aggregation; ``round`` is its number from 0, for an optimizer that follows rounds.
 
     Args:
       method: what is sent and how it is put together again.
       loss_fn: ``(base, adapter, batch, key) -> scalar`` mean task loss of one client's batch.
-      optimizer: any optax transformation; each client starts it afresh each round.
+      optimizer: any optax transformation; each client starts it afresh each round, so its schedules run over the local
+        steps of one round. Or a function of the round's number (traced) that gives one, for what follows rounds:
+        ``lambda round: optax.sgd(over_rounds(round))``, or over all local steps
+        ``lambda round: optax.sgd(lambda step: over_steps(T * round + step))``.
       chunk: clients trained at once (vmapped) on each device; chunks follow one another. Must divide the clients of a
         device; ``None``: all at once. Results do not depend on it, memory and speed do.
       remat: where rounds or steps are differentiated, compute each local gradient again instead of keeping what it
@@ -132,7 +153,7 @@ def make_round(
     """
     local = make_local(method, loss_fn, optimizer, remat=remat)
 
-    def round_fn(base: Params, state: State, cohort: Cohort, key: Array) -> tuple[State, Memory, Info]:
+    def round_fn(base: Params, state: State, cohort: Cohort, key: Array, round=None) -> tuple[State, Memory, Info]:
         ids, cohort = cohort.ids, method.pool(cohort)
         at_once, shared_by = (chunk, mesh) if len(ids) == len(cohort.ids) else (None, None)
         cohort = cohort._replace(weights=cohort.weights / jnp.maximum(cohort.weights.sum(), 1e-12))
@@ -144,7 +165,7 @@ def make_round(
         def client(row):
             id_, adapter, mask, anchor, memory, batches, queries = row
             own = jax.random.fold_in(key, id_)
-            tune = lambda start: local(sent.base, start, mask, anchor, batches, own)
+            tune = lambda start: local(sent.base, start, mask, anchor, batches, own, round)
             last = jax.random.fold_in(own, jnp.iinfo(jnp.int32).max)
             judge = lambda end: loss_fn(sent.base, method.model(end, anchor), queries, last)
             received, trace, slope = method.slope.train(tune, judge, adapter)
@@ -196,20 +217,21 @@ def make_evaluate(
     method: Method,
     metric_fn: MetricFn,
     loss_fn: LossFn | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: Optimizer | None = None,
     *,
     chunk: int | None = None,
     mesh: Mesh | None = None,
-) -> Callable[[Params, State, Cohort, Any, Array], Scores]:
-    """``evaluate(base, state, cohort, examples [C, ...], key) -> Scores``.
+) -> Callable[..., Scores]:
+    """``evaluate(base, state, cohort, examples [C, ...], key, round=None) -> Scores``.
 
     Client ``c``'s model is row ``c`` of what the method dispatches to the cohort: the same path as in training, so a
     cohort of ``average_client`` gives the global model and a cohort of clients never seen gives theirs. If the cohort
-    brings batches (then ``loss_fn`` and ``optimizer`` are needed) models are also scored after local steps on them.
+    brings batches (then ``loss_fn`` and ``optimizer`` are needed) models are also scored after local steps on them,
+    with the optimizer of ``round``: that of the round to come is ``run.round``.
     """
     local = make_local(method, loss_fn, optimizer) if loss_fn is not None and optimizer is not None else None
 
-    def evaluate(base: Params, state: State, cohort: Cohort, examples: Any, key: Array) -> Scores:
+    def evaluate(base: Params, state: State, cohort: Cohort, examples: Any, key: Array, round=None) -> Scores:
         sent: Dispatch = method.dispatch(base, state, cohort)
         tune = len(jax.tree.leaves(cohort.batches)) > 0
         if tune and local is None:
@@ -221,7 +243,7 @@ def make_evaluate(
             before = score(adapter)
             if not tune or local is None:
                 return Scores(before, None)
-            tuned, _ = local(sent.base, adapter, mask, anchor, batches, jax.random.fold_in(key, id_))
+            tuned, _ = local(sent.base, adapter, mask, anchor, batches, jax.random.fold_in(key, id_), round)
             return Scores(before, score(tuned))
 
         rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.batches, examples)
@@ -231,23 +253,23 @@ def make_evaluate(
 
 
 def make_meet(
-    method: Method, loss_fn: LossFn, optimizer: optax.GradientTransformation, *, chunk: int | None = None
-) -> Callable[[Params, State, Cohort, Array], Memory]:
-    """``meet(base, state, cohort, key) -> memory [C, ...]`` of clients that never took part, after ``method.meet``.
+    method: Method, loss_fn: LossFn, optimizer: Optimizer, *, chunk: int | None = None
+) -> Callable[..., Memory]:
+    """``meet(base, state, cohort, key, round=None) -> memory [C, ...]`` of clients that never took part.
 
-    They take the cohort's local steps once; the server learns nothing. Where the method has no use for it (``None``)
-    memory stays as it is.
+    They take the cohort's local steps once, after ``method.meet``; the server learns nothing. Where the method has no
+    use for it (``None``) memory stays as it is.
     """
     local, trial = make_local(method, loss_fn, optimizer), method.meet
 
-    def meet(base: Params, state: State, cohort: Cohort, key: Array) -> Memory:
+    def meet(base: Params, state: State, cohort: Cohort, key: Array, round=None) -> Memory:
         if trial is None:
             return cohort.memory
         sent = method.dispatch(base, trial.start(state), cohort)
 
         def client(row):
             id_, *own = row
-            return local(sent.base, *own, jax.random.fold_in(key, id_))[0]
+            return local(sent.base, *own, jax.random.fold_in(key, id_), round)[0]
 
         received = map_clients(client, (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.batches), chunk)
         return trial.place(state, cohort.memory, received)
@@ -261,6 +283,7 @@ def map_clients(f: Callable, rows: Any, chunk: int | None, mesh: Mesh | None = N
     if mesh is not None and mesh.size > 1:
         if clients % mesh.size:
             raise ValueError(f"{clients} clients cannot be shared by {mesh.size} devices: choose a multiple of them")
+        mesh = Mesh(mesh.devices, mesh.axis_names)  # whatever the type of its axes: jax shards what comes after
         part = PartitionSpec(mesh.axis_names)
         share = lambda rows: map_clients(f, rows, chunk)
         return jax.shard_map(share, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(rows)
@@ -300,7 +323,7 @@ def make_step(
       round_fn: from ``make_round``.
       participants: clients per round.
       steps, batch: local steps ``T`` and batch size ``B``.
-      smallest: images of the smallest client (static: it bounds how many epochs ``T * B`` images can be).
+      smallest: images of the smallest client; a method with queries keeps some of them apart, so it needs two.
       query: of the method. That many images are kept apart from the local steps, others each round.
     """
     cohort_step = make_cohort_step(round_fn, steps=steps, batch=batch, smallest=smallest, query=query)
@@ -361,7 +384,7 @@ def make_cohort_step(round_fn: Callable, *, steps: int, batch: int, smallest: in
         batches, queries = sample_members(draw, data, members, ids, steps, batch, smallest, query)
         views = sample_views(draw, members, ids)
         cohort = members.cohort(jnp.arange(len(ids)), (), batches, queries, views)
-        return round_fn(base, state, cohort._replace(ids=ids, memory=memory), train)
+        return round_fn(base, state, cohort._replace(ids=ids, memory=memory), train, number)
 
     return cohort_step
 

@@ -57,6 +57,8 @@ def test_devices_share_a_cohort():
         + """
 for name, count in (("flexlora", 2), ("hyperlora_exact", 4)):
     assert_near(results(name, mesh_of(jax.devices()[:count])), results(name, None), 1e-5)
+explicit = jax.make_mesh((2,), ("clients",), devices=jax.devices()[:2])  # jax's default type of axes
+assert_near(results("fedit", explicit), results("fedit", None), 1e-5)
 
 def scores(mesh):
     method, own = METHODS["flexlora"](), take(examples(), jnp.arange(CLIENTS * 3).reshape(CLIENTS, 3))

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.hyper.networks import Conditioned, Place, per_layer, places
+from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, LoRA, flatten, unflatten
 from fedlora_jax.product import matmul
 from fedlora_jax.signatures import Signature
@@ -136,6 +137,6 @@ def _biases(flat: dict[str, Any], signature: Signature) -> list[str]:
 
 def _bases(key: Array, x: LoRA, form: Form, scale: float) -> dict[str, Array]:
     *layers, n_in, rank = x.a.shape
-    draw = lambda i, *shape: scale * jax.random.normal(jax.random.fold_in(key, i), (*layers, BASES, *shape))
-    bases = {"v": draw(0, rank, x.b.shape[-1])}
-    return bases | {"u": draw(1, n_in, rank)} if form == "bases" else bases
+    draw = lambda key, *shape: scale * jax.random.normal(key, (*layers, BASES, *shape))
+    bases = {"v": draw(jax.random.fold_in(key, 0), rank, x.b.shape[-1])}
+    return bases | {"u": draw(purpose(key, "u"), n_in, rank)} if form == "bases" else bases

@@ -32,6 +32,7 @@ def pooled(cohort: Cohort) -> Cohort:
 
     return average_client(cohort)._replace(
         ids=cohort.ids[:1],
+        ranks=cohort.ranks.max(keepdims=True),
         batches=jax.tree.map(mixed, cohort.batches),
         queries=jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), cohort.queries),
     )

@@ -19,6 +19,7 @@ import optax
 from jax import Array
 
 from fedlora_jax import lora
+from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, LoRA
 from fedlora_jax.method import About, Cohort, Dispatch, Method, mean, refuse_outside
 
@@ -52,9 +53,8 @@ def fslora(server: Literal["sgd", "adamw"] = "sgd", server_lr: float = 1.0) -> M
         return FSLoRAState(adapter, optimizer.init(adapter), key)
 
     def dispatch(base, state, cohort):
-        drawn = {
-            name: sketch(jax.random.fold_in(state.key, i), x, cohort) for i, (name, x) in enumerate(_low_rank(state))
-        }
+        key = purpose(state.key, "sketches")
+        drawn = {name: sketch(jax.random.fold_in(key, i), x, cohort) for i, (name, x) in enumerate(_low_rank(state))}
         mask = lora.rank_mask(state.adapter, cohort.ranks)
         held = {name: _columns(lora.flatten(mask)[name], d > 0) for name, d in drawn.items()}
         mask = lora.unflatten(lora.flatten(mask) | held)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax import lora
+from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, LoRA
 from fedlora_jax.method import About, Dispatch, Method, Slope, Traffic, mean, no_slope, refuse_outside, revived
 
@@ -109,7 +110,7 @@ def ifca(k: int = 2, spread: float = 0.1, query: int = 16) -> Method:
 
 
 def _start(key: Array, adapter: Adapter, spread: float) -> Adapter:
-    fresh, noise = jax.random.split(key)
+    fresh, noise = jax.random.split(key)[0], purpose(key, "noise on b")
 
     def stirred(name: str, x: LoRA) -> LoRA:
         own = jax.random.fold_in(noise, sorted(lora.flatten(adapter)).index(name))

@@ -19,6 +19,7 @@ import optax
 from jax import Array
 
 from fedlora_jax import lora, product
+from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, LoRA
 from fedlora_jax.method import About, Method, memory_of, per_client, refuse_outside
 from fedlora_jax.methods.fedit import FedITState
@@ -77,7 +78,7 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
         return sent._replace(adapter=Pair(sent.adapter, local), mask=Pair(sent.mask, free), anchor=())
 
     def aggregate(base, state, cohort, sent, received):
-        key, draw = jax.random.split(state.key)
+        key, draw = jax.random.split(state.key)[0], purpose(state.key, "uploads of SDFLoRA")
         uploads = received.shared
         if clip:
             private = lambda id_, start, end, mask: protected(

@@ -23,6 +23,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from fedlora_jax.keys import purpose
 from fedlora_jax.method import Method, per_client, refuse_outside
 from fedlora_jax.wrappers.around import AboutWrapper, around, change, changed, needs_plain_uploads, square_norms
 
@@ -72,7 +73,7 @@ def noise(inner: Method, deviation: float = 0.01) -> Method:
     return around(
         "noise",
         inner,
-        init=lambda key, state, adapter: key,
+        init=lambda key, state, adapter: purpose(key, "noise"),
         tell=lambda key, cohort, sent: jax.vmap(lambda id_: jax.random.fold_in(key, id_))(cohort.ids),
         upload=upload,
         finish=lambda old, new, cohort, sent, received: (new, jax.random.split(old.own, 1)[0]),
