@@ -61,14 +61,8 @@ REFUSED = (
         _SWAP,
     ),
     Refused(
-        _set("proximal"),
-        _set("feddyn"),
-        "FedDyn holds that term already, and its h follows from al alone",
-        "leave proximal out and raise al",
-    ),
-    Refused(
-        _set("feddyn"),
-        _set("proximal"),
+        _set("proximal", "feddyn"),
+        _set("proximal", "feddyn"),
         "FedDyn holds that term already, and its h follows from al alone",
         "leave proximal out and raise al",
     ),
@@ -175,7 +169,7 @@ def check(name: str, stack: tuple[str, ...], uploads: Literal["averaged", "stack
         )
     for inner in stack:
         if inner == name:
-            raise ValueError(f"{name} around {name} is one {name} with another number: leave one out")
+            raise ValueError(f"{name} is there twice, and once says all: leave one out (+{name}+{name})")
         for rule in REFUSED:
             if inner in rule.inner and name in rule.outer:
                 why, instead = (text.format(inner=inner, outer=name) for text in (rule.why, rule.instead))

@@ -13,7 +13,8 @@ client of weight zero takes no part; as published, the others count alike whatev
 Ours, where clients hold different entries (ranks, depths, a choice of their own): on an entry only those vote who hold
 it, so that what two clients alone hold has no majority, and one of them moves it. Krum compares two clients on what
 both hold, as if that were all; it keeps whole clients, and for what none of those kept holds it is as if nobody had
-been there. Norms are of all that a client holds, hence larger for larger ranks, and bounded alike.
+been there. Norms are of all that a client holds, hence larger for larger ranks, and bounded alike. What becomes of
+uploads then is up to the inner method: FedIT still takes columns that a client does not hold for zero.
 """
 
 from __future__ import annotations
