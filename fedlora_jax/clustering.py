@@ -42,6 +42,7 @@ def bases(b: Array) -> Array:
     Where the rank is below ``r`` the other rows are zero. From eigenvalues of Gram matrices, twice (the first pass
     alone would square the condition of ``b``): batched QR can hang on CPU.
     """
+    b = b.astype(jnp.promote_types(b.dtype, jnp.float32))  # nobody decomposes matrices of 16 bits
     largest = jnp.linalg.norm(b, axis=(-2, -1), keepdims=True)
     q = b / jnp.where(largest > 0, largest, 1.0)
     for dead in (_DEAD, 0.5):  # after the first pass a row has norm 1 or 0
@@ -63,6 +64,8 @@ def distances(x: Sequence[Array], y: Sequence[Array]) -> Array:
 
     def stack(q: Array, p: Array) -> tuple[Array, int]:
         r, out = q.shape[-2:]
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        q, p = q.astype(wide), p.astype(wide)
         q, p = (jnp.moveaxis(z.reshape(z.shape[0], -1, r, out), 1, 0) for z in (q, p))  # [layers, N, r, out]
 
         def layer(total: Array, qp: tuple[Array, Array]) -> tuple[Array, None]:
@@ -88,12 +91,14 @@ def moving_average(old: Array, b: Array, lam: float, *, align: bool = True) -> A
     Args:
       align: without it ``R = 1``.
     """
+    kept, wide = old.dtype, jnp.promote_types(b.dtype, jnp.float32)
+    old, b = old.astype(wide), b.astype(wide)
     size = jnp.linalg.norm(b, axis=(-2, -1), keepdims=True)
     unit = b / jnp.where(size > 0, size, 1.0)
     if align:
         x, _, yt = jnp.linalg.svd(matmul(old, unit.mT))  # R = X Y^T maximises <old, R unit>
         unit = matmul(matmul(x, yt), unit)
-    return lam * old + (1.0 - lam) * unit
+    return (lam * old + (1.0 - lam) * unit).astype(kept)
 
 
 def spectral(key: Array, d: Array, known: Array, k_min: int, k_max: int) -> Clusters:

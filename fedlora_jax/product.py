@@ -71,13 +71,29 @@ def norm(x: LoRA) -> Array:
     return safe_sqrt(square)
 
 
-def cosine(x: LoRA, y: LoRA, eps: float = 1e-12) -> Array:
-    """Cosine of each layer, ``[...]``; 0 where one of them is zero."""
-    return inner(x, y) / jnp.maximum(norm(x) * norm(y), eps)
+def cosine(x: LoRA, y: LoRA) -> Array:
+    """Cosine of each layer, ``[...]``, however small they are; 0 where one of them is zero."""
+    x, y = near_one(x), near_one(y)
+    size = norm(x) * norm(y)
+    return jnp.where(size > 0, inner(x, y) / jnp.where(size > 0, size, 1.0), 0.0)
+
+
+def near_one(x: LoRA) -> LoRA:
+    """The same direction in every layer, with factors whose largest entries are from 1/2 to 1 (or zero).
+
+    They are multiplied by powers of two, which rounds nothing.
+    """
+
+    def one(factor: Array) -> Array:
+        largest = jax.lax.stop_gradient(jnp.abs(factor).max((-2, -1), keepdims=True))
+        return factor * jnp.ldexp(jnp.ones_like(largest), jnp.clip(-jnp.frexp(largest)[1], -126, 126))
+
+    return LoRA(one(x.a), one(x.b), x.scale)
 
 
 def participation(x: LoRA, eps: float = 1e-15) -> Array:
     """Participation ratio ``(sum S^2)^2 / sum S^4`` of each layer: a smooth effective rank, 0 at zero."""
+    x = near_one(x)
     k = matmul(matmul(x.a.mT, x.a), matmul(x.b, x.b.mT))
     k /= jnp.maximum(jnp.trace(k, axis1=-2, axis2=-1), eps)[..., None, None]  # fourth powers would underflow
     return jnp.trace(k, axis1=-2, axis2=-1) ** 2 / jnp.maximum(jnp.sum(k * k.mT, (-2, -1)), eps)
@@ -123,8 +139,10 @@ def truncate(
     for _ in range(a.ndim - 2):
         one_layer = jax.vmap(one_layer)
     reference = None if like is None else (like.a, like.b)
-    a, b = one_layer((a, b), reference)
-    return LoRA(a, b, x.scale)
+    wide = jnp.promote_types(a.dtype, jnp.float32)  # nobody decomposes matrices of 16 bits
+    factors, reference = jax.tree.map(lambda f: f.astype(wide), ((a, b), reference))
+    a, b = one_layer(factors, reference)
+    return LoRA(a.astype(x.a.dtype), b.astype(x.a.dtype), x.scale)
 
 
 def best(w: Array, rank: int, scale: float = 1.0) -> LoRA:

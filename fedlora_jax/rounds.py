@@ -178,6 +178,7 @@ def make_round(
         received, memory, loss, moved, slopes = map_clients(client, rows, at_once, shared_by)
         learned = method.learn(state, cohort, slopes)
         new_state = method.aggregate(base, learned, cohort, sent, received)
+        refuse_widened(state, new_state)
         after = method.dispatch(base, new_state, average_client(cohort._replace(memory=memory)))
         told = lambda d: d._replace(adapter=method.told(d.adapter) if method.told else models(method, d))
         ends = told(sent._replace(adapter=received)).adapter
@@ -185,6 +186,16 @@ def make_round(
         return new_state, memory, Info(ids, loss, bias, method.report(new_state), moved)
 
     return round_fn
+
+
+def refuse_widened(old: State, new: State) -> None:
+    """Refuse a method that makes float32 of a state of 16 bits: rounds could not follow one another."""
+    for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=False):
+        if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32 and x.dtype != y.dtype:
+            raise ValueError(
+                f"the method computes in {y.dtype} what it was given in {x.dtype}: give it a {y.dtype} adapter, as "
+                f"lora.new makes them (jax.tree.map(lambda x: x.astype({str(y.dtype)!r}), adapter)); base may stay"
+            )
 
 
 def refuse_unread(method: Method, loss_fn: LossFn, sent: Dispatch, cohort: Cohort, key: Array) -> None:

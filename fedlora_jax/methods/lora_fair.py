@@ -66,6 +66,7 @@ def lora_fair(
             m = lora.delta(total(x, p))  # its scale does not matter
             return column_cosine(abar, bbar, m, lam, steps, lr, squared=squared, start=first, rows=rows)
         g = matmul(abar.mT, abar)  # G = abar^T abar  [.., r, r]
+        p = p.astype(x.a.dtype)
         y = jnp.einsum("...ir,c,c...iq,c...qo->...ro", abar, p, x.a, x.b, precision="highest")  # Y = abar^T M
         if solver == "ridge":
             return ridge(g, y, bbar, lam)
@@ -90,9 +91,11 @@ def lora_fair(
 
 def ridge(g: Array, y: Array, bbar: Array, lam: float | Array) -> Array:
     """``d = (G + lam I)^-1 (Y - G bbar)``, the minimiser of ``|M - abar (bbar + d)|^2 + lam |d|^2``."""
-    identity = jnp.eye(g.shape[-1], dtype=g.dtype)
+    wide = jnp.promote_types(g.dtype, jnp.float32)  # nobody solves equations in 16 bits
+    g, right = g.astype(wide), (y - matmul(g, bbar)).astype(wide)
+    identity = jnp.eye(g.shape[-1], dtype=wide)
     empty = jnp.diagonal(g, axis1=-2, axis2=-1) == 0  # a zero column: without lam any d does, and 0 is the smallest
-    return jnp.linalg.solve(g + (lam + empty[..., None, :]) * identity, y - matmul(g, bbar))
+    return jnp.linalg.solve(g + (lam + empty[..., None, :]) * identity, right).astype(bbar.dtype)
 
 
 def cosine(
