@@ -102,7 +102,9 @@ class Config:
     rank: tuple[int, ...] = option(
         (4,), "rank of the adapters; a list (4,8,16) is dealt out to clients at random", "[1, 100000]"
     )
-    scale: float = option(2.0, "factor s of every low-rank update, the same for all clients and ranks", "(-inf, inf)")
+    scale: float = option(
+        2.0, "factor s of every low-rank update, the same for all clients and ranks", "[-1000000, 1000000]"
+    )
     validation: float = option(
         0.0,
         "set this share of the training images apart and score on it instead of the test images; to tune on",

@@ -82,21 +82,9 @@ def build(
     if config.validation:
         images = data.validation(images, config.validation)
     side = config.image_size or _side(images)
-    size = len(images.x) * side * side * 3
-    layout.refuse_more_than_there_is(
-        size if images.x.shape[1:3] == (side, side) else 2 * size,  # on the device, and resized ones on the host too
-        f"{len(images.x)} images of {side} x {side}",
-        "use a smaller --image-size or fewer images",
-    )
-    image = jax.ShapeDtypeStruct((side, side, 3), jnp.uint8)
-    layout.refuse_draws(image, config.clients_per_round or config.clients, config.local_steps, config.batch)
+    _check_room_for_images(config, images, side)
     pretrained = pretrained or load_weights(config, images.classes, side)
-    batch = jax.ShapeDtypeStruct((min(FORWARD, len(images.x)), *image.shape), image.dtype)
-    layout.refuse_more_than_there_is(
-        layout.largest(partial(_forward, pretrained), pretrained.params, batch),
-        f"{pretrained.name} on {batch.shape[0]} images of {side} x {side} makes an array that would",
-        "use a smaller --image-size or model",
-    )
+    _check_room_for_activations(pretrained, len(images.x), side)
     blocks = config.adapt_last or pretrained.model.depth
     stem, top = (None, pretrained) if blocks == pretrained.model.depth else cut(pretrained, blocks)
     new = partial(
@@ -164,6 +152,32 @@ def of_seeds(problem: Problem, start: int, stop: int) -> Problem:
     """What some of the seeds begin with; how they draw stays that of all."""
     part = jax.tree.map(lambda x: x[start:stop], (problem.clients, problem.adapters, problem.keys))
     return problem._replace(clients=part[0], adapters=part[1], keys=part[2])
+
+
+def _check_room_for_images(config: Config, images: Images, side: int) -> None:
+    """Refuse a size, or draws, that memory cannot hold."""
+    size = len(images.x) * side * side * 3
+    layout.refuse_more_than_there_is(
+        size if images.x.shape[1:3] == (side, side) else 2 * size,  # on the device, and resized ones on the host too
+        f"{len(images.x)} images of {side} x {side}",
+        "use a smaller --image-size or fewer images",
+    )
+    layout.refuse_draws(_image(side), config.clients_per_round or config.clients, config.local_steps, config.batch)
+
+
+def _check_room_for_activations(pretrained: Pretrained, count: int, side: int) -> None:
+    """Refuse a model whose largest array, of ``count`` images at most, memory cannot hold."""
+    image = _image(side)
+    batch = jax.ShapeDtypeStruct((min(FORWARD, count), *image.shape), image.dtype)
+    layout.refuse_more_than_there_is(
+        layout.largest(partial(_forward, pretrained), pretrained.params, batch),
+        f"{pretrained.name} on {batch.shape[0]} images of {side} x {side} makes an array that would",
+        "use a smaller --image-size or model",
+    )
+
+
+def _image(side: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((side, side, 3), jnp.uint8)
 
 
 def is_stored(config: Config, stem: Pretrained, images: Images) -> bool:

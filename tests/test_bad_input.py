@@ -64,7 +64,7 @@ OPTIONS = {
     "a count of seeds beyond all bounds": ("run --method fedit --seeds 1000000000", "means 1000000000 seeds"),
     "a range of seeds beyond all bounds": ("run --method fedit --seeds 5:3000000000", "means 2999999995 seeds"),
     "a range of no seeds": ("run --method fedit --seeds 5:5", "--seeds is empty"),
-    "a scale that float32 cannot hold": ("run --method fedit --scale 1e300", "float32 cannot hold"),
+    "a scale that float32 cannot hold": ("run --method fedit --scale 1e300", "--scale must be at least -1000000"),
     "a learning rate that float32 flushes to 0": ("run --method fedit --lr 1e-60", "float32 cannot hold"),
     "a validation share that sets nothing apart": ("run --method fedit --validation 1e-9", "use another --validation"),
     "alpha beyond all bounds": ("run --method fedit --partition dirichlet:1e999", "above 0, got inf"),
@@ -92,7 +92,10 @@ OPTIONS = {
     "a penalty without end": ("run --method lora_fair:lam=inf", "'lora_fair:lam=inf': lam must be a finite number"),
     "a bound without end": ("run --method fedit+clip:bound=inf", "'clip:bound=inf': bound must be a finite number"),
     "a method's rate that is no number": ("run --method fedit+signature_bias:lr=nan", "lr must be a finite number"),
-    "noise that float32 cannot hold": ("run --method fedit+noise:deviation=1e300", "float32 cannot hold"),
+    "noise that float32 cannot hold": (
+        "run --method fedit+noise:deviation=1e300 --weights-of-clients uniform",
+        "float32 cannot hold",
+    ),
     "steps that int32 cannot hold": ("run --method lora_fair:steps=1000000000000", "int32 cannot hold"),
     "an option set twice": (
         "run --method fedit+clip:bound=1:bound=2",
