@@ -1,9 +1,11 @@
 """What a run would need, before it is run: memory, traffic, arithmetic, time (``--dry-run``).
 
-Memory is that of the compiled programs: arrays that stay (model, images, clients, runs) and what the larger of the two
-programs, rounds and evaluation, computes with. Arithmetic and time are those of local steps: one step of as many
-clients as are trained at once, compiled alone and timed now, times the passes of a method. For evaluation an image
-costs a third of what it costs in a step. Aggregation is left out of both.
+Memory is that of the process: what it holds now beside arrays (libraries, compiled programs, images on the host),
+arrays that stay (model, images, clients, runs) and what the larger of the two programs, rounds and evaluation, computes
+with. Arithmetic is that of local steps. Time is that of local steps and of evaluation, each compiled alone and timed
+now: one step of as many clients as are trained at once, times the passes of a method; the global model on the test
+images; as many clients' models as are scored at once on their own. Aggregation is left out, and so are compiling and
+setting up.
 """
 
 from __future__ import annotations
@@ -36,10 +38,15 @@ class Need(NamedTuple):
 
     held: int  # of arrays that stay on the device
     work: int  # of temporaries and results of the larger program
+    process: int = 0  # that are there already, beside arrays; of a CPU
+
+    @property
+    def arrays(self) -> int:
+        return self.held + self.work
 
     @property
     def peak(self) -> int:
-        return self.held + self.work
+        return self.arrays + self.process
 
 
 class Step(NamedTuple):
@@ -50,23 +57,31 @@ class Step(NamedTuple):
     flops: float
 
 
+class Scoring(NamedTuple):
+    """Seconds of one evaluation."""
+
+    whole: float  # the global model on all test images
+    own: float  # one client's model on its own ones, where as many are scored at once as in a run
+
+
 def need(held: Any, compiled: Sequence[Any]) -> Need | None:
     """Memory of programs that run one after another while ``held`` stays; ``None`` where XLA does not tell."""
     works = [program.memory_analysis() for program in compiled]
     if None in works:
         return None
     new = lambda m: m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    return Need(_bytes(held), max(new(m) + m.generated_code_size_in_bytes for m in works))
+    work = max(new(m) + m.generated_code_size_in_bytes for m in works)
+    return Need(_bytes(held), work, layout.beside_arrays())
 
 
 def too_large(config: Config, problem: Problem, name: str, needed: Need | None) -> str | None:
     """Why a method does not fit into memory, and what should; ``None`` where it does."""
     have = layout.memory()
-    if needed is None or have is None or needed.peak <= have:
+    if needed is None or have is None or needed.arrays <= have:
         return None
     chunk, together = layout.layout(config, problem)
     text = (
-        f"{name} needs about {_size(needed.peak)} of memory ({_size(needed.held)} for arrays that stay, "
+        f"{name} needs about {_size(needed.arrays)} of memory for arrays ({_size(needed.held)} for those that stay, "
         f"{_size(needed.work)} to train {chunk} clients of {together} seeds at once), and there are {_size(have)}: "
     )
     cohort, seeds = (config.clients_per_round or config.clients) // config.devices, problem.keys.shape[0]
@@ -81,9 +96,10 @@ def too_large(config: Config, problem: Problem, name: str, needed: Need | None) 
 
 def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
     """One line for each compiled method, and how its numbers were found."""
-    step, have = one_step(config, problem), layout.memory()
+    step, scoring, have = one_step(config, problem), one_scoring(config, problem), layout.memory()
     frozen = _count(problem.base)
-    rows = [["method", "frozen", "trained", "KiB up", "KiB down", "GFLOP/round", "peak memory", "compile s", "run s"]]
+    rows = [["method", "frozen", "trained", "KiB up", "KiB down", "GFLOP/round", "peak memory", "compile s"]]
+    rows[0] += ["rounds s", "scores s", "run s"]
     notes = []
     for trial in trials:
         ranks = np.asarray(problem.clients.population.ranks)[0]
@@ -92,6 +108,7 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
         up, down = (x / len(cohort) / 1024 for x in programs.traffic_bytes(trial.method, shapes, cohort))
         passes = trial.method.slope.passes(config.local_steps) * len(cohort)
         needed = trial.need()
+        training, evaluation = seconds(config, trial.method, step, scoring, passes)
         rows.append(
             [
                 trial.name,
@@ -102,7 +119,7 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
                 f"{passes * step.flops / step.clients / 1e9:.3g}",
                 "unknown" if needed is None else _size(needed.peak),
                 f"{trial.compile_seconds:.1f}",
-                f"{seconds(config, problem, step, passes):.3g}",
+                *(f"{took:.3g}" for took in (training, evaluation, training + evaluation)),
             ]
         )
         if reason := too_large(config, problem, trial.name, needed):
@@ -112,10 +129,13 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
             *summary.aligned(rows),
             "",
             "trained: numbers that may move on a client in the first round; KiB: of one client in one round;",
-            f"run s: {config.rounds} rounds of {len(config.seeds)} seeds, from a local step of {step.clients} clients "
-            f"compiled alone and timed now ({1e3 * step.seconds:.3g} ms);",
-            "evaluation at a third of a step for each image; without aggregation and compiling",
-            f"memory there is: {'unknown' if have is None else _size(have)}",
+            f"rounds s: {config.rounds} rounds of {len(config.seeds)} seeds without aggregation, from a local step of "
+            f"{step.clients} clients timed now ({1e3 * step.seconds:.3g} ms);",
+            f"scores s: {config.rounds // config.eval_every} evaluations, from the global model on all test images "
+            f"({1e3 * scoring.whole:.3g} ms) and a client's on its own ({1e3 * scoring.own:.3g} ms);",
+            "run s: both, without compiling;",
+            f"peak memory: of the process, which holds {_size(layout.beside_arrays())} beside arrays now; "
+            f"free for arrays: {'unknown' if have is None else _size(have)}",
             *notes,
         ]
     )
@@ -135,25 +155,53 @@ def one_step(config: Config, problem: Problem) -> Step:
 
     one = (adapter, mask, adapter, batch)
     one = one if clients == 1 else jax.tree.map(lambda x: jnp.stack([x] * clients), one)
-    lowered = jax.jit(step).lower(problem.base, *one)
+    took, flops = _timed(step, problem.base, *one)
+    return Step(clients, took, flops)
+
+
+def one_scoring(config: Config, problem: Problem) -> Scoring:
+    """Time of the two parts of an evaluation."""
+    total, (chunk, _) = config.clients + config.holdout_clients, layout.layout(config, problem)
+    clients = programs.scored_at_once(total, chunk)
+    adapter = jax.tree.map(lambda x: x[0], problem.adapters)
+    several = jax.tree.map(lambda x: jnp.stack([x] * clients), adapter)
+    rows, (x, y) = problem.clients.test_rows[0, :clients], problem.test[:2]
+
+    def own(base, x, y, adapters, rows):
+        one = lambda row: problem.correct_fn(base, row[0], (x[row[1]], y[row[1]]))
+        many = (adapters, rows)
+        return jax.vmap(one)(many) if clients > 1 else one(jax.tree.map(lambda x: x[0], many))
+
+    whole = lambda base, adapter, *test: problem.correct_fn(base, adapter, test)
+    took, _ = _timed(whole, problem.base, adapter, x, y)
+    return Scoring(took, _timed(own, problem.base, x, y, several, rows)[0] / clients)
+
+
+def _timed(function: Any, *arguments: Any) -> tuple[float, float]:
+    """Seconds of one call, compiled: the best of a few; and its arithmetic."""
+    lowered = jax.jit(function).lower(*arguments)
     compiled, took = lowered.compile(), []
-    jax.block_until_ready(compiled(problem.base, *one))  # the first call also allocates
+    jax.block_until_ready(compiled(*arguments))  # the first call also allocates
     for _ in range(REPEATS):
         begin = time.perf_counter()
-        jax.block_until_ready(compiled(problem.base, *one))
+        jax.block_until_ready(compiled(*arguments))
         took.append(time.perf_counter() - begin)
-    return Step(clients, min(took), (lowered.cost_analysis() or {}).get("flops", math.nan))
+    return min(took), (lowered.cost_analysis() or {}).get("flops", math.nan)
 
 
-def seconds(config: Config, problem: Problem, step: Step, passes: float) -> float:
-    """Of a whole run, with ``passes`` of batches in a round; on several devices the clients of a round are shared."""
-    everybody = config.clients + config.holdout_clients
-    own = everybody * problem.clients.test_rows.shape[-1]
+def seconds(config: Config, method: Method, step: Step, scoring: Scoring, passes: float) -> tuple[float, float]:
+    """Of a whole run's local steps, with ``passes`` of batches in a round, and of its evaluations.
+
+    On several devices the clients of a round are shared; every device scores all.
+    """
+    everybody, seeds, one = config.clients + config.holdout_clients, len(config.seeds), step.seconds / step.clients
+    training = config.rounds * passes * one / config.devices
     times = config.rounds // config.eval_every
     tuned = min(times, -(-summary.WINDOW // config.eval_every))
-    images = times * (len(problem.test[1]) + own) + tuned * (own + 3 * everybody * config.local_steps * config.batch)
-    steps = config.rounds * passes / config.devices + images / 3 / config.batch
-    return len(config.seeds) * steps * step.seconds / step.clients
+    trials = config.holdout_clients * config.local_steps if method.meet else 0
+    steps = times * trials + tuned * everybody * config.local_steps
+    evaluation = times * scoring.whole + (times + tuned) * everybody * scoring.own + steps * one
+    return seeds * training, seeds * evaluation
 
 
 def trained(config: Config, problem: Problem, method: Method) -> float:

@@ -96,13 +96,26 @@ def refuse_draws(image: Any, clients: int, steps: int, batch: int, query: int = 
     )
 
 
+def beside_arrays() -> int:
+    """Bytes that this process holds on a CPU beside jax's arrays: libraries, compiled programs, what is on the host.
+
+    0 on an accelerator, and where the system does not say.
+    """
+    resident = _told("/proc/self/status", "VmRSS") if jax.default_backend() == "cpu" else None
+    return 0 if resident is None else max(0, resident - sum(x.nbytes for x in jax.live_arrays()))
+
+
 def _free() -> int | None:
+    return _told("/proc/meminfo", "MemAvailable")
+
+
+def _told(file: str, name: str) -> int | None:
+    """Bytes of what Linux calls ``name``."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path(file).read_text().splitlines()
     except OSError:
         return None
-    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    return 1024 * kib["MemAvailable"] if "MemAvailable" in kib else None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
 
 
 def divisor(number: int, most: int) -> int:

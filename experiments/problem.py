@@ -30,6 +30,7 @@ from models.vit import normalise
 
 FORWARD = 256  # images that a frozen model sees at once
 VIEWS = 16  # random halves of its data that describe each client in training
+AT_ONCE = 2**22  # numbers in the views of clients that are described together, in each seed
 STEM = "stem"  # the name under which a base holds the blocks that come before the adapted ones
 KEPT = 0.25  # of the memory there is, at most, for what the stem makes of all images
 NANO = Path(__file__).parent / "data" / "nano_glyphs.npz"
@@ -331,7 +332,10 @@ def _signatures(
     one = lambda key, r, size: signatures.views(
         key, features[r], labels[r], jnp.arange(r.shape[0]) < size, classes, VIEWS
     )
-    moments = jax.vmap(one)(jax.random.split(key, rows.shape[0]), rows, sizes)
+    keys, width = jax.random.split(key, rows.shape[0]), (1 + VIEWS) * rows.shape[1] * features.shape[1]
+    step = max(1, AT_ONCE // width)  # every view of a client's features is an array of its own
+    parts = [jax.vmap(one)(*(x[i : i + step] for x in (keys, rows, sizes))) for i in range(0, rows.shape[0], step)]
+    moments = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
     stats = signatures.standard(jax.tree.map(lambda x: x[:training, 0], moments))
     return _told(signatures.signatures(moments, stats), purpose(key, "what is told"), training, kind)
 

@@ -158,8 +158,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
     a model at a time; images are looked up where they are used.
     """
     total, train = config.clients + config.holdout_clients, config.clients
-    many = total > GROUP
-    own_chunk = min(chunk, GROUP) if many else divisor(total, chunk)
+    many, own_chunk = total > GROUP, scored_at_once(total, chunk)
     score_one = rounds.make_evaluate(method, problem.correct_fn)
     key_of = lambda seed, run: partial(purpose, purpose(jax.random.fold_in(seed.key, run.round), "evaluation"))
 
@@ -209,6 +208,11 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], jax.lax.map(group, ids))
 
     return Serving(whole, meet, score)
+
+
+def scored_at_once(total: int, chunk: int) -> int:
+    """Clients whose models are computed side by side when ``total`` of them are scored."""
+    return min(chunk, GROUP) if total > GROUP else divisor(total, chunk)
 
 
 def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int) -> Callable:

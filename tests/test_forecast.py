@@ -1,6 +1,8 @@
 """What a run would need is told without writing anything, and a run that does not fit is refused with what does."""
 
 import re
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ from test_bad_input import change
 from experiments import compare, forecast, layout
 from experiments.cli import parse
 from experiments.config import Config
-from experiments.forecast import Need
+from experiments.forecast import Need, Scoring, Step
 from experiments.start import planned
 
 GIB = 2**30
@@ -39,7 +41,8 @@ def test_a_dry_run_tells_and_writes_nothing(plan, capsys):
     assert cells["method"] == "ffa_lora"
     assert int(cells["trained"].replace(",", "")) == moving
     assert cells["KiB up"] == cells["KiB down"] == f"{4 * moving / 1024:.1f}"
-    assert all(float(cells[name]) > 0 for name in ("GFLOP/round", "compile s", "run s"))
+    assert all(float(cells[name]) > 0 for name in ("GFLOP/round", "compile s", "rounds s", "scores s"))
+    assert float(cells["run s"]) == pytest.approx(float(cells["rounds s"]) + float(cells["scores s"]), rel=0.02)
     assert not plan.folder.path.exists()
 
 
@@ -50,6 +53,11 @@ def test_memory_is_what_the_arrays_and_the_programs_take(plan):
     arrays = sum(x.nbytes for x in (*plan.problem.train, *plan.problem.test))
     assert arrays < needed.held < 2 * arrays + 4 * 10**6
     assert needed.work > 0
+    assert needed.peak == needed.held + needed.work + needed.process
+    if Path("/proc/self/status").exists():  # libraries and compiled programs are most of a small run
+        assert needed.process > 100 * 2**20
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        assert needed.peak < 1.2 * used + needed.arrays
 
 
 @pytest.mark.long
@@ -61,7 +69,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_first_round(plan, monkeyp
     with pytest.raises(MemoryError, match=r"ffa_lora needs about .* MiB of memory .*--chunk 2 should fit"):
         plan.execute()
     assert not plan.folder.path.exists()
-    monkeypatch.setattr(layout, "memory", lambda: needed.peak)
+    monkeypatch.setattr(layout, "memory", lambda: needed.arrays)
     assert forecast.too_large(plan.config, plan.problem, "ffa_lora", needed) is None
 
 
@@ -78,6 +86,24 @@ def test_first_fewer_seeds_are_advised_then_fewer_clients(monkeypatch, have, adv
     assert advice in text
     assert "needs about 13.00 GiB" in text
     assert f"{have:.2f} GiB" in text
+
+
+@pytest.mark.parametrize("meet", [None, "a trial"])
+@pytest.mark.parametrize(("rounds", "every"), [(10, 1), (12, 4), (3, 3), (40, 2)])
+def test_time_is_that_of_all_that_is_computed_one_after_another(meet, rounds, every):
+    """Counted once more, round by round; a step of 4 clients takes 2 s, so one client's half a second."""
+    config = Config(
+        clients=30, holdout_clients=7, local_steps=5, rounds=rounds, eval_every=every, seeds=(0, 1), devices=2
+    )
+    step, scoring, passes = Step(4, 2.0, 1.0), Scoring(whole=11.0, own=0.1), 30 * 6.0
+    training = evaluation = 0.0
+    for r in range(1, rounds + 1):
+        training += passes * 0.5 / 2  # shared by two devices
+        if r % every == 0:
+            evaluation += 11.0 + 37 * 0.1 + (7 * 5 * 0.5 if meet else 0.0)
+            evaluation += 37 * (5 * 0.5 + 0.1) if r > rounds - 5 else 0.0
+    found = forecast.seconds(config, SimpleNamespace(meet=meet), step, scoring, passes)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, (2 * training, 2 * evaluation))
 
 
 def test_where_memory_is_unknown_nothing_is_refused(monkeypatch):
