@@ -148,20 +148,23 @@ def clients(looks: Looks, rows: Rows) -> Figure | None:
 def held(holdings: dict[str, Any]) -> Figure | None:
     """Training images of each client by class (across) and domain (colour); the area of a dot is their number."""
     counts, names, training = np.asarray(holdings["counts"]), holdings["domains"], holdings["training"]
-    n, _, width = counts.shape
+    every, width = -(-len(counts) // client_map.CLIENTS), counts.shape[-1]  # of very many, some are drawn
     if not counts.sum():
         return None
-    order = sorted(range(n), key=lambda i: (i >= training, counts[i].sum(1).argmax(), i))
+    order = sorted(range(len(counts)), key=lambda i: (i >= training, counts[i].sum(1).argmax(), i))[::every]
+    unseen = [i >= training for i in order]
+    n, training = len(order), unseen.count(False)
     rings = counts[order].cumsum(1)  # [clients, domains, classes]: within one dot, the first domain innermost
     step = float(np.clip(9 / n, 0.02, 0.26))  # inches from one client to the next
-    figure, axes = new("Who holds what", "class", "client", 2 + step * n)
+    label = f"client (one of {every} is drawn)" if every > 1 else "client"
+    figure, axes = new("Who holds what", "class", label, 2 + step * n)
     own = colours(len(names))
     widest = max(4, 68 * min(step, 5.4 / width))  # points
     for j in reversed(range(len(names))):
         y, x = np.nonzero(counts[order][:, j])
         axes.scatter(x, y, np.maximum(1.5, widest**2 * rings[y, j, x] / rings.max()), color=own[j], linewidths=0)
     shown, classes = range(0, n, -(-n // 60)), range(0, width, -(-width // 40))
-    labels = [f"{order[y]}, unseen" if order[y] >= training else f"{order[y]}" for y in shown]
+    labels = [f"{order[y]}, unseen" if unseen[y] else f"{order[y]}" for y in shown]
     texts = [plain(holdings["classes"][c], 16) for c in classes]
     font = 8 if n <= 40 else 6
     axes.set_yticks(shown, labels, fontsize=font)
@@ -176,9 +179,8 @@ def held(holdings: dict[str, Any]) -> Figure | None:
     right.set_ylabel("training images", fontsize=10)
     right.spines[:].set_visible(False)
     several = "; a ring: one of several domains" if ((counts > 0).sum(1) > 1).any() else ""
-    axes.set_title(
-        f"seed {holdings['seed']}; largest dot: {rings.max()} images{several}", loc="right", fontsize=8, color=GREY
-    )
+    told = f"seed {holdings['seed']}; largest dot: {rings.max()} images{several}"
+    axes.set_title(told, loc="right", fontsize=8, color=GREY)
     return below(figure, [Patch(color=own[j], label=plain(d)) for j, d in enumerate(names)])
 
 

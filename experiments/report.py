@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments import figures
+from experiments import client_map, figures
 from experiments.look import png
 from experiments.record import write_atomically
 from experiments.summary import window
@@ -114,6 +114,7 @@ def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, b
         "<h2>Figures</h2>",
         f'<p class="note">{INTERVALS}</p>' if len(config["seeds"]) > 1 else "",
         *(_figure(name, image) for name, image in images.items()),
+        _without_map(len(holdings["counts"])),
         *(["<h2>Global model on each domain</h2>", _domains(summary)] if len(holdings["domains"]) > 1 else []),
         "<h2>Methods</h2>",
         _methods(methods),
@@ -125,6 +126,14 @@ def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, b
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';img-src data:;'
         "style-src 'unsafe-inline'\">"
         f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def _without_map(clients: int) -> str:
+    if client_map.is_drawn(clients):
+        return ""
+    return (
+        f'<p class="note">No map of clients: they are {clients}, and one is drawn of {client_map.CLIENTS} at most.</p>'
     )
 
 

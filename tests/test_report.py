@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import figures, report
+from experiments import client_map, figures, report
 from experiments.budget_figures import line
 from experiments.look import legend, looks_of, png
 from experiments.summary import paired, spread, summarise
@@ -245,6 +245,22 @@ def test_bias_of_any_size_is_drawn(share):
     assert figure is not None
     assert png(figure)
     assert figure.axes[0].get_yscale() == "linear"
+
+
+def test_of_very_many_clients_some_are_drawn_and_the_map_is_left_out_with_a_word(tmp_path):
+    clients = 3 * client_map.CLIENTS
+    summary, rows, holdings = make(names=("FedIT",), seeds=1, rounds=1, clients=clients)
+    for row in rows:
+        del row["client_positions"]
+    text = Page(write(tmp_path, summary, rows, holdings)).text
+    assert f"No map of clients: they are {clients + 3}" in text
+    assert not (tmp_path / "map.png").exists()
+    figure = figures.held(holdings)
+    low, high = sorted(figure.axes[0].get_ylim())
+    assert high - low < client_map.CLIENTS + 2
+    assert figure.get_size_inches()[1] < 15
+    assert figure.axes[0].get_ylabel() == "client (one of 4 is drawn)"
+    assert "No map" not in Page(write(tmp_path, *make())).text
 
 
 def drawn(axes):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_bad_input import change
 
-from experiments import budget, compare, layout, methods, problem, programs
+from experiments import budget, client_map, compare, layout, methods, problem, programs
 from experiments.cli import parse
 from experiments.problem import make_optimizer
 from experiments.programs import Arrays, Seed
@@ -82,3 +82,17 @@ def test_scoring_holds_no_images_of_more_than_one_group(options, monkeypatch):
         program = jax.make_jaxpr(lambda *row, steps=steps: serving.score(*row, (), steps))(arrays, seed, run)
         made = [x for x in layout.made(program.jaxpr) if x.shape[-len(own) :] == own]
         assert 0 < max(x.size for x in made) <= 2 * images * np.prod(own)
+
+
+def test_of_many_clients_no_distances_are_computed(options, monkeypatch):
+    config = parse(["run", "--method", "fedit", *options])[1]
+    p = problem.build(config)
+    seed = jax.tree.map(lambda x: x[0], Seed(p.clients, p.adapters, p.keys))
+    method = methods.build("fedit", **compare.facts_of(config, p.signature))
+    run = rounds.start(method, seed.key, seed.adapter, config.clients)
+    arrays = Arrays(p.base, p.train, p.test[:2])
+    for most, shape in ((6, (6, 6)), (5, None)):
+        monkeypatch.setattr(client_map, "CLIENTS", most)
+        scores = programs.make_scores(config, p, method, make_optimizer(config), 1)
+        apart = jax.eval_shape(scores, arrays, seed, run, np.bool_(True)).apart
+        assert (None if apart is None else apart.shape) == shape
