@@ -157,7 +157,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
     Clients are scored in chunks of at most ``chunk``, as they are trained. Of many clients no more than ``GROUP`` hold
     a model at a time; images are looked up where they are used.
     """
-    total, train = config.clients + config.holdout_clients, config.clients
+    total, n = config.clients + config.holdout_clients, config.clients
     many, own_chunk = total > GROUP, scored_at_once(total, chunk)
     score_one = rounds.make_evaluate(method, problem.correct_fn)
     key_of = lambda seed, run: partial(purpose, purpose(jax.random.fold_in(seed.key, run.round), "evaluation"))
@@ -172,7 +172,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         return lambda base, adapter, rows, key: problem.loss_fn(base, adapter, images(rows), key)
 
     def whole(arrays: Arrays, seed: Seed, run: Run) -> Array:
-        (x, y), training = arrays.test, seed.clients.training(train).cohort(jnp.arange(train), run.memory)
+        (x, y), training = arrays.test, seed.clients.training(n).cohort(jnp.arange(n), run.memory)
         one, key = average_client(training), key_of(seed, run)("nothing")
         return score_one(arrays.base, run.state, one, (x[None], y[None]), key).before[0]
 
@@ -182,11 +182,11 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh.memory)
         if method.meet is None or not config.holdout_clients:
             return memory
-        unseen = jnp.arange(train, total)
+        unseen = jnp.arange(n, total)
         trial = drawn(arrays, seed.clients, unseen, key("batches of trials"), config.local_steps)
-        told = rounds.make_meet(method, loss_of(arrays), optimizer)(
-            arrays.base, run.state, population.cohort(unseen, memory, trial), key("trials"), run.round
-        )
+        introduce = rounds.make_meet(method, loss_of(arrays), optimizer, chunk=divisor(config.holdout_clients, chunk))
+        cohort = population.cohort(unseen, memory, trial)
+        told = introduce(arrays.base, run.state, cohort, key("trials"), run.round)
         return jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
 
     def score(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable = lambda model: ()):
