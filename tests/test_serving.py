@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_bad_input import change
 
-from experiments import budget, client_map, compare, layout, methods, problem, programs
+from experiments import budget, client_map, layout, methods, problem, programs, trial
 from experiments.cli import parse
 from experiments.problem import make_optimizer
 from experiments.programs import Arrays, Seed
@@ -31,12 +31,12 @@ def options(tmp_path_factory):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_and_a_comparison_give_every_client_the_same_accuracy(name, options):
     config = parse(["run", "--method", name, *options])[1]
-    plan = compare.Plan("run", config)
-    trial, p = plan.trials[name], plan.problem
-    run = trial.programs.start(p.adapters, p.keys)
-    run, _ = trial.programs.train(p.base, p.train, p.clients, run, p.keys)
-    scores = trial.programs.evaluate(p.base, p.train, p.test, p.clients, run, p.keys, np.bool_(True))
-    found = budget.program(config, p, trial.method, 1)((config.lr,))
+    p = problem.build(config, partial(trial.acceptable, config))
+    own = trial.Trial(config, p, name)
+    run = own.programs.start(p.adapters, p.keys)
+    run, _ = own.programs.train(p.base, p.train, p.clients, run, p.keys)
+    scores = own.programs.evaluate(p.base, p.train, p.test, p.clients, run, p.keys, np.bool_(True))
+    found = budget.program(config, p, own.method, 1)((config.lr,))
     clients = np.asarray(found.clients)[0, 0]  # [taus, N + K]
     np.testing.assert_array_equal(clients[budget.TAUS.index(0)], scores.personal[0])
     np.testing.assert_array_equal(clients[budget.TAUS.index(2)], scores.tuned[0])
@@ -48,8 +48,8 @@ def test_a_budget_and_a_comparison_give_every_client_the_same_accuracy(name, opt
 def test_clients_served_in_groups_have_the_accuracies_of_all_at_once(name, options, monkeypatch):
     """Six clients in groups of four: the last group is filled up, and no group sees another's clients."""
     config = parse(["run", "--method", name, *options])[1]
-    p = problem.build(config, partial(compare.acceptable, config))
-    method = methods.build(name, **compare.facts_of(config, p.signature))
+    p = problem.build(config, partial(trial.acceptable, config))
+    method = methods.build(name, **trial.facts_of(config, p.signature))
     seed = jax.tree.map(lambda x: x[0], Seed(p.clients, p.adapters, p.keys))
     run = rounds.start(method, seed.key, seed.adapter, config.clients)
     moved = jax.tree.map(lambda x: x + 0.3 * np.ones(x.shape, x.dtype), seed.adapter)
@@ -72,7 +72,7 @@ def test_scoring_holds_no_images_of_more_than_one_group(options, monkeypatch):
     monkeypatch.setattr(programs, "GROUP", 2)
     config = parse(["run", "--method", "fedit", *options, "--batch", "24", "--local-steps", "8"])[1]
     p = problem.build(config)
-    method = methods.build("fedit", **compare.facts_of(config, p.signature))
+    method = methods.build("fedit", **trial.facts_of(config, p.signature))
     seed = jax.tree.map(lambda x: x[0], Seed(p.clients, p.adapters, p.keys))
     run = rounds.start(method, seed.key, seed.adapter, config.clients)
     serving = programs.make_serving(config, p, method, make_optimizer(config), 1)
@@ -88,7 +88,7 @@ def test_of_many_clients_no_distances_are_computed(options, monkeypatch):
     config = parse(["run", "--method", "fedit", *options])[1]
     p = problem.build(config)
     seed = jax.tree.map(lambda x: x[0], Seed(p.clients, p.adapters, p.keys))
-    method = methods.build("fedit", **compare.facts_of(config, p.signature))
+    method = methods.build("fedit", **trial.facts_of(config, p.signature))
     run = rounds.start(method, seed.key, seed.adapter, config.clients)
     arrays = Arrays(p.base, p.train, p.test[:2])
     for most, shape in ((6, (6, 6)), (5, None)):
