@@ -96,7 +96,7 @@ class Plan:
             return self._execute(folder)
 
     def _execute(self, folder: Path) -> Path:
-        entries = _held(folder / FILE)
+        entries = held_in(folder / FILE)
         write_json(folder / CONFIG, self.about)
         done = {(e["method"], e["steps"]) for e in entries}
         cells = [(name, steps) for name in self.config.methods for steps in self.config.budgets]
@@ -139,7 +139,7 @@ class Plan:
             write_atomically(folder / f"{name}.png", png(figure))
 
 
-def _held(path: Path) -> list[dict[str, Any]]:
+def held_in(path: Path) -> list[dict[str, Any]]:
     """The entries that are as they were written; a line where others are not."""
     content = read_json(path.read_bytes()) if path.exists() else {"entries": []}
     there = content.get("entries") if isinstance(content, dict) else None

@@ -103,7 +103,7 @@ class Plan:
             complete = record.complete(rows, own.name, own.config.seeds)
             wrong += [f"rows after round {complete} are damaged or missing"] * (complete < max(whole, default=0))
             whole = [rounds for rounds in whole if rounds <= complete]
-            if not (wrong or whole) and complete >= self.config.rounds_between_checkpoints():
+            if not (wrong or whole) and complete >= min(self.config.rounds_between_checkpoints(), self.config.rounds):
                 wrong = ["its checkpoints are gone"]
             if wrong:
                 then = f"goes on after round {whole[0]}" if whole else "begins anew"

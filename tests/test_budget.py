@@ -12,6 +12,7 @@ import pytest
 from experiments import budget, budget_figures, data, problem, summary
 from experiments.__main__ import main
 from experiments.config import Config
+from experiments.folder import sealed, write_json
 
 TAUS = ("0", "1", "2", "5", "10")
 
@@ -59,6 +60,22 @@ def test_a_claim_compares_with_the_baseline_that_validation_prefers():
 def test_reaching_a_target_counts_rounds_and_passes():
     assert budget.to_target(ENTRIES[3], 0.85) == (2, 10)
     assert budget.to_target(ENTRIES[0], 0.85) is None
+
+
+def test_entries_that_are_not_as_they_were_written_are_computed_again(tmp_path, capsys):
+    path = tmp_path / "budget.json"
+    assert budget.held_in(path) == []
+    write_json(path, {"entries": [sealed(e) for e in ENTRIES]})
+    assert budget.held_in(path) == ENTRIES
+    assert not capsys.readouterr().err
+    text = path.read_text()
+    path.write_text(text.replace('"lr": 0.1', '"lr": 0.2', 1))
+    assert budget.held_in(path) == ENTRIES[1:]
+    assert capsys.readouterr().err.count("\n") == 1
+    for other in ("", "[]", "null", '{"entries": 3}', text[:-100]):
+        path.write_text(other)
+        assert budget.held_in(path) == []
+        assert "is damaged" in capsys.readouterr().err
 
 
 def test_the_table_and_the_pictures_show_every_entry():
@@ -129,7 +146,7 @@ def test_a_small_experiment_from_the_command_line(tmp_path, monkeypatch, capsys)
     main()
     assert "clients never seen" in capsys.readouterr().out
     result = json.loads((out / "budget.json").read_text())
-    assert {p.name for p in out.iterdir()} == {"budget.json", "budget.png", "steps.png", "cost.png"}
+    assert {p.name for p in out.iterdir()} == {"config.json", "budget.json", "budget.png", "steps.png", "cost.png"}
     for e, passes in zip(result["entries"], (2,), strict=True):
         best = max(e["validation"], key=lambda v: v["accuracy"])
         assert (e["lr"], e["tau"]) == (best["lr"], best["tau"])
