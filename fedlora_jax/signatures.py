@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax.method import mean
+from fedlora_jax.lora import mean
+from fedlora_jax.product import safe_sqrt
 
 SIZE = 64  # random directions in which each of the two feature moments is seen
 
@@ -35,6 +36,17 @@ class Signature(NamedTuple):
         """``[..., m]``, for a network to read."""
         return jnp.concatenate(self, -1)
 
+    def shares(self) -> Array:
+        """``[..., classes]`` the shares of its classes (noise makes their roots negative)."""
+        return jnp.maximum(self.labels, 0) ** 2
+
+
+def mean_client(signatures: Signature, weights: Array) -> Signature:
+    """The signature ``[...]`` of the mean of clients ``[C, ...]``, whose weights sum to one: it has the mean of their
+    shares of the classes, not of the roots."""
+    own = Signature(*(mean(x, weights) for x in signatures))
+    return own._replace(labels=safe_sqrt(mean(signatures.shares(), weights)))
+
 
 def nobody(like: Signature) -> Signature:
     """Zeros in the shapes of ``like``, from which ``mean_so_far`` starts."""
@@ -44,7 +56,8 @@ def nobody(like: Signature) -> Signature:
 
 def mean_so_far(center: Signature, signatures: Signature, weights: Array, rounds: Array) -> Signature:
     """The mean over ``rounds`` cohorts and this one of each one's mean client; ``signatures [C, ...]``."""
-    return jax.tree.map(lambda old, z: old + (mean(z, weights) - old) / (rounds + 1), center, signatures)
+    both = jax.tree.map(lambda *x: jnp.stack(x), center, mean_client(signatures, weights))
+    return mean_client(both, jnp.stack([rounds, 1]) / (rounds + 1))
 
 
 class Moments(NamedTuple):

@@ -8,7 +8,9 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
+    ADAPTER,
     BASE,
+    CLASSES,
     CLIENTS,
     KEY,
     METHODS,
@@ -18,19 +20,23 @@ from helpers import (
     built,
     cohort,
     compiled,
+    copies,
     dispatched,
     host,
     jit,
     loss_fn,
     normalised,
+    nudged,
     problem,
     take,
 )
 from hyperlora_helpers import center, doubles, flat, learned, learner, synthesize, uploads
 from numpy.linalg import norm
 
-from fedlora_jax import rounds
+from fedlora_jax import lora, product, rounds
 from fedlora_jax.hyper import generator
+from fedlora_jax.lora import LoRA
+from fedlora_jax.method import per_client
 from fedlora_jax.methods import hyperlora as module
 from fedlora_jax.methods.hyperlora import Theta, aggregated, hyperlora
 
@@ -66,9 +72,22 @@ def phi(theta, last, signatures):
     return generator.generate(theta.generator, signatures, center(), aggregated(theta, last), "mix")
 
 
-def test_displacement_is_the_exact_gradient_for_one_step_of_sgd(x64):
+def cut(rows, ranks):
+    """Clients of rank 1 hold the truncation of theirs: a decomposition to a rank that is not traced."""
+
+    def one(x):
+        t = product.truncate(x, 1)
+        wide = LoRA(jnp.concatenate([t.a, 0 * t.a], -1), jnp.concatenate([t.b, 0 * t.b], -2), t.scale)
+        return jax.tree.map(lambda x, y: jnp.where(per_client(jnp.asarray(ranks) < 2, x) > 0, y, x), x, wide)
+
+    return lora.tree_map(one, rows)
+
+
+@pytest.mark.parametrize("ranks", [[2, 2, 2, 2], [1, 2, 2, 1]])
+def test_displacement_is_the_exact_gradient_for_one_step_of_sgd(x64, ranks):
     """d/dtheta of sum_c p_c L_c(start of c), in generator, synthesizer and corrector: from uploads alone."""
     lr, (base, theta, last, c) = 0.05, _problem64()
+    c = c._replace(ranks=np.asarray(ranks))
     got = learn_once("displacement", lr, c, base, theta, last)
 
     def losses(adapters):
@@ -76,7 +95,7 @@ def test_displacement_is_the_exact_gradient_for_one_step_of_sgd(x64):
         own = jax.vmap(lambda id_: jax.random.fold_in(jax.random.fold_in(KEY, id_), 0))(c.ids)
         return jax.vmap(loss_fn, (None, 0, 0, 0))(base, adapters, take(c.batches, (slice(None), 0)), own)
 
-    exact = jit(jax.grad(lambda theta: lr * c.weights @ losses(phi(theta, last, c.signatures))))(theta)
+    exact = jit(jax.grad(lambda theta: lr * c.weights @ losses(cut(phi(theta, last, c.signatures), ranks))))(theta)
     assert norm(flat(exact)) < 1  # else it would have been clipped
     for field in Theta._fields:
         x, y = flat(getattr(got, field)), flat(getattr(exact, field))
@@ -187,3 +206,29 @@ def test_the_report_is_zero_for_flexlora_and_says_what_was_learned():
     assert min(said.values()) > 1e-4
     counts = module.parameters(learned())
     assert counts == {part: flat(getattr(learned(), part)).size for part in Theta._fields}
+
+
+@pytest.mark.parametrize("factors", ["balanced", "steady"])
+def test_while_its_gates_are_closed_the_personal_part_changes_nothing(factors):
+    """Neither products nor factors, whatever clients keep: rounds with and without it are the same bits."""
+    start, c = nudged(begin(built(learner).init, KEY).adapter, 3), normalised(cohort())
+    sent = {}
+    for personal in (0, 2):
+        method = hyperlora(CLIENTS, SIGNATURE, factors=factors, personal=personal)
+        state = begin(method.init, KEY)
+        theta = learned()._replace(corrector=state.theta.corrector)
+        state = state._replace(theta=theta, adapter=start, center=center(), last=uploads())
+        own = nudged(copies(method.init_client(ADAPTER)), 4)
+        sent[personal] = dispatched(method, state, c._replace(memory=own)).adapter
+    assert_near(sent[2], sent[0], 0)
+
+
+def test_kappa_is_refused_where_nothing_is_learned_and_its_gradient_is_counted():
+    with pytest.raises(ValueError, match="mode=frozen it learns nothing; got 1"):
+        hyperlora(CLIENTS, SIGNATURE, "frozen", kappa=1.0)
+    up = lambda *options: (
+        flat(hyperlora(CLIENTS, SIGNATURE, *options[:1], kappa=options[1]).traffic(ADAPTER, []).up).size
+    )
+    own, told = flat(ADAPTER).size, 4 + CLASSES + 1
+    assert up("displacement", 0.0) == up("frozen", 0.0) == own + told
+    assert up("displacement", 0.5) == up("exact", 0.0) == up("first_order", 0.5) == 2 * own + told

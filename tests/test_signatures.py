@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import KEY, assert_near, take
+from helpers import KEY, array, assert_near, cohort, take
 from numpy.linalg import norm
 
 from fedlora_jax import signatures as sig
+from fedlora_jax.method import average_client
 from fedlora_jax.signatures import Signature
 
 
@@ -53,3 +54,28 @@ def test_noise_is_clipped_gaussian():
     np.testing.assert_allclose([x.mean() for x in told], [2.0, 0.0, 1.0], atol=0.05)
     np.testing.assert_allclose([x.std() for x in told], 0.5, atol=0.03)
     assert sig.label_free(z).flat().shape == (2000, 4)
+
+
+def test_the_mean_client_has_the_mean_of_the_shares_and_so_has_the_mean_over_rounds():
+    """Clients of one class each: the mean of roots, squared, would be half of it or less."""
+    rng, one = np.random.default_rng(0), np.eye(3)[[0, 1, 2, 2]]
+    cohorts = [rng.permutation(one) for _ in range(3)]
+    weights = rng.dirichlet(np.ones(4), 3)
+    draw = lambda *shape: array(rng.normal(size=shape))
+    told = [Signature(draw(4, 5), array(np.sqrt(shares)), draw(4, 1)) for shares in cohorts]
+    center = sig.nobody(take(told[0], 0))
+    for t in range(3):
+        whole = average_client(cohort(weights=weights[t])._replace(signatures=told[t])).signatures
+        assert_near(take(whole, 0).labels ** 2, weights[t] @ cohorts[t], 1e-6)
+        assert_near(take(whole, 0).shape, weights[t] @ told[t].shape, 1e-5)
+        center = sig.mean_so_far(center, told[t], jnp.asarray(weights[t]), jnp.asarray(t))
+    expected = np.mean([p @ shares for p, shares in zip(weights, cohorts, strict=True)], 0)
+    assert_near(center.labels**2, expected, 1e-6)
+    assert_near(center.shape, np.mean([p @ z.shape for p, z in zip(weights, told, strict=True)], 0), 1e-5)
+
+
+def test_shares_told_with_noise_are_never_negative():
+    z = sig.noisy(KEY, Signature(jnp.zeros((50, 4)), jnp.zeros((50, 3)), jnp.zeros((50, 1))), 0.3)
+    assert (z.labels < 0).any()
+    assert_near(z.shares(), np.maximum(z.labels, 0) ** 2, 0)
+    assert_near(sig.mean_client(z, jnp.full(50, 0.02)).shares(), np.mean(np.maximum(z.labels, 0) ** 2, 0), 1e-5)

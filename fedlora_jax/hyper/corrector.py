@@ -4,8 +4,10 @@
     personal   a_c b_c <- T_r( a_c b_c + rho(z_c) q_c )        q_c: the client's last local update, to a small rank
 
 The gates ``gamma`` (with ``lam``, from what the clients' updates look like) and ``rho`` come from networks whose last
-layer starts at zero: then C adds nothing. While S is a plain truncated SVD the residual is orthogonal to ``a``, and the
-global correction is zero whatever its gate; it acts against S's server step and gain.
+layer starts at zero: then C adds nothing, and a client starts from the very factors it would have without it (where
+``rho`` is open from balanced ones, scaled so that ``a_c`` stays as long as it was). While S is a plain truncated SVD
+the residual is orthogonal to ``a``, and the global correction is zero whatever its gate; it acts against S's step
+and gain.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from jax import Array
 
 from fedlora_jax import lora, product
 from fedlora_jax.hyper.networks import Conditioned, Place, per_layer, places
-from fedlora_jax.hyper.synthesizer import FEATURES, Synthesis, Uploads
+from fedlora_jax.hyper.synthesizer import FEATURES, Synthesis, Uploads, steady
 from fedlora_jax.lora import Adapter, LoRA, flatten, unflatten
 from fedlora_jax.product import matmul
 from fedlora_jax.signatures import Signature
@@ -77,9 +79,20 @@ def personalise(c: Corrector, signatures: Signature, rows: Adapter, own: Adapter
     for place in places(jax.tree.map(lambda x: x[0], rows)):
         x, q = flat[place.name], mine[place.name]
         rho = jnp.tanh(jnp.asarray(_rho().apply(c.personal, per_layer(z, place.layers), place))[..., 0])
-        added = product.plus(x, LoRA(rho[..., None, None] * q.a, q.b, q.scale))
-        flat[place.name] = product.truncate(added, x.a.shape[-1], like=x)
+        flat[place.name] = _opened(rho[..., None, None], x, q)
     return unflatten(flat)
+
+
+def _opened(rho: Array, x: LoRA, q: LoRA) -> LoRA:
+    def added(x: LoRA) -> LoRA:
+        both = product.plus(x, LoRA(rho * q.a, q.b, q.scale))
+        return steady(product.truncate(both, x.a.shape[-1], like=x), x)
+
+    def one(x: Array, still: Array, new: Array) -> Array:
+        closed = x + (still - jax.lax.stop_gradient(still))  # x itself, and how it would change if the gate opened
+        return jnp.where(rho == 0, closed, new)
+
+    return jax.tree.map(one, x, added(jax.lax.stop_gradient(x)), added(x))
 
 
 def _ridge(gamma: Array, lam: Array, t: LoRA, x: LoRA, w: Array) -> Array:

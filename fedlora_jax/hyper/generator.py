@@ -92,7 +92,7 @@ def generate(g: Generator, signatures: Signature, center: Signature, adapter: Ad
 
 def class_shifts(t: Array, signatures: Signature, center: Signature) -> Array:
     """``[C, classes]`` what a bias gets: ``tanh(t)`` of the log share of its class, beyond the mean client's."""
-    prior = lambda z: jnp.log(jnp.maximum(z.labels, 0) ** 2 + EPSILON)  # noise makes roots of shares negative
+    prior = lambda z: jnp.log(z.shares() + EPSILON)
     return part(t) * (prior(signatures) - prior(center))
 
 

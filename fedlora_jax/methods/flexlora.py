@@ -9,10 +9,10 @@ Factors and head travel, both ways.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from fedlora_jax import lora, product
-from fedlora_jax.lora import LoRA
 from fedlora_jax.method import About, Method, mean
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.product import Split
@@ -25,10 +25,21 @@ def flexlora(split: Split = "left", gauge: bool = False) -> Method:
 
     Args:
       split: how ``U S V^T`` becomes factors; ``left`` is the public code's.
-      gauge: rotate the new factors towards the old ones, so that they move continuously. Then columns are no longer
-        ordered by singular value, so it is for clients of equal rank only (a client of rank k is sent the first k
-        columns).
+      gauge: rotate the new factors towards the old ones, so that they move continuously from round to round, in the
+        server. A cohort with clients of smaller ranks is sent them in the order of singular values.
     """
+    inner = fedit()
+
+    def dispatch(base, state, cohort):
+        if not gauge:
+            return inner.dispatch(base, state, cohort)
+        sent = inner.dispatch(base, state, cohort)
+        best = jax.vmap(lambda x, rank: product.within(x, rank, split), (None, 0))
+        keep = lambda x, y: y
+        truncated = lambda: lora.tree_map(lambda x, y: best(x, cohort.ranks), state.adapter, sent.adapter, full=keep)
+        smaller = jnp.any(cohort.ranks < lora.max_rank(state.adapter))
+        rows = jax.lax.cond(smaller, truncated, lambda: sent.adapter)
+        return sent._replace(adapter=rows, anchor=rows)
 
     def aggregate(base, state, cohort, sent, received):
         p = cohort.weights
@@ -36,11 +47,8 @@ def flexlora(split: Split = "left", gauge: bool = False) -> Method:
         def truncated(old, x):
             like = old if gauge else None
             new = product.truncate(product.total(x, p), old.a.shape[-1], split=split, like=like)
-            if split != "balanced" or gauge:
-                return new
-            dead = ~new.b.any(-1)[..., None, :]  # zero in both factors: goes on with the old a, or it never moves again
-            return LoRA(jnp.where(dead, old.a, new.a), new.b, new.scale)
+            return new if split != "balanced" or gauge else product.continued(new, old)
 
         return FedITState(lora.tree_map(truncated, state.adapter, received, full=lambda old, x: mean(x, p)))
 
-    return fedit()._replace(aggregate=aggregate)
+    return inner._replace(dispatch=dispatch, aggregate=aggregate)

@@ -10,7 +10,8 @@ known of how the starts should have been different (a *slope*, ``fedlora_jax/met
 
     theta <- theta - Adam( (d Phi / d theta)^T {p_c slope_c} )
 
-so aggregation is judged by the next round, which starts from it. ``displacement`` asks nothing of a client but its
+so aggregation is judged by the next round, which starts from it. A client of a smaller rank starts from the best
+approximation of x_c of that rank. ``displacement`` asks nothing of a client but its
 upload, ``first_order`` a gradient on examples kept apart, ``exact`` the derivative through its local steps.
 """
 
@@ -95,13 +96,14 @@ def hyperlora(
       factors: of the global adapter's products, see ``fedlora_jax/hyper/synthesizer.py``.
       warmup: rounds before anything is learned; by default the method is FlexLoRA with balanced, aligned factors there.
       query: examples a client keeps apart in a round, where the mode needs them.
-      kappa: weight of the loss at the start itself, before local steps; needs examples kept apart.
+      kappa: weight of the loss at the start itself, before local steps, in what theta learns from; needs examples kept
+        apart, and its gradient travels.
       personal: rank of the update that a client keeps for itself and that C may add to its next start; 0: none.
       theta: parameters learned elsewhere, as ``named`` gives them.
 
     Raises:
-      ValueError: an unknown mode or unknown factors, a rank or weight below 0, a memory of 1 or more, or (when a round
-        is traced) signatures of another size than theta was learned for.
+      ValueError: an unknown mode or unknown factors, a rank or weight below 0, a memory of 1 or more, a kappa where
+        nothing is learned, or (when a round is traced) signatures of another size than theta was learned for.
     """
     _check(mode, kappa, personal, memory, factors, signature)
     refuse_outside("[0, inf)", lr=lr, lr_prior=lr_prior, lr_server=lr_server, lr_step=lr_step, warmup=warmup)
@@ -129,11 +131,20 @@ def hyperlora(
         return HyperLoRAState(adapter, own, tx.init(own), last, nobody, jnp.zeros((), jnp.int32))
 
     def starts(theta, state, adapter, cohort):
-        """G, and the personal part of C."""
+        """G, and the personal part of C; of a smaller rank the best approximation."""
         rows = generator.generate(theta.generator, cohort.signatures, state.center, adapter, form)
-        if not personal or not jax.tree.leaves(cohort.memory):
-            return rows
-        return corrector.personalise(theta.corrector, cohort.signatures, rows, cohort.memory)
+        if personal and jax.tree.leaves(cohort.memory):
+            rows = corrector.personalise(theta.corrector, cohort.signatures, rows, cohort.memory)
+        smaller = cohort.ranks < lora.max_rank(adapter)
+
+        def cut(x, m):
+            t = jax.vmap(product.within)(x, cohort.ranks)
+            t = synthesizer.steady(t, jax.tree.map(jnp.multiply, x, m)) if factors == "steady" else t
+            return jax.tree.map(lambda x, y: jnp.where(method.per_client(smaller, x) > 0, y, x), x, t)
+
+        mask = lora.rank_mask(adapter, cohort.ranks)
+        truncated = lambda rows: lora.tree_map(cut, rows, mask)
+        return jax.lax.cond(smaller.any(), truncated, lambda rows: rows, rows)
 
     def dispatch(base, state, cohort):
         _check_signatures(cohort.signatures, state.center)
@@ -166,7 +177,7 @@ def hyperlora(
         return of_g | _gates(state.theta, state.last)
 
     def traffic(own, cohort):
-        gradient = () if mode in ("displacement", "frozen") else own
+        gradient = own if kappa or mode in ("exact", "first_order") else ()
         return Traffic(up=(own, gradient, signature), down=own)
 
     full = Method(
@@ -245,6 +256,8 @@ def _check(mode: str, kappa: float, personal: int, memory: float, factors: str, 
         raise ValueError(f"mode must be {', '.join(meta.SLOPES)} or frozen, got {mode!r}")
     refuse_outside("[0, inf)", kappa=kappa, personal=personal)
     refuse_outside("[0, 1)", memory=memory)
+    if kappa and mode == "frozen":
+        raise ValueError(f"kappa weighs what theta learns from, and with mode=frozen it learns nothing; got {kappa}")
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be {' or '.join(get_args(Factors))}, got {factors!r}")
     if not isinstance(signature, Signature):
