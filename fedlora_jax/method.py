@@ -156,7 +156,8 @@ class Meet(NamedTuple):
     """How a method gets to know a client that never took part, by a trial (``rounds.make_meet``)."""
 
     start: Callable[[State], State]  # what is dispatched from this state, the client takes its local steps from
-    place: Callable[[State, Memory, Adapter], Memory]  # (state, memory [C, ...], received [C, ...]) -> memory
+    place: Callable[[State, Memory, Adapter, Adapter], Memory]  # (state, memory, sent, received) -> memory, of adapters
+    #   and memory [C, ...]
 
 
 no_slope = Slope(lambda tune, judge, start: (*tune(start), ()), lambda steps: steps)

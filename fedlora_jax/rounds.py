@@ -283,7 +283,7 @@ def make_meet(
             return local(sent.base, *own, jax.random.fold_in(key, id_), round)[0]
 
         received = map_clients(client, (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.batches), chunk)
-        return trial.place(state, cohort.memory, received)
+        return trial.place(state, cohort.memory, sent.adapter, received)
 
     return meet
 

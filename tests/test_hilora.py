@@ -38,7 +38,6 @@ from fedlora_jax import clustering, lora, rounds
 from fedlora_jax.method import average_client, models
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.hilora import CLUSTER, LEAF, ROOT, hilora
-from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers.fedlc import fedlc
 from fedlora_jax.wrappers.privacy import noise
 from fedlora_jax.wrappers.proximal import proximal
@@ -243,71 +242,6 @@ def test_a_run_without_cluster_rounds_goes_from_the_root_to_the_leaves():
     assert int(method.aggregate(BASE, state, c, sent, uploads(sent)).stage) == LEAF
 
 
-def planted(clients=12, **options):
-    """Clients of two groups, whose b lie in two orthogonal subspaces: the end of the root stage, and uploads."""
-    method = make(10, population=clients + 2, root=0.1, k_max=6, **options)
-    state = method.init(KEY, ADAPTER)
-    c = normalised(members(method, clients=clients))._replace(ids=jnp.arange(clients))
-    sent = dispatch(method)(state, c)
-    labels, rng = np.arange(clients) % 3 // 2, np.random.default_rng(0)
-
-    def b_of(x):
-        whole = np.linalg.qr(rng.normal(size=(*x.b.shape[1:-2], x.b.shape[-1], x.b.shape[-1])))[0]
-        own = np.stack([whole[..., :2, :], whole[..., 2:4, :]])[labels]
-        turn = rng.normal(size=(*x.b.shape[:-1], x.b.shape[-2]))
-        return lora.LoRA(x.a, jnp.asarray(turn @ own + 0.03 * rng.normal(size=x.b.shape), jnp.float32), x.scale)
-
-    return method, state, c, sent, lora.tree_map(b_of, sent.adapter), labels
-
-
-def test_clients_are_clustered_by_b_at_the_switch_and_newcomers_find_their_cluster():
-    method, state, c, sent, received, labels = planted()
-    new = aggregate(method)(BASE, state, c, sent, received)
-    found = np.asarray(new.assignment)
-    assert int(new.stage) == CLUSTER
-    assert len(set(zip(found[:12].tolist(), labels.tolist(), strict=True))) == len(set(found[:12])) == 2
-    assert found[12] == found[13] == np.bincount(found[:12]).argmax()  # never drawn: with the largest
-    assert method.report(new)["clusters"] == 2
-
-    memory = method.meet.place(new, c.memory, received)
-    np.testing.assert_array_equal(memory.cluster, found[:12])
-    np.testing.assert_array_equal(method.meet.place(state, c.memory, received).cluster, -1)  # no clusters yet
-    new = new._replace(clusters=nudged(new.clusters, 5))
-    strangers = c._replace(ids=c.ids + 50, memory=memory)
-    theirs, own = (models(method, dispatch(method)(new, x)) for x in (strangers, c))
-    assert same(theirs, own)
-
-
-def test_newcomers_are_placed_by_their_signatures_where_that_is_asked_for():
-    """Against distances in NumPy: members' signatures are noise about one of two points, newcomers' as well."""
-    method, state, c, sent, received, labels = planted(newcomers="signature")
-    assert method.meet is None
-    rng = np.random.default_rng(1)
-    about = lambda groups: Signature(
-        *(jnp.asarray(rng.normal(size=(2, len(x)))[groups] + 0.3 * rng.normal(size=(12, len(x)))) for x in SIGNATURE)
-    )
-    c = c._replace(signatures=about(labels))
-    new = aggregate(method)(BASE, state, c, sent, received)
-    new = new._replace(clusters=nudged(new.clusters, 5))
-    strangers = c._replace(ids=c.ids + 50, signatures=about(labels[::-1]))
-
-    weigh = lambda z: np.concatenate([np.asarray(z.shape) / np.sqrt(z.shape.shape[1]), np.asarray(z.labels)], 1)
-    own, theirs = weigh(c.signatures), weigh(strangers.signatures)
-    square = ((theirs[:, None] - own) ** 2).sum(-1)
-    of = [square[:, np.asarray(new.assignment[:12]) == k].mean(1) for k in np.unique(new.assignment)]
-    expected = np.unique(new.assignment)[np.argmin(of, 0)]
-    assert len(set(expected)) == 2
-    placed = c._replace(memory=c.memory._replace(cluster=jnp.asarray(expected, jnp.int32)), ids=c.ids + 50)
-    by_trial = make(10, population=14, root=0.1, k_max=6)
-    found, wanted = (
-        models(m, dispatch(m)(s, x))
-        for m, s, x in ((method, new, strangers), (by_trial, new._replace(told=()), placed))
-    )
-    assert same(found, wanted)
-    before = models(method, dispatch(method)(state, strangers))
-    assert same(take(before, 0), take(before, 1)), "all are served the root before there are clusters"
-
-
 def test_nobody_in_particular_is_served_the_root():
     method, state, c = halfway(CLUSTER)
     one = models(method, dispatch(method)(state, average_client(c)))
@@ -327,7 +261,9 @@ def test_a_trial_takes_the_steps_of_a_root_client():
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(strangers.ids)
     rows = (sent.adapter, sent.mask, sent.anchor, strangers.batches, keys)
     received, _ = jit(jax.vmap(lambda *row: local(BASE, *row)))(*rows)
-    np.testing.assert_array_equal(memory.cluster, method.meet.place(state, strangers.memory, received).cluster)
+    np.testing.assert_array_equal(
+        memory.cluster, method.meet.place(state, strangers.memory, sent.adapter, received).cluster
+    )
     assert set(np.asarray(memory.cluster)) <= set(np.asarray(state.assignment))
     alone = flexlora()
     c = cohort()

@@ -61,8 +61,8 @@ def test_the_mean_client_has_the_mean_of_the_shares_and_so_has_the_mean_over_rou
     rng, one = np.random.default_rng(0), np.eye(3)[[0, 1, 2, 2]]
     cohorts = [rng.permutation(one) for _ in range(3)]
     weights = rng.dirichlet(np.ones(4), 3)
-    draw = lambda *shape: array(rng.normal(size=shape))
-    told = [Signature(draw(4, 5), array(np.sqrt(shares)), draw(4, 1)) for shares in cohorts]
+    draw = lambda *shape: jnp.asarray(array(rng.normal(size=shape)))
+    told = [Signature(draw(4, 5), jnp.asarray(array(np.sqrt(shares))), draw(4, 1)) for shares in cohorts]
     center = sig.nobody(take(told[0], 0))
     for t in range(3):
         whole = average_client(cohort(weights=weights[t])._replace(signatures=told[t])).signatures

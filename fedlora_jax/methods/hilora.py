@@ -20,9 +20,9 @@ rotation before averages; all leaves start from one random a; the head belongs t
 cluster, personal) and starts as that of the tier before; the truncations are by subspace iteration where cohorts are
 wide; a client that was never drawn in the root stage joins the largest cluster. The global model is the root alone (so
 the bias that a round reports is, after the root stage, all that the other tiers add). A client that never took part
-finds its cluster by a trial (``Method.meet``): local steps from the root, whose b is compared with the bases of the
-clusters' members (the paper: a few probe steps, then the cluster of the largest mean cos^2); without one it is served
-the root. With ``newcomers="signature"`` (ours, HyperLoRA's idea on HiLoRA's tiers) it takes no step: it is served the
+finds its cluster by a trial (``Method.meet``): local steps from the root, whose b (or its change, as members') is
+compared with the bases of the clusters' members (the paper: a few probe steps, then the cluster of the largest mean
+cos^2); without one it is served the root. With ``newcomers="signature"`` (ours, HyperLoRA's idea on HiLoRA's tiers) it takes no step: it is served the
 cluster whose members' signatures are nearest to its own on average. The split makes steps of a large: a smaller
 learning rate than FedIT's is in order. At the start of a stage the tier just frozen comes down once more, which
 ``traffic`` leaves out, as it does a signature.
@@ -194,14 +194,13 @@ def hilora(
         def of_root(state):
             new = _best(state.root, received, p)
             seen = jnp.where((p > 0) & (ids >= 0), ids, population)  # out of range: not written
-            before, after = _factors(sent.adapter), _factors(received)
-            sent_up = {k: x.b - before[k].b if subspace == "change" else x.b for k, x in after.items()}
+            seen_of = directions(sent.adapter, received)
 
             def averaged(rows, b):
                 own = clustering.moving_average(rows[jnp.clip(ids, 0, population - 1)], b, lam)
                 return rows.at[seen].set(own, mode="drop")
 
-            bases = jax.tree.map(averaged, state.bases, jax.lax.stop_gradient(sent_up))
+            bases = jax.tree.map(averaged, state.bases, jax.lax.stop_gradient(seen_of))
             still = tau > 0
             done = (state.rounds + 1 >= lengths[ROOT]) | (still & (_change(new, state.root) <= tau))
             told = state.told
@@ -242,8 +241,13 @@ def hilora(
         kept = jax.tree.map(lambda x, y: jnp.where(frozen.leaf, y, x), memory.leaf, personal.keep(received))
         return memory._replace(leaf=kept)
 
-    def place(state, memory, received):
-        q = {name: clustering.bases(x.b) for name, x in _factors(received).items()}
+    def directions(sent, received):
+        """What a client's subspace is taken of, by kernel."""
+        before, after = _factors(sent), _factors(received)
+        return {name: x.b - before[name].b if subspace == "change" else x.b for name, x in after.items()}
+
+    def place(state, memory, sent, received):
+        q = {name: clustering.bases(b) for name, b in directions(sent, received).items()}
         names = sorted(q)
         members = [clustering.bases(state.bases[name]) for name in names]
         d = clustering.distances([q[name] for name in names], members)

@@ -167,9 +167,9 @@ def around(
             state = parts(state, has_state)
             return whole(trial.start(state.inner), state.own, has_state)
 
-        def place(state, memory, received):
-            memory = parts(memory, has_memory)
-            return whole(trial.place(parts(state, has_state).inner, memory.inner, received), memory.own, has_memory)
+        def place(state, memory, sent, received):
+            theirs, memory = parts(state, has_state).inner, parts(memory, has_memory)
+            return whole(trial.place(theirs, memory.inner, sent, received), memory.own, has_memory)
 
         return Meet(start, place)
 
