@@ -17,7 +17,7 @@ STACK = "blocks"
 
 
 def shares(text: str) -> tuple[float, ...]:
-    """``"1.0,0.75,0.5"`` as numbers: the share of the layers that clients 0, 1, 2, 3 = 0 again, ... may have."""
+    """``"1.0,0.75,0.5"`` as numbers: the shares of the layers that clients may have, each equally often."""
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -38,10 +38,26 @@ def depth(adapter: Adapter) -> int:
     return sizes.pop()
 
 
-def budgets(shares: tuple[float, ...], ids: Array, depth: int) -> Array:
-    """``[C]`` layers of each client, dealt by id; nobody in particular (id -1) has all of them."""
+def budgets(shares: tuple[float, ...], deal: Array, ids: Array, depth: int) -> Array:
+    """``[C]`` layers of each client, dealt at random; nobody in particular (id -1) has all of them.
+
+    Dealt as in a trial with blocks: of clients ``0 .. n - 1``, ``n .. 2 n - 1``, ... (``n`` shares) each gets another
+    share, in an order of their own. So every share occurs equally often, and none goes with what else numbers say of
+    clients, such as their domain.
+
+    Args:
+      shares: of the layers.
+      deal: key; it and a client's id decide for good, for clients that never trained as well.
+      ids: ``[C]``.
+      depth: layers there are.
+    """
     counts = jnp.asarray([max(1, round(share * depth)) for share in shares])
-    return jnp.where(ids < 0, depth, counts[ids % len(shares)])
+
+    def one(id_: Array) -> Array:
+        order = jax.random.permutation(jax.random.fold_in(deal, id_ // len(shares)), counts)
+        return jnp.where(id_ < 0, depth, order[id_ % len(shares)])
+
+    return jax.vmap(one)(ids)
 
 
 def draw(key: Array, ids: Array, count: Array, log_odds: Array) -> Array:

@@ -164,7 +164,8 @@ def within(x: LoRA, rank: Array, split: Split = "balanced") -> LoRA:
     one_layer: Callable = partial(_within, split)
     for _ in range(x.a.ndim - 2):
         one_layer = jax.vmap(one_layer, (0, 0, None))
-    new = continued(LoRA(*one_layer(x.a, x.b, kept), x.scale), x)
+    a, b = one_layer(x.a, x.b, kept)
+    new = continued(LoRA(a, b, x.scale), x)
     return LoRA(new.a * kept, new.b, new.scale)
 
 

@@ -87,10 +87,35 @@ def test_a_model_without_a_gate_has_no_gate_in_it(tiny):
 # --- draws
 
 
-def test_budgets_are_dealt_by_id_and_nobody_in_particular_has_all():
-    shares = layers.shares("1.0, 0.75,0.5")
-    np.testing.assert_array_equal(layers.budgets(shares, jnp.asarray([0, 1, 2, 3, 7, -1]), 12), [12, 9, 6, 12, 9, 12])
-    assert layers.budgets((0.01,), jnp.asarray([0]), 12) == 1
+def test_every_share_is_dealt_equally_often_and_nobody_in_particular_has_all():
+    shares, ids = layers.shares("1.0, 0.75,0.5"), jnp.asarray([*range(18), -1])
+    count = np.asarray(layers.budgets(shares, KEY, ids, 12))
+    assert (
+        np.sort(count[:18].reshape(6, 3), 1) == [6, 9, 12]
+    ).all()  # of unseen clients as well, whatever their number
+    assert count[-1] == 12
+    some = np.asarray([17, 4, 4, -1])
+    np.testing.assert_array_equal(layers.budgets(shares, KEY, jnp.asarray(some), 12), count[some])
+    assert layers.budgets((0.01,), KEY, jnp.asarray([0]), 12) == 1
+
+
+@pytest.mark.parametrize("make", [fedra, fed_hello])
+@pytest.mark.parametrize("modulus", [2, 3, 6])
+def test_depth_says_nothing_of_what_is_dealt_by_id(make, modulus):
+    """Over seeds, against what independence of depth and ``id mod modulus`` (a domain, say) lets one expect."""
+    shares, ids, seeds = layers.shares("1.0,0.5,0.25"), jnp.arange(12), 400
+    deals = jit(jax.vmap(lambda key: make().init(key, ADAPTER).deal))(jax.random.split(KEY, seeds))
+    count = np.asarray(jit(jax.vmap(lambda deal: layers.budgets(shares, deal, ids, 4)))(deals))  # [seeds, 12]
+    group = np.broadcast_to(np.arange(12) % modulus, count.shape)
+    table = np.asarray([[np.sum((group == g) & (count == n)) for n in (1, 2, 4)] for g in range(modulus)])
+    expected = seeds * 12 / modulus / 3
+    assert np.abs(table - expected).max() < 5 * np.sqrt(expected)
+    assert len({tuple(row) for row in count}) > seeds / 2  # and seeds differ
+    state = make().init(KEY, ADAPTER)
+    sent = make().dispatch(BASE, state, cohort())
+    received = uploads(sent)
+    after = make().aggregate(BASE, state, normalised(cohort()), sent, received)
+    np.testing.assert_array_equal(*map(jax.random.key_data, (after.deal, state.deal)))  # for good
 
 
 def test_draws_have_the_budget_and_follow_the_odds():
@@ -169,7 +194,8 @@ def test_fedra_clients_compute_with_the_blocks_they_hold_and_the_server_with_all
     state, c = method.init(KEY, ADAPTER), members(method)
     sent = method.dispatch(BASE, state, c)
     gates = np.asarray(models(method, sent)["blocks"]["gate"])
-    np.testing.assert_array_equal(gates.sum(1), [1, 2, 1, 2])  # ids 10 to 13
+    np.testing.assert_array_equal(gates.sum(1), layers.budgets((0.5, 1.0), state.deal, c.ids, 2))
+    assert set(gates.sum(1)) == {1, 2}
     np.testing.assert_array_equal(gates, np.asarray(sent.mask["blocks"]["kernel"].b)[:, :, 0, 0])
     whole = models(method, method.dispatch(BASE, state, average_client(c)))
     assert (whole["blocks"]["gate"] == 1).all()

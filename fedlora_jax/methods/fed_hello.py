@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax import layers, lora
+from fedlora_jax import keys, layers, lora
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import About, Method, Traffic, broadcast, mean_of_holders, refuse_outside, uniform
 
@@ -32,13 +32,15 @@ _BOTTLENECK = (3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3)  # of 27, for twelve layers
 
 
 class FedHeLLoState(NamedTuple):
-    """adapter: as FedIT's. log_odds: [L] of the draws. scores: [L] Fisher information. round: done. key: of draws."""
+    """adapter: as FedIT's. log_odds: [L] of the draws. scores: [L] Fisher information. round: done. key: of draws.
+    deal: key that gives every client its budget."""
 
     adapter: Adapter
     log_odds: Array
     scores: Array
     round: Array
     key: Array
+    deal: Array
 
 
 def fed_hello(
@@ -48,7 +50,8 @@ def fed_hello(
 
     Args:
       odds: of a layer to be drawn.
-      depths: shares of the layers that may be trained, dealt to clients by id in turn.
+      depths: shares of the layers that may be trained, dealt to clients at random and for good, each to equally many
+        (``layers.budgets``).
       regroup: rounds between two groupings, of ``fisher``.
     """
     if odds not in ("bottleneck", "uniform", "fisher"):
@@ -59,10 +62,11 @@ def fed_hello(
     def init(key, adapter):
         depth = layers.depth(adapter)
         log_odds = bottleneck(depth) if odds == "bottleneck" else jnp.zeros(depth)
-        return FedHeLLoState(adapter, log_odds, jnp.zeros(depth), jnp.zeros((), jnp.int32), key)
+        deal = keys.purpose(key, "depth")
+        return FedHeLLoState(adapter, log_odds, jnp.zeros(depth), jnp.zeros((), jnp.int32), key, deal)
 
     def dispatch(base, state, cohort):
-        count = layers.budgets(shares, cohort.ids, state.log_odds.shape[0])
+        count = layers.budgets(shares, state.deal, cohort.ids, state.log_odds.shape[0])
         chosen = layers.draw(state.key, cohort.ids, count, state.log_odds)
         sent = broadcast(base, state.adapter, cohort)
         return sent._replace(mask=layers.only(sent.mask, chosen))
@@ -74,7 +78,8 @@ def fed_hello(
         if odds == "fisher":
             scores = fisher(sent.adapter, received, sent.mask, p, scores)
             log_odds = jnp.where(state.round % regroup == 0, groups(scores), log_odds)
-        return FedHeLLoState(adapter, log_odds, scores, state.round + 1, jax.random.split(state.key)[0])
+        key = jax.random.split(state.key)[0]
+        return FedHeLLoState(adapter, log_odds, scores, state.round + 1, key, state.deal)
 
     def traffic(own, cohort):
         return Traffic(up=layers.average_share(own, shares), down=own)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax import layers
+from fedlora_jax import keys, layers
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import About, Method, Traffic, broadcast, mean_of_holders, uniform
 
@@ -27,10 +27,11 @@ ABOUT = About(
 
 
 class FedRAState(NamedTuple):
-    """adapter: as FedIT's. key: of the draws of blocks."""
+    """adapter: as FedIT's. key: of the draws of blocks. deal: key that gives every client its depth."""
 
     adapter: Adapter
     key: Array
+    deal: Array
 
 
 def fedra(depths: str = "1.0,0.75,0.5") -> Method:
@@ -40,23 +41,24 @@ def fedra(depths: str = "1.0,0.75,0.5") -> Method:
     kernels under ``blocks``. A client is evaluated with the blocks of the next draw; nobody in particular has all.
 
     Args:
-      depths: shares of the blocks, dealt to clients by id in turn.
+      depths: shares of the blocks, dealt to clients at random and for good, each to equally many (``layers.budgets``).
     """
     shares = layers.shares(depths)
 
     def init(key, adapter):
         layers.depth(adapter)
-        return FedRAState(adapter, key)
+        return FedRAState(adapter, key, keys.purpose(key, "depth"))
 
     def dispatch(base, state, cohort):
         depth = layers.depth(state.adapter)
-        held = layers.draw(state.key, cohort.ids, layers.budgets(shares, cohort.ids, depth), jnp.zeros(depth))
+        count = layers.budgets(shares, state.deal, cohort.ids, depth)
+        held = layers.draw(state.key, cohort.ids, count, jnp.zeros(depth))
         sent = broadcast(base, state.adapter, cohort)
         return sent._replace(mask=layers.only(sent.mask, held), anchor=held)
 
     def aggregate(base, state, cohort, sent, received):
         new = mean_of_holders(state.adapter, received, sent.mask, uniform(cohort))
-        return FedRAState(new, jax.random.split(state.key)[0])
+        return FedRAState(new, jax.random.split(state.key)[0], state.deal)
 
     def traffic(own, cohort):
         held = layers.average_share(own, shares)
