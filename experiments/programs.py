@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from fedlora_jax import clustering, lora, rounds
 from fedlora_jax.clients import sample_batches
 from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, average_client, no_learning
+from fedlora_jax.method import Method, Traffic, average_client, no_learning
 from fedlora_jax.rounds import Run
 
 GROUP = 256  # clients that hold a model at a time when they are scored
@@ -271,9 +271,14 @@ def make_block(config: Config, problem: Problem, method: Method, optimizer: Any,
 
 
 def traffic_bytes(method: Method, adapter: Adapter, ranks: tuple[int, ...]) -> tuple[int, int]:
-    """Bytes that a cohort of clients with these ranks sends and receives in one round, all clients together."""
-    shapes = {rank: jax.eval_shape(partial(lora.cut, rank=rank), adapter) for rank in set(ranks)}
+    """Bytes that clients with these ranks send and receive in a round, all together, if they take part in every one."""
+    sizes = traffic(method, adapter, ranks, set(ranks))
+    return sum(sizes[rank].up for rank in ranks), sum(sizes[rank].down + sizes[rank].missed for rank in ranks)
+
+
+def traffic(method: Method, adapter: Adapter, ranks: tuple[int, ...], own: Iterable[int]) -> dict[int, Traffic]:
+    """``Method.traffic`` in bytes, of a client of each of the ranks ``own``, in a cohort of clients with ``ranks``."""
+    shapes = {rank: jax.eval_shape(partial(lora.cut, rank=rank), adapter) for rank in {*own, *ranks}}
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     cohort = [shapes[rank] for rank in ranks]
-    per_rank: dict[int, Any] = {rank: jax.eval_shape(method.traffic, own, cohort) for rank, own in shapes.items()}
-    return sum(size(per_rank[r].up) for r in ranks), sum(size(per_rank[r].down) for r in ranks)
+    return {rank: Traffic(*map(size, jax.eval_shape(method.traffic, shapes[rank], cohort))) for rank in own}

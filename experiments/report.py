@@ -185,14 +185,17 @@ def _domains(summary: dict[str, Any]) -> str:
 
 
 def _methods(methods: dict[str, Any]) -> str:
-    header = ["method", "paper", "trains", "travels", "exact", "up", "down", "compile, s"]
+    header = ["method", "paper", "trains", "travels", "exact", "up", "down", "down, to all", "compile, s"]
     table = []
     for entry in methods.values():
         about, seconds = entry["about"], entry["compile_seconds"]
         table.append([about["name"], _paper(about), about["trains"], about["travels"], about["exact"],
                       *(_bytes(entry[way]["per_client_round"]) for way in ("bytes_up", "bytes_down")),
+                      _bytes(entry["bytes_down"]["to_all"]),
                       "–" if seconds is None else f"{seconds:.1f}"])  # fmt: skip
-    note = "Exact: is the server's new model the mean of its clients' models? Up, down: per client and round."
+    note = "Exact: is the server's new model the mean of its clients' models? Up, down: per client and round. "
+    note += "Down is what it was sent so that it could start; to all: all of one seed, until every client that trains "
+    note += "holds the final model."
     return _table(header, table, "words") + f'<p class="note">{note}</p>'
 
 

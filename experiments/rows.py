@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,7 +26,13 @@ class Rows:
         self._problem = problem
         self._ranks = np.asarray(problem.clients.population.ranks)
         self._adapter = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
-        self._traffic: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._traffic: dict[tuple[int, ...], np.ndarray] = {}
+        self._missed = np.zeros((len(config.seeds), config.clients))  # bytes, since each client last took part
+
+    def go_on(self, rows: Iterable[dict[str, Any]]) -> None:
+        """After the rounds of these rows, oldest first."""
+        for row in rows:
+            self._bytes(self._config.seeds.index(row["seed"]), np.asarray(row["clients"]), row)
 
     def of_block(self, end: int, info: Info, scores: Scores) -> list[dict[str, Any]]:
         """One row per round and seed of the block of rounds that ends with ``end``, where the scores were taken."""
@@ -38,18 +45,35 @@ class Rows:
                 row["loss"] = float(_known(np.asarray(info.loss[s, t])).mean())  # who is left out has none
                 row |= {key: float(x[s, t]) for key, x in info.aggregation._asdict().items()}
                 row |= {key: float(x[s, t]) for key, x in info.learned.items()}
-                moved = row.pop("travels", 1.0)
-                row["bytes_up"], row["bytes_down"] = (round(moved * x) for x in self._bytes(s, ids[s, t]))
+                row |= self._bytes(s, ids[s, t], row)
+                row = {key: x for key, x in row.items() if key not in ("travels_up", "travels_down")}
                 if t == block - 1:
                     row |= self._accuracies(jax.tree.map(lambda x, s=s: x[s], scores), end == self._config.rounds)
                 rows.append(row)
         return rows
 
-    def _bytes(self, s: int, ids: np.ndarray) -> tuple[int, int]:
-        ranks = tuple(sorted(self._ranks[s, ids].tolist()))
-        if ranks not in self._traffic:
-            self._traffic[ranks] = programs.traffic_bytes(self._method, self._adapter, ranks)
-        return self._traffic[ranks]
+    def _bytes(self, s: int, ids: np.ndarray, row: dict[str, Any]) -> dict[str, int]:
+        """What the clients ``ids`` sent, what they had to be sent before they could start, and what it would take now
+        until all clients that train hold the model."""
+        shares = np.array([row.get(f"travels_{part}", 1.0) for part in ("up", "down", "missed")])
+        ranks, missed = self._ranks[s, : self._config.clients], self._missed[s]
+        parts = self._sizes(tuple(sorted(ranks[ids].tolist())))[:, ranks]
+        (up, down, left), whole = parts[:3] * shares[:, None], parts[3]
+        owed = lambda: np.where(whole > 0, np.minimum(missed, whole), missed)
+        sent = (down + owed())[ids].sum()
+        missed[ids] = 0
+        missed += left
+        behind = (down + owed()).sum()
+        return {"bytes_up": round(up[ids].sum()), "bytes_down": round(sent), "bytes_behind": round(behind)}
+
+    def _sizes(self, cohort: tuple[int, ...]) -> np.ndarray:
+        """``[4, rank]`` bytes of the parts of ``Traffic`` for a client of each rank, in a cohort of these ranks."""
+        if cohort not in self._traffic:
+            found = np.unique(self._ranks)
+            self._traffic[cohort] = np.zeros((4, found.max() + 1))
+            for rank, parts in programs.traffic(self._method, self._adapter, cohort, found.tolist()).items():
+                self._traffic[cohort][:, rank] = parts
+        return self._traffic[cohort]
 
     def _accuracies(self, scores: Scores, final: bool) -> dict[str, Any]:
         n = self._config.clients

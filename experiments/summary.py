@@ -19,7 +19,8 @@ data would be selection.
     bias, bias_share           |server's model - mean of clients' models|, absolute and as a share of the mean update
     rounds_to_target           first evaluated round with global_accuracy >= target; null where it was not reached
     theta_size                  numbers that the method learns besides its adapter; 0 where it has none
-    bytes_up, bytes_down       per client and round (mean), and in total, for one seed
+    bytes_up, bytes_down       per client and round (mean), and in total, for one seed. Down is what clients had to be
+                               sent so that they could start; to_all: until all that train hold the final model
     seconds_per_round          wall time of one round of one seed; null where nothing was run
     compile_seconds            of the program of rounds
 """
@@ -89,6 +90,7 @@ def summarise(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
     for way in ("bytes_up", "bytes_down"):
         total = sum(row[way] for row in by_seed[0])
         entry[way] = {"per_client_round": round(total / sum(len(r["clients"]) for r in by_seed[0])), "total": total}
+    entry["bytes_down"]["to_all"] = entry["bytes_down"]["total"] + by_seed[0][-1]["bytes_behind"]
     return entry
 
 

@@ -107,6 +107,7 @@ class Trial:
         kept = [row for row in metrics.read() if not own(row) or row["round"] <= done]
         metrics.rewrite([as_of(row, config.rounds) if own(row) else row for row in kept])
         store.keep([rounds for rounds in whole if rounds <= done])
+        self.rows.go_on(row for row in kept if own(row))
         if run is None:
             return store.told(done)
         self.compile()

@@ -46,10 +46,20 @@ class Dispatch(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Trees whose arrays are what one client sends and receives in a round; only their sizes are read."""
+    """Trees whose arrays are what one client sends and receives in a round; only their sizes are read.
+
+    Attributes:
+      up: what it sends when it takes part.
+      down: what it is sent whenever it takes part, to start from.
+      missed: what a round leaves behind that everybody needs before they can start again, be it many rounds later:
+        what was added to a residual, say.
+      whole: what takes the place of all that was missed where that is more; ``()``: nothing can.
+    """
 
     up: Any
     down: Any
+    missed: Any = ()
+    whole: Any = ()
 
 
 class About(NamedTuple):
@@ -198,11 +208,12 @@ class Method(NamedTuple):
         the entries that it has turned out not to hold (it chose, say, one of several adapters).
       pool: ``(cohort) -> cohort`` whose clients take the local steps, where that is not each on its own data.
       traffic: ``(own, cohort) -> Traffic`` for one client that holds the adapter ``own`` in a cohort whose
-        members hold the adapters ``cohort``.
+        members hold the adapters ``cohort``. What depends on the round is its mean over rounds, or is reported.
       slope: what clients tell beside their adapters of how their starts should have been different.
       learn: ``(state, cohort, slopes [C, ...]) -> state``, before the aggregation: what the server learns from them.
-      report: ``(state) -> {name: scalar}``, what is worth knowing of what the server has learned. One called
-        ``travels`` is the share of ``traffic`` that moved in the last round, where that is not all of it.
+      report: ``(state) -> {name: scalar}``, what is worth knowing of what the server has learned. Those called
+        ``travels_up``, ``travels_down`` and ``travels_missed`` are the shares of these parts of ``traffic`` that the
+        last round moved, or left behind, where that is not all.
       query: examples that each client keeps apart in a round for ``judge``; 0 where the slope needs none.
       meet: how a client that never took part finds its place, where what it holds before does not say; ``None``: it
         needs none.

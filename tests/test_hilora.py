@@ -109,7 +109,7 @@ def test_stages_follow_one_another_and_only_one_tier_moves():
     _, states, memories, infos = history()
     assert [int(s.stage) for s in states] == [ROOT, ROOT, CLUSTER, CLUSTER, LEAF, LEAF]
     assert [int(i.learned["stage"]) for i in infos] == [ROOT, ROOT, CLUSTER, CLUSTER, LEAF]
-    assert [int(i.learned["travels"]) for i in infos] == [1, 1, 1, 1, 0]
+    assert [int(i.learned["travels_up"]) for i in infos] == [1, 1, 1, 1, 0]
     for t, (old, new) in enumerate(itertools.pairwise(states)):
         assert same(old.root, new.root) == (t >= 2)
         assert same(lora.split(old.clusters)[0], lora.split(new.clusters)[0]) == (t not in (2, 3))

@@ -27,7 +27,7 @@ def make_rows(method, index, seeds, rounds=8, clients=10, unseen=True, every=1, 
             row = {"method": method, "seed": seed, "round": r, "clients": list(range(clients)), "loss": 1.0 / r,
                    "update": 0.3, "bias": 0.01, "bias_share": SHARES[index % 4] * rng.uniform(0.5, 1),
                    "factor_bias": 0.01, "bytes_up": 40_000 * clients,
-                   "bytes_down": 40_000 * clients * (1 + index)}  # fmt: skip
+                   "bytes_down": 40_000 * clients * (1 + index), "bytes_behind": 5}  # fmt: skip
             if r % every == 0:
                 accuracy = 0.8 - 0.6 * np.exp(-(2 + index) * r / rounds) + 0.02 * rng.normal() + 0.01 * index
                 own = np.clip(accuracy + 0.15 * rng.normal(size=clients), 0, 1)

@@ -18,9 +18,9 @@ def rows(method: str = "fedit", shift: float = 0.0, seeds: int = 4, rounds: int 
             accuracy = 0.1 * r + 0.01 * rng.normal() + shift
             out.append(
                 {"method": method, "seed": seed, "round": r, "clients": [0, 1], "bias": 0.5, "bias_share": 0.1,
-                 "bytes_up": 200, "bytes_down": 300, "global_accuracy": accuracy, "pooled_accuracy": accuracy,
-                 "per_domain": {"a": accuracy}, "personal_accuracy": accuracy, "worst10_accuracy": 0.0,
-                 "unseen_accuracy": None}
+                 "bytes_up": 200, "bytes_down": 300, "bytes_behind": 70, "global_accuracy": accuracy,
+                 "pooled_accuracy": accuracy, "per_domain": {"a": accuracy}, "personal_accuracy": accuracy,
+                 "worst10_accuracy": 0.0, "unseen_accuracy": None}
             )  # fmt: skip
     return out
 
@@ -44,6 +44,7 @@ def test_last_round_and_mean_of_the_last_five():
     ]
     assert entry["unseen_accuracy"]["last"]["mean"] is None
     assert entry["bytes_up"] == {"per_client_round": 100, "total": 1600}
+    assert entry["bytes_down"] == {"per_client_round": 150, "total": 2400, "to_all": 2470}
     assert summarise(data, target=0.99)["rounds_to_target"]["mean"] is None
 
 

@@ -4,7 +4,8 @@
     a = abar        b = bbar        W_res += s (sum_c p_c a_c b_c - abar bbar)
 
 What the mean of factors misses goes into a dense residual [in, out] that every client adds to its base. Factors and
-head travel both ways; the residual travels down, factored or dense, whichever is smaller.
+head travel both ways; what a round adds to the residual travels down, factored or dense, whichever is smaller, and to
+who was away for some rounds what each of them added, or all of the residual.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def fedex_lora() -> Method:
             return factored if factored.size < dense.size else dense
 
         low_rank = [lora.split(x)[0] for x in (own, *cohort)]
-        return Traffic(up=own, down=(own, lora.tree_map(residual, *low_rank)))
+        whole = lora.zero_deltas(own)
+        return Traffic(up=own, down=own, missed=lora.tree_map(residual, *low_rank), whole=whole)
 
     return Method(init, dispatch, aggregate, traffic=traffic)

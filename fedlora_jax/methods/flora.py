@@ -4,7 +4,8 @@ NeurIPS 2024, arXiv 2409.05976.
     W_res += s [p_1 a_1 .. p_C a_C] [b_1; ..; b_C] = s sum_c p_c a_c b_c        then  a fresh, b = 0
 
 Stacking is exact for any mix of ranks. Clients send their factors and receive the stack of the whole cohort, which
-they merge into their base; every round starts from a fresh adapter.
+they merge into their base; every round starts from a fresh adapter. Who was away for some rounds receives all of their
+stacks before it trains again.
 """
 
 from __future__ import annotations
@@ -44,6 +45,6 @@ def flora() -> Method:
         return FLoRAState(lora.restart(fresh, means), jax.tree.map(jnp.add, state.residual, merged), key)
 
     def traffic(own, cohort):
-        return Traffic(up=own, down=(lora.split(own)[1], [lora.split(x)[0] for x in cohort]))
+        return Traffic(up=own, down=lora.split(own)[1], missed=[lora.split(x)[0] for x in cohort])
 
     return Method(init, dispatch, aggregate, traffic=traffic, uploads="stacked")

@@ -19,7 +19,7 @@ from jax import Array
 from fedlora_jax import lora, product
 from fedlora_jax.lora import Adapter, LoRA
 from fedlora_jax.method import About, Method, mean, memory_of, refuse_outside, revived, uniform
-from fedlora_jax.methods.fedit import FedITState, fedit
+from fedlora_jax.methods.fedit import fedit
 
 ABOUT = About("HetLoRA", "Cho et al. EMNLP 2024", "2401.06432", "a, b, head", "a, b, head", "no", "rank")
 
@@ -29,6 +29,14 @@ class Ranks(NamedTuple):
 
     rank: Array  # [] or [C]
     next: Array
+
+
+class HetLoRAState(NamedTuple):
+    """adapter: as FedIT's. down, up: the shares of ``traffic`` that are left of it, as the last cohort has pruned."""
+
+    adapter: Adapter
+    down: Array
+    up: Array
 
 
 def hetlora(gamma: float = 0.99, lam: float = 1e-3, min_rank: int = 4) -> Method:
@@ -43,6 +51,9 @@ def hetlora(gamma: float = 0.99, lam: float = 1e-3, min_rank: int = 4) -> Method
     refuse_outside("[0, inf)", lam=lam)
     refuse_outside("[1, inf)", min_rank=min_rank)
     inner = fedit()
+
+    def init(key, adapter):
+        return HetLoRAState(adapter, jnp.ones(()), jnp.ones(()))
 
     def dispatch(base, state, cohort):
         pruned = jnp.where(cohort.ids < 0, 0, memory_of(cohort))  # nobody in particular has lost nothing
@@ -69,10 +80,22 @@ def hetlora(gamma: float = 0.99, lam: float = 1e-3, min_rank: int = 4) -> Method
         )
         size *= cohort.weights > 0
         p = jnp.where(size.sum() > 0, size / jnp.maximum(size.sum(), 1e-30), uniform(cohort))
-        return FedITState(revived(state.adapter, mean(cut, p), ranks, p))
+        adapter = revived(state.adapter, mean(cut, p), ranks, p)
+        size = numbers(state.adapter, cohort.ranks)
+        return HetLoRAState(adapter, numbers(adapter, sent.anchor.rank) / size, numbers(adapter, ranks) / size)
+
+    def report(state):
+        return {"travels_up": state.up, "travels_down": state.down}
 
     nothing = lambda adapter: jnp.zeros((), jnp.int32)  # columns pruned so far
-    return Method(inner.init, dispatch, aggregate, penalty, init_client=nothing, remember=remember)
+    return Method(init, dispatch, aggregate, penalty, init_client=nothing, remember=remember, report=report)
+
+
+def numbers(adapter: Adapter, ranks: Array) -> Array:
+    """Of all clients' adapters together, at ranks ``[C]``."""
+    low_rank, full = lora.split(adapter)
+    column = sum(x.a[..., 0].size + x.b[..., 0, :].size for x in lora.low_rank_leaves(low_rank))
+    return column * ranks.sum() + sum(x.size for x in jax.tree.leaves(full)) * ranks.size
 
 
 def tail(adapter: Adapter, ranks: Ranks) -> Array:

@@ -22,10 +22,10 @@ wide; a client that was never drawn in the root stage joins the largest cluster.
 the bias that a round reports is, after the root stage, all that the other tiers add). A client that never took part
 finds its cluster by a trial (``Method.meet``): local steps from the root, whose b (or its change, as members') is
 compared with the bases of the clusters' members (the paper: a few probe steps, then the cluster of the largest mean
-cos^2); without one it is served the root. With ``newcomers="signature"`` (ours, HyperLoRA's idea on HiLoRA's tiers) it takes no step: it is served the
-cluster whose members' signatures are nearest to its own on average. The split makes steps of a large: a smaller
-learning rate than FedIT's is in order. At the start of a stage the tier just frozen comes down once more, which
-``traffic`` leaves out, as it does a signature.
+cos^2); without one it is served the root. With ``newcomers="signature"`` (ours, HyperLoRA's idea on HiLoRA's tiers) it
+takes no step: it is served the cluster whose members' signatures are nearest to its own on average. The split makes
+steps of a large: a smaller learning rate than FedIT's is in order. When a stage ends, its tier comes down once more, as
+it is frozen; ``traffic`` leaves a signature out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from jax import Array
 
 from fedlora_jax import clustering, lora, personal, product
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Dispatch, Meet, Method, mean, memory_of, per_client, refuse_outside
+from fedlora_jax.method import About, Dispatch, Meet, Method, Traffic, mean, memory_of, per_client, refuse_outside
 from fedlora_jax.personal import Kept
 from fedlora_jax.signatures import Signature
 
@@ -256,10 +256,13 @@ def hilora(
 
     def report(state):
         used = jnp.zeros(most).at[state.assignment].max(1.0).sum()
+        sends = jnp.where(state.last == LEAF, 0.0, 1.0)
         return {
             "stage": state.last,
             "clusters": jnp.where(state.stage == ROOT, 1.0, used),
-            "travels": jnp.where(state.last == LEAF, 0.0, 1.0),
+            "travels_up": sends,
+            "travels_down": sends,
+            "travels_missed": jnp.where(state.last == state.stage, 0.0, 1.0),  # the tier that is frozen now
         }
 
     trial = Meet(lambda state: state._replace(stage=jnp.full_like(state.stage, ROOT)), place)
@@ -271,6 +274,7 @@ def hilora(
         init_client=init_client,
         remember=remember,
         model=model,
+        traffic=lambda own, cohort: Traffic(up=own, down=own, missed=own),
         report=report,
         meet=trial if newcomers == "trial" else None,
     )

@@ -3,7 +3,8 @@
     block t:  a_t drawn and frozen,  b = sum_c p_c b_c from b = 0;      at its end  W_res += s a_t b
 
 A chain of FFA-LoRA runs with a fresh a each: every block is exact, and over blocks the update is of any rank. Only b
-and the head are trained and travel; a comes from a shared seed and clients add the finished product themselves.
+and the head are trained and travel; a comes from a shared seed and clients add the finished product themselves. Who
+was away receives the b of every block it missed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, Params
-from fedlora_jax.method import About, Method, refuse_outside
+from fedlora_jax.method import About, Method, Traffic, refuse_outside
 from fedlora_jax.methods.fedit import FedITState
 from fedlora_jax.methods.ffa_lora import ffa_lora
 
@@ -53,4 +54,11 @@ def rac_lora(block: int = 1) -> Method:
         adapter = either(lora.restart(fresh, adapter), adapter)
         return RACState(adapter, either(grown, state.residual), key, state.round + 1)
 
-    return Method(init, dispatch, aggregate, traffic=inner.traffic)
+    def traffic(own, cohort):
+        # A block's first round starts from b = 0, which nobody sends, and its last leaves the finished b behind.
+        low_rank, head = lora.split(own)
+        finished = lora.tree_map(lambda x: jnp.zeros(x.b.size // block, x.b.dtype), low_rank)
+        running = lora.tree_map(lambda x: jnp.zeros(x.b.size - x.b.size // block, x.b.dtype), low_rank)
+        return Traffic(up=inner.traffic(own, cohort).up, down=(running, head), missed=finished)
+
+    return Method(init, dispatch, aggregate, traffic=traffic)

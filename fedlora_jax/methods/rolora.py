@@ -4,8 +4,9 @@
     odd rounds:   b = sum_c p_c b_c, a stays        even rounds:   a = sum_c p_c a_c, b stays
 
 One factor is the same for all, so the mean of products is the product of means, every round. b comes first: at b = 0 a
-has no gradient. Only the factor of the round and the head are trained and travel. The optimizer of the idle factor
-starts afresh like all local optimizers here; what the paper does with it is not public.
+has no gradient. Only the factor of the round and the head are trained and travel; who was away for several rounds needs
+both. The optimizer of the idle factor starts afresh like all local optimizers here; what the paper does with it is not
+public.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def rolora() -> Method:
         return RoLoRAState(adapter, state.round + 1)
 
     def traffic(own, cohort):
-        half = lora.tree_map(lambda x: jnp.zeros((x.a.size + x.b.size + 1) // 2, x.a.dtype), own)  # of two rounds
-        return Traffic(up=half, down=half)
+        low_rank, head = lora.split(own)
+        half = lora.tree_map(lambda x: jnp.zeros((x.a.size + x.b.size + 1) // 2, x.a.dtype), low_rank)  # of two rounds
+        return Traffic(up=(half, head), down=head, missed=half, whole=low_rank)
 
     return Method(init, dispatch, aggregate, traffic=traffic)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, Traffic, mean, per_client, refuse_outside
+from fedlora_jax.method import Method, mean, per_client, refuse_outside
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,
@@ -87,7 +87,7 @@ def scaffold(
 
     def traffic(own, cohort):
         theirs = inner.traffic(own, cohort)
-        return Traffic(up=(theirs.up, theirs.up), down=(theirs.down, theirs.up))  # controls of what is shared
+        return theirs._replace(up=(theirs.up, theirs.up), down=(theirs.down, theirs.up))  # controls of what is shared
 
     return around(
         "scaffold",

@@ -25,7 +25,7 @@ from jax import Array
 
 from fedlora_jax import lora, signatures
 from fedlora_jax.hyper import generator
-from fedlora_jax.method import Method, Traffic, refuse_outside
+from fedlora_jax.method import Method, refuse_outside
 from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers.around import AboutWrapper, around, class_bias, tells_of_labels
 
@@ -88,7 +88,7 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.1, warmup:
         (gradient,) = pull(cohort.weights[:, None] * slope)
         updates, meta = tx.update(gradient, own.meta, own.t)
         # A method may have rounds in which clients keep all to themselves.
-        sends = inner.report(new).get("travels", 1.0)
+        sends = inner.report(new).get("travels_up", 1.0)
         learns = (own.round >= warmup) & (jnp.asarray(sends) > 0)
         keep = lambda x, y: jax.tree.map(lambda x, y: jnp.where(learns, x, y), x, y)
         t = keep(optax.apply_updates(own.t, updates), own.t)
@@ -97,7 +97,7 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.1, warmup:
 
     def traffic(own, cohort):
         theirs = inner.traffic(own, cohort)
-        return Traffic(up=(theirs.up, signature), down=(theirs.down, jnp.zeros(classes)))
+        return theirs._replace(up=(theirs.up, signature), down=(theirs.down, jnp.zeros(classes)))
 
     report = lambda own: {"prior": generator.part(own.t)}
     method = around("signature_bias", inner, init=init, tell=tell, beside=beside, finish=finish, report=report)
