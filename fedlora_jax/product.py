@@ -160,13 +160,14 @@ def within(x: LoRA, rank: Array, split: Split = "balanced") -> LoRA:
       Factors as wide as those of ``x``, zero beyond ``rank``. Where ``x`` is zero its ``a`` goes on.
       The derivative is that of the product, as that of ``truncate``.
     """
-    kept = (jnp.arange(x.a.shape[-1]) < rank).astype(x.a.dtype)
+    wide = jnp.promote_types(x.a.dtype, jnp.float32)
+    kept = (jnp.arange(x.a.shape[-1]) < rank).astype(wide)
     one_layer: Callable = partial(_within, split)
     for _ in range(x.a.ndim - 2):
         one_layer = jax.vmap(one_layer, (0, 0, None))
-    a, b = one_layer(x.a, x.b, kept)
-    new = continued(LoRA(a, b, x.scale), x)
-    return LoRA(new.a * kept, new.b, new.scale)
+    a, b = one_layer(x.a.astype(wide), x.b.astype(wide), kept)
+    new = continued(LoRA(a.astype(x.a.dtype), b.astype(x.b.dtype), x.scale), x)
+    return LoRA(new.a * kept.astype(x.a.dtype), new.b, new.scale)
 
 
 def continued(new: LoRA, old: LoRA) -> LoRA:
