@@ -33,7 +33,8 @@ TRITON = "--xla_gpu_enable_triton_gemm"  # whether matrix products may be Triton
 
 
 def settle(devices: int = 1) -> None:
-    """Set the environment and, where something has to be read at the start, start again. To be called before jax.
+    """Set the environment and, where something has to be read at the start, start again. To be called before jax
+    looks for devices.
 
     Args:
       devices: as how many a CPU counts, unless ``XLA_FLAGS`` says.
@@ -59,9 +60,16 @@ def keep_compiled() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(caches / "fedlora-jax")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))  # bytes; the longest unused goes first
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    settings = {
+        "jax_compilation_cache_dir": str(caches / "fedlora-jax"),
+        "jax_compilation_cache_max_size": 2**30,  # bytes; the longest unused goes first
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    import jax  # reads them when it is first imported, which parsing options has done
+
+    for name, value in settings.items():
+        if os.environ.setdefault(name.upper(), str(value)) == str(value):
+            jax.config.update(name, value)
 
 
 def accelerated() -> bool:

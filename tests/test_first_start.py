@@ -49,3 +49,17 @@ def test_a_folder_of_the_user_gets_no_limit_and_is_written_beside_what_others_le
     assert compiled > 0
     assert any(theirs.glob("*train*-cache")), "the rounds' program is kept"
     assert not list((tmp_path).glob("fedlora-jax"))
+
+
+def test_programs_are_kept_where_the_process_does_not_start_again(tmp_path):
+    """On an accelerator, say, and jax has read its environment while options were parsed."""
+    code = "from experiments import start; start.settle(); import jax; print(jax.config.jax_compilation_cache_dir, "
+    code += "jax.config.jax_compilation_cache_max_size, jax.config.jax_persistent_cache_min_compile_time_secs)"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    call = lambda **own: subprocess.run(
+        [sys.executable, "-c", code, "methods"],
+        env=env | {"XDG_CACHE_HOME": str(tmp_path), "GLIBC_TUNABLES": ""} | own, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert call() == f"{tmp_path / 'fedlora-jax'} {2**30} 0.0\n"
+    assert call(JAX_COMPILATION_CACHE_MAX_SIZE="5") == f"{tmp_path / 'fedlora-jax'} 5 0.0\n"
+    assert call(JAX_COMPILATION_CACHE_DIR="theirs") == "theirs -1 1.0\n"
