@@ -27,10 +27,11 @@ class Rows:
         self._ranks = np.asarray(problem.clients.population.ranks)
         self._adapter = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
         self._traffic: dict[tuple[int, ...], np.ndarray] = {}
-        self._missed = np.zeros((len(config.seeds), config.clients))  # bytes, since each client last took part
+        self.go_on(())
 
     def go_on(self, rows: Iterable[dict[str, Any]]) -> None:
-        """After the rounds of these rows, oldest first."""
+        """After the rounds of these rows, oldest first, whatever was counted before."""
+        self._missed = np.zeros((len(self._config.seeds), self._config.clients))  # bytes, since each last took part
         for row in rows:
             self._bytes(self._config.seeds.index(row["seed"]), np.asarray(row["clients"]), row)
 
