@@ -71,7 +71,7 @@ def need(held: Any, compiled: Sequence[Any]) -> Need | None:
         return None
     new = lambda m: m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     work = max(new(m) + m.generated_code_size_in_bytes for m in works)
-    return Need(_bytes(held), work, layout.beside_arrays())
+    return Need(layout.bytes_of(held), work, layout.beside_arrays())
 
 
 def too_large(config: Config, problem: Problem, name: str, needed: Need | None) -> str | None:
@@ -216,11 +216,6 @@ def trained(config: Config, problem: Problem, method: Method) -> float:
 
     first = jax.tree.map(lambda x: x[0], (problem.adapters, problem.clients, problem.keys))
     return float(jax.jit(partial(moving, problem.base))(*first))
-
-
-def _bytes(tree: Any) -> int:
-    itemsize = lambda x: jax.eval_shape(jax.random.key_data, x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in map(itemsize, jax.tree.leaves(tree)))
 
 
 def _count(tree: Any) -> int:

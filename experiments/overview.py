@@ -6,13 +6,14 @@ import math
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from experiments import data, methods
 from experiments.config import Config, check
+from experiments.layout import bytes_of
 from experiments.problem import load_weights, signature_of_one
 from experiments.programs import traffic_bytes
 from fedlora_jax import lora
@@ -20,6 +21,7 @@ from fedlora_jax.lora import Adapter
 from fedlora_jax.signatures import Signature
 
 TESTS = Path(__file__).parents[1] / "tests"
+MOST = 10_000  # clients of a round: some methods send all of them what each of them has sent, here one by one
 DIGITS = tuple("0123456789")  # classes of the built-in data, which need not be drawn for this
 
 
@@ -34,8 +36,15 @@ class Sizes(NamedTuple):
 
 
 def table(config: Config) -> str:
-    """Two tables of all methods (papers and tests; what moves, for the configured model) and one of wrappers."""
+    """Two tables of all methods (papers and tests; what moves, for the configured model) and one of wrappers.
+
+    Raises:
+      ValueError: an option is wrong, or more than ``MOST`` clients take part in a round.
+    """
     check(config)
+    count = config.clients_per_round or config.clients
+    if count > MOST:
+        raise ValueError(f"{count} clients in a round: sizes are of at most {MOST}, use a smaller --clients-per-round")
     adapter, signature = shapes(config)
     who, what = [], []
     for name in methods.names():
@@ -43,7 +52,6 @@ def table(config: Config) -> str:
         who.append((name, about.name, about.paper, about.arxiv, about.exact, shortened(guards(name))))
         what.append((name, about.trains, about.travels, about.personal, *cells(config, name, adapter, signature)))
     around = [(name, *entry, methods.wrapper_options(name)) for name, entry in methods.wrappers().items()]
-    count = config.clients_per_round or config.clients
     adapted = sum(math.prod(x.shape) for x in jax.tree.leaves(adapter))
     return "\n".join(
         [
@@ -84,7 +92,9 @@ def sizes(config: Config, name: str, adapter: Adapter, signature: Signature) -> 
     state = jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0), adapter)
     up, down = traffic_bytes(method, adapter, tuple(int(r) for r in np.resize(config.rank, clients)))
     memory = jax.eval_shape(method.init_client, adapter)
-    return Sizes(up / clients, down / clients, _bytes(state) - _bytes(getattr(state, "adapter", ())), _bytes(memory))
+    return Sizes(
+        up / clients, down / clients, bytes_of(state) - bytes_of(getattr(state, "adapter", ())), bytes_of(memory)
+    )
 
 
 def cells(config: Config, name: str, adapter: Adapter, signature: Signature) -> tuple[str, ...]:
@@ -117,7 +127,3 @@ def lines(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     return [line(header), "  ".join("-" * width for width in widths), *map(line, rows)]
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

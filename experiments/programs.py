@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import client_map
 from experiments.config import Config
-from experiments.layout import divisor, layout, mesh_of, refuse_draws
+from experiments.layout import bytes_of, divisor, layout, mesh_of, refuse_draws
 from experiments.problem import Clients, Problem, make_optimizer, own_accuracy
 from fedlora_jax import clustering, lora, rounds
 from fedlora_jax.clients import sample_batches
@@ -279,6 +278,5 @@ def traffic_bytes(method: Method, adapter: Adapter, ranks: tuple[int, ...]) -> t
 def traffic(method: Method, adapter: Adapter, ranks: tuple[int, ...], own: Iterable[int]) -> dict[int, Traffic]:
     """``Method.traffic`` in bytes, of a client of each of the ranks ``own``, in a cohort of clients with ``ranks``."""
     shapes = {rank: jax.eval_shape(partial(lora.cut, rank=rank), adapter) for rank in {*own, *ranks}}
-    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    cohort = [shapes[rank] for rank in ranks]
-    return {rank: Traffic(*map(size, jax.eval_shape(method.traffic, shapes[rank], cohort))) for rank in own}
+    told = lambda own, held: method.traffic(own, [held[rank] for rank in ranks])  # one adapter for all of a rank
+    return {rank: Traffic(*map(bytes_of, jax.eval_shape(told, shapes[rank], shapes))) for rank in own}

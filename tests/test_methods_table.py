@@ -62,3 +62,10 @@ def test_a_method_that_does_not_fit_the_model_says_so():
     assert config is not None
     line = next(line for line in overview.table(config).splitlines() if line.startswith("fedra ") and "held" in line)
     assert "not for this model" in line
+
+
+def test_sizes_of_more_clients_in_a_round_than_can_be_listed_are_refused():
+    with pytest.raises(ValueError, match=r"10001 clients in a round: .* --clients-per-round"):
+        overview.table(Config(clients=10_001))
+    few = Config(clients=1_000_000, clients_per_round=4, rank=(2, 4))
+    assert overview.sizes(few, "fedit", *overview.shapes(few)).up == 4 * (PARAMETERS * 3 / 4 + HEAD)

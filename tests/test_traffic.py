@@ -14,7 +14,7 @@ from fedlora_jax.clients import Population
 from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.flora import flora
-from fedlora_jax.methods.hetlora import hetlora
+from fedlora_jax.methods.hetlora import hetlora, numbers
 from fedlora_jax.methods.hilora import hilora
 from fedlora_jax.methods.rac_lora import rac_lora
 from fedlora_jax.methods.rolora import rolora
@@ -129,6 +129,21 @@ def test_hetlora_counts_the_columns_that_are_left(x64):
     np.testing.assert_allclose(info.learned["travels_down"], numbers(before) / whole)
     np.testing.assert_allclose(info.learned["travels_up"], numbers(after) / whole)
     assert numbers(before) < whole
+
+
+def test_hetlora_counts_cohorts_whose_numbers_int32_cannot_hold_together():
+    adapter = {"k": lora.LoRA(jnp.zeros((24, 1024, 8)), jnp.zeros((24, 8, 4096)))}
+    got = numbers(adapter, jnp.asarray([4, 8] * 5000))
+    np.testing.assert_allclose(got, 6 * 24 * 5120)
+
+
+def test_rows_go_on_after_those_they_are_given_and_nothing_else():
+    """One maker of rows serves all points of a sweep: what clients missed at one is nothing to the next."""
+    rows = Rows(Config(clients=N, holdout_clients=0, seeds=(7,)), Problem(RANKS), "m", flora())
+    count = lambda: [rows._bytes(0, np.asarray(ids), {}) for ids in DRAWN]
+    first = count()
+    rows.go_on(())
+    assert count() == first
 
 
 def test_flora_of_four_of_twelve_clients_on_digits_by_hand():

@@ -81,8 +81,8 @@ def hetlora(gamma: float = 0.99, lam: float = 1e-3, min_rank: int = 4) -> Method
         size *= cohort.weights > 0
         p = jnp.where(size.sum() > 0, size / jnp.maximum(size.sum(), 1e-30), uniform(cohort))
         adapter = revived(state.adapter, mean(cut, p), ranks, p)
-        size = numbers(state.adapter, cohort.ranks)
-        return HetLoRAState(adapter, numbers(adapter, sent.anchor.rank) / size, numbers(adapter, ranks) / size)
+        whole, down, up = (numbers(adapter, r) for r in (cohort.ranks, sent.anchor.rank, ranks))
+        return HetLoRAState(adapter, down / whole, up / whole)
 
     def report(state):
         return {"travels_up": state.up, "travels_down": state.down}
@@ -92,10 +92,10 @@ def hetlora(gamma: float = 0.99, lam: float = 1e-3, min_rank: int = 4) -> Method
 
 
 def numbers(adapter: Adapter, ranks: Array) -> Array:
-    """Of all clients' adapters together, at ranks ``[C]``."""
+    """Of a client's adapter at one of the ranks ``[C]``, in the mean: all together may be more than int32 holds."""
     low_rank, full = lora.split(adapter)
     column = sum(x.a[..., 0].size + x.b[..., 0, :].size for x in lora.low_rank_leaves(low_rank))
-    return column * ranks.sum() + sum(x.size for x in jax.tree.leaves(full)) * ranks.size
+    return column * ranks.mean() + sum(x.size for x in jax.tree.leaves(full))
 
 
 def tail(adapter: Adapter, ranks: Ranks) -> Array:
