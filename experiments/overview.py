@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import data, methods
+from experiments import data, descriptions, methods
 from experiments.config import Config, check
 from experiments.layout import bytes_of
-from experiments.problem import load_weights, signature_of_one
+from experiments.problem import load_weights
 from experiments.programs import traffic_bytes
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter
@@ -63,7 +63,7 @@ def table(config: Config) -> str:
             "",
             *lines(("name", "trains", "shared", "personal", "up", "down", "state", "memory"), what),
             "",
-            "wrappers, around any method: NAME:OPTION=VALUE+WRAPPER:OPTION=VALUE+...",
+            "wrappers, around methods and each other: NAME:OPTION=VALUE+WRAPPER:OPTION=VALUE+...",
             "",
             *lines(("name", "wrapper", "paper", "arXiv", "does", "options"), around),
         ]
@@ -81,7 +81,8 @@ def shapes(config: Config) -> tuple[Adapter, Signature]:
     new = partial(
         lora.new, params=params, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
     )
-    return jax.eval_shape(new, jax.eval_shape(jax.random.key, 0)), signature_of_one(config, len(classes))
+    adapter = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
+    return adapter, descriptions.shapes_of_one(config.signature, len(classes))
 
 
 def sizes(config: Config, name: str, adapter: Adapter, signature: Signature) -> Sizes:

@@ -16,12 +16,11 @@ import numpy as np
 import optax
 from jax import Array
 
-from experiments import data, layout
+from experiments import data, descriptions, layout
 from experiments.config import Config
 from experiments.data import Images
-from fedlora_jax import lora, partition, signatures
+from fedlora_jax import lora, partition
 from fedlora_jax.clients import Population, padded
-from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.signatures import Signature
 from models import vit
@@ -29,8 +28,6 @@ from models.pretrained import Pretrained, load_vit
 from models.vit import normalise
 
 FORWARD = 256  # images that a frozen model sees at once
-VIEWS = 16  # random halves of its data that describe each client in training
-AT_ONCE = 2**22  # numbers in the views of clients that are described together, in each seed
 STEM = "stem"  # the name under which a base holds the blocks that come before the adapted ones
 KEPT = 0.25  # of the memory there is, at most, for what the stem makes of all images
 NANO = Path(__file__).parent / "data" / "nano_glyphs.npz"
@@ -92,7 +89,7 @@ def build(
         lora.new, params=top.params, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
     )
     shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
-    accept(signature_of_one(config, len(images.classes)), shapes)
+    accept(descriptions.shapes_of_one(config.signature, len(images.classes)), shapes)
     train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
     made = [_clients(config, images, train_rows, test_rows, seed) for seed in config.seeds]
 
@@ -117,7 +114,7 @@ def build(
         clients=stacked,
         adapters=jax.vmap(new)(keys),
         keys=keys,
-        signature=signature_of_one(config, len(images.classes)),
+        signature=descriptions.shapes_of_one(config.signature, len(images.classes)),
         smallest=min(len(part) for parts, _, _ in made for part in parts),
         loss_fn=loss_fn,
         correct_fn=correct_fn,
@@ -306,7 +303,7 @@ def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray,
     tests = np.stack([_padded(own, widest_test) for _, own, _ in made])
     counts = np.array([[len(own) for own in tests] for _, tests, _ in made])
     ranks = np.stack([ranks for _, _, ranks in made])
-    of_data = partial(_signatures, jnp.asarray(features), jnp.asarray(labels))
+    of_data = partial(descriptions.of_clients, jnp.asarray(features), jnp.asarray(labels))
     describe = lambda rows, sizes, key: of_data(rows, sizes, key, config.clients, classes, config.signature)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(jnp.asarray(config.seeds))
     told = jax.vmap(describe)(rows, sizes, keys)
@@ -323,46 +320,6 @@ def _widened(rows: list[np.ndarray]) -> np.ndarray:
 
 def _padded(parts: list[np.ndarray], width: int) -> np.ndarray:
     return np.stack([np.concatenate([part, np.zeros(width - len(part), int)]) for part in parts]).astype(np.int32)
-
-
-def _signatures(
-    features: Array, labels: Array, rows: Array, sizes: Array, key: Array, training: int, classes: int, kind: str
-):
-    """Signatures of all clients in all views, standardised over the training ones alone."""
-    one = lambda key, r, size: signatures.views(
-        key, features[r], labels[r], jnp.arange(r.shape[0]) < size, classes, VIEWS
-    )
-    keys, width = jax.random.split(key, rows.shape[0]), (1 + VIEWS) * rows.shape[1] * features.shape[1]
-    step = max(1, AT_ONCE // width)  # every view of a client's features is an array of its own
-    parts = [jax.vmap(one)(*(x[i : i + step] for x in (keys, rows, sizes))) for i in range(0, rows.shape[0], step)]
-    moments = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-    stats = signatures.standard(jax.tree.map(lambda x: x[:training, 0], moments))
-    return _told(signatures.signatures(moments, stats), purpose(key, "what is told"), training, kind)
-
-
-def signature_of_one(config: Config, classes: int) -> Signature:
-    """Zeros in the shapes of one client's signature."""
-    told = signatures.SIZE * 2, 0 if config.signature == "label_free" else classes, 1
-    return Signature(*(np.zeros(size, np.float32) for size in told))  # type: ignore[arg-type]
-
-
-def _told(true: Signature, key: Array, training: int, kind: str) -> Signature:
-    """What the server is told instead of the true signatures ``[N + K, 1 + V, ...]``."""
-    match kind:
-        case "label_free":
-            return signatures.label_free(true)
-        case "noisy":
-            return signatures.noisy(key, true, 0.3)
-        case "constant":  # everybody is the mean training client
-            return jax.tree.map(lambda x: jnp.broadcast_to(x[:training, :1].mean(0), x.shape), true)
-        case "shuffled":  # everybody is somebody else, training and unseen clients among themselves
-            around = lambda x: jnp.concatenate([jnp.roll(x[:training], 1, 0), jnp.roll(x[training:], 1, 0)])
-            return jax.tree.map(around, true)
-        case "random":  # a name tag: fixed, and of the right size and spread, but about nothing
-            keys = jax.random.split(key, len(true))
-            tag = lambda key, x: x.mean() + x.std() * jax.random.normal(key, (x.shape[0], 1, x.shape[2]))
-            return Signature(*(jnp.broadcast_to(tag(k, x), x.shape) for k, x in zip(keys, true, strict=True)))
-    return true
 
 
 def _hash_tree(tree: Any) -> str:

@@ -1,0 +1,64 @@
+"""What the server is told of clients: signatures of their data, or controls in their place."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fedlora_jax import signatures
+from fedlora_jax.keys import purpose
+from fedlora_jax.signatures import Signature
+
+VIEWS = 16  # random halves of its data that describe each client in training
+AT_ONCE = 2**22  # numbers in the views of clients that are described together, in each seed
+
+
+def of_clients(
+    features: Array, labels: Array, rows: Array, sizes: Array, key: Array, training: int, classes: int, kind: str
+):
+    """What the server is told of all clients, in all views: a Signature ``[N + K, 1 + VIEWS, ...]``.
+
+    Args:
+      features: ``[n, width]`` of all training images, by the frozen model; ``labels [n]``.
+      rows, sizes: of clients, as in ``Population``; the first ``training`` of them are those that train.
+      key: of the views, and of what is not told as it is.
+      training: clients over which features are standardised.
+      classes: there are.
+      kind: ``--signature``.
+    """
+    one = lambda key, r, size: signatures.views(
+        key, features[r], labels[r], jnp.arange(r.shape[0]) < size, classes, VIEWS
+    )
+    keys, width = jax.random.split(key, rows.shape[0]), (1 + VIEWS) * rows.shape[1] * features.shape[1]
+    step = max(1, AT_ONCE // width)  # every view of a client's features is an array of its own
+    parts = [jax.vmap(one)(*(x[i : i + step] for x in (keys, rows, sizes))) for i in range(0, rows.shape[0], step)]
+    moments = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+    stats = signatures.standard(jax.tree.map(lambda x: x[:training, 0], moments))
+    return _told(signatures.signatures(moments, stats), purpose(key, "what is told"), training, kind)
+
+
+def shapes_of_one(kind: str, classes: int) -> Signature:
+    """Zeros in the shapes of one client's signature."""
+    told = signatures.SIZE * 2, 0 if kind == "label_free" else classes, 1
+    return Signature(*(np.zeros(size, np.float32) for size in told))  # type: ignore[arg-type]
+
+
+def _told(true: Signature, key: Array, training: int, kind: str) -> Signature:
+    """What the server is told instead of the true signatures ``[N + K, 1 + V, ...]``."""
+    match kind:
+        case "label_free":
+            return signatures.label_free(true)
+        case "noisy":
+            return signatures.noisy(key, true, 0.3)
+        case "constant":  # everybody is the mean training client
+            return jax.tree.map(lambda x: jnp.broadcast_to(x[:training, :1].mean(0), x.shape), true)
+        case "shuffled":  # everybody is somebody else, training and unseen clients among themselves
+            around = lambda x: jnp.concatenate([jnp.roll(x[:training], 1, 0), jnp.roll(x[training:], 1, 0)])
+            return jax.tree.map(around, true)
+        case "random":  # a name tag: fixed, and of the right size and spread, but about nothing
+            keys = jax.random.split(key, len(true))
+            tag = lambda key, x: x.mean() + x.std() * jax.random.normal(key, (x.shape[0], 1, x.shape[2]))
+            return Signature(*(jnp.broadcast_to(tag(k, x), x.shape) for k, x in zip(keys, true, strict=True)))
+    return true
