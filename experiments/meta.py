@@ -52,6 +52,8 @@ class Plan:
             raise ValueError(f"meta trains one method, got --methods {','.join(config.methods)}")
         (self.name,) = config.methods
         methods.check(self.name)
+        if config.minimum < 2:
+            raise ValueError("meta keeps examples of every client apart: --minimum must be at least 2, got 1")
         config = dataclasses.replace(config, seeds=config.seeds[:1])
         self.config = config
         self.folder = Folder("meta", config.out)

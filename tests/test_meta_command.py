@@ -77,3 +77,8 @@ def test_what_cannot_be_meta_trained_is_refused(method, said, options, tmp_path)
     with pytest.raises(ValueError, match=said):
         meta.Plan(plan("meta", method, *options, "--out", tmp_path / "out")[1])
     assert not (tmp_path / "out").exists()
+
+
+def test_clients_of_one_image_are_refused_as_they_have_none_to_keep_apart(options, tmp_path):
+    with pytest.raises(ValueError, match="--minimum must be at least 2, got 1"):
+        meta.Plan(plan("meta", FROZEN, *options, "--minimum", 1, "--out", tmp_path / "out")[1])
