@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import client_map, figures
+from experiments.folder import write_atomically
 from experiments.look import png
-from experiments.record import write_atomically
 from experiments.summary import window
 
 ACCURACIES = {

@@ -52,7 +52,7 @@ def main() -> None:
 
 def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any]]:
     """The folder that is written, and what remains to be done once everything that can be refused has been."""
-    match command:  # imports wait until here: --help and typing errors need no jax
+    match command:  # imports wait until here: --help and typing errors need none of them
         case "bench":  # many small runs, each of which may be refused: nothing is left for later
             bench.execute(options)
             return None, lambda: None
