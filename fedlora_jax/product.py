@@ -10,21 +10,14 @@ Every matrix statement is per layer: leading axes of ``a`` and ``b`` are batch a
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
-from typing import Literal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_batching import sequential_vmap
 
+from fedlora_jax.decomposition import Split, matmul, truncated, within_rank
 from fedlora_jax.lora import LoRA
-
-Split = Literal["left", "right", "balanced"]
-
-_DEAD = 1e-6  # singular values below this share of the largest count as zero
-_SWEEPS = 4  # of the subspace iteration
-matmul = partial(jnp.matmul, precision="highest")  # accelerators would otherwise round float32 factors to TF32
 
 
 def total(stacked: LoRA, weights: Array) -> LoRA:
@@ -135,7 +128,7 @@ def truncate(
         raise ValueError(f"like has rank {like.a.shape[-1]}, the truncation has rank {rank}: they must agree")
     a, b = _at_least(x.a, rank, -1), _at_least(x.b, rank, -2)
     few = None if spare is None or rank + spare >= min(n_in, n_out, a.shape[-1]) else rank + spare
-    one_layer = partial(_truncate, rank, split, few)
+    one_layer = partial(truncated, rank, split, few)
     for _ in range(a.ndim - 2):
         one_layer = jax.vmap(one_layer)
     reference = None if like is None else (like.a, like.b)
@@ -162,7 +155,7 @@ def within(x: LoRA, rank: Array, split: Split = "balanced") -> LoRA:
     """
     wide = jnp.promote_types(x.a.dtype, jnp.float32)
     kept = (jnp.arange(x.a.shape[-1]) < rank).astype(wide)
-    one_layer: Callable = partial(_within, split)
+    one_layer: Callable = partial(within_rank, split)
     for _ in range(x.a.ndim - 2):
         one_layer = jax.vmap(one_layer, (0, 0, None))
     a, b = one_layer(x.a.astype(wide), x.b.astype(wide), kept)
@@ -201,182 +194,3 @@ def _at_least(x: Array, size: int, axis: int) -> Array:
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, missing)
     return jnp.pad(x, pad)
-
-
-@sequential_vmap
-def _svd(a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """All triplets ``U [in, k], S [k], V [out, k]`` of ``a @ b`` from its factors, ``k = min(q, in, out)``.
-
-    Mapped one layer after another even under ``vmap``: batched QR whose results feed batched products can hang for
-    ever on CPU (jaxlib 0.10.2), and LAPACK takes a batch one matrix at a time anyway.
-    """
-    with jax.default_matmul_precision("highest"):
-        left, core_left = (jnp.eye(a.shape[0], dtype=a.dtype), a) if a.shape[0] <= a.shape[1] else jnp.linalg.qr(a)
-        right, core_right = (
-            (jnp.eye(b.shape[1], dtype=b.dtype), b.T) if b.shape[1] <= b.shape[0] else jnp.linalg.qr(b.T)
-        )
-        u, s, vt = jnp.linalg.svd(core_left @ core_right.T, full_matrices=False)
-        return left @ u, s, right @ vt.T
-
-
-@cache
-def _leading(few: int | None) -> Callable[[Array, Array], tuple[Array, Array, Array]]:
-    """``_svd``, or the same for the first ``few`` triplets by subspace iteration."""
-    if few is None:
-        return _svd
-
-    @sequential_vmap
-    def leading(a: Array, b: Array) -> tuple[Array, Array, Array]:
-        with jax.default_matmul_precision("highest"):
-            q = a @ (b @ jax.random.normal(jax.random.key(0), (b.shape[1], few), a.dtype))
-            for _ in range(_SWEEPS):
-                q = jnp.linalg.qr(q)[0]
-                q = jnp.linalg.qr(((q.T @ a) @ b).T)[0]
-                q = a @ (b @ q)
-            q = jnp.linalg.qr(q)[0]
-            u, s, vt = jnp.linalg.svd((q.T @ a) @ b, full_matrices=False)
-            return q @ u, s, vt.T
-
-    return leading
-
-
-@sequential_vmap
-def _rotation(overlap: Array) -> Array:
-    """The orthogonal ``R`` that maximises ``trace(R^T overlap)``."""
-    x, _, yt = jnp.linalg.svd(overlap)
-    return matmul(x, yt)
-
-
-@sequential_vmap
-def _eigh(x: Array) -> tuple[Array, Array]:
-    return tuple(jnp.linalg.eigh(x))  # type: ignore[return-value]
-
-
-def _inverse(x: Array, largest: Array, tolerance: float = _DEAD) -> Array:
-    """``1 / x``, and 0 where ``x`` is at most ``tolerance * largest``."""
-    alive = x > tolerance * largest
-    return jnp.where(alive, 1.0 / jnp.where(alive, x, 1.0), 0.0)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _truncate(rank: int, split: Split, few: int | None, factors: tuple, reference: tuple | None) -> tuple[Array, Array]:
-    u, s, v = _leading(few)(*factors)
-    a, b = _split(split, u[:, :rank], s[:rank], v[:, :rank])
-    if reference is None:
-        return a, b
-    rotation, dead = _gauge(split, s[:rank], a, b, reference)
-    return matmul(a, rotation) + matmul(reference[0], dead), matmul(rotation.T, b)
-
-
-@_truncate.defjvp
-def _truncate_jvp(rank: int, split: Split, few: int | None, primals: tuple, tangents: tuple):
-    """``(dM, d reference) -> (da, db)``, exact for the product and, with a reference, for the factors."""
-    ((a_in, b_in), reference), ((da_in, db_in), d_reference) = primals, tangents
-    u_all, s_all, v_all = _leading(few)(a_in, b_in)
-    u, s, v = u_all[:, :rank], s_all[:rank], v_all[:, :rank]
-    u_drop, s_drop, v_drop = u_all[:, rank:], s_all[rank:], v_all[:, rank:]
-
-    # dM seen from the kept singular vectors; dM itself is never formed.
-    left = matmul(matmul(u.T, da_in), b_in) + matmul(matmul(u.T, a_in), db_in)  # U^T dM  [r, out]
-    right = matmul(da_in, matmul(b_in, v)) + matmul(a_in, matmul(db_in, v))  # dM V    [in, r]
-    k = matmul(left, v)
-    e, f = matmul(left, v_drop), matmul(u_drop.T, right)
-    gap = _inverse(s[:, None] - s_drop, s[0]) * _inverse(s[:, None] + s_drop, s[0])
-    x = s_drop * (s[:, None] * f.T + s_drop * e) * gap
-    y = s_drop * (s[:, None] * e + s_drop * f.T) * gap
-    e_out = left - matmul(k, v.T) + matmul(x, v_drop.T)
-    f_out = right - matmul(u, k) + matmul(u_drop, y.T)
-
-    a, b = _split(split, u, s, v)
-    da, db = _split_tangents(split, u, s, v, k, e_out, f_out)
-    if reference is None:
-        return (a, b), (da, db)
-    rotation, dead = _gauge(split, s, a, b, reference)
-    a, b = matmul(a, rotation), matmul(rotation.T, b)
-    da, db = matmul(da, rotation), matmul(rotation.T, db)
-    turn = _turn((a, b), (da, db), reference, d_reference)
-    d_dead = matmul(dead, turn) - matmul(turn, dead)
-    da, db = da + matmul(a, turn), db - matmul(turn, b)
-    da = da + matmul(d_reference[0], dead) + matmul(reference[0], d_dead)
-    return (a + matmul(reference[0], dead), b), (da, db)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _within(split: Split, a: Array, b: Array, kept: Array) -> tuple[Array, Array]:
-    a, b = _split(split, *_svd(a, b))
-    return a * kept, kept[:, None] * b
-
-
-@_within.defjvp
-def _within_jvp(split: Split, primals: tuple, tangents: tuple):
-    """As ``_truncate_jvp``, with masks for slices: what is dropped is among the triplets of ``x``."""
-    (a_in, b_in, kept), (da_in, db_in, _) = primals, tangents
-    u, s, v = _svd(a_in, b_in)
-    left = matmul(matmul(u.T, da_in), b_in) + matmul(matmul(u.T, a_in), db_in)
-    right = matmul(da_in, matmul(b_in, v)) + matmul(a_in, matmul(db_in, v))
-    every = matmul(left, v)
-    k = every * kept * kept[:, None]
-    across = kept[:, None] * (1 - kept)  # from a kept to a dropped one
-    gap = across * _inverse(s[:, None] - s, s[0]) * _inverse(s[:, None] + s, s[0])
-    x = s * (s[:, None] * every.T + s * every) * gap
-    y = s * (s[:, None] * every + s * every.T) * gap
-    e_out = kept[:, None] * left - matmul(k, v.T) + matmul(x, v.T)
-    f_out = kept * right - matmul(u, k) + matmul(u, y.T)
-    a, b = _split(split, u, s, v)
-    da, db = _split_tangents(split, u, s * kept, v, k, e_out, f_out)
-    return (a * kept, kept[:, None] * b), (da, db)
-
-
-def _split(split: Split, u: Array, s: Array, v: Array) -> tuple[Array, Array]:
-    match split:
-        case "left":
-            return u, s[:, None] * v.T
-        case "right":
-            return u * s, v.T
-        case "balanced":
-            root = jnp.where(_is_dead(s), 0.0, jnp.sqrt(s))
-            return u * root, root[:, None] * v.T
-    raise ValueError(f"split must be 'left', 'right' or 'balanced', got {split!r}")
-
-
-def _split_tangents(split: Split, u, s, v, k, e_out, f_out) -> tuple[Array, Array]:
-    inverse = _inverse(s, s[0])
-    match split:
-        case "left":
-            return f_out * inverse, matmul(k, v.T) + e_out
-        case "right":
-            return matmul(u, k) + f_out, inverse[:, None] * e_out
-    inverse_root = jnp.sqrt(inverse)
-    inverse_sum = _inverse(s[:, None] + s, s[0])
-    p = (k * s + k.T * s[:, None]) * inverse_sum / 2
-    p = jnp.where(_is_dead(s)[:, None], k, p)  # a step into a dead direction of U is a's alone, q has b's
-    q = p - (k - k.T) * s * inverse_sum
-    da = (matmul(u, p) + f_out) * inverse_root
-    db = inverse_root[:, None] * (matmul(q.T, v.T) + e_out)
-    return da, db
-
-
-def _is_dead(s: Array) -> Array:
-    return s <= _DEAD * s[0]
-
-
-def _gauge(split: Split, s: Array, a: Array, b: Array, reference: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Rotation towards the reference, and the projector on the directions dead after it.
-
-    Only the balanced split has dead directions (a zero column of ``a`` and a zero row of ``b``). They take over the
-    reference's ``a``; their rows of ``b`` are zero, so the product does not change.
-    """
-    ref_a, ref_b = reference
-    rotation = _rotation(matmul(a.T, ref_a) + matmul(b, ref_b.T))
-    dead = jnp.where(_is_dead(s) & (split == "balanced"), 1.0, 0.0).astype(a.dtype)
-    return rotation, matmul(rotation.T * dead, rotation)
-
-
-def _turn(factors, d_factors, reference, d_reference) -> Array:
-    """How the Procrustes rotation ``R`` follows, ``dR = R W``: solve ``W P + P W = N - N^T``, ``W`` antisymmetric."""
-    (a, b), (da, db), (ref_a, ref_b), (dref_a, dref_b) = factors, d_factors, reference, d_reference
-    p = matmul(a.T, ref_a) + matmul(b, ref_b.T)
-    n = matmul(da.T, ref_a) + matmul(db, ref_b.T) + matmul(a.T, dref_a) + matmul(b, dref_b.T)
-    w, basis = _eigh((p + p.T) / 2)
-    inverse = _inverse(w[:, None] + w, jnp.abs(w).max())
-    return matmul(basis, matmul(matmul(basis.T, matmul(n - n.T, basis)) * inverse, basis.T))
