@@ -180,6 +180,8 @@ def _seeds(text: str) -> tuple[int, ...]:
     start, stop = (int(first), int(end)) if colon else (0, int(first))
     if not stop - start <= MANY:  # before a tuple of them is made
         raise argparse.ArgumentTypeError(f"{text} means {stop - start} seeds: expected at most {MANY}")
+    if not stop > start:
+        raise argparse.ArgumentTypeError(f"{text} holds no seeds: expected a count, or FIRST:END with END above FIRST")
     return tuple(range(start, stop))
 
 

@@ -120,7 +120,7 @@ def _checked(name: str, arrays: dict[str, np.ndarray], test_share: float) -> Ima
     else:
         test = _split(domain * len(classes) + y, test_share)
     images = Images(name, x, y, domain, test, classes, domains, _superclass(name, arrays, classes))
-    _check_parts(images, "give it some, or leave the domain out")
+    _check_parts(images, "give it some, leave the domain out, or the array split")
     return images
 
 
@@ -152,8 +152,8 @@ def _check_parts(images: Images, remedy: str) -> None:
     for part, where in (("training", ~images.test), ("test", images.test)):
         counts = np.bincount(images.domain[where], minlength=len(images.domains))
         if not counts.all():
-            label = images.domains[int(np.argmin(counts))]
-            raise ValueError(f"{images.name}: domain {label!r} has no {part} images: {remedy}")
+            where = f"domain {images.domains[int(np.argmin(counts))]!r} has" if images.has_domains else "it has"
+            raise ValueError(f"{images.name}: {where} no {part} images: {remedy}")
 
 
 def _superclass(name: str, arrays: dict[str, np.ndarray], classes: tuple[str, ...]) -> np.ndarray | None:

@@ -86,21 +86,24 @@ def bias(looks: Looks, rows: Rows) -> Figure | None:
         return None
     every, named = np.concatenate([line[1] for line in lines.values()]), dict(looks)
     top, logarithmic = every.max(), every.max() > 30 * every.min()
-    floor = 10 ** np.floor(np.log10(every[every > 0].min()) - 0.5) if logarithmic else 0.0  # where zeros are drawn
+    floor = 10 ** np.floor(np.log10(every[every > 0].min()) - 0.5) if logarithmic else 0.0
+    if logarithmic and every.min() < ROUNDING:
+        floor = min(floor, ROUNDING / 10)  # where a line of zeros is drawn; single ones have no place on the axis
     for name, line in lines.items():
-        suffix = " (exactly 0)" if line[1].max() == 0 else " (exact)" if line[1].max() < ROUNDING else ""
+        zero = line[1].max() == 0
+        suffix = " (exactly 0)" if zero else " (to rounding)" if line[1].max() < ROUNDING else ""
         named[name] = looks[name]._replace(label=looks[name].label + suffix)
-        if logarithmic:  # an interval that reaches 0 has no place on the axis
-            line[1] = np.maximum(line[1], floor)
+        if logarithmic:  # an interval that reaches 0 has none either
+            line[1] = np.where(line[1] > 0, line[1], floor if zero else np.nan)
             line[2:, line[2] <= floor] = np.nan
     title, y = "What the server misses of the mean of its clients", "bias, as a share of the mean update"
     figure, axes = _lines(named, lines, title, "round", y)
-    axes.set_ylim(floor / 1.5, 3 * top if logarithmic else 1.15 * top or 1)
+    axes.set_ylim(floor / 1.5, 3 * max(top, ROUNDING) if logarithmic else 1.15 * top or 1)
     if logarithmic:
         axes.set_yscale("log")
     if logarithmic and every.min() < ROUNDING:
         axes.axhspan(floor / 1.5, ROUNDING, color=FAINT, zorder=0)
-        note(axes, "exact: only float32 rounding is left", 0.99, 0.8 * ROUNDING, ha="right", va="top")
+        note(axes, "no more than float32 rounding", 0.99, 0.8 * ROUNDING, ha="right", va="top")
     return _by_round(figure, lines)
 
 

@@ -96,8 +96,9 @@ class Folder:
                 raise ValueError(f"nothing to resume in {self.path}: it has no {CONFIG}")
             self._config = (self.path / CONFIG).read_bytes()
         elif not self._own and self.path.exists() and not (self.path.is_dir() and self._is_empty()):
-            instead = "" if resume is None else "use --resume to go on with it, or "
-            raise ValueError(f"{self.path} exists and is not empty: {instead}another --out")
+            goes_on = resume is not None and (self.path / CONFIG).is_file()
+            what = "exists and is not empty" if self.path.is_dir() else "is a file"
+            raise ValueError(f"{self.path} {what}: use {'--resume to go on with it, or ' * goes_on}another --out")
         if self.path.is_dir() and (owner := _owner(self.path / LOCK)):
             raise ValueError(f"{self.path} is being written by {owner}: let it end, stop it, or use another --out")
         parent = self.path

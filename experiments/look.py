@@ -44,7 +44,7 @@ def looks_of(summary: dict[str, Any]) -> dict[str, Look]:
     looks = {}
     for i, (name, entry) in enumerate(summary["methods"].items()):
         turn, j = i // len(METHODS) % len(DASHES), i % len(METHODS)
-        looks[name] = Look(plain(entry["about"]["name"], 32), METHODS[j], MARKERS[j], DASHES[turn], HATCHES[turn])
+        looks[name] = Look(plain(entry["about"]["name"], 64), METHODS[j], MARKERS[j], DASHES[turn], HATCHES[turn])
     return looks
 
 
@@ -97,7 +97,8 @@ def colours(number: int) -> Any:
 def plain(text: str, limit: int = 24) -> str:
     """A name as matplotlib is to show it: short, on one line, no formula, not hidden for a leading underscore."""
     text = " ".join(str(text).split())
-    text = (text if len(text) <= limit else text[: limit - 1] + "…").replace("$", r"\$")
+    start = limit // 2  # both ends stay: methods that differ by an option differ at the end
+    text = (text if len(text) <= limit else f"{text[:start]}…{text[start + 1 - limit :]}").replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 

@@ -148,7 +148,9 @@ def settable(make: Callable) -> dict[str, inspect.Parameter]:
 
 def _option(spec: str, text: str, settable: dict[str, inspect.Parameter]) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
-    if key not in settable or not equals:
+    if key in settable and not equals:
+        raise ValueError(f"{spec!r}: {key} needs a value, as in {key}={settable[key].default}")
+    if key not in settable:
         can = ", ".join(f"{k}={p.default}" for k, p in settable.items()) or "none"
         raise ValueError(f"{spec!r}: {text!r} is no option of {spec.split(':')[0]}; it has {can}")
     kind = type(settable[key].default)
@@ -172,19 +174,36 @@ def wrapper_options(name: str) -> str:
 
 
 def _module(name: str) -> Any:
+    module = lambda name: importlib.import_module(f"fedlora_jax.methods.{name}")
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)
-        raise ValueError(f"unknown method {name!r}: did you mean {near[0]}? There are {', '.join(names())}")
-    return importlib.import_module(f"fedlora_jax.methods.{name}")
+        around = {about.name: wrapper for wrapper, about in wrappers().items()}
+        if wrapper := _called(name, around):
+            raise ValueError(f"{name!r} is a wrapper: put it around a method, as in fedit+{wrapper}")
+        titles = {module(known).ABOUT.name: known for known in names()}
+        raise ValueError(_unknown("method", name, titles))
+    return module(name)
 
 
 def _wrapper(name: str) -> tuple[AboutWrapper, Callable[..., Method]]:
     for module in _wrapper_modules():
         if name in module.ABOUT:
             return module.ABOUT[name], getattr(module, name)
-    known = list(wrappers())
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    raise ValueError(f"unknown wrapper {name!r}: did you mean {near[0]}? There are {', '.join(known)}")
+    raise ValueError(_unknown("wrapper", name, {about.name: known for known, about in wrappers().items()}))
+
+
+def _called(name: str, titles: Mapping[str, str]) -> str | None:
+    """Of the names by titles, the one that is meant by ``name``, however it is written."""
+    plain = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())
+    same = {plain(text): known for title, known in titles.items() for text in (title, known)}
+    return same.get(plain(name))
+
+
+def _unknown(kind: str, name: str, titles: Mapping[str, str]) -> str:
+    known = sorted(titles.values())
+    if not name:
+        return f"a {kind} has no name: expected one of {', '.join(known)}"
+    near = _called(name, titles) or difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"unknown {kind} {name!r}: did you mean {near}? There are {', '.join(known)}"
 
 
 def _wrapper_modules() -> list[Any]:

@@ -340,6 +340,7 @@ def make_step(
     cohort_step = make_cohort_step(round_fn, steps=steps, batch=batch, smallest=smallest, query=query)
 
     def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
+        check_memory(run, population)
         ids = draw_ids(key, run.round, population.sizes.shape[0], participants)
         memory = jax.tree.map(lambda x: x[ids], run.memory)
         state, memory, info = cohort_step(base, data, population.members(ids), ids, run.state, memory, run.round, key)
@@ -368,6 +369,7 @@ def make_host_step(
     cpu = jax.local_devices(backend="cpu")[0]
 
     def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
+        check_memory(run, population)
         with jax.default_device(cpu):
             who, count = jax.device_put((key, run.round), cpu)
             ids = np.asarray(draw_ids(who, count, len(population.sizes), participants))
@@ -378,6 +380,17 @@ def make_host_step(
         return Run(state, run.memory, run.round + 1), info
 
     return step
+
+
+def check_memory(run: Run, population: Population) -> None:
+    """Refuse a run that was started for another number of clients: rows out of range would be others'."""
+    clients = population.sizes.shape[0]
+    rows = {x.shape[0] for x in jax.tree.leaves(run.memory)}
+    if rows - {clients}:
+        raise ValueError(
+            f"the run keeps rows of {max(rows)} clients between rounds, and the population has {clients}: give their "
+            "number to rounds.start(..., clients=)"
+        )
 
 
 def make_cohort_step(round_fn: Callable, *, steps: int, batch: int, smallest: int, query: int = 0) -> Callable:

@@ -142,8 +142,8 @@ def _head(
     if not count or (keep and count != outputs):
         has = f"a head for {outputs} classes" if outputs else "no head"
         raise ValueError(
-            f"{path} has {has} and cannot keep it for {count or 'classes unknown'}: say which classes there are, and "
-            "leave keep_head (--keep-head) out"
+            f"{path} has {has} and cannot keep it for {count or 'classes unknown'}: leave keep_head (--keep-head) out "
+            "for a new one" + " and say how many classes there are" * (not count)
         )
     kept = lambda order: {"kernel": arrays["head.weight"][order].T, "bias": arrays["head.bias"][order]}
     if names and labels and len(labels) == outputs and len(set(names)) == count and sorted(labels) == sorted(names):

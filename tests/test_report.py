@@ -227,8 +227,9 @@ def test_a_picture_has_room_for_a_legend_of_any_number_of_domains(domains):
     assert axes.get_window_extent().height > 0.3 * figure.dpi
 
 
-def test_a_legend_of_long_names_stays_within_the_picture():
-    looks = looks_of({"methods": {f"m{i}": {"about": {"name": "HyperLoRA (memory=0.5, steady)"}} for i in range(4)}})
+@pytest.mark.parametrize("name", ["HyperLoRA (memory=0.5, steady)", "FedIT + FedProx (mu=0.1) + " * 9])
+def test_a_legend_of_long_names_stays_within_the_picture(name):
+    looks = looks_of({"methods": {f"m{i}": {"about": {"name": name}} for i in range(4)}})
     figure = legend(Figure((7.2, 4.3), 150), looks, looks)
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
@@ -245,6 +246,29 @@ def test_bias_of_any_size_is_drawn(share):
     assert figure is not None
     assert png(figure)
     assert figure.axes[0].get_yscale() == "linear"
+
+
+def test_a_bias_of_zero_is_no_small_one_and_rounding_has_its_place():
+    summary, rows, _ = make()
+    first, *_ = summary["methods"]
+    for row in rows:
+        tiny, some = (0.0, 0.004 * row["round"]) if row["round"] > 2 else (1e-9, 0.0)
+        row["bias_share"] = tiny if row["method"] == first else some
+    axes = figures.bias(looks_of(summary), rows).axes[0]
+    gaps = [not np.isfinite(drawn.get_ydata()).all() for drawn in axes.lines]
+    assert all(gaps), "a round of exactly no bias is no point"
+    for row in rows:  # all methods to rounding, over decades
+        row["bias_share"] = 10.0 ** -(5 + row["round"] % 4)
+    figure = figures.bias(looks_of(summary), rows)
+    png(figure)
+    low, high = figure.axes[0].get_ylim()
+    assert all(low < text.get_position()[1] < high for text in figure.axes[0].texts)
+
+
+def test_methods_that_differ_at_the_end_of_their_names_are_told_apart():
+    names = [f"FedIT + FedProx (mu=0.1) + SCAFFOLD + Gaussian noise (0.1) + FedAdam (lr={lr})" for lr in (0.01, 0.03)]
+    looks = looks_of({"methods": {name: {"about": {"name": name}} for name in names}})
+    assert len({look.label for look in looks.values()}) == 2
 
 
 def test_of_very_many_clients_some_are_drawn_and_the_map_is_left_out_with_a_word(tmp_path):

@@ -40,6 +40,7 @@ from fedlora_jax import rounds
 from fedlora_jax.clients import sample_batches, sample_ids, sample_rows
 from fedlora_jax.method import Method, average_client
 from fedlora_jax.methods.fedit import FedITState, fedit
+from fedlora_jax.signatures import Signature
 
 SIZES = (5, 9, 3, 7, 4)
 
@@ -282,8 +283,10 @@ def test_an_average_client_gets_the_global_model():
     one = average_client(c._replace(memory=Kept(jnp.arange(CLIENTS), jnp.arange(4.0))))
     assert one.ids.tolist() == [-1]
     assert one.batches == ()
-    for own, z in zip(one.signatures, c.signatures, strict=True):
-        assert_near(own[0], np.float64(c.weights) @ np.float64(z) / 4, 1e-6)
+    shape, labels, amount = (np.float64(x) for x in c.signatures)
+    mean = lambda x: np.float64(c.weights) @ x / 4
+    expected = Signature(mean(shape), np.sqrt(mean(np.maximum(labels, 0) ** 2)), mean(amount))  # roots of shares
+    assert_near(take(one.signatures, 0), expected, 1e-6)
     assert_near(one.memory.head, jnp.asarray([7 / 4]))
     evaluate = rounds.make_evaluate(method, accuracy_and_loss)
     scores = evaluate(BASE, state, one, jax.tree.map(lambda x: x[None], examples()), KEY)
@@ -295,7 +298,8 @@ def test_only_servers_that_learn_from_signatures_are_told_of_random_parts():
     told = jax.tree.map(lambda x: jnp.concatenate([x, x + 1, x + 2], 1), population(SIZES).signatures)
     clients = population(SIZES)._replace(signatures=told)
     config = Config(clients=len(SIZES), local_steps=1, batch=BATCH, seeds=(0,))
-    data = SimpleNamespace(loss_fn=loss_fn, smallest=min(SIZES))
+    images = examples()
+    data = SimpleNamespace(loss_fn=loss_fn, smallest=min(SIZES), train=(images["x"], images["y"]))
 
     def keep(base, state, cohort, sent, received):
         return state._replace(adapter=cohort.signatures)
@@ -310,3 +314,14 @@ def test_only_servers_that_learn_from_signatures_are_told_of_random_parts():
     assert_near(seen(), jax.tree.map(lambda x: x[:, 0], told), 0)
     learning = seen(learn=lambda state, cohort, slopes: state)
     assert np.all(learning.amount > told.amount[:, 0] + 0.5)
+
+
+@pytest.mark.parametrize("clients", [1, len(SIZES) - 1, len(SIZES) + 1])
+def test_a_run_for_another_number_of_clients_is_refused(clients):
+    method = METHODS["ditto"]()
+    step = rounds.make_step(
+        rounds.make_round(method, loss_fn, OPTIMIZER), participants=2, steps=1, batch=BATCH, smallest=min(SIZES)
+    )
+    run = rounds.start(method, KEY, ADAPTER, clients=clients)
+    with pytest.raises(ValueError, match=f"rows of {clients} clients .* the population has {len(SIZES)}"):
+        jax.eval_shape(step, BASE, examples(), population(SIZES), run, KEY)

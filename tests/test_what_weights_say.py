@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from weight_helpers import FACTS, reference_forward, timm_arrays, write
 
-from experiments import budget, problem, record
+from experiments import budget, problem
 from experiments.config import Config
+from experiments.folder import Folder
 from experiments.pretrain import to_timm
 from models.pretrained import load_vit
 from models.vit import ViT, normalise
@@ -267,4 +268,4 @@ def test_a_command_says_once_what_it_uses_and_keeps_it_with_the_results(tmp_path
     with pytest.warns(UserWarning, match="GUESS"):
         other = load_vit(path, 10, heads=3, std=(0.2, 0.2, 0.2))
     with pytest.raises(ValueError, match=r"mean was \"0.5,0.5,0.5 \(guessed\)\", is \"0.1,0.2,0.3 \(config.json\)\""):
-        record.check_same(tmp_path / "out", "record", {**kept, **other.told()})
+        Folder("budget", str(tmp_path / "out"), resume=True).check_same("record", {**kept, **other.told()})

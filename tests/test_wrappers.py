@@ -269,8 +269,11 @@ def test_a_spec_names_wrappers_from_the_inside_out():
         ("fedit+proximl", "unknown wrapper 'proximl': did you mean proximal"),
         ("fedit+proximal:m=1", "'m=1' is no option of proximal; it has mu="),
         ("fedit+clip:bound=much", "bound must be float"),
-        ("proximal+fedit", "unknown method 'proximal'"),
-        ("fedit+", "unknown wrapper ''"),
+        ("proximal+fedit", "'proximal' is a wrapper: put it around a method, as in fedit+proximal"),
+        ("FedProx", "is a wrapper"),
+        ("FedIT", "did you mean fedit"),
+        ("fedit+", "a wrapper has no name"),
+        ("fedit+proximal:mu", "mu needs a value, as in mu=0.01"),
     ],
 )
 def test_unknown_wrappers_and_options_are_refused(spec, message):
