@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax import lora, product
-from fedlora_jax.method import About, Method, mean
+from fedlora_jax.method import About, Method, mean, per_client
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.product import Split
 
@@ -26,7 +26,7 @@ def flexlora(split: Split = "left", gauge: bool = False) -> Method:
     Args:
       split: how ``U S V^T`` becomes factors; ``left`` is the public code's.
       gauge: rotate the new factors towards the old ones, so that they move continuously from round to round, in the
-        server. A cohort with clients of smaller ranks is sent them in the order of singular values.
+        server. Clients of smaller ranks are sent them in the order of singular values.
     """
     inner = fedit()
 
@@ -34,11 +34,14 @@ def flexlora(split: Split = "left", gauge: bool = False) -> Method:
         if not gauge:
             return inner.dispatch(base, state, cohort)
         sent = inner.dispatch(base, state, cohort)
-        best = jax.vmap(lambda x, rank: product.within(x, rank, split), (None, 0))
-        keep = lambda x, y: y
-        truncated = lambda: lora.tree_map(lambda x, y: best(x, cohort.ranks), state.adapter, sent.adapter, full=keep)
-        smaller = jnp.any(cohort.ranks < lora.max_rank(state.adapter))
-        rows = jax.lax.cond(smaller, truncated, lambda: sent.adapter)
+        smaller = cohort.ranks < lora.max_rank(state.adapter)
+
+        def cut(x, y):
+            best = jax.vmap(lambda rank: product.within(x, rank, split))(cohort.ranks)
+            return jax.tree.map(lambda y, best: jnp.where(per_client(smaller, y) > 0, best, y), y, best)
+
+        truncated = lambda: lora.tree_map(cut, state.adapter, sent.adapter, full=lambda x, y: y)
+        rows = jax.lax.cond(smaller.any(), truncated, lambda: sent.adapter)
         return sent._replace(adapter=rows, anchor=rows)
 
     def aggregate(base, state, cohort, sent, received):
