@@ -63,7 +63,7 @@ OPTIONS = {
     ),
     "a count of seeds beyond all bounds": ("run --method fedit --seeds 1000000000", "means 1000000000 seeds"),
     "a range of seeds beyond all bounds": ("run --method fedit --seeds 5:3000000000", "means 2999999995 seeds"),
-    "a range of no seeds": ("run --method fedit --seeds 5:5", "--seeds is empty"),
+    "a range of no seeds": ("run --method fedit --seeds 5:5", "5:5 holds no seeds"),
     "a scale that float32 cannot hold": ("run --method fedit --scale 1e300", "--scale must be at least -1000000"),
     "a learning rate that float32 flushes to 0": ("run --method fedit --lr 1e-60", "float32 cannot hold"),
     "a validation share that sets nothing apart": ("run --method fedit --validation 1e-9", "use another --validation"),
