@@ -48,7 +48,7 @@ def steps(looks: Looks, result: dict[str, Any]) -> Figure:
 def cost(looks: Looks, result: dict[str, Any]) -> Figure:
     """Accuracy as sent against all that a client has computed until then, meta-training included."""
     figure = Figure((7.2, 4.3), 150, layout="constrained")
-    x = "forward and backward passes per client so far (a line for each number of local steps per round)"
+    x = "forward and backward passes per client so far\n(a line for each number of local steps per round)"
     axes = dress(figure.subplots(), "What accuracy costs, meta-training charged", x, "as sent, clients that train (%)")
     for name in looks:
         for e in (e for e in result["entries"] if e["method"] == name):
