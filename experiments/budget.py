@@ -122,7 +122,7 @@ class Plan:
         result = jax.tree.map(lambda x: np.asarray(x[0]), result)
         return {"method": name, "about": methods.about(name)._asdict(), "steps": steps, "lr": lr, "tau": tau,
                 "validation": [{"lr": r, "tau": t, "accuracy": a} for (r, t), a in scores.items()],
-                "passes": method.slope.passes(steps), **_numbers(config, result)}  # fmt: skip
+                "passes": method.meta_gradient.passes(steps), **_numbers(config, result)}  # fmt: skip
 
     def _result(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
         held = {
@@ -157,11 +157,11 @@ def program(config: Config, p: Problem, method: Method, points: int) -> Callable
         serving = programs.make_serving(config, p, method, optimizer, chunk)
 
         def block(arrays: Arrays, seed: Seed, run: Run, info, end) -> tuple[Array, Array]:
-            as_sent, _ = serving.score(arrays, seed, run, serving.meet(arrays, seed, run), 0)
+            as_sent, _ = serving.score(arrays, seed, run, serving.onboard(arrays, seed, run), 0)
             return jnp.nanmean(as_sent[:n]), serving.whole(arrays, seed, run).mean()
 
         def end(arrays: Arrays, seed: Seed, run: Run) -> Array:
-            memory = serving.meet(arrays, seed, run)
+            memory = serving.onboard(arrays, seed, run)
             return jnp.stack([serving.score(arrays, seed, run, memory, steps)[0] for steps in TAUS])
 
         return Scoring(block, end)
@@ -230,14 +230,14 @@ def claims(entries: list[dict[str, Any]], factor: int = 5) -> list[dict[str, Any
 
 
 def _claim(e, baseline, group: str, own, other, less) -> dict[str, Any]:
-    apart = lambda u, v: summary.spread([a - b for a, b in zip(u["seeds"], v["seeds"], strict=True)])
+    difference = lambda u, v: summary.spread([a - b for a, b in zip(u["seeds"], v["seeds"], strict=True)])
     return {
         "method": e["method"],
         "steps": e["steps"],
         "baseline": baseline["method"],
         "group": group,
-        "difference": apart(own, other),
-        "needed": apart(other, less),
+        "difference": difference(own, other),
+        "needed": difference(other, less),
         "passes": e["passes"],
         "baseline_passes": baseline["passes"],
     }

@@ -9,56 +9,57 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from experiments.look import Looks, dress, legend, looks_of, stroke
+from experiments.look import Styles, dress, legend, stroke, styles_of
 
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:
     """All pictures by the name of their file."""
     abouts = {e["method"]: {"about": e["about"]} for e in result["entries"]}
-    looks = looks_of({"methods": abouts})
-    return {"budget": budget(looks, result), "steps": steps(looks, result), "cost": cost(looks, result)}
+    styles = styles_of({"methods": abouts})
+    return {"budget": budget(styles, result), "steps": steps(styles, result), "cost": cost(styles, result)}
 
 
-def budget(looks: Looks, result: dict[str, Any]) -> Figure:
+def budget(styles: Styles, result: dict[str, Any]) -> Figure:
     """Accuracy against the local steps of a round, each model used as validation says."""
     figure, panels = _panels("Accuracy for a budget of local steps", "local steps per round", result)
     for axes, group in panels:
-        for name in looks:
+        for name in styles:
             own = sorted((e for e in result["entries"] if e["method"] == name), key=lambda e: e["steps"])
-            line(axes, looks, name, [e["steps"] for e in own], [e[group][str(e["tau"])] for e in own])
+            line(axes, styles, name, [e["steps"] for e in own], [e[group][str(e["tau"])] for e in own])
         _log(axes, sorted({e["steps"] for e in result["entries"]}))
-    return legend(figure, looks, looks)
+    return legend(figure, styles, styles)
 
 
-def steps(looks: Looks, result: dict[str, Any]) -> Figure:
+def steps(styles: Styles, result: dict[str, Any]) -> Figure:
     """Accuracy against the steps a client takes before it uses a model, of the second-largest budget that was run."""
     budgets = sorted({e["steps"] for e in result["entries"]})
     at = budgets[-2] if len(budgets) > 1 else budgets[0]
     title = f"From signature alone to ten steps (trained with {at} per round)"
     figure, panels = _panels(title, "local steps before use", result)
     for axes, group in panels:
-        for name in looks:
+        for name in styles:
             for e in (e for e in result["entries"] if e["method"] == name and e["steps"] == at):
-                line(axes, looks, name, [0.5 if t == 0 else t for t in result["taus"]],
+                line(axes, styles, name, [0.5 if t == 0 else t for t in result["taus"]],
                       [e[group][str(t)] for t in result["taus"]])  # fmt: skip
         _log(axes, [0.5, *(t for t in result["taus"] if t)], ["0", *(str(t) for t in result["taus"] if t)])
-    return legend(figure, looks, looks)
+    return legend(figure, styles, styles)
 
 
-def cost(looks: Looks, result: dict[str, Any]) -> Figure:
+def cost(styles: Styles, result: dict[str, Any]) -> Figure:
     """Accuracy as sent against all that a client has computed until then, meta-training included."""
     figure = Figure((7.2, 4.3), 150, layout="constrained")
     x = "forward and backward passes per client so far\n(a line for each number of local steps per round)"
     axes = dress(figure.subplots(), "What accuracy costs, meta-training charged", x, "as sent, clients that train (%)")
-    for name in looks:
+    for name in styles:
         for e in (e for e in result["entries"] if e["method"] == name):
             mean = 100 * np.mean(e["personal_by_round"], 0)
-            style = stroke(looks, name, len(mean)) | {"linewidth": 1.1, "marker": None}
-            axes.plot(e["passes"] * np.array(e["rounds"]), mean, **style)
+            drawn = stroke(styles, name, len(mean)) | {"linewidth": 1.1, "marker": None}
+            axes.plot(e["passes"] * np.array(e["rounds"]), mean, **drawn)
             axes.annotate(str(e["steps"]), (e["passes"] * e["rounds"][-1], mean[-1]), fontsize=7,
-                          color=looks[name].colour, xytext=(2, 0), textcoords="offset points", va="center")  # fmt: skip
+                          xytext=(2, 0),
+                          color=styles[name].colour, textcoords="offset points", va="center")  # fmt: skip
     axes.set_xscale("log")
-    return legend(figure, looks, looks)
+    return legend(figure, styles, styles)
 
 
 def _panels(title: str, x: str, result: dict[str, Any]) -> tuple[Figure, list[tuple[Axes, str]]]:
@@ -72,13 +73,13 @@ def _panels(title: str, x: str, result: dict[str, Any]) -> tuple[Figure, list[tu
     return figure, list(zip(grid, groups, strict=True))
 
 
-def line(axes: Axes, looks: Looks, name: str, x: list[float], values: list[dict[str, Any]]) -> None:
+def line(axes: Axes, styles: Styles, name: str, x: list[float], values: list[dict[str, Any]]) -> None:
     """Means, and intervals where there are any, cut at 0 and 100 %."""
     mean = [100 * v["mean"] for v in values]
-    axes.plot(x, mean, **stroke(looks, name, len(x)))
+    axes.plot(x, mean, **stroke(styles, name, len(x)))
     if all(v["ci95"] for v in values):
         low, high = zip(*(np.clip(np.multiply(100, v["ci95"]), 0, 100) for v in values), strict=True)
-        axes.fill_between(x, low, high, color=looks[name].colour, alpha=0.1, linewidth=0)
+        axes.fill_between(x, low, high, color=styles[name].colour, alpha=0.1, linewidth=0)
 
 
 def _log(axes: Axes, ticks: list[float], labels: list[str] | None = None) -> None:

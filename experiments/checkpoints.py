@@ -43,11 +43,11 @@ class Checkpoints:
             (wrong if fault else found).append(f"{self._path / str(rounds_done)} {fault}" if fault else rounds_done)
         return found, wrong
 
-    def told(self, rounds_done: int) -> Any:
+    def notes(self, rounds_done: int) -> Any:
         """What ``save`` was given to be kept beside the run."""
-        return self._manifest(rounds_done)["beside"]  # type: ignore[index]
+        return self._manifest(rounds_done)["notes"]  # type: ignore[index]
 
-    def save(self, rounds_done: int, run: Any, beside: Any = None) -> None:
+    def save(self, rounds_done: int, run: Any, notes: Any = None) -> None:
         """Write a checkpoint, then delete all but the newest two.
 
         Raises:
@@ -57,7 +57,7 @@ class Checkpoints:
         _remove(path)
         with _as_os_error(path), _quiet():
             _ORBAX.save(path, args=ocp.args.StandardSave(_arrays(run)))
-        about = {**self._about, "rounds": rounds_done, "beside": beside, "files": _sums(path)}
+        about = {**self._about, "rounds": rounds_done, "notes": notes, "files": _sums(path)}
         write_atomically(path / MANIFEST, json.dumps(sealed(about)).encode())
         self.keep(self._steps()[:2])
 

@@ -11,10 +11,10 @@ from jax import Array
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.look import MARKERS, TITLE, Looks, below, colours, plain
+from experiments.look import MARKERS, TITLE, Styles, below, colours, plain
 from fedlora_jax import clustering
 
-MOST = 9  # clusters that a picture can still tell apart
+MOST = 9  # clusters that a picture can still tell distances
 CLIENTS = 500  # for which a map is drawn at most: it takes the square of their number, and eigenvectors the cube
 
 
@@ -22,40 +22,40 @@ def is_drawn(clients: int) -> bool:
     return clients <= CLIENTS
 
 
-def positions(apart: np.ndarray) -> np.ndarray:
-    """``[N, 2]`` points whose distances are as near to ``apart [N, N]`` as a plane allows: classical scaling.
+def positions(distances: np.ndarray) -> np.ndarray:
+    """``[N, 2]`` points whose distances are as near to ``distances [N, N]`` as a plane allows: classical scaling.
 
     Source: Torgerson, *Multidimensional scaling: I*, Psychometrika 1952.
     """
-    square = np.asarray(apart, np.float64) ** 2
+    square = np.asarray(distances, np.float64) ** 2
     centred = square - square.mean(0) - square.mean(1)[:, None] + square.mean()
     values, vectors = np.linalg.eigh(-centred / 2)  # ascending
     points = (vectors * np.sqrt(np.maximum(values, 0)))[:, :-3:-1]
     return np.pad(points, ((0, 0), (0, 2 - points.shape[1])))  # one client alone has no second direction
 
 
-def clusters(apart: np.ndarray) -> np.ndarray:
+def clusters(distances: np.ndarray) -> np.ndarray:
     """``[N]`` what spectral clustering makes of the distances, as HiLoRA does; the largest cluster is 0."""
-    labels = np.asarray(_spectral(jnp.asarray(apart, jnp.float32)))
+    labels = np.asarray(_spectral(jnp.asarray(distances, jnp.float32)))
     found, sizes = np.unique(labels, return_counts=True)
     order = found[np.argsort(-sizes, kind="stable")]
     return np.argmax(labels[:, None] == order, axis=1)
 
 
 @jax.jit
-def _spectral(apart: Array) -> Array:
-    everybody = jnp.ones(len(apart), bool)
-    return clustering.spectral(jax.random.key(0), apart, everybody, 2, MOST).assignment
+def _spectral(distances: Array) -> Array:
+    everybody = jnp.ones(len(distances), bool)
+    return clustering.spectral(jax.random.key(0), distances, everybody, 2, MOST).assignment
 
 
-def picture(looks: Looks, rows: list[dict[str, Any]], holdings: dict[str, Any]) -> Figure | None:
+def picture(styles: Styles, rows: list[dict[str, Any]], holdings: dict[str, Any]) -> Figure | None:
     """Every client of the first seed as a point, the nearer the more alike their models' subspaces after local steps.
 
     The colour says what most of its images are (a domain, where there are several; a class or a superclass, where
     there are not), the shape its cluster; clients that never train are hollow.
     """
     last = {row["method"]: row for row in rows if row["seed"] == holdings["seed"] and "client_positions" in row}
-    shown = [name for name in looks if name in last]
+    shown = [name for name in styles if name in last]
     counts = np.asarray(holdings["counts"])  # [clients, domains, classes]
     if not shown or not counts.sum():
         return None
@@ -69,7 +69,7 @@ def picture(looks: Looks, rows: list[dict[str, Any]], holdings: dict[str, Any]) 
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()
     for axes, name in zip(grid.flat, shown, strict=False):
-        axes.set_title(looks[name].label, loc="left", fontsize=9)
+        axes.set_title(styles[name].label, loc="left", fontsize=9)
         axes.set(xticks=[], yticks=[])
         axes.margins(0.1)
         axes.spines[:].set_color("#dddddd")

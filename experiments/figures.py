@@ -19,16 +19,16 @@ from experiments.look import (
     FAINT,
     GREY,
     TITLE,
-    Looks,
+    Styles,
     below,
     colours,
     dress,
     legend,
-    looks_of,
     new,
     note,
     plain,
     stroke,
+    styles_of,
 )
 from experiments.summary import spread, window
 
@@ -40,39 +40,39 @@ Lines = dict[str, np.ndarray]  # of each method [4, points]: x, mean over seeds,
 
 def draw(summary: dict[str, Any], rows: Rows, holdings: dict[str, Any]) -> dict[str, Figure]:
     """All figures for which there are data, by the name of their file."""
-    looks = looks_of(summary)
+    styles = styles_of(summary)
     figures = {
-        "curves": curves(looks, rows, summary["config"].get("target")),
-        "accuracies": accuracies(looks, summary),
-        "domains": domains(looks, summary),
-        "bias": bias(looks, rows),
-        "clients": clients(looks, rows),
-        "map": client_map.picture(looks, rows, holdings),
-        "traffic": traffic(looks, rows),
+        "curves": curves(styles, rows, summary["config"].get("target")),
+        "accuracies": accuracies(styles, summary),
+        "domains": domains(styles, summary),
+        "bias": bias(styles, rows),
+        "clients": clients(styles, rows),
+        "map": client_map.picture(styles, rows, holdings),
+        "traffic": traffic(styles, rows),
         "holdings": held(holdings),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def curves(looks: Looks, rows: Rows, target: float | None = None) -> Figure | None:
+def curves(styles: Styles, rows: Rows, target: float | None = None) -> Figure | None:
     """Global accuracy against round."""
-    if not (lines := _over_rounds(looks, rows, "global_accuracy", 100)):
+    if not (lines := _over_rounds(styles, rows, "global_accuracy", 100)):
         return None
-    figure, axes = _lines(looks, lines, "Global accuracy after each round", "round", "global accuracy (%)")
+    figure, axes = _lines(styles, lines, "Global accuracy after each round", "round", "global accuracy (%)")
     if target is not None and axes.get_ylim()[1] > 100 * target:
         axes.axhline(100 * target, color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
         note(axes, f"target {100 * target:g} %", 0.01, 100 * target, ha="left", va="bottom")
     return _by_round(figure, lines)
 
 
-def traffic(looks: Looks, rows: Rows) -> Figure | None:
+def traffic(styles: Styles, rows: Rows) -> Figure | None:
     """Global accuracy against all that the clients of one seed have sent and received until then."""
-    if not (lines := _over_rounds(looks, rows, "global_accuracy", 100)):
+    if not (lines := _over_rounds(styles, rows, "global_accuracy", 100)):
         return None
     for name, line in lines.items():
         line[0] = _moved(rows, name)[line[0].astype(int) - 1]
     x = "sent and received so far, all clients of one seed (MiB)"
-    figure, axes = _lines(looks, lines, "Global accuracy for the traffic it took", x, "global accuracy (%)")
+    figure, axes = _lines(styles, lines, "Global accuracy for the traffic it took", x, "global accuracy (%)")
     ends = [line[0, -1] for line in lines.values()]
     if 0 < 6 * min(ends) < max(ends):
         axes.set_xscale("log")
@@ -80,11 +80,11 @@ def traffic(looks: Looks, rows: Rows) -> Figure | None:
     return figure
 
 
-def bias(looks: Looks, rows: Rows) -> Figure | None:
+def bias(styles: Styles, rows: Rows) -> Figure | None:
     """The server's error of aggregation against round; logarithmic where methods differ by orders of magnitude."""
-    if not (lines := _over_rounds(looks, rows, "bias_share")):
+    if not (lines := _over_rounds(styles, rows, "bias_share")):
         return None
-    every, named = np.concatenate([line[1] for line in lines.values()]), dict(looks)
+    every, named = np.concatenate([line[1] for line in lines.values()]), dict(styles)
     top, logarithmic = every.max(), every.max() > 30 * every.min()
     floor = 10 ** np.floor(np.log10(every[every > 0].min()) - 0.5) if logarithmic else 0.0
     if logarithmic and every.min() < ROUNDING:
@@ -92,7 +92,7 @@ def bias(looks: Looks, rows: Rows) -> Figure | None:
     for name, line in lines.items():
         zero = line[1].max() == 0
         suffix = " (exactly 0)" if zero else " (to rounding)" if line[1].max() < ROUNDING else ""
-        named[name] = looks[name]._replace(label=looks[name].label + suffix)
+        named[name] = styles[name]._replace(label=styles[name].label + suffix)
         if logarithmic:  # an interval that reaches 0 has none either
             line[1] = np.where(line[1] > 0, line[1], floor if zero else np.nan)
             line[2:, line[2] <= floor] = np.nan
@@ -107,29 +107,29 @@ def bias(looks: Looks, rows: Rows) -> Figure | None:
     return _by_round(figure, lines)
 
 
-def accuracies(looks: Looks, summary: dict[str, Any]) -> Figure | None:
+def accuracies(styles: Styles, summary: dict[str, Any]) -> Figure | None:
     """Global, personal, worst tenth, 10th percentile and unseen, before and after local steps."""
     keys = {"global": "global_accuracy"}
     lowest = (("mean of worst 10 %", "worst10"), ("10th percentile", "p10"))
     for title, key in (("personal", "personal"), *lowest, ("unseen", "unseen")):
         keys |= {title: f"{key}_accuracy", f"{title},\nlocal steps": f"{key}_accuracy_tuned"}
     groups = [(title, {m: e[key]["last5"] for m, e in summary["methods"].items()}) for title, key in keys.items()]
-    return _bars(looks, groups, f"Accuracies, mean of {window(summary['config'])}", "accuracy (%)")
+    return _bars(styles, groups, f"Accuracies, mean of {window(summary['config'])}", "accuracy (%)")
 
 
-def domains(looks: Looks, summary: dict[str, Any]) -> Figure | None:
+def domains(styles: Styles, summary: dict[str, Any]) -> Figure | None:
     """The global model on each domain; ``None`` with a single one."""
     methods = summary["methods"]
     names = list(next(iter(methods.values()))["per_domain"])
     groups = [(plain(d, 16), {m: e["per_domain"][d]["last5"] for m, e in methods.items()}) for d in names]
     title = f"Global model on each domain, mean of {window(summary['config'])}"
-    return _bars(looks, groups, title, "accuracy (%)") if len(names) > 1 else None
+    return _bars(styles, groups, title, "accuracy (%)") if len(names) > 1 else None
 
 
-def clients(looks: Looks, rows: Rows) -> Figure | None:
+def clients(styles: Styles, rows: Rows) -> Figure | None:
     """Sorted accuracies of the training clients after the final round, all seeds together."""
     panels = {"as dispatched": "client_accuracies", "after local steps": "client_accuracies_tuned"}
-    values = {title: {name: _final(rows, name, key) for name in looks} for title, key in panels.items()}
+    values = {title: {name: _final(rows, name, key) for name in styles} for title, key in panels.items()}
     values = {title: own for title, own in values.items() if any(map(len, own.values()))}
     if not values:
         return None
@@ -143,9 +143,9 @@ def clients(looks: Looks, rows: Rows) -> Figure | None:
         axes.text(5, 101, "worst\n10 %", ha="center", va="top", fontsize=7, color=GREY)
         for name, accuracy in own.items():
             x = 100 * (np.arange(len(accuracy)) + 0.5) / max(1, len(accuracy))
-            axes.plot(x, accuracy, **stroke(looks, name, len(x)))
+            axes.plot(x, accuracy, **stroke(styles, name, len(x)))
         axes.set(xlim=(0, 100), ylim=(0, 102))
-    return legend(figure, looks, looks)
+    return legend(figure, styles, styles)
 
 
 def held(holdings: dict[str, Any]) -> Figure | None:
@@ -187,10 +187,10 @@ def held(holdings: dict[str, Any]) -> Figure | None:
     return below(figure, [Patch(color=own[j], label=plain(d)) for j, d in enumerate(names)])
 
 
-def _over_rounds(looks: Looks, rows: Rows, key: str, scale: float = 1.0) -> Lines:
+def _over_rounds(styles: Styles, rows: Rows, key: str, scale: float = 1.0) -> Lines:
     """One measure of each method that has it, at the rounds where every seed has it."""
     lines = {}
-    for name in looks:
+    for name in styles:
         by_round: dict[int, list[float | None]] = {}
         for row in rows:
             if row["method"] == name and key in row:
@@ -227,30 +227,30 @@ def _by_round(figure: Figure, lines: Lines) -> Figure:
     return figure
 
 
-def _lines(looks: Looks, lines: Lines, title: str, x: str, y: str) -> tuple[Figure, Axes]:
+def _lines(styles: Styles, lines: Lines, title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure, axes = new(title, x, y)
     for name, (at, mean, low, high) in lines.items():
-        axes.plot(at, mean, **stroke(looks, name, len(mean)))
-        axes.fill_between(at, low, high, color=looks[name].colour, alpha=0.13, linewidth=0)
+        axes.plot(at, mean, **stroke(styles, name, len(mean)))
+        axes.fill_between(at, low, high, color=styles[name].colour, alpha=0.13, linewidth=0)
         if len(at) == 1 and low < high:
-            axes.errorbar(at, mean, [mean - low, high - mean], color=looks[name].colour, elinewidth=0.9, capsize=3)
+            axes.errorbar(at, mean, [mean - low, high - mean], color=styles[name].colour, elinewidth=0.9, capsize=3)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0), min(high, 100))
-    return legend(figure, looks, lines), axes
+    return legend(figure, styles, lines), axes
 
 
-def _bars(looks: Looks, groups: list[tuple[str, dict[str, Any]]], title: str, x: str) -> Figure | None:
+def _bars(styles: Styles, groups: list[tuple[str, dict[str, Any]]], title: str, x: str) -> Figure | None:
     """Groups of bars, one for each method, from summaries over seeds; below each other, so that many stay legible."""
     groups = [(label, own) for label, own in groups if any(s["mean"] is not None for s in own.values())]
     if not groups:
         return None
-    figure, axes = new(title, x, "", 1.2 + len(groups) * (0.16 * len(looks) + 0.14))
-    thick = 0.16 / (0.16 + 0.14 / len(looks)) / len(looks)
-    for i, (name, look) in enumerate(looks.items()):
+    figure, axes = new(title, x, "", 1.2 + len(groups) * (0.16 * len(styles) + 0.14))
+    thick = 0.16 / (0.16 + 0.14 / len(styles)) / len(styles)
+    for i, (name, look) in enumerate(styles.items()):
         for g, (_, own) in enumerate(groups):
             if own[name]["mean"] is None:
                 continue
-            y, mean = g + (i - (len(looks) - 1) / 2) * thick, 100 * own[name]["mean"]
+            y, mean = g + (i - (len(styles) - 1) / 2) * thick, 100 * own[name]["mean"]
             axes.barh(y, mean, 0.88 * thick, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
             if own[name]["ci95"] is not None:
                 low, high = np.clip(np.multiply(100, own[name]["ci95"]), 0, 100)
@@ -258,4 +258,4 @@ def _bars(looks: Looks, groups: list[tuple[str, dict[str, Any]]], title: str, x:
     axes.set_yticks(range(len(groups)), [label for label, _ in groups], fontsize=9)
     axes.set(xlim=(0, min(axes.get_xlim()[1], 100)), ylim=(len(groups) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
-    return legend(figure, looks, looks, bars=True)
+    return legend(figure, styles, styles, bars=True)

@@ -106,7 +106,7 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
         cohort = tuple(int(r) for r in np.resize(ranks, config.clients_per_round or config.clients))
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
         up, down = (x / len(cohort) / 1024 for x in programs.traffic_bytes(trial.method, shapes, cohort))
-        passes = trial.method.slope.passes(config.local_steps) * len(cohort)
+        passes = trial.method.meta_gradient.passes(config.local_steps) * len(cohort)
         needed = trial.need()
         training, evaluation = seconds(config, trial.method, step, scoring, passes)
         rows.append(
@@ -198,7 +198,7 @@ def seconds(config: Config, method: Method, step: Step, scoring: Scoring, passes
     training = config.rounds * passes * one / config.devices
     times = config.rounds // config.eval_every
     tuned = min(times, -(-summary.WINDOW // config.eval_every))
-    trials = config.holdout_clients * config.local_steps if method.meet else 0
+    trials = config.holdout_clients * config.local_steps if method.onboard else 0
     steps = times * trials + tuned * everybody * config.local_steps
     evaluation = times * scoring.whole + (times + tuned) * everybody * scoring.own + steps * one
     return seeds * training, seeds * evaluation

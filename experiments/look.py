@@ -27,7 +27,7 @@ TITLE: dict[str, Any] = {"fontsize": 12, "weight": "bold"}
 LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
 
 
-class Look(NamedTuple):
+class Style(NamedTuple):
     """How a method is drawn, in every figure."""
 
     label: str
@@ -37,15 +37,15 @@ class Look(NamedTuple):
     hatch: str
 
 
-Looks = Mapping[str, Look]
+Styles = Mapping[str, Style]
 
 
-def looks_of(summary: dict[str, Any]) -> dict[str, Look]:
-    looks = {}
+def styles_of(summary: dict[str, Any]) -> dict[str, Style]:
+    styles = {}
     for i, (name, entry) in enumerate(summary["methods"].items()):
         turn, j = i // len(METHODS) % len(DASHES), i % len(METHODS)
-        looks[name] = Look(plain(entry["about"]["name"], 64), METHODS[j], MARKERS[j], DASHES[turn], HATCHES[turn])
-    return looks
+        styles[name] = Style(plain(entry["about"]["name"], 64), METHODS[j], MARKERS[j], DASHES[turn], HATCHES[turn])
+    return styles
 
 
 def new(title: str, x: str, y: str, height: float = 4.3) -> tuple[Figure, Axes]:
@@ -64,17 +64,17 @@ def dress(axes: Axes, title: str, x: str, y: str) -> Axes:
     return axes
 
 
-def stroke(looks: Looks, name: str, points: int) -> dict[str, Any]:
+def stroke(styles: Styles, name: str, points: int) -> dict[str, Any]:
     """A line's style; where lines coincide their markers do not."""
-    look, every = looks[name], max(1, -(-points // 12), min(len(looks), points // 3))
+    look, every = styles[name], max(1, -(-points // 12), min(len(styles), points // 3))
     style = {"color": look.colour, "marker": look.marker, "linestyle": look.dash, "linewidth": 1.7, "markersize": 4}
-    return style | {"markevery": (list(looks).index(name) % every, every)}
+    return style | {"markevery": (list(styles).index(name) % every, every)}
 
 
-def legend(figure: Figure, looks: Looks, names: Collection[str], bars: bool = False) -> Figure:
+def legend(figure: Figure, styles: Styles, names: Collection[str], bars: bool = False) -> Figure:
     patch = lambda look: Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label)
-    line = lambda name: Line2D([], [], label=looks[name].label, **stroke(looks, name, 1))
-    return below(figure, [patch(looks[name]) if bars else line(name) for name in names])
+    line = lambda name: Line2D([], [], label=styles[name].label, **stroke(styles, name, 1))
+    return below(figure, [patch(styles[name]) if bars else line(name) for name in names])
 
 
 def below(figure: Figure, handles: Sequence[Artist]) -> Figure:

@@ -110,12 +110,12 @@ def make(config: Config, p: Problem, method: Method):
 
     def step(learning: Learning, seed: Seed) -> tuple[Learning, Array]:
         run, key = learning.run, jax.random.fold_in(purpose(seed.key, "meta-training"), learning.run.round)
-        (cohorts, examples), apart = ahead(config, p, seed, run, key), purpose(key, "rounds ahead")
-        loss = lambda theta: after_rounds(p.base, run.state._replace(theta=theta), cohorts, examples, apart, run.round)[
-            0
-        ]
-        value, slope = jax.value_and_grad(loss)(run.state.theta)
-        updates, moments = tx.update(slope, learning.moments)
+        (cohorts, examples), ahead_key = ahead(config, p, seed, run, key), purpose(key, "rounds ahead")
+        loss = lambda theta: after_rounds(
+            p.base, run.state._replace(theta=theta), cohorts, examples, ahead_key, run.round
+        )[0]
+        value, gradient = jax.value_and_grad(loss)(run.state.theta)
+        updates, moments = tx.update(gradient, learning.moments)
         theta: Any = optax.apply_updates(run.state.theta, updates)
         run = run._replace(state=run.state._replace(theta=theta))
         run, _ = advance(p.base, p.train, seed.clients.training(config.clients), run, seed.key)

@@ -84,7 +84,7 @@ def build(
     pretrained = pretrained or load_weights(config, images.classes, side)
     _check_room_for_activations(pretrained, len(images.x), side)
     blocks = config.adapt_last or pretrained.model.depth
-    stem, top = (None, pretrained) if blocks == pretrained.model.depth else cut(pretrained, blocks)
+    stem, top = (None, pretrained) if blocks == pretrained.model.depth else split_blocks(pretrained, blocks)
     new = partial(
         lora.new, params=top.params, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
     )
@@ -122,7 +122,7 @@ def build(
             "data_hash": images.fingerprint(),
             "weights": pretrained.name,
             "weights_hash": _hash_tree(pretrained.params),
-            **pretrained.told(),
+            **pretrained.facts(),
             "partition_hash": [partition_hash(parts, tests).hexdigest()[:16] for parts, tests, _ in made],  # by seed
             "largest": int(stacked.population.rows.shape[-1]),  # images of a client of any seed: draws depend on it
             "adapted": sorted(lora.adapted(top.params, config.targets)),
@@ -141,8 +141,8 @@ def load_weights(config: Config, classes: Sequence[str], side: int | None) -> Pr
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     if not built_in:
-        told = "; ".join(f"{fact} {value}" for fact, value in pretrained.told().items())
-        print(f"weights {pretrained.name}: {told}", file=sys.stderr)
+        facts = "; ".join(f"{fact} {value}" for fact, value in pretrained.facts().items())
+        print(f"weights {pretrained.name}: {facts}", file=sys.stderr)
     return pretrained
 
 
@@ -274,9 +274,9 @@ def inputs(pretrained: Pretrained, x: Any) -> Array:
     return x if pretrained.model.part == "top" else normalise(x, pretrained.mean, pretrained.std)
 
 
-def cut(pretrained: Pretrained, top: int) -> tuple[Pretrained, Pretrained]:
+def split_blocks(pretrained: Pretrained, top: int) -> tuple[Pretrained, Pretrained]:
     """The blocks before the last ``top``, and the rest: a model each."""
-    (first, before), (last, rest) = vit.cut(pretrained.model, pretrained.params, top)
+    (first, before), (last, rest) = vit.split_blocks(pretrained.model, pretrained.params, top)
     return pretrained._replace(model=first, params=before), pretrained._replace(model=last, params=rest)
 
 
@@ -306,9 +306,9 @@ def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray,
     of_data = partial(descriptions.of_clients, jnp.asarray(features), jnp.asarray(labels))
     describe = lambda rows, sizes, key: of_data(rows, sizes, key, config.clients, classes, config.signature)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(jnp.asarray(config.seeds))
-    told = jax.vmap(describe)(rows, sizes, keys)
+    signatures = jax.vmap(describe)(rows, sizes, keys)
     alike = jnp.ones(sizes.shape) if config.weights_of_clients == "uniform" else ()
-    population = Population(jnp.asarray(rows), jnp.asarray(sizes), jnp.asarray(ranks), told, alike)
+    population = Population(jnp.asarray(rows), jnp.asarray(sizes), jnp.asarray(ranks), signatures, alike)
     return Clients(population, jnp.asarray(tests), jnp.asarray(counts))
 
 

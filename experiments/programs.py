@@ -30,9 +30,9 @@ class Scores(NamedTuple):
 
     correct: Array  # [n_test] 1 where the global model is right
     personal: Array  # [N + K] each client's model, as dispatched, on the client's own test images; of unseen clients
-    #   after the trial by which the method gets to know them, where it has one (Method.meet)
+    #   after the trial by which the method gets to know them, where it has one (Method.onboard)
     tuned: Array  # [N + K] the same after local steps; nan where they were not asked for
-    apart: Array | None  # [N + K, N + K] distances of their subspaces after the last round and local steps; or nan;
+    distances: Array | None  # [N + K, N + K] distances of their subspaces after the last round and local steps; or nan;
     #   None where there are too many for a map
 
 
@@ -144,8 +144,10 @@ class Serving(NamedTuple):
     """How clients are served the models of a run, the training ones, then the unseen ones; of one seed."""
 
     whole: Callable  # (arrays, seed, run) -> [n_test] 1 where the global model is right
-    meet: Callable  # (arrays, seed, run) -> memory [N + K, ...], of unseen clients after the trial by which the method
-    #   gets to know them, where it has one (Method.meet)
+    onboard: (
+        Callable  # (arrays, seed, run) -> memory [N + K, ...], of unseen clients after the trial by which the method
+    )
+    #   gets to know them, where it has one (Method.onboard)
     score: Callable  # (arrays, seed, run, memory, steps, read) -> (accuracy [N + K] of each client's model on its own
     #   test images after so many local steps, read(model) [N + K, ...])
 
@@ -175,15 +177,17 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         one, key = average_client(training), key_of(seed, run)("nothing")
         return score_one(arrays.base, run.state, one, (x[None], y[None]), key).before[0]
 
-    def meet(arrays: Arrays, seed: Seed, run: Run) -> Any:
+    def onboard(arrays: Arrays, seed: Seed, run: Run) -> Any:
         key, population = key_of(seed, run), seed.clients.population
         fresh = rounds.start(method, key("newcomers"), seed.adapter, config.holdout_clients)
         memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh.memory)
-        if method.meet is None or not config.holdout_clients:
+        if method.onboard is None or not config.holdout_clients:
             return memory
         unseen = jnp.arange(n, total)
         trial = drawn(arrays, seed.clients, unseen, key("batches of trials"), config.local_steps)
-        introduce = rounds.make_meet(method, loss_of(arrays), optimizer, chunk=divisor(config.holdout_clients, chunk))
+        introduce = rounds.make_onboard(
+            method, loss_of(arrays), optimizer, chunk=divisor(config.holdout_clients, chunk)
+        )
         cohort = population.cohort(unseen, memory, trial)
         told = introduce(arrays.base, run.state, cohort, key("trials"), run.round)
         return jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
@@ -206,7 +210,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         ids = jnp.minimum(jnp.arange(-(-total // size) * size), total - 1).reshape(-1, size)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], jax.lax.map(group, ids))
 
-    return Serving(whole, meet, score)
+    return Serving(whole, onboard, score)
 
 
 def scored_at_once(total: int, chunk: int) -> int:
@@ -221,7 +225,7 @@ def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any
     mapped = client_map.is_drawn(total)
 
     def scores(arrays: Arrays, seed: Seed, run: Run, tune: Array) -> Scores:
-        memory = serving.meet(arrays, seed, run)
+        memory = serving.onboard(arrays, seed, run)
 
         def tuned() -> tuple[Array, Array | None]:
             read = subspaces if mapped else lambda model: ()
@@ -277,6 +281,6 @@ def traffic_bytes(method: Method, adapter: Adapter, ranks: tuple[int, ...]) -> t
 
 def traffic(method: Method, adapter: Adapter, ranks: tuple[int, ...], own: Iterable[int]) -> dict[int, Traffic]:
     """``Method.traffic`` in bytes, of a client of each of the ranks ``own``, in a cohort of clients with ``ranks``."""
-    shapes = {rank: jax.eval_shape(partial(lora.cut, rank=rank), adapter) for rank in {*own, *ranks}}
+    shapes = {rank: jax.eval_shape(partial(lora.first_columns, rank=rank), adapter) for rank in {*own, *ranks}}
     told = lambda own, held: method.traffic(own, [held[rank] for rank in ranks])  # one adapter for all of a rank
     return {rank: Traffic(*map(bytes_of, jax.eval_shape(told, shapes[rank], shapes))) for rank in own}

@@ -96,10 +96,10 @@ class Rows:
             row[f"unseen_accuracy{suffix}"] = number(_mean(accuracy[n:]))
             if final:
                 row[f"client_accuracies{suffix}"] = [number(x) for x in accuracy[:n]]
-        apart = np.asarray(scores.apart, float)  # nan for None
-        if final and np.isfinite(apart).all():
-            row["client_positions"] = client_map.positions(apart).round(6).tolist()
-            row["client_clusters"] = client_map.clusters(apart).tolist()
+        distances = np.asarray(scores.distances, float)  # nan for None
+        if final and np.isfinite(distances).all():
+            row["client_positions"] = client_map.positions(distances).round(6).tolist()
+            row["client_clusters"] = client_map.clusters(distances).tolist()
         return row
 
 

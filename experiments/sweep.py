@@ -132,7 +132,7 @@ class Plan:
 
             def block(arrays: Arrays, seed: Seed, run: Run, info: Info, end: jax.Array) -> tuple[Info, Scores]:
                 scores = score(arrays, seed, run, end > config.rounds - summary.WINDOW)
-                return info, scores._replace(apart=None)  # a sweep draws no map of clients
+                return info, scores._replace(distances=None)  # a sweep draws no map of clients
 
             return Scoring(block)
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from experiments.budget_figures import line
-from experiments.look import dress, legend, looks_of
+from experiments.look import dress, legend, styles_of
 from experiments.summary import window
 
 PANELS = {"global_accuracy": "global model", "personal_accuracy": "clients that train, as sent"}
@@ -23,7 +23,7 @@ def draw(result: dict[str, Any]) -> Figure:
     for e in entries:
         lines.setdefault(f"{e['method']}, lr {e['lr']:g}" if several else e["method"], []).append(e)
     named = lambda e: e["about"] | ({"name": f"{e['about']['name']}, lr {e['lr']:g}"} if several else {})
-    looks = looks_of({"methods": {key: {"about": named(own[0])} for key, own in lines.items()}})
+    styles = styles_of({"methods": {key: {"about": named(own[0])} for key, own in lines.items()}})
     figure = Figure((7.2, 4.3), 150, layout="constrained")
     what = option or "local learning rate"
     figure.suptitle(f"Accuracy against {what}", fontsize=12, weight="bold", x=0.015, ha="left")
@@ -35,9 +35,9 @@ def draw(result: dict[str, Any]) -> Figure:
         for name, own in lines.items():
             known = sorted((e for e in own if not e["diverged"]), key=lambda e: _value(e, option))
             if known:
-                line(axes, looks, name, [places[_value(e, option)] for e in known], [e[key]["last5"] for e in known])
+                line(axes, styles, name, [places[_value(e, option)] for e in known], [e[key]["last5"] for e in known])
         _ticks(axes, places)
-    return legend(figure, looks, looks)
+    return legend(figure, styles, styles)
 
 
 def _value(entry: dict[str, Any], option: str | None) -> float:

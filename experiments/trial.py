@@ -109,7 +109,7 @@ class Trial:
         store.keep([rounds for rounds in whole if rounds <= done])
         self.rows.go_on(row for row in kept if own(row))
         if run is None:
-            return store.told(done)
+            return store.notes(done)
         self.compile()
         bar.set_description(self.name)
 
@@ -128,7 +128,7 @@ class Trial:
             if end % config.rounds_between_checkpoints() == 0 or end == config.rounds:
                 store.save(end, run, timings)
             bar.update(config.eval_every * len(config.seeds))
-        return store.told(config.rounds)
+        return store.notes(config.rounds)
 
     def _restored(self, whole: list[int], store: Checkpoints) -> tuple[int, Run]:
         """Rounds done, and the run after them, from the newest checkpoint that can be read."""

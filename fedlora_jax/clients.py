@@ -100,10 +100,10 @@ def sample_batches(
     Raises:
       ValueError: a client is smaller (where sizes are not traced).
     """
-    return sample_apart(key, data, population, ids, steps, batch, smallest, 0)[0]
+    return sample_held_out(key, data, population, ids, steps, batch, smallest, 0)[0]
 
 
-def sample_apart(
+def sample_held_out(
     key: Array, data: Any, population: Population, ids: Array, steps: int, batch: int, smallest: int, query: int
 ) -> tuple[Any, Any]:
     """``sample_batches``, and ``[C, query, ...]`` examples that are in none of these batches.
@@ -117,10 +117,10 @@ def sample_apart(
 def sample_rounds(
     key: Array, data: Any, population: Population, ids: Array, steps: int, batch: int, smallest: int, query: int
 ) -> tuple[Any, Any]:
-    """``sample_apart`` for several rounds: what a client keeps apart is in no batch of any of them.
+    """``sample_held_out`` for several rounds: what a client keeps apart is in no batch of any of them.
 
     Args:
-      ids: ``[R, C]`` who takes part in each round; the other arguments are ``sample_apart``'s, per round.
+      ids: ``[R, C]`` who takes part in each round; the other arguments are ``sample_held_out``'s, per round.
 
     Returns:
       batches ``[R, C, steps, batch, ...]``, in which a client that takes part again goes on with its epoch, and
@@ -130,17 +130,17 @@ def sample_rounds(
     numbers = jnp.arange(jax.tree.leaves(data)[0].shape[0])
     # A client's draw depends on the key and its id alone: in every round it sets the same examples apart, and draws
     # the batches of all rounds from the rest.
-    draw = lambda ids: sample_apart(key, numbers, population, ids, rounds * steps, batch, smallest, query)
-    batches, apart = jax.vmap(draw)(ids)
+    draw = lambda ids: sample_held_out(key, numbers, population, ids, rounds * steps, batch, smallest, query)
+    batches, held_out = jax.vmap(draw)(ids)
     own = jax.vmap(lambda t, rows: jax.lax.dynamic_slice_in_dim(rows, t * steps, steps, 1))(jnp.arange(rounds), batches)
     examples = lambda rows: jax.tree.map(lambda x: x[rows], data)
-    return examples(own), examples(apart[-1]) if query else ()
+    return examples(own), examples(held_out[-1]) if query else ()
 
 
 def sample_members(
     key: Array, data: Any, members: Population, ids: Array, steps: int, batch: int, smallest: int, query: int
 ) -> tuple[Any, Any]:
-    """``sample_apart`` for the clients ``ids [C]``, of whom ``members`` holds one row each."""
+    """``sample_held_out`` for the clients ``ids [C]``, of whom ``members`` holds one row each."""
     if query and smallest < 2:
         raise ValueError("a client with one example has none to keep apart: raise the minimum to 2, or query to 0")
     if not isinstance(members.sizes, Tracer) and len(ids) and (least := int(members.sizes.min())) < smallest:
@@ -150,9 +150,9 @@ def sample_members(
         own = jax.random.fold_in(key, id_)
         if not query:
             return sample_rows(own, rows, size, steps, batch), jnp.zeros(0, rows.dtype)
-        apart = lambda n: jnp.maximum(1, jnp.minimum(query, n // 4))
+        held_out = lambda n: jnp.maximum(1, jnp.minimum(query, n // 4))
         rows = rows[_shuffled(jax.random.fold_in(own, 1), rows.shape[0], size)]
-        held = apart(size)
+        held = held_out(size)
         kept = jnp.maximum(size - held, 1)
         queries = rows[size - held + jnp.arange(query) % held]
         return sample_rows(own, rows, kept, steps, batch), queries

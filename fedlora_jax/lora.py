@@ -274,7 +274,7 @@ def max_rank(adapter: Adapter) -> int:
     return max(x.a.shape[-1] for x in low_rank_leaves(adapter))
 
 
-def cut(adapter: Adapter, rank: int) -> Adapter:
+def first_columns(adapter: Adapter, rank: int) -> Adapter:
     """The adapter a client of a smaller rank holds: the first ``rank`` columns of ``a`` and rows of ``b``."""
     return tree_map(lambda x: LoRA(x.a[..., :rank], x.b[..., :rank, :], x.scale), adapter)
 

@@ -1,8 +1,8 @@
 """Learning through federated rounds: how a client's start should have been different, and derivatives of whole rounds.
 
-A *slope* is a direction ``[...]`` of the shape of an adapter along which a client's loss rises, taken at the start it
-was sent. A method whose starts depend on what the server has learned pulls slopes back through its own ``dispatch``
-(``Method.learn``). There are three, in descending order of what they ask of a client:
+A *meta-gradient* is a direction ``[...]`` of the shape of an adapter along which a client's loss rises, taken at the
+start it was sent. A method whose starts depend on what the server has learned pulls meta-gradients back through its own
+``dispatch`` (``Method.learn``). There are three, in descending order of what they ask of a client:
 
     exact          (d y / d x)^T grad L(y)     y = x after T local steps, L its loss on examples kept apart
     first_order    grad L(y)                   the local steps count as a constant shift (FOMAML)
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.lora import Adapter, Params
-from fedlora_jax.method import Cohort, Method, Slope, State, models
+from fedlora_jax.method import Cohort, MetaGradient, Method, State, models
 from fedlora_jax.rounds import LossFn, Optimizer, Trace, make_round, map_clients
 
 Tune = Callable[[Adapter], tuple[Adapter, Trace]]  # a start -> (after local steps, trace)
@@ -45,31 +45,31 @@ def _exact(tune: Tune, judge: Judge, start: Adapter) -> tuple[Adapter, Trace, Ad
         end, trace = tune(start)
         return judge(end), (end, trace)
 
-    slope, (end, trace) = jax.grad(outcome, has_aux=True)(start)
-    return end, trace, slope
+    meta_gradient, (end, trace) = jax.grad(outcome, has_aux=True)(start)
+    return end, trace, meta_gradient
 
 
-displacement = Slope(_displacement, lambda steps: steps)
+displacement = MetaGradient(_displacement, lambda steps: steps)
 """Needs no examples apart and nothing of the client but what it sends anyway."""
 
-first_order = Slope(_first_order, lambda steps: steps + 1)
+first_order = MetaGradient(_first_order, lambda steps: steps + 1)
 """A gradient that the client sends beside its adapter."""
 
-exact = Slope(_exact, lambda steps: 1 + steps * (2 if steps == 1 else 3))
+exact = MetaGradient(_exact, lambda steps: 1 + steps * (2 if steps == 1 else 3))
 """Through all local steps: each is differentiated and, where there are several, computed once more for that."""
 
 
-def also_at_the_start(slope: Slope, kappa: float) -> Slope:
-    """``slope + kappa grad L(x)``: the model as sent counts as well, for clients that take no local steps."""
+def also_at_the_start(meta_gradient: MetaGradient, kappa: float) -> MetaGradient:
+    """``meta_gradient + kappa grad L(x)``: the model as sent counts as well, for clients that take no local steps."""
 
     def train(tune: Tune, judge: Judge, start: Adapter) -> tuple[Adapter, Trace, Adapter]:
-        end, trace, after = slope.train(tune, judge, start)
+        end, trace, after = meta_gradient.train(tune, judge, start)
         return end, trace, jax.tree.map(lambda x, g: x + kappa * g, after, jax.grad(judge)(start))
 
-    return Slope(train, lambda steps: slope.passes(steps) + 1)
+    return MetaGradient(train, lambda steps: meta_gradient.passes(steps) + 1)
 
 
-SLOPES = {"exact": exact, "first_order": first_order, "displacement": displacement}
+META_GRADIENTS = {"exact": exact, "first_order": first_order, "displacement": displacement}
 
 
 def outcome(

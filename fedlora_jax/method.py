@@ -42,7 +42,7 @@ class Dispatch(NamedTuple):
     base: Params  # shared by all clients, no client axis
     adapter: Adapter  # [C, ...] where local training starts (Method.model makes the model's adapter of it)
     mask: Adapter  # [C, ...] 1 where an entry may move, 0 where it may not; broadcastable against adapter
-    anchor: Any  # [C, ...] whatever else a client needs while it trains: what a penalty compares with, say
+    context: Any  # [C, ...] whatever else a client needs while it trains: what a penalty compares with, say
 
 
 class Traffic(NamedTuple):
@@ -74,7 +74,7 @@ class About(NamedTuple):
     personal: str = "-"  # what stays with a client
 
 
-def known(*numbers: Any) -> bool:
+def is_concrete(*numbers: Any) -> bool:
     """Are these plain numbers, so that they can be compared with their bounds now?
 
     A traced hyper-parameter is being learned or swept over: whoever traces it looks at its values first.
@@ -83,7 +83,7 @@ def known(*numbers: Any) -> bool:
 
 
 def refuse_outside(interval: str, **numbers: Any) -> None:
-    """Refuse numbers outside an interval such as ``"[0, 1)"`` or ``"(0, inf)"``; traced ones pass (see ``known``).
+    """Refuse numbers outside an interval such as ``"[0, 1)"`` or ``"(0, inf)"``; traced ones pass (``is_concrete``).
 
     Nan and infinity are in no interval, nor is what a device cannot hold: integers beyond int32, and real numbers that
     float32 makes infinite or flushes to zero.
@@ -93,7 +93,7 @@ def refuse_outside(interval: str, **numbers: Any) -> None:
     """
     low, high = (float(end) for end in interval[1:-1].split(","))
     for name, value in numbers.items():
-        if not known(value):
+        if not is_concrete(value):
             continue
         above = value >= low if interval[0] == "[" else value > low
         below = value <= high if interval[-1] == "]" else value < high
@@ -122,7 +122,7 @@ def _beyond(value: Any) -> str:
     return ", which is not finite" if not np.isfinite(value) else ", which float32 cannot hold"
 
 
-def no_penalty(adapter: Adapter, anchor: Any) -> Array:
+def no_penalty(adapter: Adapter, context: Any) -> Array:
     return jnp.zeros(())
 
 
@@ -130,11 +130,11 @@ def no_memory(adapter: Adapter) -> Memory:
     return ()
 
 
-def keep_memory(memory: Memory, anchor: Any, sent: Adapter, received: Adapter) -> Memory:
+def keep_memory(memory: Memory, context: Any, sent: Adapter, received: Adapter) -> Memory:
     return memory
 
 
-def as_carried(adapter: Adapter, anchor: Any) -> Adapter:
+def as_carried(adapter: Adapter, context: Any) -> Adapter:
     return adapter
 
 
@@ -146,34 +146,34 @@ def all_of_it(mask: Adapter) -> Adapter:
     return mask
 
 
-def all_held(mask: Adapter, anchor: Any, received: Adapter) -> Adapter:
+def all_held(mask: Adapter, context: Any, received: Adapter) -> Adapter:
     return mask
 
 
-def apart(cohort: Cohort) -> Cohort:
+def each_alone(cohort: Cohort) -> Cohort:
     return cohort
 
 
-class Slope(NamedTuple):
+class MetaGradient(NamedTuple):
     """How one client trains, and finds out how its start should have been different (``fedlora_jax.meta``)."""
 
     train: Callable[[Callable, Callable, Adapter], tuple[Adapter, Any, Any]]  # (tune, judge, start) ->
-    #   (adapter, trace, slope): tune takes a start through the local steps, judge is the loss on examples apart
+    #   (adapter, trace, meta_gradient): tune takes a start through the local steps, judge is the loss on examples apart
     passes: Callable[[int], int]  # local steps -> forward and backward computations of a batch, all in all
 
 
-class Meet(NamedTuple):
-    """How a method gets to know a client that never took part, by a trial (``rounds.make_meet``)."""
+class Onboarding(NamedTuple):
+    """How a method gets to know a client that never took part, by a trial (``rounds.make_onboard``)."""
 
     start: Callable[[State], State]  # what is dispatched from this state, the client takes its local steps from
     place: Callable[[State, Memory, Adapter, Adapter], Memory]  # (state, memory, sent, received) -> memory, of adapters
     #   and memory [C, ...]
 
 
-no_slope = Slope(lambda tune, judge, start: (*tune(start), ()), lambda steps: steps)
+no_meta_gradient = MetaGradient(lambda tune, judge, start: (*tune(start), ()), lambda steps: steps)
 
 
-def no_learning(state: State, cohort: Cohort, slopes: Any) -> State:
+def no_learning(state: State, cohort: Cohort, meta_gradients: Any) -> State:
     return state
 
 
@@ -193,29 +193,31 @@ class Method(NamedTuple):
       dispatch: ``(base, state, cohort) -> Dispatch``. Also defines what is evaluated.
       aggregate: ``(base, state, cohort, sent, received) -> state``; ``received`` is the adapters ``[C, ...]``
         after local training.
-      penalty: ``(adapter, anchor) -> scalar`` added to one client's local loss.
+      penalty: ``(adapter, context) -> scalar`` added to one client's local loss.
       init_client: ``(adapter) -> memory`` of a client that never took part.
-      remember: ``(memory, anchor, sent adapter, received adapter) -> memory``, on one client, after its local steps.
-      model: ``(adapter, anchor) -> adapter`` the model of one client computes with, where that is not what the client
+      remember: ``(memory, context, sent adapter, received adapter) -> memory``, on one client, after its local steps.
+      model: ``(adapter, context) -> adapter`` the model of one client computes with, where that is not what the client
         trains and sends (two models side by side, a factorisation of its own). Defines what is evaluated as well.
-      told: ``(carried) -> adapter`` the part of what a client carries (or of its mask) that the server averages, where
-        that is not the whole model (``None``): the round's report compares it with the server's model.
-      objective: ``(task, adapter, anchor) -> (minimised, reported)`` losses of one local step, where ``task`` is the
+      aggregated: ``(carried) -> adapter`` the part of what a client carries (or of its mask) that the server averages,
+        where that is not the whole model (``None``): the round's report compares it with the server's model.
+      objective: ``(task, adapter, context) -> (minimised, reported)`` losses of one local step, where ``task`` is the
         loss of an adapter as ``model`` gives it; ``None``: both are the loss of the model.
-      moving: ``(mask, progress) -> mask`` of one local step, ``progress`` from 0 to below 1: training in phases.
-      shared: ``(mask) -> mask`` without the entries that a client trains and does not send; wrappers act on the rest.
-      held: ``(mask, anchor, received adapter) -> mask``, on one client, after its local steps: what is shared without
+      mask_schedule: ``(mask, progress) -> mask`` of one local step, ``progress`` from 0 to below 1: training in phases.
+      upload_mask: ``(mask) -> mask`` without the entries that a client trains and does not send; wrappers act on the
+        rest.
+      held: ``(mask, context, received adapter) -> mask``, on one client, after its local steps: what is shared without
         the entries that it has turned out not to hold (it chose, say, one of several adapters).
       pool: ``(cohort) -> cohort`` whose clients take the local steps, where that is not each on its own data.
       traffic: ``(own, cohort) -> Traffic`` for one client that holds the adapter ``own`` in a cohort whose
         members hold the adapters ``cohort``. What depends on the round is its mean over rounds, or is reported.
-      slope: what clients tell beside their adapters of how their starts should have been different.
-      learn: ``(state, cohort, slopes [C, ...]) -> state``, before the aggregation: what the server learns from them.
+      meta_gradient: what clients tell beside their adapters of how their starts should have been different.
+      learn: ``(state, cohort, meta_gradients [C, ...]) -> state``, before the aggregation: what the server learns from
+        them.
       report: ``(state) -> {name: scalar}``, what is worth knowing of what the server has learned. Those called
         ``travels_up``, ``travels_down`` and ``travels_missed`` are the shares of these parts of ``traffic`` that the
         last round moved, or left behind, where that is not all.
-      query: examples that each client keeps apart in a round for ``judge``; 0 where the slope needs none.
-      meet: how a client that never took part finds its place, where what it holds before does not say; ``None``: it
+      query: examples that each client keeps apart in a round for ``judge``; 0 where the meta-gradient needs none.
+      onboard: how a client that never took part finds its place, where what it holds before does not say; ``None``: it
         needs none.
       uploads: what the server makes of adapters: it may average them entry by entry (whatever it does besides), only
         stack them as products, or get none. Says which wrappers have a meaning (``fedlora_jax.wrappers.order``).
@@ -229,25 +231,25 @@ class Method(NamedTuple):
     init_client: Callable[[Adapter], Memory] = no_memory
     remember: Callable[[Memory, Any, Adapter, Adapter], Memory] = keep_memory
     model: Callable[[Adapter, Any], Adapter] = as_carried
-    told: Callable[[Adapter], Adapter] | None = None
+    aggregated: Callable[[Adapter], Adapter] | None = None
     objective: Callable[[Callable[[Adapter], Array], Adapter, Any], tuple[Array, Array]] | None = None
-    moving: Callable[[Adapter, Array], Adapter] = all_along
-    shared: Callable[[Adapter], Adapter] = all_of_it
+    mask_schedule: Callable[[Adapter, Array], Adapter] = all_along
+    upload_mask: Callable[[Adapter], Adapter] = all_of_it
     held: Callable[[Adapter, Any, Adapter], Adapter] = all_held
-    pool: Callable[[Cohort], Cohort] = apart
+    pool: Callable[[Cohort], Cohort] = each_alone
     traffic: Callable[[Adapter, list[Adapter]], Traffic] = same_both_ways
-    slope: Slope = no_slope
+    meta_gradient: MetaGradient = no_meta_gradient
     learn: Callable[[State, Cohort, Any], State] = no_learning
     report: Callable[[State], dict[str, Array]] = no_report
     query: int = 0
-    meet: Meet | None = None
+    onboard: Onboarding | None = None
     uploads: Literal["averaged", "stacked", "none"] = "averaged"
     stack: tuple[str, ...] = ()
 
 
 def models(method: Method, sent: Dispatch) -> Adapter:
     """The adapters ``[C, ...]`` that the models of a dispatch compute with."""
-    return jax.vmap(method.model)(sent.adapter, sent.anchor)
+    return jax.vmap(method.model)(sent.adapter, sent.context)
 
 
 def per_client(values: Array, x: Array) -> Array:
@@ -329,7 +331,7 @@ def broadcast(base: Params, adapter: Adapter, cohort: Cohort) -> Dispatch:
     """Send one adapter to every client, cut to its rank; everything within the rank may move."""
     mask = lora.rank_mask(adapter, cohort.ranks)
     rows = jax.tree.map(lambda x, m: x * m, adapter, mask)
-    return Dispatch(base, rows, mask, anchor=rows)
+    return Dispatch(base, rows, mask, context=rows)
 
 
 def average_client(cohort: Cohort) -> Cohort:

@@ -63,7 +63,7 @@ def needs_head(adapter: Adapter, what: str) -> None:
         raise ValueError(f"{what} need a head: the adapter trains nothing in full, see full in lora.new")
 
 
-def beside(inner: Method) -> Method:
+def side_by_side(inner: Method) -> Method:
     """``inner``, whose clients carry and keep a second model, which is the one they use.
 
     They carry ``{"shared": inner's, "personal": their own}``; the average client's model is the shared one. How the two
@@ -86,10 +86,10 @@ def beside(inner: Method) -> Method:
         dispatch=dispatch,
         aggregate=aggregate,
         init_client=nothing_yet,
-        remember=lambda memory, anchor, sent, received: keep(received["personal"]),
-        model=lambda carried, anchor: carried["personal"],
-        told=lambda carried: carried["shared"],
-        shared=lambda mask: pair(mask["shared"], jax.tree.map(jnp.zeros_like, mask["personal"])),
+        remember=lambda memory, context, sent, received: keep(received["personal"]),
+        model=lambda carried, context: carried["personal"],
+        aggregated=lambda carried: carried["shared"],
+        upload_mask=lambda mask: pair(mask["shared"], jax.tree.map(jnp.zeros_like, mask["personal"])),
     )
 
 

@@ -68,7 +68,7 @@ def make_local(
     watch: Callable[[Params, Adapter], Any] = lambda base, adapter: (),
     remat: bool = True,
 ) -> Callable:
-    """Local training: ``(base, adapter, mask, anchor, batches [T, ...], key, round=None) -> (adapter, Trace)``.
+    """Local training: ``(base, adapter, mask, context, batches [T, ...], key, round=None) -> (adapter, Trace)``.
 
     It is one client's. The optimizer (of that round) starts afresh. The mask is put on gradients, so that clipping by
     norm sees what is trained, and on updates, so that weight decay and momentum cannot move what is frozen. Whoever
@@ -76,13 +76,13 @@ def make_local(
     computed again (``remat``).
     """
 
-    def model_alone(task: Callable[[Adapter], Array], adapter: Adapter, anchor: Any) -> tuple[Array, Array]:
-        loss = task(method.model(adapter, anchor))
+    def model_alone(task: Callable[[Adapter], Array], adapter: Adapter, context: Any) -> tuple[Array, Array]:
+        loss = task(method.model(adapter, context))
         return loss, loss
 
     objective = method.objective or model_alone
 
-    def local(base: Params, adapter: Adapter, mask: Adapter, anchor: Any, batches: Any, key: Array, round=None):
+    def local(base: Params, adapter: Adapter, mask: Adapter, context: Any, batches: Any, key: Array, round=None):
         tx = of_round(optimizer, round)
         steps = jax.tree.leaves(batches)[0].shape[0]
         plain = partial(jax.grad, has_aux=True)
@@ -94,13 +94,13 @@ def make_local(
 
             def minimised(adapter):
                 task = lambda model: loss_fn(base, model, batch, jax.random.fold_in(key, t))
-                loss, reported = objective(task, adapter, anchor)
-                return loss + method.penalty(adapter, anchor), reported
+                loss, reported = objective(task, adapter, context)
+                return loss + method.penalty(adapter, context), reported
 
-            moving = method.moving(mask, t / steps)
+            moves_now = method.mask_schedule(mask, t / steps)
             grads, loss = gradient(minimised)(adapter)
-            updates, opt_state = tx.update(_masked(grads, moving), opt_state, adapter)
-            adapter = optax.apply_updates(adapter, _masked(updates, moving))
+            updates, opt_state = tx.update(_masked(grads, moves_now), opt_state, adapter)
+            adapter = optax.apply_updates(adapter, _masked(updates, moves_now))
             return (adapter, opt_state), Trace(loss, watch(base, adapter))
 
         (adapter, _), trace = jax.lax.scan(step, (adapter, tx.init(adapter)), (jnp.arange(steps), batches))
@@ -158,31 +158,33 @@ def make_round(
         at_once, shared_by = (chunk, mesh) if len(ids) == len(cohort.ids) else (None, None)
         cohort = cohort._replace(weights=cohort.weights / jnp.maximum(cohort.weights.sum(), 1e-12))
         if method.query and not jax.tree.leaves(cohort.queries):
-            raise ValueError("the method judges models on queries and the cohort has none: see make_step, sample_apart")
+            raise ValueError(
+                "the method judges models on queries and the cohort has none: see make_step, sample_held_out"
+            )
         sent = method.dispatch(base, state, cohort)
         refuse_unread(method, loss_fn, sent, cohort, key)
 
         def client(row):
-            id_, adapter, mask, anchor, memory, batches, queries = row
+            id_, adapter, mask, context, memory, batches, queries = row
             own = jax.random.fold_in(key, id_)
-            tune = lambda start: local(sent.base, start, mask, anchor, batches, own, round)
+            tune = lambda start: local(sent.base, start, mask, context, batches, own, round)
             last = jax.random.fold_in(own, jnp.iinfo(jnp.int32).max)
-            judge = lambda end: loss_fn(sent.base, method.model(end, anchor), queries, last)
-            received, trace, slope = method.slope.train(tune, judge, adapter)
-            slope = slope if slope == () else _masked(slope, mask)
-            change = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, received, adapter))  # |0| has no slope
-            kept = method.remember(memory, anchor, adapter, received)
-            return received, kept, trace.loss.mean(), optax.tree.norm(change), slope
+            judge = lambda end: loss_fn(sent.base, method.model(end, context), queries, last)
+            received, trace, meta_gradient = method.meta_gradient.train(tune, judge, adapter)
+            meta_gradient = meta_gradient if meta_gradient == () else _masked(meta_gradient, mask)
+            change = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, received, adapter))  # |0| has no derivative
+            kept = method.remember(memory, context, adapter, received)
+            return received, kept, trace.loss.mean(), optax.tree.norm(change), meta_gradient
 
-        rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.memory, cohort.batches, cohort.queries)
-        received, memory, loss, moved, slopes = map_clients(client, rows, at_once, shared_by)
-        learned = method.learn(state, cohort, slopes)
+        rows = (cohort.ids, sent.adapter, sent.mask, sent.context, cohort.memory, cohort.batches, cohort.queries)
+        received, memory, loss, moved, meta_gradients = map_clients(client, rows, at_once, shared_by)
+        learned = method.learn(state, cohort, meta_gradients)
         new_state = method.aggregate(base, learned, cohort, sent, received)
         refuse_widened(state, new_state)
         after = method.dispatch(base, new_state, average_client(cohort._replace(memory=memory)))
-        told = lambda d: d._replace(adapter=method.told(d.adapter) if method.told else models(method, d))
-        ends = told(sent._replace(adapter=received)).adapter
-        bias = diagnostics.measure(told(sent), ends, cohort.weights, told(after))
+        part = lambda d: d._replace(adapter=method.aggregated(d.adapter) if method.aggregated else models(method, d))
+        ends = part(sent._replace(adapter=received)).adapter
+        bias = diagnostics.measure(part(sent), ends, cohort.weights, part(after))
         return new_state, memory, Info(ids, loss, bias, method.report(new_state), moved)
 
     return round_fn
@@ -204,7 +206,7 @@ def refuse_unread(method: Method, loss_fn: LossFn, sent: Dispatch, cohort: Cohor
     Looks at the program of the loss on one client's batch and computes nothing.
     """
     row = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
-    model = jax.eval_shape(method.model, row(sent.adapter), row(sent.anchor))
+    model = jax.eval_shape(method.model, row(sent.adapter), row(sent.context))
     program = jax.make_jaxpr(loss_fn)(sent.base, model, row(row(cohort.batches)), key).jaxpr
     read = dce_jaxpr(program, [True] * len(program.outvars))[1]
     before = len(jax.tree.leaves(sent.base))
@@ -249,31 +251,31 @@ def make_evaluate(
             raise ValueError("the cohort brings batches for local steps: make_evaluate needs loss_fn and optimizer")
 
         def client(row):
-            id_, adapter, mask, anchor, batches, examples = row
-            score = lambda carried: metric_fn(sent.base, method.model(carried, anchor), examples)
+            id_, adapter, mask, context, batches, examples = row
+            score = lambda carried: metric_fn(sent.base, method.model(carried, context), examples)
             before = score(adapter)
             if not tune or local is None:
                 return Scores(before, None)
-            tuned, _ = local(sent.base, adapter, mask, anchor, batches, jax.random.fold_in(key, id_), round)
+            tuned, _ = local(sent.base, adapter, mask, context, batches, jax.random.fold_in(key, id_), round)
             return Scores(before, score(tuned))
 
-        rows = (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.batches, examples)
+        rows = (cohort.ids, sent.adapter, sent.mask, sent.context, cohort.batches, examples)
         return map_clients(client, rows, chunk, mesh)
 
     return evaluate
 
 
-def make_meet(
+def make_onboard(
     method: Method, loss_fn: LossFn, optimizer: Optimizer, *, chunk: int | None = None
 ) -> Callable[..., Memory]:
-    """``meet(base, state, cohort, key, round=None) -> memory [C, ...]`` of clients that never took part.
+    """``onboard(base, state, cohort, key, round=None) -> memory [C, ...]`` of clients that never took part.
 
-    They take the cohort's local steps once, after ``method.meet``; the server learns nothing. Where the method has no
-    use for it (``None``) memory stays as it is.
+    They take the cohort's local steps once, after ``method.onboard``; the server learns nothing. Where the method has
+    no use for it (``None``) memory stays as it is.
     """
-    local, trial = make_local(method, loss_fn, optimizer), method.meet
+    local, trial = make_local(method, loss_fn, optimizer), method.onboard
 
-    def meet(base: Params, state: State, cohort: Cohort, key: Array, round=None) -> Memory:
+    def onboard(base: Params, state: State, cohort: Cohort, key: Array, round=None) -> Memory:
         if trial is None:
             return cohort.memory
         sent = method.dispatch(base, trial.start(state), cohort)
@@ -282,10 +284,10 @@ def make_meet(
             id_, *own = row
             return local(sent.base, *own, jax.random.fold_in(key, id_), round)[0]
 
-        received = map_clients(client, (cohort.ids, sent.adapter, sent.mask, sent.anchor, cohort.batches), chunk)
+        received = map_clients(client, (cohort.ids, sent.adapter, sent.mask, sent.context, cohort.batches), chunk)
         return trial.place(state, cohort.memory, sent.adapter, received)
 
-    return meet
+    return onboard
 
 
 def map_clients(f: Callable, rows: Any, chunk: int | None, mesh: Mesh | None = None) -> Any:

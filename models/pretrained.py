@@ -34,7 +34,7 @@ class Pretrained(NamedTuple):
     name: str
     origins: Mapping[str, str] = MappingProxyType({})
 
-    def told(self) -> dict[str, str]:
+    def facts(self) -> dict[str, str]:
         """What is used beside the arrays, and where it comes from."""
         values = {"mean": self.mean, "std": self.std, "heads": self.model.heads, "epsilon": self.model.epsilon}
         said = {fact: f"{facts.shown(value)} ({self.origins.get(fact, 'given')})" for fact, value in values.items()}

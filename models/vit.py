@@ -81,7 +81,7 @@ class ViT(nn.Module):
       remat: keep only the blocks' inputs for the backward pass. Same results, less memory, more arithmetic.
       dtype: of the activations.
       part: ``whole``; or the ``stem`` (images to tokens, without final norm and head) or the ``top`` (tokens to
-        logits) of a model cut between two blocks, see ``cut``.
+        logits) of a model cut between two blocks, see ``split_blocks``.
     """
 
     classes: int
@@ -129,7 +129,7 @@ class ViT(nn.Module):
         return x + self.param("pos", nn.initializers.normal(0.02), (1 + rows * columns, self.width)).astype(self.dtype)
 
 
-def cut(model: ViT, params: Any, top: int) -> tuple[tuple[ViT, Any], tuple[ViT, Any]]:
+def split_blocks(model: ViT, params: Any, top: int) -> tuple[tuple[ViT, Any], tuple[ViT, Any]]:
     """The model as two, each with its parameters: everything before the last ``top`` blocks, and the rest.
 
     Where adapters touch the last blocks only, the stem gives the same tokens in every step and round: compute them once

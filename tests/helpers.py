@@ -147,7 +147,7 @@ def float64():
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
 
 
-HOOKS = ("penalty", "model", "objective", "moving")  # all of a method that local steps depend on
+HOOKS = ("penalty", "model", "objective", "mask_schedule")  # all of a method that local steps depend on
 
 
 def _quick_options() -> dict[str, Any]:
@@ -287,7 +287,7 @@ def members(method: Method, *arguments: Any, **options: Any) -> Cohort:
 
 def remembered(method: Method, c: Cohort, sent: Any, received: Any) -> Cohort:
     """The cohort after local steps."""
-    return c._replace(memory=_remember(method.remember, c.memory, sent.anchor, sent.adapter, received))
+    return c._replace(memory=_remember(method.remember, c.memory, sent.context, sent.adapter, received))
 
 
 @functools.partial(jit, static_argnums=0)
@@ -321,7 +321,7 @@ def effective(method: Method, base: lora.Params, state: Any, c: Cohort) -> dict[
 def _average(hooks: tuple, base: lora.Params, state: Any, c: Cohort) -> tuple[lora.Params, lora.Adapter]:
     dispatch, model = hooks
     sent = dispatch(base, state, average_client(c))
-    return sent.base, jax.vmap(model)(sent.adapter, sent.anchor)
+    return sent.base, jax.vmap(model)(sent.adapter, sent.context)
 
 
 def dispatched(method: Method, state: Any, c: Cohort) -> Dispatch:
@@ -336,12 +336,12 @@ def _dispatch(dispatch: Callable, *arguments: Any) -> Dispatch:
 
 def models_of(method: Method, sent: Any) -> lora.Adapter:
     """The adapters ``[C, ...]`` that clients compute with."""
-    return sent.adapter if method.model is as_carried else _models(method.model, sent.adapter, sent.anchor)
+    return sent.adapter if method.model is as_carried else _models(method.model, sent.adapter, sent.context)
 
 
 @functools.partial(jit, static_argnums=0)
-def _models(model: Callable, adapters: Any, anchors: Any) -> lora.Adapter:
-    return jax.vmap(model)(adapters, anchors)
+def _models(model: Callable, adapters: Any, contexts: Any) -> lora.Adapter:
+    return jax.vmap(model)(adapters, contexts)
 
 
 def weights_of(base: lora.Params, adapter: lora.Adapter) -> dict[str, np.ndarray]:
@@ -376,14 +376,14 @@ def assert_near(x: Any, y: Any, rel: float = 1e-5, floor: float = 1e-25) -> None
 @functools.partial(jit, static_argnums=0)
 def _train(hooks: tuple, sent: Any, c: Cohort, key: jax.Array, extra: float) -> tuple[lora.Adapter, jax.Array]:
     like = fedit()._replace(**dict(zip(HOOKS, hooks, strict=True)))
-    penalty = lambda adapter, anchor: like.penalty(adapter, anchor) + extra
+    penalty = lambda adapter, context: like.penalty(adapter, context) + extra
     local = rounds.make_local(like._replace(penalty=penalty), loss_fn, OPTIMIZER)
 
     def one(id_, *row):
         adapter, trace = local(sent.base, *row, jax.random.fold_in(key, id_))
         return adapter, trace.loss
 
-    return jax.vmap(one)(c.ids, sent.adapter, sent.mask, sent.anchor, c.batches)
+    return jax.vmap(one)(c.ids, sent.adapter, sent.mask, sent.context, c.batches)
 
 
 def train(method: Method, sent: Any, c: Cohort, key: jax.Array, extra: float = 0.0) -> tuple[lora.Adapter, jax.Array]:

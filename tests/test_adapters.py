@@ -139,7 +139,7 @@ def test_zero_padding_leaves_logits_unchanged():
     wide, x = nudged(ADAPTER), examples()["x"]
     mask = jax.tree.map(lambda m: m[0], lora.rank_mask(wide, jnp.asarray([1])))
     padded = jax.tree.map(jnp.multiply, wide, mask)
-    small = lora.cut(wide, 1)
+    small = lora.first_columns(wide, 1)
     assert lora.max_rank(small) == 1
     assert_near(logits(BASE, padded, x), logits(BASE, small, x), 1e-6)
     assert_near(lora.merge(BASE, padded), lora.merge(BASE, small), 1e-6)

@@ -33,7 +33,7 @@ def files(folder):
 def test_the_newest_two_are_kept(store, path):
     assert store.whole() == ([6, 4], [])
     assert sorted(p.name for p in path.iterdir()) == ["4", "6"]
-    assert store.told(4) == {"seconds_per_round": 4}
+    assert store.notes(4) == {"seconds_per_round": 4}
     back = store.restore(4, {"x": jnp.zeros(4000, int), "key": jnp.zeros(3, int)})
     np.testing.assert_array_equal(back["x"], np.full(4000, 4))
 

@@ -39,10 +39,10 @@ from fedlora_jax.wrappers.scaffold import scaffold
 def test_the_proximal_term_has_its_gradient():
     method, start, w = proximal(fedit(), 0.3), nudged(ADAPTER, 0), nudged(ADAPTER, 1)
     state = FedITState(start)
-    anchor = take(method.dispatch(BASE, state, cohort()).anchor, 0)
-    grads = jax.grad(method.penalty)(w, anchor)
+    context = take(method.dispatch(BASE, state, cohort()).context, 0)
+    grads = jax.grad(method.penalty)(w, context)
     assert_near(grads, jax.tree.map(lambda w, x: 0.3 * (w - x), w, start), 1e-5)
-    np.testing.assert_allclose(method.penalty(w, anchor), 0.15 * np.sum((flat(w) - flat(start)) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(method.penalty(w, context), 0.15 * np.sum((flat(w) - flat(start)) ** 2), rtol=1e-5)
 
 
 def test_in_scaffolds_first_round_a_control_is_the_mean_gradient():
@@ -101,9 +101,9 @@ def test_feddyn_follows_its_equations(weights):
     new = jit(method.aggregate)(BASE, state, c, sent, w)
     assert_near(flat(new.own), h, 1e-5)
     assert_near(adapter_of(new), np.float64(c.weights) @ flat(w, clients=True) - h / al, 1e-5)
-    memory = jax.vmap(method.remember)(c.memory, sent.anchor, sent.adapter, w)
+    memory = jax.vmap(method.remember)(c.memory, sent.context, sent.adapter, w)
     assert_near(flat(memory.own, clients=True), flat(c.memory.own, clients=True) - al * d, 1e-5)
-    grads = jax.grad(method.penalty)(take(w, 0), take(sent.anchor, 0))
+    grads = jax.grad(method.penalty)(take(w, 0), take(sent.context, 0))
     assert_near(flat(grads), al * d[0] - flat(take(c.memory.own, 0)), 1e-5)
 
 
@@ -140,11 +140,11 @@ def test_fedbc_weighs_by_multipliers_that_grow_with_distance():
     sent, new = aggregated(method, w, c)
     far = np.sum((flat(w, clients=True) - flat(take(sent.adapter, 0))) ** 2, 1)
     lam = np.maximum(0.2 + 0.1 * (far - 0.5), 0)
-    memory = jax.vmap(method.remember)(c.memory, sent.anchor, sent.adapter, w)
+    memory = jax.vmap(method.remember)(c.memory, sent.context, sent.adapter, w)
     assert_near(memory.own, lam, 1e-5)
     lam[3] = 0  # it is not there
     assert_near(adapter_of(new), lam @ flat(w, clients=True) / lam.sum(), 1e-5)
-    penalty = method.penalty(take(w, 1), take(sent.anchor, 1))
+    penalty = method.penalty(take(w, 1), take(sent.context, 1))
     np.testing.assert_allclose(penalty, 0.2 * (far[1] - 0.5), rtol=1e-4)
 
 

@@ -267,7 +267,7 @@ def measured(name, size=0.3):
     method, _, aggregate = aggregation(name)
     c, _, sent, received, new = aggregated(method, size=size, aggregate=aggregate)
     after = dispatched(method, new, average_client(c))
-    as_models = lambda x: x._replace(adapter=models_of(method, x), mask=(), anchor=())
+    as_models = lambda x: x._replace(adapter=models_of(method, x), mask=(), context=())
     sent, ends, after = as_models(sent), models_of(method, sent._replace(adapter=received)), as_models(after)
     return c, sent, ends, after, measure(sent, ends, c.weights, after)
 
@@ -366,7 +366,7 @@ def test_counts_of_what_travels_are_the_formulas():
         if name == "ffa_lora":  # a control for every entry that is shared, both ways
             around = scaffold(UNLEARNED[name](), 8, 0.1).traffic(ADAPTER, [ADAPTER] * 4)
             assert (count(around.up), count(around.down)) == (2 * up, down + up)
-    small, p1 = lora.cut(ADAPTER, 1), p // RANK
+    small, p1 = lora.first_columns(ADAPTER, 1), p // RANK
     mixed = {"fedit": p1 + head, "flora": (2 * p1 + 2 * p) + head, "fedex_lora": p1 + head + residual}
     for name, down in mixed.items():  # of a client of rank 1
         traffic = UNLEARNED[name]().traffic(small, [small, ADAPTER, ADAPTER, small])
@@ -377,7 +377,7 @@ def test_a_residual_of_few_clients_travels_as_factors():
     wide = {"kernel": LoRA(jnp.zeros((60, 2)), jnp.zeros((2, 50)))}
     traffic = fedex_lora().traffic(wide, [wide] * 3)
     assert sum(x.size for x in jax.tree.leaves((traffic.down, traffic.missed))) == 2 * 110 + 2 * 2 * 110
-    rng, narrow = np.random.default_rng(0), lora.cut(wide, 1)
+    rng, narrow = np.random.default_rng(0), lora.first_columns(wide, 1)
     rows = [(rng.normal(size=(60, 2)), rng.normal(size=(2, 50))) for _ in range(3)]
     a, b = (np.stack(x) for x in zip(*rows, strict=True))
     a[1:, :, 1], b[1:, 1] = 0, 0  # clients of ranks 2, 1 and 1

@@ -51,7 +51,7 @@ from helpers import (
 import fedlora_jax.methods
 from experiments.checkpoints import Checkpoints
 from fedlora_jax import lora, rounds
-from fedlora_jax.clients import sample_apart
+from fedlora_jax.clients import sample_held_out
 from fedlora_jax.method import About, models
 
 # Where a test does not apply, and why. Everything else must hold for every method and every stack of wrappers.
@@ -162,7 +162,7 @@ def test_dispatch_gives_every_client_a_row_and_leaves_the_rest_of_the_base_alone
     m = compiled(name)
     sent = dispatched(m.method, m.state, m.cohort())
     carried = models_of(m.method, sent)
-    for tree in (sent.adapter, sent.anchor, carried):
+    for tree in (sent.adapter, sent.context, carried):
         assert all(x.shape[0] == CLIENTS for x in jax.tree.leaves(tree))
     jax.tree.map(lambda x, m: jnp.broadcast_shapes(x.shape, m.shape), sent.adapter, sent.mask)
     weights = weights_of(sent.base, take(carried, 0))
@@ -202,7 +202,7 @@ def test_a_whole_run_is_a_loop_over_single_rounds(name):
     program = jit(jax.vmap(rounds.scan_rounds(step, 2), (None, None, None, 0, 0)), donate_argnums=3)
     runs, info = host(program(BASE, data, clients, runs, seeds))
 
-    ids, draw = np.arange(CLIENTS, dtype=np.int32), jit(sample_apart, static_argnums=(4, 5, 6, 7))
+    ids, draw = np.arange(CLIENTS, dtype=np.int32), jit(sample_held_out, static_argnums=(4, 5, 6, 7))
     for i, seed in enumerate(seeds):
         state, losses, memory = begin(m.method.init, seed), [], m.cohort().memory
         for t in range(2):
@@ -264,11 +264,11 @@ def test_one_client_is_plain_fine_tuning(name):
     c = normalised(members(method, clients=1))
     sent = dispatched(method, state, c)
     received, losses = train(method, sent, c, KEY)
-    adapter, mask, anchor = (take(x, 0) for x in (sent.adapter, sent.mask, sent.anchor))
-    moments, hooks = OPTIMIZER.init(adapter), (method.objective, method.model, method.penalty, method.moving)
+    adapter, mask, context = (take(x, 0) for x in (sent.adapter, sent.mask, sent.context))
+    moments, hooks = OPTIMIZER.init(adapter), (method.objective, method.model, method.penalty, method.mask_schedule)
     for t in range(STEPS):
         key, batch = jax.random.fold_in(jax.random.fold_in(KEY, c.ids[0]), t), take(c.batches, (0, t))
-        adapter, moments, loss = one_step(hooks, sent.base, adapter, moments, mask, anchor, batch, key, t / STEPS)
+        adapter, moments, loss = one_step(hooks, sent.base, adapter, moments, mask, context, batch, key, t / STEPS)
         assert_near(losses[0, t], loss)
     new = new_state(BASE, state, c, sent, received)
     after = effective(method, BASE, new, remembered(method, c, sent, received))
@@ -277,14 +277,14 @@ def test_one_client_is_plain_fine_tuning(name):
 
 
 @functools.partial(jit, static_argnums=0)
-def one_step(hooks, base, adapter, moments, mask, anchor, batch, key, progress):
+def one_step(hooks, base, adapter, moments, mask, context, batch, key, progress):
     """One local step of what the method says is minimised; compiled once for all methods that train alike."""
     objective, model, penalty, moving = hooks
     task = lambda model: loss_fn(base, model, batch, key)
 
     def minimised(adapter):
-        loss, reported = objective(task, adapter, anchor) if objective else 2 * (task(model(adapter, anchor)),)
-        return loss + penalty(adapter, anchor), reported
+        loss, reported = objective(task, adapter, context) if objective else 2 * (task(model(adapter, context)),)
+        return loss + penalty(adapter, context), reported
 
     (_, loss), grads = jax.value_and_grad(minimised, has_aux=True)(adapter)
     moves = lambda tree: jax.tree.map(jnp.multiply, tree, moving(mask, progress))

@@ -242,7 +242,7 @@ def test_fslora_trains_the_columns_it_drew_and_nothing_else():
     c = normalised(members(method, ranks=[1, 2, 1, 2]))
     state = method.init(KEY, ADAPTER)._replace(adapter=nudged(ADAPTER, 0))
     sent = method.dispatch(BASE, state, c)
-    for name, d in sent.anchor.items():
+    for name, d in sent.context.items():
         mask, model = (lora.flatten(tree)[name] for tree in (sent.mask, models(method, sent)))
         held = np.asarray(d) > 0
         np.testing.assert_array_equal(np.asarray(mask.a)[..., 0, :] > 0, held)

@@ -40,7 +40,7 @@ KERNELS = ["blocks/kernel", "mix/kernel"]
 def second_round(method):
     """What clients sent in one round, and what they are sent in the next."""
     c, _, sent, received, new = aggregated(method)
-    memory = jax.vmap(method.remember)(c.memory, sent.anchor, sent.adapter, received)
+    memory = jax.vmap(method.remember)(c.memory, sent.context, sent.adapter, received)
     return c, received, new, method.dispatch(BASE, new, c._replace(memory=memory)), memory
 
 
@@ -77,7 +77,7 @@ def test_clients_that_agree_on_what_is_personal_make_fedsa_fedit():
     sent = method.dispatch(BASE, state, c)
     received = uploads(sent)
     new = method.aggregate(BASE, state, c, sent, received)
-    memory = jax.vmap(method.remember)(c.memory, sent.anchor, sent.adapter, received)
+    memory = jax.vmap(method.remember)(c.memory, sent.context, sent.adapter, received)
     average = method.dispatch(BASE, new, average_client(c._replace(memory=memory))).adapter
     assert_near(take(average, 0), fedit().aggregate(BASE, state, c, sent, received).adapter)
 
@@ -124,7 +124,7 @@ def test_the_local_part_adds_to_the_model_and_moves_nobody_else():
     other = received._replace(local=nudged(received.local, 5))
     aggregate = jit(method.aggregate)
     assert_near(*(aggregate(BASE, state, c, sent, x).adapter for x in (received, other)), 0)
-    memory = jax.vmap(method.remember)(c.memory, sent.anchor, sent.adapter, received)
+    memory = jax.vmap(method.remember)(c.memory, sent.context, sent.adapter, received)
     later = method.dispatch(BASE, state, c._replace(memory=memory)).adapter.local
     jax.tree.map(np.testing.assert_array_equal, later, received.local)
     nobody = take(method.dispatch(BASE, state, average_client(c._replace(memory=memory))).adapter, 0)

@@ -225,7 +225,7 @@ def test_hetlora_prunes_the_tail_that_shrank():
     sent = method.dispatch(BASE, state, c)
     factor = jnp.asarray([0.5, 2.0, 0.5, 1.0])
     moved = lora.tree_map(lambda x: LoRA(x.a, x.b * factor.reshape(4, *[1] * (x.b.ndim - 1)), x.scale), sent.adapter)
-    memory = jax.vmap(method.remember)(c.memory, sent.anchor, sent.adapter, moved)
+    memory = jax.vmap(method.remember)(c.memory, sent.context, sent.adapter, moved)
     np.testing.assert_array_equal(memory, [1, 0, 0, 0])
 
     new = method.aggregate(BASE, state, c, sent, moved)
@@ -240,12 +240,12 @@ def test_hetlora_prunes_the_tail_that_shrank():
 def test_the_penalty_of_hetlora_is_the_product_of_the_tails_norms():
     method, x = hetlora(gamma=0.5, lam=0.1, min_rank=1), take(nudged(ADAPTER, 0), ...)
     c = normalised(members(method))
-    anchor = take(method.dispatch(BASE, FedITState(x), c).anchor, 0)
+    context = take(method.dispatch(BASE, FedITState(x), c).context, 0)
     stack, mix = (lora.flatten(x)[name] for name in ("blocks/kernel", "mix/kernel"))
     layers = [(stack.a[0], stack.b[0]), (stack.a[1], stack.b[1]), (mix.a, mix.b)]
     expected = 0.1 * sum(norm(a[:, 1:]) * norm(b[1:]) for a, b in layers)
-    assert_near(method.penalty(x, anchor), expected)
-    grads = jax.grad(method.penalty)(ADAPTER, anchor)  # b = 0
+    assert_near(method.penalty(x, context), expected)
+    grads = jax.grad(method.penalty)(ADAPTER, context)  # b = 0
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert het.tail(x, het.Ranks(jnp.asarray(2), jnp.asarray(2))) == 0
 

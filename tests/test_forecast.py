@@ -88,9 +88,9 @@ def test_first_fewer_seeds_are_advised_then_fewer_clients(monkeypatch, have, adv
     assert f"{have:.2f} GiB" in text
 
 
-@pytest.mark.parametrize("meet", [None, "a trial"])
+@pytest.mark.parametrize("onboard", [None, "a trial"])
 @pytest.mark.parametrize(("rounds", "every"), [(10, 1), (12, 4), (3, 3), (40, 2)])
-def test_time_is_that_of_all_that_is_computed_one_after_another(meet, rounds, every):
+def test_time_is_that_of_all_that_is_computed_one_after_another(onboard, rounds, every):
     """Counted once more, round by round; a step of 4 clients takes 2 s, so one client's half a second."""
     config = Config(
         clients=30, holdout_clients=7, local_steps=5, rounds=rounds, eval_every=every, seeds=(0, 1), devices=2
@@ -100,9 +100,9 @@ def test_time_is_that_of_all_that_is_computed_one_after_another(meet, rounds, ev
     for r in range(1, rounds + 1):
         training += passes * 0.5 / 2  # shared by two devices
         if r % every == 0:
-            evaluation += 11.0 + 37 * 0.1 + (7 * 5 * 0.5 if meet else 0.0)
+            evaluation += 11.0 + 37 * 0.1 + (7 * 5 * 0.5 if onboard else 0.0)
             evaluation += 37 * (5 * 0.5 + 0.1) if r > rounds - 5 else 0.0
-    found = forecast.seconds(config, SimpleNamespace(meet=meet), step, scoring, passes)  # type: ignore[arg-type]
+    found = forecast.seconds(config, SimpleNamespace(onboard=onboard), step, scoring, passes)  # type: ignore[arg-type]
     np.testing.assert_allclose(found, (2 * training, 2 * evaluation))
 
 

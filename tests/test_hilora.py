@@ -173,7 +173,7 @@ def test_the_penalty_is_the_overlap_of_rows_of_b():
             for g, tier in zip((0.3, 0.7), tiers, strict=False):
                 for x, y in zip(factors(tier), factors(one), strict=True):
                     expected += g * np.sum((np.float64(x.b) @ np.float64(y.b).swapaxes(-1, -2)) ** 2)
-            assert_near(method.penalty(one, take(sent.anchor, i)), expected, 1e-5)
+            assert_near(method.penalty(one, take(sent.context, i)), expected, 1e-5)
 
 
 def test_the_overlap_with_the_root_falls_where_it_is_penalised():
@@ -183,7 +183,7 @@ def test_the_overlap_with_the_root_falls_where_it_is_penalised():
         sent = dispatch(method)(state, c)
         local = rounds.make_local(method, loss_fn, optax.sgd(0.02))
         batches = jax.tree.map(lambda x: jnp.concatenate([x] * 10), take(c.batches, 0))
-        end, _ = jit(local)(BASE, *(take(x, 0) for x in (sent.adapter, sent.mask, sent.anchor)), batches, KEY)
+        end, _ = jit(local)(BASE, *(take(x, 0) for x in (sent.adapter, sent.mask, sent.context)), batches, KEY)
         pairs = zip(factors(state.root), factors(end), strict=True)
         overlap[g] = sum(float(jnp.sum((x.b @ y.b.mT) ** 2)) for x, y in pairs)
     assert overlap[1.0] < 0.8 * overlap[0.0]
@@ -254,33 +254,33 @@ def test_a_trial_takes_the_steps_of_a_root_client():
     method, states, _, _ = history()
     state = states[4]
     strangers = members(method)._replace(ids=IDS + 50)
-    memory = jit(rounds.make_meet(method, loss_fn, OPTIMIZER, chunk=2))(BASE, state, strangers, KEY)
+    memory = jit(rounds.make_onboard(method, loss_fn, OPTIMIZER, chunk=2))(BASE, state, strangers, KEY)
     sent = dispatch(method)(at(state, ROOT), strangers)
     assert_near(take(sent.adapter, 0), state.root, 0)
     local = rounds.make_local(method, loss_fn, OPTIMIZER)
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(strangers.ids)
-    rows = (sent.adapter, sent.mask, sent.anchor, strangers.batches, keys)
+    rows = (sent.adapter, sent.mask, sent.context, strangers.batches, keys)
     received, _ = jit(jax.vmap(lambda *row: local(BASE, *row)))(*rows)
     np.testing.assert_array_equal(
-        memory.cluster, method.meet.place(state, strangers.memory, sent.adapter, received).cluster
+        memory.cluster, method.onboard.place(state, strangers.memory, sent.adapter, received).cluster
     )
     assert set(np.asarray(memory.cluster)) <= set(np.asarray(state.assignment))
     alone = flexlora()
     c = cohort()
-    assert rounds.make_meet(alone, loss_fn, OPTIMIZER)(BASE, (), c, KEY) is c.memory
+    assert rounds.make_onboard(alone, loss_fn, OPTIMIZER)(BASE, (), c, KEY) is c.memory
 
 
 def test_wrappers_pass_the_trial_on():
     method, states, _, _ = history()
     around = fedlc(noise(proximal(method, 0.1)), 0.1)
-    assert around.meet is not None
+    assert around.onboard is not None
     strangers = members(around)._replace(ids=IDS + 50)
     whole = around.init(KEY, ADAPTER)
     state = whole._replace(inner=states[4])
-    memory = jit(rounds.make_meet(around, loss_fn, OPTIMIZER))(BASE, state, strangers, KEY)
+    memory = jit(rounds.make_onboard(around, loss_fn, OPTIMIZER))(BASE, state, strangers, KEY)
     assert jax.tree.structure(memory) == jax.tree.structure(strangers.memory)
     assert (memory.cluster >= 0).all()
-    assert proximal(flexlora(), 0.1).meet is None
+    assert proximal(flexlora(), 0.1).onboard is None
 
 
 def test_bases_are_averages_over_the_rounds_a_client_took_part_in():

@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora_jax import meta, rounds
-from fedlora_jax.clients import padded, sample_apart, sample_rounds, sample_views
+from fedlora_jax.clients import padded, sample_held_out, sample_rounds, sample_views
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.hyperlora import hyperlora
@@ -99,7 +99,7 @@ def _weighted(method, mix):
 
 def _proximal(method, mu):
     square = lambda x, y: 0.5 * sum(jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True))
-    return method._replace(penalty=lambda adapter, anchor: mu * square(adapter, anchor))
+    return method._replace(penalty=lambda adapter, context: mu * square(adapter, context))
 
 
 @pytest.mark.parametrize("name", HYPER)
@@ -172,7 +172,7 @@ def test_the_start_can_count_too(x64):
     """With L(x) = |x|^2 / 2 and one step of rate 0.1: the end is 0.9 x."""
     tune = lambda x: (0.9 * x, jnp.zeros(1))
     judge, x = lambda x: jnp.sum(x**2) / 2, jnp.asarray([1.0, -2.0])
-    slopes = {name: slope.train(tune, judge, x)[2] for name, slope in meta.SLOPES.items()}
+    slopes = {name: slope.train(tune, judge, x)[2] for name, slope in meta.META_GRADIENTS.items()}
     np.testing.assert_allclose(slopes["displacement"], 0.1 * x)
     np.testing.assert_allclose(slopes["first_order"], 0.9 * x)
     np.testing.assert_allclose(slopes["exact"], 0.81 * x)
@@ -188,7 +188,7 @@ def test_the_start_can_count_too(x64):
 def test_what_is_kept_apart_is_the_clients_own_and_in_no_batch(seed, query):
     sizes = (5, 9, 2, 7, 4)
     clients, ids = population(sizes), jnp.arange(len(sizes))
-    draw = jit(sample_apart, static_argnums=(4, 5, 6, 7))
+    draw = jit(sample_held_out, static_argnums=(4, 5, 6, 7))
     rows = {"row": jnp.arange(sum(sizes))}
     batches, queries = draw(jax.random.key(seed), rows, clients, ids, 4, 3, min(sizes), query)
     for c, size in enumerate(sizes):
@@ -222,7 +222,7 @@ def test_what_judges_several_rounds_is_in_no_batch_of_any_of_them(seed, query):
 
 def test_a_client_of_one_example_has_none_to_spare():
     with pytest.raises(ValueError, match="minimum"):
-        sample_apart(KEY, examples(), population((5, 1)), jnp.arange(2), 2, 2, 1, 3)
+        sample_held_out(KEY, examples(), population((5, 1)), jnp.arange(2), 2, 2, 1, 3)
     with pytest.raises(ValueError, match=r"client\(s\) \[1\] of 3 have no examples"):
         padded([np.arange(3), np.arange(0), np.arange(2)])
     np.testing.assert_array_equal(padded([np.arange(3), np.arange(5, 6)]), [[0, 1, 2], [5, 5, 5]])

@@ -48,10 +48,10 @@ def test_clients_are_clustered_by_b_at_the_switch_and_newcomers_find_their_clust
     assert found[12] == found[13] == np.bincount(found[:12]).argmax()  # never drawn: with the largest
     assert method.report(new)["clusters"] == 2
 
-    memory = method.meet.place(new, c.memory, sent.adapter, received)
+    memory = method.onboard.place(new, c.memory, sent.adapter, received)
     np.testing.assert_array_equal(memory.cluster, found[:12])
     np.testing.assert_array_equal(
-        method.meet.place(state, c.memory, sent.adapter, received).cluster, -1
+        method.onboard.place(state, c.memory, sent.adapter, received).cluster, -1
     )  # no clusters yet
     new = new._replace(clusters=nudged(new.clusters, 5))
     strangers = c._replace(ids=c.ids + 50, memory=memory)
@@ -62,7 +62,7 @@ def test_clients_are_clustered_by_b_at_the_switch_and_newcomers_find_their_clust
 def test_newcomers_are_placed_by_their_signatures_where_that_is_asked_for():
     """Against distances in NumPy: members' signatures are noise about one of two points, newcomers' as well."""
     method, state, c, sent, received, labels = planted(newcomers="signature")
-    assert method.meet is None
+    assert method.onboard is None
     rng = np.random.default_rng(1)
     about = lambda groups: Signature(
         *(jnp.asarray(rng.normal(size=(2, len(x)))[groups] + 0.3 * rng.normal(size=(12, len(x)))) for x in SIGNATURE)
@@ -82,7 +82,7 @@ def test_newcomers_are_placed_by_their_signatures_where_that_is_asked_for():
     by_trial = make()
     found, wanted = (
         models(m, m.dispatch(BASE, s, x))
-        for m, s, x in ((method, new, strangers), (by_trial, new._replace(told=()), placed))
+        for m, s, x in ((method, new, strangers), (by_trial, new._replace(signatures=()), placed))
     )
     assert are_equal(found, wanted)
     before = models(method, method.dispatch(BASE, state, strangers))
@@ -101,8 +101,8 @@ def test_copies_of_members_land_where_the_members_are(subspace):
     if subspace == "change":
         assert len(set(zip(found.tolist(), labels.tolist(), strict=True))) == len(set(found)) == 2
 
-    assert method.meet is not None
-    trial = method.dispatch(BASE, method.meet.start(new), c._replace(ids=c.ids + 50))
+    assert method.onboard is not None
+    trial = method.dispatch(BASE, method.onboard.start(new), c._replace(ids=c.ids + 50))
     received = uploads(trial if subspace == "change" else sent)  # the same change, or the very same b
-    memory = method.meet.place(new, c.memory, trial.adapter, received)
+    memory = method.onboard.place(new, c.memory, trial.adapter, received)
     np.testing.assert_array_equal(memory.cluster, found)

@@ -200,7 +200,7 @@ def test_fedrep_trains_the_head_first_and_then_the_factors():
     state = method.init(KEY, nudged(ADAPTER, 0))
     sent = method.dispatch(BASE, state, c)
     local = rounds.make_local(method, loss_fn, OPTIMIZER, watch=lambda base, adapter: adapter)
-    end, trace = jit(local)(BASE, *(take(x, 0) for x in (sent.adapter, sent.mask, sent.anchor, c.batches)), KEY)
+    end, trace = jit(local)(BASE, *(take(x, 0) for x in (sent.adapter, sent.mask, sent.context, c.batches)), KEY)
     middle = take(trace.seen, STEPS // 2 - 1)
     start = take(sent.adapter, 0)
     assert_near(body(middle), body(start), 0)
@@ -214,9 +214,9 @@ def test_fedrep_trains_the_head_first_and_then_the_factors():
 def test_a_share_of_the_local_steps_is_that_many_whatever_rounding_says(share, steps):
     mask, counted = {"kernel": jnp.ones(())}, 0
     for t in range(steps):
-        moving = finetune(share).moving({"shared": mask, "personal": mask}, jnp.float32(t) / steps)
+        moving = finetune(share).mask_schedule({"shared": mask, "personal": mask}, jnp.float32(t) / steps)
         counted += moving["personal"]["kernel"]
-        assert fedrep(share).moving(mask, jnp.float32(t) / steps)["kernel"] == moving["personal"]["kernel"]
+        assert fedrep(share).mask_schedule(mask, jnp.float32(t) / steps)["kernel"] == moving["personal"]["kernel"]
     assert counted == round(share * steps)
 
 
@@ -242,7 +242,7 @@ def test_fedproto_averages_each_class_over_the_clients_that_have_it():
     np.testing.assert_array_equal(new.adapter["head"]["kernel"][:, 2], state.adapter["head"]["kernel"][:, 2])
     again = method.dispatch(BASE, new, remembered(method, c, sent, received))
     assert_near(body(again.adapter), body(received), 0)
-    grads = jax.grad(method.penalty)(take(received, 0), take(sent.anchor, 0))
+    grads = jax.grad(method.penalty)(take(received, 0), take(sent.context, 0))
     assert_near(head(grads), jax.tree.map(lambda x, y: 0.6 * (x[0] - y), head(received), head(state.adapter)), 1e-5)
     assert not any(x.any() for x in jax.tree.leaves(body(grads)))
 
@@ -320,7 +320,7 @@ def test_pfedhn_learns_by_the_pullback_of_displacements():
     sent = method.dispatch(BASE, state, c)
     local = rounds.make_local(method, loss_fn, SGD)
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(c.ids)
-    received, _ = jit(jax.vmap(lambda *row: local(BASE, *row)))(sent.adapter, sent.mask, sent.anchor, c.batches, keys)
+    received, _ = jit(jax.vmap(lambda *row: local(BASE, *row)))(sent.adapter, sent.mask, sent.context, c.batches, keys)
 
     def weighted(phi):
         x = method.dispatch(BASE, state._replace(phi=phi), c).adapter
@@ -464,7 +464,7 @@ def test_what_stays_with_a_client_is_out_of_reach_of_wrappers():
         method = proximal(METHODS[name](), 1.0)
         c = normalised(cohort())._replace(memory=copies(method.init_client(ADAPTER)))
         sent = method.dispatch(BASE, method.init(KEY, ADAPTER), c)
-        row, anchor = take((sent.adapter, sent.anchor), 0)
-        pull = jax.grad(method.penalty)(nudged(row), anchor)
+        row, context = take((sent.adapter, sent.context), 0)
+        pull = jax.grad(method.penalty)(nudged(row), context)
         assert any(np.abs(x).max() > 0 for x in jax.tree.leaves(pull))
         assert not any(np.abs(x).max() > 0 for x in jax.tree.leaves(private(pull)))

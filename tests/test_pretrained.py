@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from fedlora_jax import lora
 from models.pretrained import load_vit, resize_positions
-from models.vit import cut, normalise, vit
+from models.vit import normalise, split_blocks, vit
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="evaluation data are not here")
@@ -85,7 +85,7 @@ def test_a_model_in_two_parts_is_the_model(top):
     whole = vit("nano/4", classes=5)
     x = jax.random.normal(jax.random.key(0), (3, 16, 16, 3))
     params = whole.init(jax.random.key(1), x)["params"]
-    (stem, stem_params), (rest, rest_params) = cut(whole, params, top)
+    (stem, stem_params), (rest, rest_params) = split_blocks(whole, params, top)
     tokens, _ = stem.apply({"params": stem_params}, x)
     new = lambda params: lora.new(jax.random.key(2), params, 2, targets="attn/(query|value)/kernel", full="^head/")
     adapter = jax.tree.map(lambda x: x + 0.1, new(rest_params))
@@ -105,4 +105,4 @@ def test_a_model_in_two_parts_is_the_model(top):
         np.testing.assert_allclose(a.a, b.a[4 - top :], atol=1e-4)
         np.testing.assert_allclose(a.b, b.b[4 - top :], atol=1e-4)
     with pytest.raises(ValueError, match="choose 1 to 3"):
-        cut(whole, params, 4)
+        split_blocks(whole, params, 4)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments import client_map, figures, report
 from experiments.budget_figures import line
-from experiments.look import legend, looks_of, png
+from experiments.look import legend, png, styles_of
 from experiments.summary import paired, spread, summarise
 
 FIGURES = ("curves", "accuracies", "domains", "bias", "clients", "map", "traffic", "holdings")
@@ -207,9 +207,9 @@ def test_figures_without_data_are_left_out(tmp_path, seeds):
 
 
 def test_a_method_has_one_colour_and_colours_differ():
-    looks = looks_of(make(names=[f"M{i}" for i in range(12)], seeds=1, rounds=1)[0])
-    assert len({(look.colour, look.dash) for look in looks.values()}) == 12
-    assert list(looks) == [f"m{i}" for i in range(12)]
+    styles = styles_of(make(names=[f"M{i}" for i in range(12)], seeds=1, rounds=1)[0])
+    assert len({(look.colour, look.dash) for look in styles.values()}) == 12
+    assert list(styles) == [f"m{i}" for i in range(12)]
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):
@@ -229,8 +229,8 @@ def test_a_picture_has_room_for_a_legend_of_any_number_of_domains(domains):
 
 @pytest.mark.parametrize("name", ["HyperLoRA (memory=0.5, steady)", "FedIT + FedProx (mu=0.1) + " * 9])
 def test_a_legend_of_long_names_stays_within_the_picture(name):
-    looks = looks_of({"methods": {f"m{i}": {"about": {"name": name}} for i in range(4)}})
-    figure = legend(Figure((7.2, 4.3), 150), looks, looks)
+    styles = styles_of({"methods": {f"m{i}": {"about": {"name": name}} for i in range(4)}})
+    figure = legend(Figure((7.2, 4.3), 150), styles, styles)
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0
@@ -242,7 +242,7 @@ def test_bias_of_any_size_is_drawn(share):
     summary, rows, _ = make()
     for row in rows:
         row["bias_share"] = share
-    figure = figures.bias(looks_of(summary), rows)
+    figure = figures.bias(styles_of(summary), rows)
     assert figure is not None
     assert png(figure)
     assert figure.axes[0].get_yscale() == "linear"
@@ -254,12 +254,12 @@ def test_a_bias_of_zero_is_no_small_one_and_rounding_has_its_place():
     for row in rows:
         tiny, some = (0.0, 0.004 * row["round"]) if row["round"] > 2 else (1e-9, 0.0)
         row["bias_share"] = tiny if row["method"] == first else some
-    axes = figures.bias(looks_of(summary), rows).axes[0]
+    axes = figures.bias(styles_of(summary), rows).axes[0]
     gaps = [not np.isfinite(drawn.get_ydata()).all() for drawn in axes.lines]
     assert all(gaps), "a round of exactly no bias is no point"
     for row in rows:  # all methods to rounding, over decades
         row["bias_share"] = 10.0 ** -(5 + row["round"] % 4)
-    figure = figures.bias(looks_of(summary), rows)
+    figure = figures.bias(styles_of(summary), rows)
     png(figure)
     low, high = figure.axes[0].get_ylim()
     assert all(low < text.get_position()[1] < high for text in figure.axes[0].texts)
@@ -267,8 +267,8 @@ def test_a_bias_of_zero_is_no_small_one_and_rounding_has_its_place():
 
 def test_methods_that_differ_at_the_end_of_their_names_are_told_apart():
     names = [f"FedIT + FedProx (mu=0.1) + SCAFFOLD + Gaussian noise (0.1) + FedAdam (lr={lr})" for lr in (0.01, 0.03)]
-    looks = looks_of({"methods": {name: {"about": {"name": name}} for name in names}})
-    assert len({look.label for look in looks.values()}) == 2
+    styles = styles_of({"methods": {name: {"about": {"name": name}} for name in names}})
+    assert len({look.label for look in styles.values()}) == 2
 
 
 def test_of_very_many_clients_some_are_drawn_and_the_map_is_left_out_with_a_word(tmp_path):
@@ -303,10 +303,10 @@ def test_an_interval_of_an_accuracy_is_drawn_no_further_than_it_can_go():
     low, high = spread([0.999, 0.9, 0.02])["ci95"]
     assert low < 0
     assert high > 1
-    looks = looks_of(summary)
-    curves, bars = figures.curves(looks, rows), figures.accuracies(looks, summary)
+    styles = styles_of(summary)
+    curves, bars = figures.curves(styles, rows), figures.accuracies(styles, summary)
     (axes,) = Figure().subplots(1, 1, squeeze=False)[0]
-    line(axes, looks, "fedit", [1, 2], [spread([0.999, 0.9, 0.02])] * 2)
+    line(axes, styles, "fedit", [1, 2], [spread([0.999, 0.9, 0.02])] * 2)
     for x in (drawn(curves.axes[0])[:, 1], drawn(bars.axes[0])[:, 0], drawn(axes)[:, 1]):
         assert 0 <= x.min() <= x.max() <= 100
     assert bars.axes[0].get_xlim()[1] <= 100
@@ -316,7 +316,7 @@ def test_an_interval_of_an_accuracy_is_drawn_no_further_than_it_can_go():
 def test_one_evaluated_round_is_a_whole_number_with_its_interval(picture):
     summary, rows, _ = make(rounds=5, every=5)
     rows = [row for row in rows if row["round"] == 5]
-    axes = picture(looks_of(summary), rows).axes[0]
+    axes = picture(styles_of(summary), rows).axes[0]
     low, high = axes.get_xlim()
     assert [t for t in axes.get_xticks() if low <= t <= high] == [5]
     assert len(axes.containers) == 2  # whiskers of both methods: a band over one round has no width

@@ -61,7 +61,7 @@ def test_noise_has_the_stated_deviation_is_new_each_round_and_spares_what_is_mas
         state = with_adapter(state, wide)
         sent = method.dispatch(base, state, c)
         state = method.aggregate(base, state, c, sent, sent.adapter)
-        seen.append(flat(cut := lora.cut(innermost(state).adapter, 1)))
+        seen.append(flat(cut := lora.first_columns(innermost(state).adapter, 1)))
         rest = jax.tree.map(lambda x, y: x, innermost(state).adapter, wide)["kernel"]
         assert not rest.a[:, 1].any()
         assert not rest.b[1].any()

@@ -56,7 +56,7 @@ def keeping() -> Method:
     """FedIT whose clients count their visits and keep the head they trained last."""
     return fedit()._replace(
         init_client=lambda adapter: Kept(jnp.zeros((), int), jnp.full_like(adapter["head"]["kernel"], -1.0)),
-        remember=lambda memory, anchor, sent, received: Kept(memory.visits + 1, received["head"]["kernel"]),
+        remember=lambda memory, context, sent, received: Kept(memory.visits + 1, received["head"]["kernel"]),
     )
 
 

@@ -61,7 +61,7 @@ def test_clients_served_in_groups_have_the_accuracies_of_all_at_once(name, optio
         serving = programs.make_serving(config, p, method, make_optimizer(config), 2)
 
         def served(arrays, seed, run, serving=serving):
-            return serving.score(arrays, seed, run, serving.meet(arrays, seed, run), 2, programs.subspaces)
+            return serving.score(arrays, seed, run, serving.onboard(arrays, seed, run), 2, programs.subspaces)
 
         found.append(jax.jit(served)(Arrays(p.base, p.train, p.test[:2]), seed, run))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), *found)
@@ -94,5 +94,5 @@ def test_of_many_clients_no_distances_are_computed(options, monkeypatch):
     for most, shape in ((6, (6, 6)), (5, None)):
         monkeypatch.setattr(client_map, "CLIENTS", most)
         scores = programs.make_scores(config, p, method, make_optimizer(config), 1)
-        apart = jax.eval_shape(scores, arrays, seed, run, np.bool_(True)).apart
+        apart = jax.eval_shape(scores, arrays, seed, run, np.bool_(True)).distances
         assert (None if apart is None else apart.shape) == shape

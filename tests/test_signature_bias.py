@@ -42,7 +42,7 @@ def test_every_class_is_shifted_by_a_part_of_the_move_to_the_clients_shares():
     sent = method.dispatch(BASE, state, c)
     prior = lambda shares: np.log(np.array(shares) + EPSILON)
     by_hand = np.tanh(0.7) * (prior(rows) - prior([0.4, 0.4, 0.2]))
-    assert_near(sent.anchor.own, by_hand, 1e-5)
+    assert_near(sent.context.own, by_hand, 1e-5)
     served, bare = (lora.flatten(x)["head/bias"] for x in (models(method, sent), sent.adapter))
     assert_near(served - bare, by_hand, 1e-5)
     for name, x in lora.flatten(models(method, sent)).items():
@@ -67,7 +67,7 @@ def test_a_fixed_part_of_the_move_is_made_from_the_first_round_on():
     prior = lambda z: np.log(np.maximum(z.labels, 0) ** 2 + EPSILON)
     for t in range(3):
         sent = method.dispatch(BASE, state, c)
-        assert_near(sent.anchor.own, 0.5 * (prior(c.signatures) - prior(state.own.center)), 1e-5)
+        assert_near(sent.context.own, 0.5 * (prior(c.signatures) - prior(state.own.center)), 1e-5)
         assert_near(method.report(state)["prior"], 0.5, 1e-6)
         state, *_ = round_fn(BASE, state, cohort(t), KEY)
 
@@ -75,7 +75,7 @@ def test_a_fixed_part_of_the_move_is_made_from_the_first_round_on():
 def test_classes_have_no_names():
     method, z = signature_bias(fedit(), SIGNATURE), shares([[0.5, 0.3, 0.2]])
     state, order = state_of(method, center=jax.tree.map(lambda x: x[0], shares([[1 / 3] * 3]))), np.array([2, 0, 1])
-    shift = lambda z: method.dispatch(BASE, state, cohort(clients=1)._replace(signatures=z)).anchor.own
+    shift = lambda z: method.dispatch(BASE, state, cohort(clients=1)._replace(signatures=z)).context.own
     assert_near(shift(z._replace(labels=z.labels[:, order])), shift(z)[:, order], 1e-6)
 
 
@@ -83,7 +83,7 @@ def test_the_mean_client_is_served_the_inner_model():
     method = signature_bias(fedit(), SIGNATURE)
     state = state_of(method)
     c = cohort(clients=1)._replace(signatures=jax.tree.map(lambda x: x[None], state.own.center))
-    assert_near(method.dispatch(BASE, state, c).anchor.own, np.zeros((1, CLASSES)), 0)
+    assert_near(method.dispatch(BASE, state, c).context.own, np.zeros((1, CLASSES)), 0)
 
 
 def test_it_learns_what_is_served_without_a_step():
@@ -97,8 +97,8 @@ def test_it_learns_what_is_served_without_a_step():
             c = with_labels(cohort(t), only)._replace(signatures=z)
             state, *_ = round_fn(BASE, state, c, jax.random.fold_in(KEY, t))
         sent = method.dispatch(BASE, state, c)
-        judge = lambda row, anchor, batch: loss_fn(BASE, method.model(row, anchor), batch, KEY)
-        return jax.vmap(judge)(sent.adapter, sent.anchor, with_labels(cohort(99), only).queries)
+        judge = lambda row, context, batch: loss_fn(BASE, method.model(row, context), batch, KEY)
+        return jax.vmap(judge)(sent.adapter, sent.context, with_labels(cohort(99), only).queries)
 
     def with_labels(c, labels):
         def one(batch):
@@ -142,9 +142,9 @@ def test_a_hierarchy_keeps_its_tiers_and_t_rests_while_nothing_is_sent():
     strangers = c._replace(ids=c.ids + CLIENTS)
     sent = method.dispatch(BASE, state, strangers)
     alone = make().dispatch(BASE, state.inner, strangers)
-    assert isinstance(sent.anchor, Wrapped)
+    assert isinstance(sent.context, Wrapped)
     assert_near(sent.adapter, alone.adapter, 0)
-    assert np.abs(sent.anchor.own).max() > 0  # and it reaches clients that never took part
+    assert np.abs(sent.context.own).max() > 0  # and it reaches clients that never took part
 
 
 def test_beside_two_models_it_learns_from_the_one_that_is_sent():
@@ -158,11 +158,11 @@ def test_beside_two_models_it_learns_from_the_one_that_is_sent():
     assert_near(one, two, 0)
     assert one != LEARNED
     served, bare = (lora.flatten(x)["head/bias"] for x in (models(method, sent), models(ditto(), inner_of(sent))))
-    assert_near(served - bare, sent.anchor.own, 1e-6)
+    assert_near(served - bare, sent.context.own, 1e-6)
 
 
 def inner_of(sent):
-    return sent._replace(anchor=sent.anchor.inner)
+    return sent._replace(context=sent.context.inner)
 
 
 def test_signatures_without_labels_and_models_without_a_bias_are_refused():

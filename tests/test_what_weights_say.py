@@ -83,16 +83,16 @@ def test_who_goes_before_whom(tmp_path):
     rest = {"heads": 3, "ln_eps": 1e-3}
     path = write(tmp_path / "tiny.npz", None, {**rest, **of(2)}, **beside)
     first = load_vit(path, **of(1))
-    assert first.told()["mean"] == "0.1,0.1,0.1 (given)"
-    assert load_vit(path).told()["mean"] == "0.2,0.2,0.2 (tiny.npz)"
+    assert first.facts()["mean"] == "0.1,0.1,0.1 (given)"
+    assert load_vit(path).facts()["mean"] == "0.2,0.2,0.2 (tiny.npz)"
     assert load_vit(path, heads=4).model.heads == 4
-    assert load_vit(path, std=[0.7] * 3).told()["mean"] == "0.2,0.2,0.2 (tiny.npz)"
+    assert load_vit(path, std=[0.7] * 3).facts()["mean"] == "0.2,0.2,0.2 (tiny.npz)"
     write(path, None, rest, **beside)
     third = load_vit(path)
-    assert third.told()["std"] == "0.3,0.3,0.3 (config.json)"
+    assert third.facts()["std"] == "0.3,0.3,0.3 (config.json)"
     np.testing.assert_allclose(third.std, 0.3, rtol=1e-6)
     (tmp_path / "config.json").unlink()
-    assert load_vit(path).told()["std"] == "0.4,0.4,0.4 (preprocessor_config.json)"
+    assert load_vit(path).facts()["std"] == "0.4,0.4,0.4 (preprocessor_config.json)"
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "image_mean": [0.4] * 3}))
     plain = load_vit(path)
     assert (plain.mean.tolist(), plain.std.tolist()) == ([0, 0, 0], [1, 1, 1])
@@ -124,8 +124,8 @@ def test_what_nothing_says_is_a_guess_aloud(tmp_path):
         load_vit(path)
     with pytest.warns(UserWarning, match=r"mean 0.5,0.5,0.5, std 0.5,0.5,0.5, .* is a GUESS.*--mean --std --epsilon$"):
         guess = load_vit(path, heads=3)
-    assert guess.told()["std"] == "0.5,0.5,0.5 (guessed)"
-    assert guess.told()["heads"] == "3 (given)"
+    assert guess.facts()["std"] == "0.5,0.5,0.5 (guessed)"
+    assert guess.facts()["heads"] == "3 (given)"
     with pytest.warns(UserWarning, match="does not say its epsilon,.* --epsilon$"):
         load_vit(path, heads=3, **NORMAL)
 
@@ -268,4 +268,4 @@ def test_a_command_says_once_what_it_uses_and_keeps_it_with_the_results(tmp_path
     with pytest.warns(UserWarning, match="GUESS"):
         other = load_vit(path, 10, heads=3, std=(0.2, 0.2, 0.2))
     with pytest.raises(ValueError, match=r"mean was \"0.5,0.5,0.5 \(guessed\)\", is \"0.1,0.2,0.3 \(config.json\)\""):
-        Folder("budget", str(tmp_path / "out"), resume=True).check_same("record", {**kept, **other.told()})
+        Folder("budget", str(tmp_path / "out"), resume=True).check_same("record", {**kept, **other.facts()})

@@ -102,7 +102,7 @@ class Play:
         self.sent = self.method.dispatch(BASE, self.state, c)
         upload = lambda x, m, u: x + np.where(m > 0, u, 0).astype(u.dtype)
         self.received = jax.tree.map(upload, self.sent.adapter, self.sent.mask, updates)
-        self.memory = jax.vmap(self.method.remember)(self.memory, self.sent.anchor, self.sent.adapter, self.received)
+        self.memory = jax.vmap(self.method.remember)(self.memory, self.sent.context, self.sent.adapter, self.received)
         self.state = self.method.aggregate(BASE, self.state, c, self.sent, self.received)
 
     def kept(self, clients=slice(None)):
@@ -165,7 +165,7 @@ def the_outer_acts_first(play):
     c = c._replace(weights=np.float32(weights), memory=memory)
     assert_near(as_numbers(method.aggregate(BASE, state, c, sent, uploads)), as_numbers(new), 1e-4, floor=1e-3)
     if outer in ("clip", "noise", "fedbc"):  # what a client knows of its own upload
-        rows = jax.vmap(method.remember)(memory, sent.anchor, sent.adapter, uploads)
+        rows = jax.vmap(method.remember)(memory, sent.context, sent.adapter, uploads)
         assert_near(rows, after, 1e-4, floor=1e-3)
 
 
@@ -180,11 +180,11 @@ def the_order_does_not_matter(play):
     assert_near(other.kept(), one.kept(), 1e-4, floor=1e-3)
     seen = []
     for p in (one, other):
-        w, anchor = nudged(ADAPTER, 3), jax.tree.map(lambda x: x[0], p.sent.anchor)
+        w, context = nudged(ADAPTER, 3), jax.tree.map(lambda x: x[0], p.sent.context)
         task = lambda model: sum((i + 1) * np.square(x).sum() for i, x in enumerate(jax.tree.leaves(model)))
         hook = p.method.objective
-        loss = hook(task, w, anchor) if hook else [task(p.method.model(w, anchor))] * 2
-        seen.append((p.method.penalty(w, anchor), *loss, p.method.model(w, anchor)))
+        loss = hook(task, w, context) if hook else [task(p.method.model(w, context))] * 2
+        seen.append((p.method.penalty(w, context), *loss, p.method.model(w, context)))
     assert_near(seen[1], seen[0], 1e-4, floor=1e-4)
 
 

@@ -163,11 +163,11 @@ def test_fedlc_is_the_calibrated_cross_entropy():
     task = lambda model: optax.softmax_cross_entropy_with_integer_labels(
         logits(BASE, model, batch["x"]), batch["y"]
     ).mean()
-    loss, _ = method.objective(task, w, take(sent.anchor, 0))
+    loss, _ = method.objective(task, w, take(sent.context, 0))
     z = np.asarray(logits(BASE, w, batch["x"]), np.float64) - 0.7 * (20 * shares[0]) ** -0.25
     by_hand = np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), np.asarray(batch["y"])])
     np.testing.assert_allclose(loss, by_hand, rtol=1e-5)
-    assert_near(method.model(w, take(sent.anchor, 0)), w, 0)  # nothing of it where the model is used
+    assert_near(method.model(w, take(sent.context, 0)), w, 0)  # nothing of it where the model is used
 
 
 def test_fedlc_is_finite_where_a_class_is_absent():
@@ -176,7 +176,7 @@ def test_fedlc_is_finite_where_a_class_is_absent():
     round_fn = jit(rounds.make_round(method, loss_fn, OPTIMIZER))
     state, _, info = round_fn(BASE, method.init(KEY, ADAPTER), c, KEY)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((state, info)))
-    margin = method.dispatch(BASE, state, c).anchor.own
+    margin = method.dispatch(BASE, state, c).context.own
     assert_near(margin[:, 2], np.full(CLIENTS, ABSENT**-0.25), 1e-6)
 
 
@@ -187,7 +187,7 @@ def test_fedlc_refuses_signatures_without_labels_and_models_without_a_bias():
     bare = lora.new(KEY, BASE, 2, targets="blocks/kernel")
     sent = method.dispatch(BASE, FedITState(bare), c)
     with pytest.raises(ValueError, match="add the head's bias"):
-        method.objective(lambda model: 0.0, bare, take(sent.anchor, 0))
+        method.objective(lambda model: 0.0, bare, take(sent.context, 0))
 
 
 def test_fedga_hardly_suppresses_absent_classes():
@@ -224,7 +224,7 @@ def test_what_clients_keep_for_every_entry_refuses_methods_whose_clients_carry_s
 
 @pytest.mark.parametrize("wrap", [clip, noise, median, trimmed_mean, krum, norm_bound])
 def test_what_acts_on_uploads_refuses_methods_that_learn_from_slopes(wrap):
-    with pytest.raises(ValueError, match="also learns from slopes"):
+    with pytest.raises(ValueError, match="also learns from meta-gradients"):
         wrap(pfedhn(8))
 
 

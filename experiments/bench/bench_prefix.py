@@ -32,7 +32,7 @@ def run(options: Options) -> Iterator[Line]:
         raise ValueError(f"--last must leave blocks below: got {options.last} of {work.depth}")
     p, model = ours.problem(work), ours.model(work)
     whole = Pretrained(model, p.base, np.full(3, 0.5), np.full(3, 0.5), work.name)
-    (stem, top), images = problem.cut(whole, options.last), p.cohort.batches[0]
+    (stem, top), images = problem.split_blocks(whole, options.last), p.cohort.batches[0]
     adapter = lora.tree_map(lambda x: LoRA(x.a[-options.last :], x.b[-options.last :], x.scale), p.adapter)
 
     @jax.jit

@@ -64,7 +64,7 @@ def gates(c: Corrector, feat: Array, weights: Array, place: Place) -> tuple[Arra
 
 def nothing_personal(adapter: Adapter, rank: int) -> Adapter:
     """``q`` of a client that never took part: zero, ``[..., in, rank]`` and ``[..., rank, out]``."""
-    return jax.tree.map(jnp.zeros_like, lora.cut(lora.split(adapter)[0], rank))
+    return jax.tree.map(jnp.zeros_like, lora.first_columns(lora.split(adapter)[0], rank))
 
 
 def own_update(sent: Adapter, received: Adapter, rank: int) -> Adapter:

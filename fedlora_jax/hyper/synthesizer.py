@@ -86,10 +86,10 @@ def synthesize(
     return low_rank, {name: move(name, y) for name, y in new.items() if not is_lora(y)}
 
 
-def client_weights(s: Synthesizer, weights: Array, context: Array, place: Place) -> Array:
+def client_weights(s: Synthesizer, weights: Array, features: Array, place: Place) -> Array:
     """``softmax(log p_c + alpha)`` over clients, ``[C, ...]`` for the layers of a kernel."""
     log_p = jnp.log(weights).reshape(-1, *(1,) * len(place.layers))
-    return jax.nn.softmax(log_p + jnp.asarray(_network().apply(s.network, context, place))[..., 0], 0)
+    return jax.nn.softmax(log_p + jnp.asarray(_network().apply(s.network, features, place))[..., 0], 0)
 
 
 def server_step(steps: Array) -> Array:

@@ -10,7 +10,7 @@ clips by the global norm scales them together, and the global adapter is then no
 from __future__ import annotations
 
 from fedlora_jax import personal
-from fedlora_jax.method import About, Method, Slope, refuse_outside
+from fedlora_jax.method import About, MetaGradient, Method, refuse_outside
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.personal import squared_distance
 
@@ -33,5 +33,7 @@ def ditto(lam: float = 0.1) -> Method:
         loss = task(v)
         return task(carried["shared"]) + loss + lam / 2 * squared_distance(v, w), loss
 
-    inner = personal.beside(fedit())
-    return inner._replace(objective=objective, slope=Slope(inner.slope.train, lambda steps: 2 * steps))
+    inner = personal.side_by_side(fedit())
+    return inner._replace(
+        objective=objective, meta_gradient=MetaGradient(inner.meta_gradient.train, lambda steps: 2 * steps)
+    )

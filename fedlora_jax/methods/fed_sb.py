@@ -55,14 +55,14 @@ def fed_sb(update: Adapter | None = None) -> Method:
         mask = lora.unflatten(lora.flatten(jax.tree.map(free, state.adapter)) | lora.flatten(square))
         rows = jax.tree.map(jnp.multiply, state.adapter, mask)
         bases = jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)), state.bases)
-        return Dispatch(base, rows, mask, anchor=bases)
+        return Dispatch(base, rows, mask, context=bases)
 
     def aggregate(base, state, cohort, sent, received):
         return state._replace(adapter=mean(received, cohort.weights))
 
     def traffic(own, cohort):
-        told = lora.tree_map(lambda x: product.matmul(x.b, x.b.mT), own)  # as large as R
-        return Traffic(up=told, down=told)
+        uploaded = lora.tree_map(lambda x: product.matmul(x.b, x.b.mT), own)  # as large as R
+        return Traffic(up=uploaded, down=uploaded)
 
     return Method(init, dispatch, aggregate, model=with_bases, traffic=traffic)
 

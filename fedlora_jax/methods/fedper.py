@@ -42,7 +42,7 @@ def fedper() -> Method:
         dispatch=dispatch,
         aggregate=aggregate,
         init_client=lambda adapter: personal.nothing_yet(lora.split(adapter)[1]),
-        remember=lambda memory, anchor, sent, received: personal.keep(lora.split(received)[1]),
-        shared=lambda mask: lora.tree_map(lambda m: m, mask, full=jnp.zeros_like),
+        remember=lambda memory, context, sent, received: personal.keep(lora.split(received)[1]),
+        upload_mask=lambda mask: lora.tree_map(lambda m: m, mask, full=jnp.zeros_like),
         traffic=only_body,
     )

@@ -44,7 +44,7 @@ def fedproto(lam: float = 1.0) -> Method:
         sent = inner.dispatch(base, state, cohort)
         body, head = lora.split(sent.adapter)
         own = jax.tree.map(jnp.multiply, personal.own_or(cohort, body), lora.split(sent.mask)[0])
-        return sent._replace(adapter=lora.join(own, head), anchor=head)
+        return sent._replace(adapter=lora.join(own, head), context=head)
 
     def aggregate(base, state, cohort, sent, received):
         def prototypes(old, x):
@@ -70,7 +70,7 @@ def fedproto(lam: float = 1.0) -> Method:
         aggregate=aggregate,
         penalty=lambda adapter, h: lam * squared_distance(lora.split(adapter)[1], h),
         init_client=lambda adapter: personal.nothing_yet(lora.split(adapter)[0]),
-        remember=lambda memory, anchor, sent, received: personal.keep(lora.split(received)[0]),
-        shared=lambda mask: lora.tree_map(lambda m: jax.tree.map(jnp.zeros_like, m), mask),
+        remember=lambda memory, context, sent, received: personal.keep(lora.split(received)[0]),
+        upload_mask=lambda mask: lora.tree_map(lambda m: jax.tree.map(jnp.zeros_like, m), mask),
         traffic=only_head,
     )

@@ -54,7 +54,7 @@ def fedra(depths: str = "1.0,0.75,0.5") -> Method:
         count = layers.budgets(shares, state.deal, cohort.ids, depth)
         held = layers.draw(state.key, cohort.ids, count, jnp.zeros(depth))
         sent = broadcast(base, state.adapter, cohort)
-        return sent._replace(mask=layers.only(sent.mask, held), anchor=held)
+        return sent._replace(mask=layers.only(sent.mask, held), context=held)
 
     def aggregate(base, state, cohort, sent, received):
         new = mean_of_holders(state.adapter, received, sent.mask, uniform(cohort))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax import lora, personal
-from fedlora_jax.method import About, Method, known, refuse_outside
+from fedlora_jax.method import About, Method, is_concrete, refuse_outside
 from fedlora_jax.methods.fedper import fedper
 
 ABOUT = About("FedRep", "Collins et al. ICML 2021", "2102.07078", "head, then a, b", "a, b", "n/a")
@@ -32,7 +32,7 @@ def fedrep(share: float = 0.5) -> Method:
     """
     refuse_outside("(0, 1)", share=share)
 
-    def moving(mask, progress):
+    def mask_schedule(mask, progress):
         body, head = lora.split(mask)
         first = personal.within(progress, share)
         only = lambda part, on: jax.tree.map(lambda m: m * on, part)
@@ -40,11 +40,11 @@ def fedrep(share: float = 0.5) -> Method:
 
     def with_both_phases(cohort):
         steps = jax.tree.leaves(cohort.batches)[0].shape[1]
-        if known(share) and personal.within((steps - 1) / steps, share):
+        if is_concrete(share) and personal.within((steps - 1) / steps, share):
             raise ValueError(
                 f"a share of {share} of {steps} local steps for the head leaves none for the low-rank factors: "
                 f"expected at most {steps - 1} of {steps}, lower the share or take more steps"
             )
         return cohort
 
-    return fedper()._replace(moving=moving, pool=with_both_phases)
+    return fedper()._replace(mask_schedule=mask_schedule, pool=with_both_phases)

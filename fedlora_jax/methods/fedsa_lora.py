@@ -27,7 +27,7 @@ Share = Literal["a", "b", "none"]
 Head = Literal["shared", "personal"]
 
 _OWN = {"a": lambda x: x.b, "b": lambda x: x.a, "none": lambda x: x}
-_TOLD = {"a": lambda x: x.a, "b": lambda x: x.b, "none": lambda x: ()}
+_UPLOADED = {"a": lambda x: x.a, "b": lambda x: x.b, "none": lambda x: ()}
 _WITH = {"a": lambda x, b: LoRA(x.a, b, x.scale), "b": lambda x, a: LoRA(a, x.b, x.scale), "none": lambda x, own: own}
 
 
@@ -66,18 +66,18 @@ def partial_share(share: Share, head: Head = "shared") -> Method:
     def dispatch(base, state, cohort):
         sent = inner.dispatch(base, state, cohort)
         rows = jax.tree.map(jnp.multiply, with_own(sent.adapter, memory_of(cohort)), sent.mask)
-        return sent._replace(adapter=rows, anchor=rows)
+        return sent._replace(adapter=rows, context=rows)
 
     def aggregate(base, state, cohort, sent, received):
         new = revived(state.adapter, mean(received, cohort.weights), cohort.ranks, cohort.weights)
         return FedITState(with_own(new, own(state.adapter)))
 
-    def remember(memory, anchor, sent, received):
+    def remember(memory, context, sent, received):
         return own(received)
 
     def traffic(own_adapter, cohort):
-        told = lora.tree_map(_TOLD[share], own_adapter, full=lambda x: x if head == "shared" else ())
-        return Traffic(up=told, down=told)
+        uploaded = lora.tree_map(_UPLOADED[share], own_adapter, full=lambda x: x if head == "shared" else ())
+        return Traffic(up=uploaded, down=uploaded)
 
     return Method(
         inner.init,
@@ -86,5 +86,5 @@ def partial_share(share: Share, head: Head = "shared") -> Method:
         init_client=own,
         remember=remember,
         traffic=traffic,
-        shared=lambda mask: with_own(mask, jax.tree.map(jnp.zeros_like, own(mask))),
+        upload_mask=lambda mask: with_own(mask, jax.tree.map(jnp.zeros_like, own(mask))),
     )

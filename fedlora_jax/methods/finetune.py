@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 
 from fedlora_jax import personal
-from fedlora_jax.method import About, Method, Slope, refuse_outside
+from fedlora_jax.method import About, MetaGradient, Method, refuse_outside
 from fedlora_jax.methods.fedit import fedit
 
 ABOUT = About("FedIT fine-tuned", "Wang et al. 2019", "1910.10252", "a, b, head", "a, b, head", "no")
@@ -29,11 +29,11 @@ def finetune(share: float = 1.0) -> Method:
     if share == 0:
         return fedit()
 
-    def objective(task, carried, anchor):
+    def objective(task, carried, context):
         loss = task(carried["shared"])
         return loss + task(carried["personal"]), loss
 
-    def moving(mask, progress):
+    def mask_schedule(mask, progress):
         own = jax.tree.map(lambda m: m * personal.within(progress, share), mask["personal"])
         return mask | {"personal": own}
 
@@ -41,6 +41,6 @@ def finetune(share: float = 1.0) -> Method:
         end, trace = tune(start | {"personal": start["shared"]})  # whatever it kept: fine-tuning starts from w
         return end, trace, ()
 
-    return personal.beside(fedit())._replace(
-        objective=objective, moving=moving, slope=Slope(train, lambda steps: 2 * steps)
+    return personal.side_by_side(fedit())._replace(
+        objective=objective, mask_schedule=mask_schedule, meta_gradient=MetaGradient(train, lambda steps: 2 * steps)
     )

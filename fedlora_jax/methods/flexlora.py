@@ -36,13 +36,13 @@ def flexlora(split: Split = "left", gauge: bool = False) -> Method:
         sent = inner.dispatch(base, state, cohort)
         smaller = cohort.ranks < lora.max_rank(state.adapter)
 
-        def cut(x, y):
+        def truncated_row(x, y):
             best = jax.vmap(lambda rank: product.within(x, rank, split))(cohort.ranks)
             return jax.tree.map(lambda y, best: jnp.where(per_client(smaller, y) > 0, best, y), y, best)
 
-        truncated = lambda: lora.tree_map(cut, state.adapter, sent.adapter, full=lambda x, y: y)
+        truncated = lambda: lora.tree_map(truncated_row, state.adapter, sent.adapter, full=lambda x, y: y)
         rows = jax.lax.cond(smaller.any(), truncated, lambda: sent.adapter)
-        return sent._replace(adapter=rows, anchor=rows)
+        return sent._replace(adapter=rows, context=rows)
 
     def aggregate(base, state, cohort, sent, received):
         p = cohort.weights

@@ -59,7 +59,7 @@ def fslora(server: Literal["sgd", "adamw"] = "sgd", server_lr: float = 1.0) -> M
         held = {name: _columns(lora.flatten(mask)[name], d > 0) for name, d in drawn.items()}
         mask = lora.unflatten(lora.flatten(mask) | held)
         rows = jax.tree.map(jnp.multiply, state.adapter, mask)
-        return Dispatch(base, rows, mask, anchor=drawn)
+        return Dispatch(base, rows, mask, context=drawn)
 
     def aggregate(base, state, cohort, sent, received):
         change = mean(jax.tree.map(jnp.subtract, received, sent.adapter), cohort.weights)

@@ -60,28 +60,28 @@ def hetlora(gamma: float = 0.99, lam: float = 1e-3, min_rank: int = 4) -> Method
         rank = jnp.maximum(cohort.ranks - pruned, 1)
         least = jnp.minimum(rank, min_rank)
         k = jnp.maximum(jnp.floor(gamma * rank + 1e-4).astype(rank.dtype), least)
-        return inner.dispatch(base, state, cohort._replace(ranks=rank))._replace(anchor=Ranks(rank, k))
+        return inner.dispatch(base, state, cohort._replace(ranks=rank))._replace(context=Ranks(rank, k))
 
-    def penalty(adapter, anchor):
-        return lam * tail(adapter, anchor)
+    def penalty(adapter, context):
+        return lam * tail(adapter, context)
 
-    def kept(anchor: Ranks, sent: Adapter, received: Adapter) -> Array:
+    def kept(context: Ranks, sent: Adapter, received: Adapter) -> Array:
         """The rank after training, of one client."""
-        return jnp.where(tail(received, anchor) < tail(sent, anchor), anchor.next, anchor.rank)
+        return jnp.where(tail(received, context) < tail(sent, context), context.next, context.rank)
 
-    def remember(memory, anchor, sent, received):
-        return memory + anchor.rank - kept(anchor, sent, received)
+    def remember(memory, context, sent, received):
+        return memory + context.rank - kept(context, sent, received)
 
     def aggregate(base, state, cohort, sent, received):
-        ranks = jax.vmap(kept)(sent.anchor, sent.adapter, received)
-        cut = jax.tree.map(jnp.multiply, received, lora.rank_mask(state.adapter, ranks))
+        ranks = jax.vmap(kept)(sent.context, sent.adapter, received)
+        pruned = jax.tree.map(jnp.multiply, received, lora.rank_mask(state.adapter, ranks))
         size = jnp.sqrt(
-            sum(jnp.sum(product.norm(x).reshape(ranks.size, -1) ** 2, 1) for x in lora.low_rank_leaves(cut))
+            sum(jnp.sum(product.norm(x).reshape(ranks.size, -1) ** 2, 1) for x in lora.low_rank_leaves(pruned))
         )
         size *= cohort.weights > 0
         p = jnp.where(size.sum() > 0, size / jnp.maximum(size.sum(), 1e-30), uniform(cohort))
-        adapter = revived(state.adapter, mean(cut, p), ranks, p)
-        whole, down, up = (numbers(adapter, r) for r in (cohort.ranks, sent.anchor.rank, ranks))
+        adapter = revived(state.adapter, mean(pruned, p), ranks, p)
+        whole, down, up = (numbers(adapter, r) for r in (cohort.ranks, sent.context.rank, ranks))
         return HetLoRAState(adapter, down / whole, up / whole)
 
     def report(state):

@@ -12,7 +12,7 @@ with rows of b orthonormal (split ``right``); the root stage ends early when its
 Then clients are clustered by the row spaces of their ``b`` (``fedlora_jax.clustering``), averaged over rounds; the
 cluster tier and the leaf start at b = 0. Factors and head travel in the first two stages, nothing in the third.
 
-A client carries the tier that moves; the frozen ones stand beside it in the anchor, at zero before their time, so that
+A client carries the tier that moves; the frozen ones stand beside it in the context, at zero before their time, so that
 rounds of all stages are one program, and a tier that does not move is the same array as before.
 
 Ours, where the paper is not public: all numbers; stages as shares of the run, the leaf stage taking what is left; the
@@ -20,7 +20,7 @@ rotation before averages; all leaves start from one random a; the head belongs t
 cluster, personal) and starts as that of the tier before; the truncations are by subspace iteration where cohorts are
 wide; a client that was never drawn in the root stage joins the largest cluster. The global model is the root alone (so
 the bias that a round reports is, after the root stage, all that the other tiers add). A client that never took part
-finds its cluster by a trial (``Method.meet``): local steps from the root, whose b (or its change, as members') is
+finds its cluster by a trial (``Method.onboard``): local steps from the root, whose b (or its change, as members') is
 compared with the bases of the clusters' members (the paper: a few probe steps, then the cluster of the largest mean
 cos^2); without one it is served the root. With ``newcomers="signature"`` (ours, HyperLoRA's idea on HiLoRA's tiers) it
 takes no step: it is served the cluster whose members' signatures are nearest to its own on average. The split makes
@@ -38,7 +38,7 @@ from jax import Array
 
 from fedlora_jax import clustering, lora, personal, product
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Dispatch, Meet, Method, Traffic, mean, memory_of, per_client, refuse_outside
+from fedlora_jax.method import About, Dispatch, Method, Onboarding, Traffic, mean, memory_of, per_client, refuse_outside
 from fedlora_jax.personal import Kept
 from fedlora_jax.signatures import Signature
 
@@ -57,11 +57,11 @@ class HiLoRAState(NamedTuple):
     clusters: Adapter  # [K, ...] each with its head
     assignment: Array  # [N] the cluster of each client
     bases: dict[str, Array]  # [N, ..., r, out] of each adapted kernel, the average of a client's b / |b| over rounds
-    told: Any  # [N, m] signatures, where newcomers are placed by them
+    signatures: Any  # [N, m] signatures, where newcomers are placed by them
     leaf: Adapter  # how the leaf of every client begins: b = 0, one a for all
     key: Array  # of the starts of k-means
     stage: Array  # of the next round
-    rounds: Array  # done in this stage
+    stage_rounds: Array  # done in this stage
     last: Array  # stage of the last round
 
 
@@ -137,9 +137,9 @@ def hilora(
         clusters = jax.vmap(lambda key: lora.restart(key, adapter))(jax.random.split(fresh, most))
         nobody = jnp.zeros(population, jnp.int32)
         bases = {name: jnp.zeros((population, *x.b.shape), x.b.dtype) for name, x in _factors(adapter).items()}
-        told = jnp.zeros((population, len(_about(signature)))) if signature and newcomers == "signature" else ()
+        signatures = jnp.zeros((population, len(_about(signature)))) if signature and newcomers == "signature" else ()
         zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return HiLoRAState(adapter, clusters, nobody, bases, told, lora.restart(own, adapter), key, *zeros)
+        return HiLoRAState(adapter, clusters, nobody, bases, signatures, lora.restart(own, adapter), key, *zeros)
 
     def dispatch(base, state, cohort):
         first, second = (state.stage == ROOT), (state.stage == CLUSTER)
@@ -168,7 +168,7 @@ def hilora(
         return Dispatch(base, moving, mask, frozen)
 
     def by_signature(state, signatures):
-        d = jnp.sum((_about(signatures)[:, None] - state.told) ** 2, -1)
+        d = jnp.sum((_about(signatures)[:, None] - state.signatures) ** 2, -1)
         where = clustering.nearest(d, state.assignment, _known(state), most)
         return jnp.where(state.stage == ROOT, -1, where)
 
@@ -202,11 +202,11 @@ def hilora(
 
             bases = jax.tree.map(averaged, state.bases, jax.lax.stop_gradient(seen_of))
             still = tau > 0
-            done = (state.rounds + 1 >= lengths[ROOT]) | (still & (_change(new, state.root) <= tau))
-            told = state.told
+            done = (state.stage_rounds + 1 >= lengths[ROOT]) | (still & (_change(new, state.root) <= tau))
+            signatures = state.signatures
             if newcomers == "signature":
-                told = told.at[seen].set(_about(cohort.signatures), mode="drop")
-            state = state._replace(root=new, bases=bases, told=told)
+                signatures = signatures.at[seen].set(_about(cohort.signatures), mode="drop")
+            state = state._replace(root=new, bases=bases, signatures=signatures)
             return jax.lax.cond(done, gather, lambda state: state, state), done
 
         def gather(state):
@@ -220,7 +220,7 @@ def hilora(
         def of_clusters(state):
             one = lambda row: _best(row[0], received, p * (theirs == row[1]))
             clusters = jax.lax.map(one, (state.clusters, jnp.arange(most)))
-            return state._replace(clusters=clusters), state.rounds + 1 >= lengths[CLUSTER]
+            return state._replace(clusters=clusters), state.stage_rounds + 1 >= lengths[CLUSTER]
 
         def of_leaves(state):
             return state, jnp.zeros((), bool)
@@ -230,7 +230,7 @@ def hilora(
         after = jnp.where((last == ROOT) & (lengths[CLUSTER] > 0), CLUSTER, LEAF)
         return state._replace(
             stage=jnp.where(done, after, last).astype(last.dtype),
-            rounds=jnp.where(done, 0, state.rounds + 1),
+            stage_rounds=jnp.where(done, 0, state.stage_rounds + 1),
             last=last,
         )
 
@@ -265,7 +265,7 @@ def hilora(
             "travels_missed": jnp.where(state.last == state.stage, 0.0, 1.0),  # the tier that is frozen now
         }
 
-    trial = Meet(lambda state: state._replace(stage=jnp.full_like(state.stage, ROOT)), place)
+    trial = Onboarding(lambda state: state._replace(stage=jnp.full_like(state.stage, ROOT)), place)
     return Method(
         init,
         dispatch,
@@ -276,7 +276,7 @@ def hilora(
         model=model,
         traffic=lambda own, cohort: Traffic(up=own, down=own, missed=own),
         report=report,
-        meet=trial if newcomers == "trial" else None,
+        onboard=trial if newcomers == "trial" else None,
     )
 
 

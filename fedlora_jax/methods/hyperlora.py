@@ -6,7 +6,7 @@ Shanker and Sethi, 2026, arXiv 2606.06154.
 
 The paper's architecture and objective are not public; ``fedlora_jax/hyper`` holds our design. With all of the server
 written as one map ``Phi(theta, uploads of the last round, z) -> {x_c}``, its parts learn by one rule, whatever is
-known of how the starts should have been different (a *slope*, ``fedlora_jax/meta.py``):
+known of how the starts should have been different (a *meta-gradient*, ``fedlora_jax/meta.py``):
 
     theta <- theta - Adam( (d Phi / d theta)^T {p_c slope_c} )
 
@@ -33,7 +33,7 @@ from fedlora_jax.hyper.generator import Form, Generator
 from fedlora_jax.hyper.networks import per_layer, places
 from fedlora_jax.hyper.synthesizer import Factors, Synthesizer, Uploads
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Dispatch, Method, Traffic, known, refuse_outside
+from fedlora_jax.method import About, Dispatch, Method, Traffic, is_concrete, refuse_outside
 from fedlora_jax.signatures import Signature
 
 ABOUT = About(
@@ -87,7 +87,7 @@ def hyperlora(
     Args:
       participants: clients per round; the state keeps one round of uploads.
       signature: one client's, only its shapes are read.
-      mode: which slope theta learns from; ``frozen``: theta stays as it is.
+      mode: which meta-gradient theta learns from; ``frozen``: theta stays as it is.
       form: of G's low-rank part.
       lr, lr_prior: of G's network and of its ``t`` (AdamW, weight decay 1e-4); 0 switches that part off.
       lr_server: of all else in S and C (Adam).
@@ -108,11 +108,11 @@ def hyperlora(
     _check(mode, kappa, personal, memory, factors, signature)
     refuse_outside("[0, inf)", lr=lr, lr_prior=lr_prior, lr_server=lr_server, lr_step=lr_step, warmup=warmup)
     refuse_outside("[1, inf)", query=query)
-    slope = {**meta.SLOPES, "frozen": method.no_slope}[mode]
+    meta_gradient = {**meta.META_GRADIENTS, "frozen": method.no_meta_gradient}[mode]
     tx = _optimizer(lr, lr_prior, lr_server, lr_step)
 
     def push(now, before):
-        return () if known(memory) and memory == 0 else synthesizer.push(memory, now, before)
+        return () if is_concrete(memory) and memory == 0 else synthesizer.push(memory, now, before)
 
     def init(key, adapter):
         keys = jax.random.split(key, 3)
@@ -137,28 +137,28 @@ def hyperlora(
             rows = corrector.personalise(theta.corrector, cohort.signatures, rows, cohort.memory)
         smaller = cohort.ranks < lora.max_rank(adapter)
 
-        def cut(x, m):
+        def truncated_row(x, m):
             t = jax.vmap(product.within)(x, cohort.ranks)
             t = synthesizer.steady(t, jax.tree.map(jnp.multiply, x, m)) if factors == "steady" else t
             return jax.tree.map(lambda x, y: jnp.where(method.per_client(smaller, x) > 0, y, x), x, t)
 
         mask = lora.rank_mask(adapter, cohort.ranks)
-        truncated = lambda rows: lora.tree_map(cut, rows, mask)
+        truncated = lambda rows: lora.tree_map(truncated_row, rows, mask)
         return jax.lax.cond(smaller.any(), truncated, lambda rows: rows, rows)
 
     def dispatch(base, state, cohort):
         _check_signatures(cohort.signatures, state.center)
         mask = lora.rank_mask(state.adapter, cohort.ranks)
         rows = jax.tree.map(jnp.multiply, starts(state.theta, state, state.adapter, cohort), mask)
-        return Dispatch(base, rows, mask, anchor=rows)
+        return Dispatch(base, rows, mask, context=rows)
 
-    def learn(state, cohort, slopes):
-        """One step of theta against the slopes (none during warm-up)."""
+    def learn(state, cohort, meta_gradients):
+        """One step of theta against the meta-gradients (none during warm-up)."""
         # Whoever differentiates a round takes what theta learns in it as given.
-        frozen, cohort, slopes = jax.lax.stop_gradient((state, cohort, slopes))
+        frozen, cohort, meta_gradients = jax.lax.stop_gradient((state, cohort, meta_gradients))
         phi = lambda theta: starts(theta, frozen, aggregated(theta, frozen.last, factors), cohort)
         _, pull = jax.vjp(phi, frozen.theta)
-        (grads,) = pull(jax.tree.map(lambda g: jnp.einsum("c,c...->c...", cohort.weights, g), slopes))
+        (grads,) = pull(jax.tree.map(lambda g: jnp.einsum("c,c...->c...", cohort.weights, g), meta_gradients))
         updates, moments = tx.update(grads, frozen.meta, frozen.theta)
         keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(state.round >= warmup, x, y), new, old)
         theta: Any = optax.apply_updates(state.theta, keep(updates, jax.tree.map(jnp.zeros_like, updates)))
@@ -185,7 +185,7 @@ def hyperlora(
         dispatch,
         aggregate,
         traffic=traffic,
-        slope=meta.also_at_the_start(slope, kappa) if kappa else slope,
+        meta_gradient=meta.also_at_the_start(meta_gradient, kappa) if kappa else meta_gradient,
         learn=method.no_learning if mode == "frozen" else learn,
         query=query if kappa or mode in ("exact", "first_order") else 0,
         report=report,
@@ -194,7 +194,7 @@ def hyperlora(
         return full
     return full._replace(
         init_client=lambda adapter: corrector.nothing_personal(adapter, personal),
-        remember=lambda memory, anchor, sent, received: corrector.own_update(sent, received, personal),
+        remember=lambda memory, context, sent, received: corrector.own_update(sent, received, personal),
     )
 
 
@@ -215,8 +215,8 @@ def _gates(theta: Theta, last: Uploads) -> dict[str, Array]:
     rows = []
     for place in places(last.previous):
         feat = synthesizer.features(new[place.name], last.weights, old[place.name])
-        context = jnp.concatenate([per_layer(z, place.layers), feat], -1)
-        w = synthesizer.client_weights(theta.synthesizer, last.weights, context, place)
+        features = jnp.concatenate([per_layer(z, place.layers), feat], -1)
+        w = synthesizer.client_weights(theta.synthesizer, last.weights, features, place)
         p = last.weights.reshape(-1, *(1,) * len(place.layers))
         gamma, _ = corrector.gates(theta.corrector, feat, last.weights, place)
         g = jnp.tanh(theta.synthesizer.gains[place.name]) / 4
@@ -230,10 +230,10 @@ def _spread(rows: Adapter, adapter: Adapter) -> Array:
     """How far the starts of a cohort are from the global adapter, |x_c - x| / |x| over all products together."""
     squares = []
     for x, rows_ in zip(lora.low_rank_leaves(adapter), lora.low_rank_leaves(rows), strict=True):
-        apart = jax.vmap(lambda row, x=x: product.norm(product.difference(row, x)))(rows_)
-        squares.append([jnp.sum(apart**2) / apart.shape[0], jnp.sum(product.norm(x) ** 2)])
-    apart, size = (jnp.stack(column).sum() for column in zip(*squares, strict=True))
-    return product.safe_sqrt(apart / jnp.maximum(size, 1e-30))
+        distance = jax.vmap(lambda row, x=x: product.norm(product.difference(row, x)))(rows_)
+        squares.append([jnp.sum(distance**2) / distance.shape[0], jnp.sum(product.norm(x) ** 2)])
+    distance, size = (jnp.stack(column).sum() for column in zip(*squares, strict=True))
+    return product.safe_sqrt(distance / jnp.maximum(size, 1e-30))
 
 
 def _optimizer(lr: float, lr_prior: float, lr_server: float, lr_step: float) -> optax.GradientTransformation:
@@ -252,8 +252,8 @@ def _optimizer(lr: float, lr_prior: float, lr_server: float, lr_step: float) -> 
 
 
 def _check(mode: str, kappa: float, personal: int, memory: float, factors: str, signature: Signature) -> None:
-    if mode not in (*meta.SLOPES, "frozen"):
-        raise ValueError(f"mode must be {', '.join(meta.SLOPES)} or frozen, got {mode!r}")
+    if mode not in (*meta.META_GRADIENTS, "frozen"):
+        raise ValueError(f"mode must be {', '.join(meta.META_GRADIENTS)} or frozen, got {mode!r}")
     refuse_outside("[0, inf)", kappa=kappa, personal=personal)
     refuse_outside("[0, 1)", memory=memory)
     if kappa and mode == "frozen":

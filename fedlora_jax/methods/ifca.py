@@ -19,7 +19,17 @@ from jax import Array
 from fedlora_jax import lora
 from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Dispatch, Method, Slope, Traffic, mean, no_slope, refuse_outside, revived
+from fedlora_jax.method import (
+    About,
+    Dispatch,
+    MetaGradient,
+    Method,
+    Traffic,
+    mean,
+    no_meta_gradient,
+    refuse_outside,
+    revived,
+)
 
 ABOUT = About("IFCA", "Ghosh et al. NeurIPS 2020", "2006.04088", "a, b, head", "a, b, head; k-fold down", "no")
 
@@ -66,7 +76,7 @@ def ifca(k: int = 2, spread: float = 0.1, query: int = 16) -> Method:
         mask = jax.tree.map(lambda m: m[:, None], lora.rank_mask(one, cohort.ranks))  # [C, 1, ...]
         models = jax.tree.map(jnp.multiply, state.models, mask)  # [C, k, ...]
         sent = Carried(models, cohort.memory)
-        return Dispatch(base, sent, Carried(mask, jnp.zeros((clients, 1))), anchor=())
+        return Dispatch(base, sent, Carried(mask, jnp.zeros((clients, 1))), context=())
 
     def train(tune, judge, start):
         losses = jax.vmap(lambda chosen: judge(start._replace(chosen=chosen)))(jnp.eye(k))
@@ -86,11 +96,11 @@ def ifca(k: int = 2, spread: float = 0.1, query: int = 16) -> Method:
         models = jax.vmap(cluster_mean, (0, 1, 1, 0))(state.models, received.models, weights, total)
         return IFCAState(models, total)
 
-    def held(mask, anchor, received):
+    def held(mask, context, received):
         its = lambda m: m * received.chosen.reshape(-1, *(1,) * (m.ndim - 1)).astype(m.dtype)  # [k, ...]
         return mask._replace(models=jax.tree.map(its, mask.models))
 
-    def model(carried, anchor):
+    def model(carried, context):
         pick = lambda x: jnp.einsum("k,k...->...", carried.chosen.astype(x.dtype), x, precision="highest")
         return jax.tree.map(pick, carried.models)
 
@@ -99,11 +109,11 @@ def ifca(k: int = 2, spread: float = 0.1, query: int = 16) -> Method:
         dispatch,
         aggregate,
         init_client=lambda adapter: jnp.ones(k) / k,
-        remember=lambda memory, anchor, sent, received: received.chosen,
+        remember=lambda memory, context, sent, received: received.chosen,
         model=model,
         held=held,
         traffic=lambda own, cohort: Traffic(up=(own, jnp.zeros(())), down=[own] * k),
-        slope=Slope(train, lambda steps: steps + k) if k > 1 else no_slope,
+        meta_gradient=MetaGradient(train, lambda steps: steps + k) if k > 1 else no_meta_gradient,
         query=query if k > 1 else 0,
         report=lambda state: {"largest_cluster": state.shares.max()},
     )

@@ -29,8 +29,8 @@ def local_only() -> Method:
         dispatch=dispatch,
         aggregate=lambda base, state, cohort, sent, received: state,
         init_client=personal.nothing_yet,
-        remember=lambda memory, anchor, sent, received: personal.keep(received),
-        shared=lambda mask: jax.tree.map(jnp.zeros_like, mask),
+        remember=lambda memory, context, sent, received: personal.keep(received),
+        upload_mask=lambda mask: jax.tree.map(jnp.zeros_like, mask),
         traffic=lambda own, cohort: Traffic(up=(), down=()),
         uploads="none",
     )

@@ -15,7 +15,7 @@ from typing import Literal
 
 import jax
 
-from fedlora_jax.method import About, Method, Slope, refuse_outside
+from fedlora_jax.method import About, MetaGradient, Method, refuse_outside
 from fedlora_jax.methods.fedit import fedit
 
 ABOUT = About("Per-FedAvg", "Fallah et al. NeurIPS 2020", "2002.07948", "a, b, head", "a, b, head", "no")
@@ -35,11 +35,12 @@ def per_fedavg(al: float = 0.05, order: Literal["exact", "first_order"] = "exact
     if order not in ("exact", "first_order"):
         raise ValueError(f"order must be 'exact' or 'first_order', got {order!r}")
 
-    def objective(task, w, anchor):
+    def objective(task, w, context):
         loss, grads = jax.value_and_grad(task)(w)
         grads = jax.lax.stop_gradient(grads) if order == "first_order" else grads
         return task(jax.tree.map(lambda w, g: w - al * g, w, grads)), loss
 
     return fedit()._replace(
-        objective=objective, slope=Slope(fedit().slope.train, lambda steps: steps * (3 if order == "exact" else 2))
+        objective=objective,
+        meta_gradient=MetaGradient(fedit().meta_gradient.train, lambda steps: steps * (3 if order == "exact" else 2)),
     )

@@ -76,12 +76,12 @@ def pfedhn(population: int, lr: float = 0.01, size: int = 16, width: int = 100) 
     def dispatch(base, state, cohort):
         mask = lora.rank_mask(state.start, cohort.ranks)
         rows = jax.tree.map(jnp.multiply, starts(state.phi, state, cohort), mask)
-        return Dispatch(base, rows, mask, anchor=())
+        return Dispatch(base, rows, mask, context=())
 
-    def learn(state, cohort, slopes):
-        frozen, cohort, slopes = jax.lax.stop_gradient((state, cohort, slopes))
+    def learn(state, cohort, meta_gradients):
+        frozen, cohort, meta_gradients = jax.lax.stop_gradient((state, cohort, meta_gradients))
         _, pull = jax.vjp(lambda phi: starts(phi, frozen, cohort), frozen.phi)
-        (grads,) = pull(jax.tree.map(lambda g: jnp.einsum("c,c...->c...", cohort.weights, g), slopes))
+        (grads,) = pull(jax.tree.map(lambda g: jnp.einsum("c,c...->c...", cohort.weights, g), meta_gradients))
         updates, moments = tx.update(grads, frozen.meta, frozen.phi)
         phi: Any = optax.apply_updates(state.phi, updates)
         return state._replace(phi=phi, meta=moments)
@@ -90,7 +90,7 @@ def pfedhn(population: int, lr: float = 0.01, size: int = 16, width: int = 100) 
         init,
         dispatch,
         aggregate=lambda base, state, cohort, sent, received: state,
-        slope=meta.displacement,
+        meta_gradient=meta.displacement,
         learn=learn,
     )
 

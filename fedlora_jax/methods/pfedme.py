@@ -18,7 +18,7 @@ import jax
 
 from fedlora_jax import personal
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Method, Slope, known, refuse_outside
+from fedlora_jax.method import About, MetaGradient, Method, is_concrete, refuse_outside
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.personal import squared_distance
 
@@ -39,7 +39,7 @@ def pfedme(lam: float = 15.0, steps: int = 5, lr: float = 0.05, beta: float = 1.
     """
     refuse_outside("(0, inf)", lam=lam, lr=lr, beta=beta)
     refuse_outside("[1, 1000000]", steps=steps, query=query)
-    if known(lr, lam) and not 0 < lr * lam < 2:
+    if is_concrete(lr, lam) and not 0 < lr * lam < 2:
         raise ValueError(f"theta diverges unless lr * lam is above 0 and below 2: got {lr} * {lam}, lower lr")
 
     def towards(f: Callable, w: Adapter) -> Adapter:
@@ -49,7 +49,7 @@ def pfedme(lam: float = 15.0, steps: int = 5, lr: float = 0.05, beta: float = 1.
 
         return jax.lax.scan(step, w, length=steps)[0]
 
-    def objective(task, carried, anchor):
+    def objective(task, carried, context):
         w = carried["shared"]
         theta = jax.lax.stop_gradient(towards(task, w))
         return lam / 2 * squared_distance(w, theta), task(theta)
@@ -59,11 +59,11 @@ def pfedme(lam: float = 15.0, steps: int = 5, lr: float = 0.05, beta: float = 1.
         f = lambda theta: judge(end | {"personal": theta})
         return end | {"personal": towards(f, end["shared"])}, trace, ()
 
-    inner = personal.beside(fedit())
+    inner = personal.side_by_side(fedit())
 
     def dispatch(base, state, cohort):
         sent = inner.dispatch(base, state, cohort)
-        return sent._replace(mask=inner.shared(sent.mask))  # theta is computed, not trained
+        return sent._replace(mask=inner.upload_mask(sent.mask))  # theta is computed, not trained
 
     def aggregate(base, state, cohort, sent, received):
         new = inner.aggregate(base, state, cohort, sent, received)
@@ -73,6 +73,6 @@ def pfedme(lam: float = 15.0, steps: int = 5, lr: float = 0.05, beta: float = 1.
         dispatch=dispatch,
         aggregate=aggregate,
         objective=objective,
-        slope=Slope(train, lambda local: local * (steps + 1) + steps),
+        meta_gradient=MetaGradient(train, lambda local: local * (steps + 1) + steps),
         query=query,
     )

@@ -75,7 +75,7 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
         switch = lambda x: x * per_client(somebody, x)
         local = lora.tree_map(lambda x: LoRA(x.a, switch(x.b), x.scale), memory_of(cohort))
         free = jax.tree.map(lambda x: jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), x.dtype), local)
-        return sent._replace(adapter=Pair(sent.adapter, local), mask=Pair(sent.mask, free), anchor=())
+        return sent._replace(adapter=Pair(sent.adapter, local), mask=Pair(sent.mask, free), context=())
 
     def aggregate(base, state, cohort, sent, received):
         key, draw = jax.random.split(state.key)[0], purpose(state.key, "uploads of SDFLoRA")
@@ -87,7 +87,7 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
             uploads = jax.vmap(private)(cohort.ids, sent.adapter.shared, uploads, sent.mask.shared)
         return SDFLoRAState(inner.aggregate(base, FedITState(state.adapter), cohort, sent, uploads).adapter, key)
 
-    def remember(memory, anchor, sent, received):
+    def remember(memory, context, sent, received):
         return received.local
 
     return Method(
@@ -97,12 +97,12 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
         init_client=init_client,
         remember=remember,
         model=together,
-        told=lambda pair: pair.shared,
-        shared=lambda mask: Pair(mask.shared, jax.tree.map(jnp.zeros_like, mask.local)),
+        aggregated=lambda pair: pair.shared,
+        upload_mask=lambda mask: Pair(mask.shared, jax.tree.map(jnp.zeros_like, mask.local)),
     )
 
 
-def together(pair: Pair, anchor) -> Adapter:
+def together(pair: Pair, context) -> Adapter:
     """The client's model: both products side by side."""
     shared = lora.flatten(pair.shared)
     both = {name: product.plus(shared[name], x) for name, x in lora.flatten(pair.local).items()}

@@ -4,8 +4,8 @@ They stack and stay one traced round. The outermost sees first what clients send
 it: ``clip(noise(m))`` clips first. An order, or a pair, that has no meaning is refused when it is made, with what to do
 instead: ``noise(clip(m))`` would add noise and clip it away. ``order`` has the table of all pairs.
 
-All of them live in *factor* space, on what clients share (``Method.shared``). Methods that take singular vectors for
-factors (FlexLoRA) may turn these from round to round, and momenta or control variates kept over rounds then point
+All of them live in *factor* space, on what clients share (``Method.upload_mask``). Methods that take singular vectors
+for factors (FlexLoRA) may turn these from round to round, and momenta or control variates kept over rounds then point
 nowhere: there, use ``flexlora(split="balanced", gauge=True)``. A method that keeps part of what it learned in a dense
 residual, or has no global ``adapter`` at all, is refused by wrappers that keep something in its coordinates.
 """

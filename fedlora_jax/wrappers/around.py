@@ -1,4 +1,4 @@
-"""What all wrappers share: a method around another, each with its own part of state, memory and anchor."""
+"""What all wrappers share: a method around another, each with its own part of state, memory and context."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Cohort, Dispatch, Meet, Memory, Method, State, all_held, no_learning, per_client, shares
+from fedlora_jax.method import (
+    Cohort,
+    Dispatch,
+    Memory,
+    Method,
+    Onboarding,
+    State,
+    all_held,
+    no_learning,
+    per_client,
+    shares,
+)
 from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers import order
 
 
 class Wrapped(NamedTuple):
-    """A state, a client's memory or its anchor: the inner method's part and the wrapper's own."""
+    """A state, a client's memory or its context: the inner method's part and the wrapper's own."""
 
     inner: Any
     own: Any
@@ -38,31 +49,32 @@ def around(
     *,
     init: Callable[[Array, State, Adapter], Any] | None = None,
     init_client: Callable[[Adapter], Any] | None = None,
-    tell: Callable[[Any, Cohort, Dispatch], Any] | None = None,
+    client_context: Callable[[Any, Cohort, Dispatch], Any] | None = None,
     penalty: Callable[[Adapter, Any], Array] | None = None,
-    see: Callable[[Adapter, Any], Adapter] | None = None,
-    beside: Callable[[Adapter, Any], Adapter] | None = None,
+    training_model: Callable[[Adapter, Any], Adapter] | None = None,
+    client_model: Callable[[Adapter, Any], Adapter] | None = None,
     remember: Callable[[Any, Any, Adapter, Adapter], Any] | None = None,
     upload: Callable[[Any, Adapter, Adapter, Adapter], Adapter] | None = None,
     receive: Callable[[Any, Cohort, Dispatch, Adapter], tuple[Array, Adapter]] | None = None,
     finish: Callable[[Wrapped, State, Cohort, Dispatch, Adapter], tuple[State, Any]] | None = None,
     report: Callable[[Any], dict[str, Array]] | None = None,
 ) -> Method:
-    """``inner`` with something around it. Every function sees the wrapper's own part of memory and anchor only.
+    """``inner`` with something around it. Every function sees the wrapper's own part of memory and context only.
 
     Args:
       name: of the wrapper, by which ``order`` knows it.
       inner: the method.
       init: ``(key, inner state, adapter) -> own state``.
       init_client: ``(adapter) -> own memory`` of a client that never took part.
-      tell: ``(own state, cohort, sent) -> own anchor [C, ...]``; the mask in ``sent`` is that of what clients share.
-      penalty: ``(adapter, own anchor) -> scalar``, on top of the inner one.
-      see: ``(model, own anchor) -> model`` that the loss is computed with in training, and nowhere else.
-      beside: ``(model, own anchor) -> model`` that a client computes with always; needs ``tell``, and what it
-        adds does not travel back.
-      remember: ``(own memory, own anchor, sent adapter, received adapter) -> own memory``.
-      upload: ``(own anchor, mask, sent adapter, received adapter) -> received`` of one client, with the mask of what it
-        shares and holds: what the inner aggregation is given, and what wrappers inside remember by, since a client
+      client_context: ``(own state, cohort, sent) -> own context [C, ...]``; the mask in ``sent`` is that of what$
+        share.
+      penalty: ``(adapter, own context) -> scalar``, on top of the inner one.
+      training_model: ``(model, own context) -> model`` that the loss is computed with in training, and nowhere else.
+      client_model: ``(model, own context) -> model`` that a client computes with always; needs ``client_context``, and
+        what it adds does not travel back.
+      remember: ``(own memory, own context, sent adapter, received adapter) -> own memory``.
+      upload: ``(own context, mask, sent adapter, received adapter) -> received`` of one client, with the mask of what
+        it shares and holds: what the inner aggregation is given, and what wrappers inside remember by, since a client
         knows what it does to its own.
       receive: ``(own state, cohort, sent, received) -> (weights [C], received)`` that the inner aggregation is given,
         where that depends on who else is there. The mask in ``sent`` is that of what clients share and hold.
@@ -75,7 +87,7 @@ def around(
     """
     order.check(name, inner.stack, inner.uploads)
     has_state, has_memory = init is not None, init_client is not None
-    has_anchor = tell is not None or upload is not None
+    has_context = client_context is not None or upload is not None
     parts = lambda x, has: x if has else Wrapped(x, ())
     whole = lambda inner, own, has: Wrapped(inner, own) if has else inner
 
@@ -88,19 +100,19 @@ def around(
         memory = parts(cohort.memory, has_memory)
         return cohort._replace(memory=memory.inner), cohort._replace(memory=memory.own)
 
-    def shared(sent: Dispatch, anchor: Any) -> Dispatch:
-        return sent._replace(mask=inner.shared(sent.mask), anchor=anchor)
+    def only_uploads(sent: Dispatch, context: Any) -> Dispatch:
+        return sent._replace(mask=inner.upload_mask(sent.mask), context=context)
 
-    def told(own: Any, cohort: Cohort, sent: Dispatch) -> Any:
-        own = tell(own, cohort, sent) if tell else ()
+    def own_context(own: Any, cohort: Cohort, sent: Dispatch) -> Any:
+        own = client_context(own, cohort, sent) if client_context else ()
         return (sent.mask, own) if upload else own
 
-    def uploaded(anchor: Wrapped, sent: Adapter, received: Adapter) -> Adapter:
-        mask, own = anchor.own
-        return upload(own, inner.held(mask, anchor.inner, received), sent, received) if upload else received
+    def uploaded(context: Wrapped, sent: Adapter, received: Adapter) -> Adapter:
+        mask, own = context.own
+        return upload(own, inner.held(mask, context.inner, received), sent, received) if upload else received
 
-    def held(mask, anchor, received):
-        return inner.held(mask, parts(anchor, has_anchor).inner, received)
+    def held(mask, context, received):
+        return inner.held(mask, parts(context, has_context).inner, received)
 
     def init_both(key, adapter):
         state = inner.init(key, adapter)
@@ -110,59 +122,59 @@ def around(
     def dispatch(base, state, cohort):
         (theirs, mine), state = memories(cohort), parts(state, has_state)
         sent = inner.dispatch(base, state.inner, theirs)
-        own = told(state.own, mine, shared(sent, ()))
-        return sent._replace(anchor=whole(sent.anchor, own, has_anchor))
+        own = own_context(state.own, mine, only_uploads(sent, ()))
+        return sent._replace(context=whole(sent.context, own, has_context))
 
     def aggregate(base, state, cohort, sent, received):
-        (theirs, mine), state, anchor = memories(cohort), parts(state, has_state), parts(sent.anchor, has_anchor)
-        ours = shared(sent, anchor.own)
+        (theirs, mine), state, context = memories(cohort), parts(state, has_state), parts(sent.context, has_context)
+        ours = only_uploads(sent, context.own)
         if inner.held is not all_held:
-            ours = ours._replace(mask=jax.vmap(inner.held)(ours.mask, anchor.inner, received))
+            ours = ours._replace(mask=jax.vmap(inner.held)(ours.mask, context.inner, received))
         weights, uploads = receive(state.own, mine, ours, received) if receive else (cohort.weights, received)
-        uploads = jax.vmap(uploaded)(anchor, sent.adapter, uploads) if upload else uploads
-        theirs, sent = theirs._replace(weights=weights), sent._replace(anchor=anchor.inner)
+        uploads = jax.vmap(uploaded)(context, sent.adapter, uploads) if upload else uploads
+        theirs, sent = theirs._replace(weights=weights), sent._replace(context=context.inner)
         new, own = inner.aggregate(base, state.inner, theirs, sent, uploads), state.own
         if finish:
             new, own = finish(Wrapped(*state), new, mine, ours, received)
         return whole(new, own, has_state)
 
-    def remember_both(memory, anchor, sent, received):
-        memory, anchor = parts(memory, has_memory), parts(anchor, has_anchor)
-        own = remember(memory.own, anchor.own, sent, received) if remember else memory.own
-        theirs = inner.remember(memory.inner, anchor.inner, sent, received)
+    def remember_both(memory, context, sent, received):
+        memory, context = parts(memory, has_memory), parts(context, has_context)
+        own = remember(memory.own, context.own, sent, received) if remember else memory.own
+        theirs = inner.remember(memory.inner, context.inner, sent, received)
         if upload:
-            by = inner.remember(memory.inner, anchor.inner, sent, uploaded(anchor, sent, received))
+            by = inner.remember(memory.inner, context.inner, sent, uploaded(context, sent, received))
             theirs = _as_sent(theirs, by)
         return whole(theirs, own, has_memory)
 
-    def penalties(adapter, anchor):
-        anchor = parts(anchor, has_anchor)
-        theirs = inner.penalty(adapter, anchor.inner)
-        return theirs + penalty(adapter, anchor.own) if penalty else theirs
+    def penalties(adapter, context):
+        context = parts(context, has_context)
+        theirs = inner.penalty(adapter, context.inner)
+        return theirs + penalty(adapter, context.own) if penalty else theirs
 
-    def objective(task, adapter, anchor):
-        anchor = parts(anchor, has_anchor)
-        shown = lambda model: beside(model, anchor.own) if beside else model
-        seen = lambda model: task(see(shown(model), anchor.own) if see else shown(model))
+    def objective(task, adapter, context):
+        context = parts(context, has_context)
+        shown = lambda model: client_model(model, context.own) if client_model else model
+        seen = lambda model: task(training_model(shown(model), context.own) if training_model else shown(model))
         if inner.objective is not None:
-            return inner.objective(seen, adapter, anchor.inner)
-        loss = seen(inner.model(adapter, anchor.inner))
+            return inner.objective(seen, adapter, context.inner)
+        loss = seen(inner.model(adapter, context.inner))
         return loss, loss
 
-    def model(adapter, anchor):
-        anchor = parts(anchor, has_anchor)
-        theirs = inner.model(adapter, anchor.inner)
-        return beside(theirs, anchor.own) if beside else theirs
+    def model(adapter, context):
+        context = parts(context, has_context)
+        theirs = inner.model(adapter, context.inner)
+        return client_model(theirs, context.own) if client_model else theirs
 
-    def learn(state, cohort, slopes):
+    def learn(state, cohort, meta_gradients):
         (theirs, _), state = memories(cohort), parts(state, has_state)
-        return whole(inner.learn(state.inner, theirs, slopes), state.own, has_state)
+        return whole(inner.learn(state.inner, theirs, meta_gradients), state.own, has_state)
 
     def report_both(state):
         state = parts(state, has_state)
         return inner.report(state.inner) | (report(state.own) if report else {})
 
-    def meet(trial: Meet) -> Meet:
+    def onboard(trial: Onboarding) -> Onboarding:
         def start(state):
             state = parts(state, has_state)
             return whole(trial.start(state.inner), state.own, has_state)
@@ -171,9 +183,9 @@ def around(
             theirs, memory = parts(state, has_state).inner, parts(memory, has_memory)
             return whole(trial.place(theirs, memory.inner, sent, received), memory.own, has_memory)
 
-        return Meet(start, place)
+        return Onboarding(start, place)
 
-    if has_anchor or penalty:
+    if has_context or penalty:
         own_model, own_penalty = model, penalties
     else:
         own_model, own_penalty = inner.model, inner.penalty
@@ -186,10 +198,10 @@ def around(
         remember=remember_both,
         held=inner.held if inner.held is all_held else held,
         model=own_model,
-        objective=objective if see or (inner.objective is not None and has_anchor) else inner.objective,
+        objective=objective if training_model or (inner.objective is not None and has_context) else inner.objective,
         learn=no_learning if inner.learn is no_learning else learn,
         report=report_both,
-        meet=None if inner.meet is None else meet(inner.meet),
+        onboard=None if inner.onboard is None else onboard(inner.onboard),
         stack=(*inner.stack, name),
     )
 
@@ -264,11 +276,11 @@ def tells_of_labels(wrapper: str, signatures: Any) -> Signature:
 
 
 def needs_plain_uploads(wrapper: str, inner: Method) -> None:
-    """Refuse a method that learns from what clients send beside their adapters."""
+    """Refuse a method that learns from what clients send client_model their adapters."""
     if inner.learn is not no_learning:
         raise ValueError(
-            f"{wrapper} acts on the adapters that clients send, and this method also learns from slopes, which it "
-            "would not reach: wrap a method that aggregates adapters only, such as fedit"
+            f"{wrapper} acts on the adapters that clients send, and this method also learns from meta-gradients, which "
+            "it would not reach: wrap a method that aggregates adapters only, such as fedit"
         )
 
 
@@ -297,7 +309,7 @@ def control_weights(wrapper: str, weights: str, population: int) -> Callable[[Co
 
 def where_moved(inner: Method, cohort: Cohort, sent: Dispatch, new: Adapter, old: Adapter) -> Adapter:
     """``new`` where any client that takes part may move an entry that it shares, ``old`` elsewhere; both ``[...]``."""
-    mask = inner.told(sent.mask) if inner.told else sent.mask
+    mask = inner.aggregated(sent.mask) if inner.aggregated else sent.mask
     by_any = lambda m: ((m > 0) & (per_client(cohort.weights > 0, m) > 0)).any(0)
     return jax.tree.map(lambda m, x, y: jnp.where(by_any(m), x, y), mask, new, old)
 

@@ -24,7 +24,7 @@ from fedlora_jax.wrappers.around import AboutWrapper, around, present, square_no
 ABOUT = {"fedbc": AboutWrapper("FedBC", "Bedi et al. 2022", "2206.10815", "a learned penalty weighs each client")}
 
 
-class Told(NamedTuple):
+class Context(NamedTuple):
     """z: [C, ...] as sent. mask: of what clients share. lam: [C]."""
 
     z: Adapter
@@ -46,9 +46,9 @@ def fedbc(inner: Method, lr: float = 1e-3, gam: float = 0.0, lam: float = 0.0) -
     """
     refuse_outside("[0, inf)", lr=lr, gam=gam, lam=lam)
 
-    def distance(told, x):
+    def distance(context, x):
         return sum(
-            (jnp.sum(m * (x - z) ** 2) for x, z, m in zip(*map(jax.tree.leaves, (x, *told[:2])), strict=True)),
+            (jnp.sum(m * (x - z) ** 2) for x, z, m in zip(*map(jax.tree.leaves, (x, *context[:2])), strict=True)),
             jnp.zeros(()),
         )
 
@@ -67,8 +67,8 @@ def fedbc(inner: Method, lr: float = 1e-3, gam: float = 0.0, lam: float = 0.0) -
         "fedbc",
         inner,
         init_client=lambda adapter: jnp.asarray(lam, jnp.float32),
-        tell=lambda own, cohort, sent: Told(sent.adapter, sent.mask, cohort.memory),
-        penalty=lambda x, told: told.lam * (distance(told, x) - gam),
-        remember=lambda old, told, z, x: raised(old, distance(told, x)),
+        client_context=lambda own, cohort, sent: Context(sent.adapter, sent.mask, cohort.memory),
+        penalty=lambda x, context: context.lam * (distance(context, x) - gam),
+        remember=lambda old, context, z, x: raised(old, distance(context, x)),
         receive=receive,
     )._replace(traffic=traffic)

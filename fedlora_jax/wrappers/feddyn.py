@@ -33,7 +33,7 @@ from fedlora_jax.wrappers.around import (
 ABOUT = {"feddyn": AboutWrapper("FedDyn", "Acar et al. ICLR 2021", "2111.04263", "dynamic regularisation")}
 
 
-class Told(NamedTuple):
+class Context(NamedTuple):
     """start: [C, ...] w_g as sent. h: [C, ...] the client's, masked. mask: of what clients share."""
 
     start: Adapter
@@ -61,13 +61,13 @@ def feddyn(
     refuse_outside("(0, inf)", al=al)
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
 
-    def tell(h, cohort, sent):
+    def client_context(h, cohort, sent):
         same_structure("feddyn", h, sent.adapter, cohort.memory)
-        return Told(sent.adapter, jax.tree.map(jnp.multiply, cohort.memory, sent.mask), sent.mask)
+        return Context(sent.adapter, jax.tree.map(jnp.multiply, cohort.memory, sent.mask), sent.mask)
 
-    def penalty(w, told):
+    def penalty(w, context):
         one = lambda w, x, h, m: jnp.sum(m * (al / 2 * (w - x) ** 2) - h * w)
-        return sum(jax.tree.leaves(jax.tree.map(one, w, told.start, told.h, told.mask)), jnp.zeros(()))
+        return sum(jax.tree.leaves(jax.tree.map(one, w, context.start, context.h, context.mask)), jnp.zeros(()))
 
     def finish(old, new, cohort, sent, received):
         drift = mean(updates(sent, received), q(cohort))
@@ -81,8 +81,8 @@ def feddyn(
         inner,
         init=lambda key, state, adapter: zeros(needs_an_adapter("feddyn", state)),
         init_client=zeros,
-        tell=tell,
+        client_context=client_context,
         penalty=penalty,
-        remember=lambda h, told, x, y: jax.tree.map(lambda h, x, y, m: h - al * m * (y - x), h, x, y, told.mask),
+        remember=lambda h, context, x, y: jax.tree.map(lambda h, x, y, m: h - al * m * (y - x), h, x, y, context.mask),
         finish=finish,
     )

@@ -30,13 +30,13 @@ def fedlc(inner: Method, tau: float = 1.0) -> Method:
     """
     refuse_outside("[0, inf)", tau=tau)
 
-    def tell(own, cohort, sent):
+    def client_context(own, cohort, sent):
         z = tells_of_labels("fedlc", cohort.signatures)
         n = jnp.expm1(10 * z.amount) * z.labels**2  # [C, classes]
         return tau * jnp.maximum(n, ABSENT) ** -0.25
 
-    def see(model, margin):
+    def training_model(model, margin):
         flat, name = lora.flatten(model), class_bias("fedlc", model, margin.shape[0])
         return lora.unflatten(flat | {name: flat[name] - margin})
 
-    return around("fedlc", inner, tell=tell, see=see)
+    return around("fedlc", inner, client_context=client_context, training_model=training_model)

@@ -1,7 +1,7 @@
 """Leave out clients whose training failed. Ours; every production server has some such rule.
 
 A client that sends a number that is not finite is treated as if it had sent what it was sent, with weight zero; the
-others share its weight. It keeps the memory it had, and what it tells of slopes counts as zero. If nobody is left the
+others share its weight. It keeps the memory it had, and its meta-gradients count as zero. If nobody is left the
 server's state stays as it was, with all that wrappers inside keep. ``dropped`` in the round's report is how many
 clients that were. It belongs outermost (last on the command line): wrappers around it would see what it leaves out,
 and are refused.
@@ -51,17 +51,17 @@ def nonfinite(inner: Method) -> Method:
         report=lambda own: {"dropped": own.last},
     )
 
-    def remember(memory, anchor, sent, received):
+    def remember(memory, context, sent, received):
         fine = finite(jax.tree.map(lambda x: x[None], received))[0]
-        new = inner.remember(memory, anchor, sent, received)
+        new = inner.remember(memory, context, sent, received)
         return jax.tree.map(lambda old, x: jnp.where(fine, x, old), memory, new)
 
-    def learn(state, cohort, slopes):
-        fine = finite(slopes)
-        slopes = jax.tree.map(lambda x: jnp.where(per_client(fine, x) > 0, x, 0.0), slopes)
+    def learn(state, cohort, meta_gradients):
+        fine = finite(meta_gradients)
+        meta_gradients = jax.tree.map(lambda x: jnp.where(per_client(fine, x) > 0, x, 0.0), meta_gradients)
         there = fine & (cohort.weights > 0)
         cohort = cohort._replace(weights=_weights(cohort.weights, fine))
-        return Wrapped(_if_any(there, inner.learn(state.inner, cohort, slopes), state.inner), state.own)
+        return Wrapped(_if_any(there, inner.learn(state.inner, cohort, meta_gradients), state.inner), state.own)
 
     learns = inner.learn is not no_learning
     return method._replace(remember=remember, learn=learn if learns else no_learning)

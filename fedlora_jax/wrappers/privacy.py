@@ -74,7 +74,7 @@ def noise(inner: Method, deviation: float = 0.01) -> Method:
         "noise",
         inner,
         init=lambda key, state, adapter: purpose(key, "noise"),
-        tell=lambda key, cohort, sent: jax.vmap(lambda id_: jax.random.fold_in(key, id_))(cohort.ids),
+        client_context=lambda key, cohort, sent: jax.vmap(lambda id_: jax.random.fold_in(key, id_))(cohort.ids),
         upload=upload,
         finish=lambda old, new, cohort, sent, received: (new, jax.random.split(old.own, 1)[0]),
     )

@@ -24,9 +24,11 @@ def proximal(inner: Method, mu: float = 0.01) -> Method:
     """
     refuse_outside("[0, inf)", mu=mu)
 
-    def penalty(w, anchor):
-        start, mask = anchor
+    def penalty(w, context):
+        start, mask = context
         squares = jax.tree.map(lambda x, y, m: jnp.sum(m * (x - y) ** 2), w, start, mask)
         return mu / 2 * sum(jax.tree.leaves(squares), jnp.zeros(()))
 
-    return around("proximal", inner, tell=lambda own, cohort, sent: (sent.adapter, sent.mask), penalty=penalty)
+    return around(
+        "proximal", inner, client_context=lambda own, cohort, sent: (sent.adapter, sent.mask), penalty=penalty
+    )

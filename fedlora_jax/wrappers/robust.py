@@ -62,8 +62,8 @@ def trimmed_mean(inner: Method, share: float = 0.1) -> Method:
     refuse_outside("[0, 0.5)", share=share)
 
     def middle(n):
-        cut = jnp.floor(share * n + 1e-4).astype(int)  # 0.1 * 10 is 1, whatever float32 makes of it
-        return cut, n - 1 - cut
+        lowest = jnp.floor(share * n + 1e-4).astype(int)  # 0.1 * 10 is 1, whatever float32 makes of it
+        return lowest, n - 1 - lowest
 
     return _coordinatewise("trimmed_mean", inner, middle)
 
@@ -157,8 +157,8 @@ def _krum_scores(d, masks, there: Array, outliers: int) -> Array:
     far = sum((_square_distances(x, m) for x, m in pairs), jnp.zeros(()))
     both = sum((_held_by_both(x, m) for x, m in pairs), jnp.zeros(()))
     far *= jnp.diagonal(both).max() / jnp.maximum(both, 1.0)
-    apart = there[:, None] & there[None] & ~jnp.eye(clients, dtype=bool) & (both > 0)
-    far = jnp.sort(jnp.where(apart & jnp.isfinite(far), far, jnp.inf), 1)
+    pairs_of_two = there[:, None] & there[None] & ~jnp.eye(clients, dtype=bool) & (both > 0)
+    far = jnp.sort(jnp.where(pairs_of_two & jnp.isfinite(far), far, jnp.inf), 1)
     nearest = jnp.arange(clients) < jnp.maximum(n - outliers - 2, 1)
     score = jnp.where(nearest, far, 0.0).sum(1)
     return jnp.where(there, jnp.minimum(score, 1e30), jnp.inf)  # who is there comes before who is not

@@ -36,7 +36,7 @@ ABOUT = {
 }
 
 
-class Told(NamedTuple):
+class Context(NamedTuple):
     """c: [C, ...] the server's control. shift: c - c_i. mask: what is shared, all else is 0. way: [C] K eta."""
 
     c: Adapter
@@ -65,24 +65,26 @@ def scaffold(
     refuse_outside("(0, inf)", local_lr=local_lr)
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
 
-    def tell(c, cohort, sent):
+    def client_context(c, cohort, sent):
         same_structure("scaffold", c, sent.adapter, cohort.memory)
         batches = jax.tree.leaves(cohort.batches)
         steps = batches[0].shape[1] if batches else 1  # without batches nobody trains: any number does
         shift = jax.tree.map(lambda c, ci, m: (c - ci) * m, c, cohort.memory, sent.mask)
         own = jax.tree.map(lambda c, x, m: jnp.broadcast_to(c, x.shape) * m, c, sent.adapter, sent.mask)
-        return Told(own, shift, sent.mask, jnp.full(len(cohort.ids), steps * local_lr))
+        return Context(own, shift, sent.mask, jnp.full(len(cohort.ids), steps * local_lr))
 
-    def penalty(w, told):
-        return sum((jnp.sum(x * d) for x, d in zip(*map(jax.tree.leaves, (w, told.shift)), strict=True)), jnp.zeros(()))
+    def penalty(w, context):
+        return sum(
+            (jnp.sum(x * d) for x, d in zip(*map(jax.tree.leaves, (w, context.shift)), strict=True)), jnp.zeros(())
+        )
 
-    def remember(ci, told, x, y):
-        step = lambda ci, c, x, y, m: ci - c + m * (x - y) / told.way
-        return jax.tree.map(step, ci, told.c, x, y, told.mask)
+    def remember(ci, context, x, y):
+        step = lambda ci, c, x, y, m: ci - c + m * (x - y) / context.way
+        return jax.tree.map(step, ci, context.c, x, y, context.mask)
 
     def finish(old, new, cohort, sent, received):
-        told = sent.anchor
-        moved = jax.tree.map(lambda d, c: -d / per_client(told.way, d) - c, updates(sent, received), told.c)
+        context = sent.context
+        moved = jax.tree.map(lambda d, c: -d / per_client(context.way, d) - c, updates(sent, received), context.c)
         return new, jax.tree.map(jnp.add, old.own, mean(moved, q(cohort)))
 
     def traffic(own, cohort):
@@ -94,7 +96,7 @@ def scaffold(
         inner,
         init=lambda key, state, adapter: zeros(needs_an_adapter("scaffold", state)),
         init_client=zeros,
-        tell=tell,
+        client_context=client_context,
         penalty=penalty,
         remember=remember,
         finish=finish,

@@ -70,22 +70,22 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.1, warmup:
         t = jnp.arctanh(jnp.asarray(start, float))
         return SignatureBiasState(t, tx.init(t), signatures.nobody(signature), jnp.zeros((), jnp.int32))
 
-    def tell(own, cohort, sent):
+    def client_context(own, cohort, sent):
         z = tells_of_labels("signature_bias", cohort.signatures)
         return generator.class_shifts(own.t, z, own.center)  # [C, classes]
 
-    def beside(model, shift):
+    def client_model(model, shift):
         flat, name = lora.flatten(model), class_bias("signature_bias", model, classes)
         return lora.unflatten(flat | {name: flat[name] + shift})
 
     def finish(old, new, cohort, sent, received):
         # Whoever differentiates a round takes what t learns in it as given.
         own, cohort, sent, received = jax.lax.stop_gradient((old.own, cohort, sent, received))
-        start, end = (inner.told(x) if inner.told else x for x in (sent.adapter, received))
+        start, end = (inner.aggregated(x) if inner.aggregated else x for x in (sent.adapter, received))
         name = class_bias("signature_bias", jax.tree.map(lambda x: x[0], end), classes)
-        slope = lora.flatten(start)[name] - lora.flatten(end)[name]  # [C, classes]
+        displacement = lora.flatten(start)[name] - lora.flatten(end)[name]  # [C, classes]
         _, pull = jax.vjp(lambda t: generator.class_shifts(t, cohort.signatures, own.center), own.t)
-        (gradient,) = pull(cohort.weights[:, None] * slope)
+        (gradient,) = pull(cohort.weights[:, None] * displacement)
         updates, meta = tx.update(gradient, own.meta, own.t)
         # A method may have rounds in which clients keep all to themselves.
         sends = inner.report(new).get("travels_up", 1.0)
@@ -100,5 +100,13 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.1, warmup:
         return theirs._replace(up=(theirs.up, signature), down=(theirs.down, jnp.zeros(classes)))
 
     report = lambda own: {"prior": generator.part(own.t)}
-    method = around("signature_bias", inner, init=init, tell=tell, beside=beside, finish=finish, report=report)
+    method = around(
+        "signature_bias",
+        inner,
+        init=init,
+        client_context=client_context,
+        client_model=client_model,
+        finish=finish,
+        report=report,
+    )
     return method._replace(traffic=traffic)

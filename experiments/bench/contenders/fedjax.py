@@ -39,8 +39,8 @@ def contender(work: Work, chunk: int | None = None) -> Contender:
 
     def client_step(carried: Any, batch: Any) -> Any:
         base, adapter = carried
-        slope = jax.grad(lambda adapter: p.loss_fn(base, adapter, batch, key))(adapter)
-        return base, jax.tree.map(lambda x, g: x - work.lr * g, adapter, slope)
+        gradient = jax.grad(lambda adapter: p.loss_fn(base, adapter, batch, key))(adapter)
+        return base, jax.tree.map(lambda x, g: x - work.lr * g, adapter, gradient)
 
     def client_final(sent: Any, carried: Any) -> Any:
         return carried[1]

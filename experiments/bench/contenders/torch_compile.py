@@ -21,9 +21,9 @@ def contender(work: Work, chunk: int | None = None) -> Contender:
     def client(images: torch.Tensor, labels: torch.Tensor) -> common.Tensors:
         adapter = {name: x.clone().requires_grad_() for name, x in sent.items()}
         for x, y in zip(images, labels, strict=True):
-            slopes = torch.autograd.grad(loss_fn(adapter, x, y), list(adapter.values()))
+            gradients = torch.autograd.grad(loss_fn(adapter, x, y), list(adapter.values()))
             with torch.no_grad():
-                torch._foreach_add_(list(adapter.values()), slopes, alpha=-work.lr)
+                torch._foreach_add_(list(adapter.values()), gradients, alpha=-work.lr)
         return adapter
 
     def round_() -> common.Tensors:

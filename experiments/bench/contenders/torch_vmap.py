@@ -23,13 +23,13 @@ def contender(work: Work, chunk: int | None = None) -> Contender:
     chunk = chunk or work.chunk or (work.clients if common.ON_GPU else CPU_CHUNK)
     # On a CPU the derivative of fused attention has no batching rule: clients would follow one another in it.
     attention = F.scaled_dot_product_attention if common.ON_GPU else common.attention_by_products
-    slope = grad(lambda adapter, x, y: common.loss_fn(work, base, adapter, x, y, attention))
+    gradient = grad(lambda adapter, x, y: common.loss_fn(work, base, adapter, x, y, attention))
 
     def client(images: torch.Tensor, labels: torch.Tensor) -> common.Tensors:
         adapter = sent
         for x, y in zip(images, labels, strict=True):
-            slopes = slope(adapter, x, y)
-            adapter = {name: p - work.lr * slopes[name] for name, p in adapter.items()}
+            gradients = gradient(adapter, x, y)
+            adapter = {name: p - work.lr * gradients[name] for name, p in adapter.items()}
         return adapter
 
     def round_(images: torch.Tensor = images, labels: torch.Tensor = labels) -> common.Tensors:
