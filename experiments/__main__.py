@@ -1,6 +1,6 @@
 """``python -m experiments COMMAND``; imports, which take a second, can be stopped like anything else."""
 
-from experiments.folder import command
+from experiments.results.folder import command
 from experiments.stopping import stoppable
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from experiments.bench import options as bench
 from experiments.config import MANY, Config
-from experiments.folder import asked
+from experiments.results.folder import asked
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
 

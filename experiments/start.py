@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiments import bench, process
+from experiments import bench
 from experiments.cli import fail, parse
 from experiments.config import SEEDS, check_fields
-from experiments.folder import Folder, command
+from experiments.engine import process
+from experiments.results.folder import Folder, command
 from experiments.stopping import stoppable
 
 # What the system may refuse while a folder is being written, and what to do about it
@@ -57,31 +58,31 @@ def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any
             bench.execute(options)
             return None, lambda: None
         case "methods":
-            from experiments import overview
+            from experiments.commands import list_methods
 
-            text = overview.table(options)
+            text = list_methods.table(options)
             return None, lambda: print(text)
         case "bounds":
-            from experiments import bounds
+            from experiments.commands import bounds
 
             return None, bounds.Plan(options).execute
         case "budget":
-            from experiments import budget
+            from experiments.commands import budget
 
             plan = budget.Plan(options)
             return plan.folder, plan.execute
         case "sweep":
-            from experiments import sweep
+            from experiments.commands import sweep
 
             plan = sweep.Plan(options)
             return plan.folder, plan.execute
         case "meta":
-            from experiments import meta
+            from experiments.commands import meta_train
 
-            plan = meta.Plan(options)
+            plan = meta_train.Plan(options)
             return plan.folder, plan.execute
         case _:
-            from experiments import compare
+            from experiments.commands import compare
 
             plan = compare.Plan(command, options)
             return (None, plan.forecast) if options.dry_run else (plan.folder, plan.execute)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from input_helpers import SMALL, change, cut_in_half, good_arrays, refused
 
-from experiments import data
+from experiments.setup import data
 
 
 def pickled(path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import SIGNATURE
 
-from experiments import methods
+from experiments.engine import methods
 from fedlora_jax.method import in_words, refuse_outside
 from fedlora_jax.methods.fedit import fedit
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from test_bad_input import change
 
-from experiments import bounds
 from experiments.cli import parse
+from experiments.commands import bounds
 
 OPTIONS = "--partition iid --clients 3 --holdout-clients 2 --minimum 4 --rounds 2 --local-steps 2 --seeds 2"
 

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import budget, budget_figures, data, problem, summary
 from experiments.__main__ import main
+from experiments.commands import budget
 from experiments.config import Config
-from experiments.folder import sealed, write_json
+from experiments.results import budget_figures, summary
+from experiments.results.folder import sealed, write_json
+from experiments.setup import data, problem
 
 TAUS = ("0", "1", "2", "5", "10")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.checkpoints import Checkpoints, spans
+from experiments.results.checkpoints import Checkpoints, spans
 
 ABOUT = {"run": "abc", "method": "fedit", "seeds": (0, 1)}
 

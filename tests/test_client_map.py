@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import client_map
+from experiments.results import client_map
 
 PLANE = np.random.default_rng(0).normal(size=(7, 2))
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from helpers import population
 
-from experiments import problem
 from experiments.config import Config, check
+from experiments.setup import problem
 
 IDS = np.asarray([3, 1, 4])
 ALIKE = np.ones(5, np.float32)

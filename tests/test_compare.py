@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from helpers import ADAPTER, CLIENTS, KEY, SIGNATURE, assert_near, nudged
 
-from experiments import record
 from experiments.__main__ import main
-from experiments.summary import MEASURES
+from experiments.results import record
+from experiments.results.summary import MEASURES
 from fedlora_jax.methods.hyperlora import hyperlora
 
 OPTIONS = (
@@ -110,8 +110,8 @@ def test_layout_changes_no_result(compared, tmp_path, monkeypatch):
 
 def test_bounds_start_from_the_frozen_model(monkeypatch, capsys):
     """Zero-shot, counted once more by plain prediction, stands in the first line; tuning on everything beats it."""
-    from experiments import data
-    from experiments.problem import NANO
+    from experiments.setup import data
+    from experiments.setup.problem import NANO
     from models.pretrained import load_vit
     from models.vit import normalise
 

@@ -49,7 +49,7 @@ from helpers import (
 )
 
 import fedlora_jax.methods
-from experiments.checkpoints import Checkpoints
+from experiments.results.checkpoints import Checkpoints
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import sample_held_out
 from fedlora_jax.method import About, models

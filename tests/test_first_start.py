@@ -6,7 +6,7 @@ import sys
 
 RUN = """
 import atexit, sys
-from experiments import process
+from experiments.engine import process
 
 process.settle()
 import jax

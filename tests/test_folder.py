@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import compare, folder
 from experiments.cli import parse
+from experiments.commands import compare
 from experiments.config import Config
-from experiments.folder import Folder, sealed, unsealed, write_atomically
+from experiments.results import folder
+from experiments.results.folder import Folder, sealed, unsealed, write_atomically
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +47,7 @@ def test_who_prepared_while_another_wrote_is_not_let_in(tmp_path):
 
 def test_a_killed_owner_is_nobody(tmp_path):
     code = (
-        "import os, sys; from experiments.folder import Folder; Folder('compare', sys.argv[1]).__enter__(); "
+        "import os, sys; from experiments.results.folder import Folder; Folder('compare', sys.argv[1]).__enter__(); "
         "os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=60)

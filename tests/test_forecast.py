@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from test_bad_input import change
 
-from experiments import compare, forecast, layout
 from experiments.cli import parse
+from experiments.commands import compare
 from experiments.config import Config
-from experiments.forecast import Need, Scoring, Step
+from experiments.engine import chunking, forecast
+from experiments.engine.forecast import Need, Scoring, Step
+from experiments.setup import memory
 from experiments.start import planned
 
 GIB = 2**30
@@ -49,7 +51,7 @@ def test_a_dry_run_tells_and_writes_nothing(plan, capsys):
 @pytest.mark.long
 def test_memory_is_what_the_arrays_and_the_programs_take(plan):
     plan.trials["ffa_lora"].compile()
-    needed = plan.trials["ffa_lora"].need()
+    needed = forecast.need(plan.trials["ffa_lora"])
     arrays = sum(x.nbytes for x in (*plan.problem.train, *plan.problem.test))
     assert arrays < needed.held < 2 * arrays + 4 * 10**6
     assert needed.work > 0
@@ -64,12 +66,12 @@ def test_memory_is_what_the_arrays_and_the_programs_take(plan):
 def test_a_run_that_does_not_fit_is_refused_before_its_first_round(plan, monkeypatch):
     trial = plan.trials["ffa_lora"]
     trial.compile()
-    needed = trial.need()
-    monkeypatch.setattr(layout, "memory", lambda: needed.held + needed.work // 2 + 1)
+    needed = forecast.need(trial)
+    monkeypatch.setattr(memory, "available", lambda: needed.held + needed.work // 2 + 1)
     with pytest.raises(MemoryError, match=r"ffa_lora needs about .* MiB of memory .*--chunk 2 should fit"):
         plan.execute()
     assert not plan.folder.path.exists()
-    monkeypatch.setattr(layout, "memory", lambda: needed.arrays)
+    monkeypatch.setattr(memory, "available", lambda: needed.arrays)
     assert forecast.too_large(plan.config, plan.problem, "ffa_lora", needed) is None
 
 
@@ -79,8 +81,8 @@ def test_a_run_that_does_not_fit_is_refused_before_its_first_round(plan, monkeyp
      (1.1, "even one client")],
 )  # fmt: skip
 def test_first_fewer_seeds_are_advised_then_fewer_clients(monkeypatch, have, advice):
-    monkeypatch.setattr(layout, "layout", lambda config, problem: (8, 2))
-    monkeypatch.setattr(layout, "memory", lambda: have * GIB)
+    monkeypatch.setattr(chunking, "choose", lambda config, problem: (8, 2))
+    monkeypatch.setattr(memory, "available", lambda: have * GIB)
     config, problem = Config(clients=8, seeds=(0, 1)), SimpleNamespace(keys=np.zeros(2))
     text = forecast.too_large(config, problem, "fedit", Need(GIB, 12 * GIB))  # type: ignore[arg-type]
     assert advice in text
@@ -107,11 +109,11 @@ def test_time_is_that_of_all_that_is_computed_one_after_another(onboard, rounds,
 
 
 def test_where_memory_is_unknown_nothing_is_refused(monkeypatch):
-    monkeypatch.setattr(layout, "memory", lambda: None)
+    monkeypatch.setattr(memory, "available", lambda: None)
     assert forecast.too_large(Config(), None, "fedit", Need(GIB, GIB)) is None  # type: ignore[arg-type]
-    monkeypatch.setattr(layout, "memory", lambda: 0)
+    monkeypatch.setattr(memory, "available", lambda: 0)
     assert forecast.too_large(Config(), None, "fedit", None) is None  # type: ignore[arg-type]
 
 
 def test_a_cpu_has_what_is_free_and_what_our_arrays_hold():
-    assert layout.memory() is None or layout.memory() > 2**20
+    assert memory.available() is None or memory.available() > 2**20

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from test_bad_input import change
 
-from experiments import compare
-from experiments.checkpoints import Checkpoints
 from experiments.cli import parse
+from experiments.commands import compare
 from experiments.config import Config
+from experiments.results.checkpoints import Checkpoints
 
 SMALL = (
     "--clients 3 --holdout-clients 1 --partition iid --minimum 4 --local-steps 5 --batch 8 --adapt-last 1 --rank 2 "

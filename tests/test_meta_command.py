@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_bad_input import change
 
-from experiments import compare, meta
 from experiments.cli import parse
+from experiments.commands import compare, meta_train
 from fedlora_jax.rounds import Run
 
 COMMON = "--partition iid --clients 3 --holdout-clients 1 --minimum 4 --rounds 2 --local-steps 1 --batch 4"
@@ -29,7 +29,7 @@ def plan(command, method, *options):
 
 @pytest.mark.long
 def test_a_learned_theta_is_served_by_other_runs(options, tmp_path):
-    found = meta.Plan(plan("meta", FROZEN, *options, *ONE, "--out", tmp_path / "meta")[1])
+    found = meta_train.Plan(plan("meta", FROZEN, *options, *ONE, "--out", tmp_path / "meta")[1])
     before = jax.device_get(found.method.init(found.problem.keys[0], found.seed.adapter).theta)
     path = found.execute()
     learned = np.load(path)
@@ -44,8 +44,8 @@ def test_a_learned_theta_is_served_by_other_runs(options, tmp_path):
 
 @pytest.mark.long
 def test_a_step_lowers_the_loss_after_the_same_rounds_and_moves_the_run_on(options, tmp_path):
-    found = meta.Plan(plan("meta", FROZEN, *options, *ONE, "--meta-lr", 1e-4, "--out", tmp_path)[1])
-    step, start = meta.make(found.config, found.problem, found.method)
+    found = meta_train.Plan(plan("meta", FROZEN, *options, *ONE, "--meta-lr", 1e-4, "--out", tmp_path)[1])
+    step, start = meta_train.make(found.config, found.problem, found.method)
     step, seed = jax.jit(step), found.seed
     old = start(seed)
     new, before = step(old, seed)
@@ -58,10 +58,10 @@ def test_a_step_lowers_the_loss_after_the_same_rounds_and_moves_the_run_on(optio
 def test_images_that_judge_a_step_are_in_no_batch_of_its_rounds(options, tmp_path):
     """Three rounds of two of three clients, over many keys."""
     more = ("--unroll", 3, "--clients-per-round", 2, "--batch", 6, "--local-steps", 4, "--out", tmp_path)
-    found = meta.Plan(plan("meta", FROZEN, *options, *more)[1])
+    found = meta_train.Plan(plan("meta", FROZEN, *options, *more)[1])
     p, run = found.problem, Run(None, (), jnp.zeros((), int))
     p = p._replace(train=(jnp.arange(len(p.train[1])), p.train[1]))  # images by number
-    ahead = jax.jit(lambda key: meta.ahead(found.config, p, found.seed, run, key))
+    ahead = jax.jit(lambda key: meta_train.ahead(found.config, p, found.seed, run, key))
     for key in jax.random.split(jax.random.key(0), 50):
         cohorts, (apart, _) = ahead(key)
         for client, judged in zip(cohorts.ids[-1], np.asarray(apart), strict=True):
@@ -75,10 +75,10 @@ def test_images_that_judge_a_step_are_in_no_batch_of_its_rounds(options, tmp_pat
 )
 def test_what_cannot_be_meta_trained_is_refused(method, said, options, tmp_path):
     with pytest.raises(ValueError, match=said):
-        meta.Plan(plan("meta", method, *options, "--out", tmp_path / "out")[1])
+        meta_train.Plan(plan("meta", method, *options, "--out", tmp_path / "out")[1])
     assert not (tmp_path / "out").exists()
 
 
 def test_clients_of_one_image_are_refused_as_they_have_none_to_keep_apart(options, tmp_path):
     with pytest.raises(ValueError, match="--minimum must be at least 2, got 1"):
-        meta.Plan(plan("meta", FROZEN, *options, "--minimum", 1, "--out", tmp_path / "out")[1])
+        meta_train.Plan(plan("meta", FROZEN, *options, "--minimum", 1, "--out", tmp_path / "out")[1])

@@ -4,8 +4,8 @@ import pytest
 from matplotlib.text import Text
 from test_report import make
 
-from experiments import figures
-from experiments.look import png
+from experiments.results import figures
+from experiments.results.style import png
 
 NAMES = ("$x^", "$x^$", r"\$", r"\$y\$", r"$\frac$", "$$", "_hidden", "a_b^c", r"\alpha", "{", "%s", "#&~", "$")
 

@@ -14,7 +14,8 @@ import pytest
 from helpers import ADAPTER, BASE, BATCH, CLASSES, CLIENTS, RANK, SIGNATURE, examples, jit, logits, loss_fn, population
 from jax.extend import random as prng
 
-from experiments import descriptions, problem, programs
+from experiments.engine import evaluation
+from experiments.setup import descriptions, problem
 from fedlora_jax import clients, layers, lora, rounds
 from fedlora_jax.keys import purpose, stable_hash
 from fedlora_jax.methods.fed_hello import fed_hello
@@ -147,10 +148,10 @@ def test_evaluation_draws_nothing_that_rounds_draw(name):
     task = SimpleNamespace(correct_fn=right, loss_fn=loss, smallest=3)
     wider = population((5, 9, 3, 7, 4, 6, 5))
     everybody = problem.Clients(wider, jnp.zeros((7, 2), int), jnp.ones(7, int))
-    scores = jit(programs.make_scores(config, task, method, SGD, 7))  # type: ignore[arg-type]
+    scores = jit(evaluation.make_scores(config, task, method, SGD, 7))  # type: ignore[arg-type]
     train, test = (tuple(examples(seed, count).values()) for seed, count in ((0, 39), (1, 4)))
-    arrays = programs.Arrays(BASE, train, test)
-    _, own = drawn(scores, arrays, programs.Seed(everybody, ADAPTER, SEED), run, True)
+    arrays = problem.Arrays(BASE, train, test)
+    _, own = drawn(scores, arrays, problem.Seed(everybody, ADAPTER, SEED), run, True)
     _, following = drawn(step, BASE, DATA, PEOPLE, run, SEED)
     assert once(own)
     assert not own.keys() & (seen + following).keys()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import data
+from experiments.setup import data
 from fedlora_jax import partition
 
 KINDS = st.sampled_from(

@@ -10,8 +10,8 @@ import pytest
 from helpers import assert_near, nudged
 from test_bad_input import change
 
-from experiments import layout, problem
 from experiments.config import Config, check
+from experiments.setup import memory, problem
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_it_is_stored_where_it_takes_a_quarter_of_memory_at_most(config, monkeyp
     stem = types.SimpleNamespace(model=model, params={})
     takes = 10 * 5 * 4 * 4
     for have, stored in ((4 * takes, True), (4 * takes - 1, False), (None, True)):
-        monkeypatch.setattr(layout, "memory", lambda have=have: have)
+        monkeypatch.setattr(memory, "available", lambda have=have: have)
         assert problem.is_stored(config, stem, images) is stored
     assert problem.is_stored(dataclasses.replace(config, prefix="stored"), stem, images)
 

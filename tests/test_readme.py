@@ -45,7 +45,7 @@ def test_the_tutorial_method_is_one_short_file_that_works_at_once(tmp_path, monk
 
 
 def test_every_method_is_in_the_table():
-    from experiments import methods
+    from experiments.engine import methods
 
     for name in methods.names():
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` "))

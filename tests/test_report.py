@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import client_map, figures, report
-from experiments.budget_figures import line
-from experiments.look import legend, png, styles_of
-from experiments.summary import paired, spread, summarise
+from experiments.results import client_map, figures, report
+from experiments.results.budget_figures import line
+from experiments.results.style import legend, png, styles_of
+from experiments.results.summary import paired, spread, summarise
 
 FIGURES = ("curves", "accuracies", "domains", "bias", "clients", "map", "traffic", "holdings")
 DOMAINS = ("ink", "chalk", "_neon $x$")

@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments.checkpoints import Checkpoints
-from experiments.record import Metrics, complete
+from experiments.results.checkpoints import Checkpoints
+from experiments.results.record import Metrics, complete
 
 ROOT = Path(__file__).parents[1]
 # flora carries a random key in its state, hyperlora an optimizer's moments and a round counter

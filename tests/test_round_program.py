@@ -35,7 +35,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.config import Config
-from experiments.programs import make_block
+from experiments.engine.programs import make_block
 from fedlora_jax import rounds
 from fedlora_jax.clients import sample_batches, sample_ids, sample_rows
 from fedlora_jax.method import Method, average_client

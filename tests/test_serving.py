@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from test_bad_input import change
 
-from experiments import budget, client_map, layout, methods, problem, programs, trial
 from experiments.cli import parse
-from experiments.problem import make_optimizer
-from experiments.programs import Arrays, Seed
+from experiments.commands import budget
+from experiments.engine import evaluation, facts, methods, trial
+from experiments.results import client_map
+from experiments.setup import memory, problem
+from experiments.setup.problem import make_optimizer
 from fedlora_jax import rounds
 
 OPTIONS = (
@@ -31,7 +33,7 @@ def options(tmp_path_factory):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_and_a_comparison_give_every_client_the_same_accuracy(name, options):
     config = parse(["run", "--method", name, *options])[1]
-    p = problem.build(config, partial(trial.acceptable, config))
+    p = problem.build(config, partial(facts.acceptable, config))
     own = trial.Trial(config, p, name)
     run = own.programs.start(p.adapters, p.keys)
     run, _ = own.programs.train(p.base, p.train, p.clients, run, p.keys)
@@ -48,51 +50,51 @@ def test_a_budget_and_a_comparison_give_every_client_the_same_accuracy(name, opt
 def test_clients_served_in_groups_have_the_accuracies_of_all_at_once(name, options, monkeypatch):
     """Six clients in groups of four: the last group is filled up, and no group sees another's clients."""
     config = parse(["run", "--method", name, *options])[1]
-    p = problem.build(config, partial(trial.acceptable, config))
-    method = methods.build(name, **trial.facts_of(config, p.signature))
-    seed = jax.tree.map(lambda x: x[0], Seed(p.clients, p.adapters, p.keys))
+    p = problem.build(config, partial(facts.acceptable, config))
+    method = methods.build(name, **facts.facts_of(config, p.signature))
+    seed = jax.tree.map(lambda x: x[0], p.everyone())
     run = rounds.start(method, seed.key, seed.adapter, config.clients)
     moved = jax.tree.map(lambda x: x + 0.3 * np.ones(x.shape, x.dtype), seed.adapter)
     part = "root" if name.startswith("hilora") else "adapter"
     run = run._replace(state=run.state._replace(**{part: moved}))
     found = []
     for most in (256, 4):
-        monkeypatch.setattr(programs, "GROUP", most)
-        serving = programs.make_serving(config, p, method, make_optimizer(config), 2)
+        monkeypatch.setattr(evaluation, "GROUP", most)
+        serving = evaluation.make_serving(config, p, method, make_optimizer(config), 2)
 
         def served(arrays, seed, run, serving=serving):
-            return serving.score(arrays, seed, run, serving.onboard(arrays, seed, run), 2, programs.subspaces)
+            return serving.score(arrays, seed, run, serving.onboard(arrays, seed, run), 2, evaluation.subspaces)
 
-        found.append(jax.jit(served)(Arrays(p.base, p.train, p.test[:2]), seed, run))
+        found.append(jax.jit(served)(p.arrays(), seed, run))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), *found)
 
 
 def test_scoring_holds_no_images_of_more_than_one_group(options, monkeypatch):
     """No array of the program is as large as the test images, or the images of local steps, of all clients."""
-    monkeypatch.setattr(programs, "GROUP", 2)
+    monkeypatch.setattr(evaluation, "GROUP", 2)
     config = parse(["run", "--method", "fedit", *options, "--batch", "24", "--local-steps", "8"])[1]
     p = problem.build(config)
-    method = methods.build("fedit", **trial.facts_of(config, p.signature))
-    seed = jax.tree.map(lambda x: x[0], Seed(p.clients, p.adapters, p.keys))
+    method = methods.build("fedit", **facts.facts_of(config, p.signature))
+    seed = jax.tree.map(lambda x: x[0], p.everyone())
     run = rounds.start(method, seed.key, seed.adapter, config.clients)
-    serving = programs.make_serving(config, p, method, make_optimizer(config), 1)
-    arrays = Arrays(p.base, p.train, p.test[:2])
+    serving = evaluation.make_serving(config, p, method, make_optimizer(config), 1)
+    arrays = p.arrays()
     own = arrays.train[0].shape[1:]
     for steps, images in ((0, p.clients.test_rows.shape[-1]), (8, 8 * 24)):
         program = jax.make_jaxpr(lambda *row, steps=steps: serving.score(*row, (), steps))(arrays, seed, run)
-        made = [x for x in layout.made(program.jaxpr) if x.shape[-len(own) :] == own]
+        made = [x for x in memory.made(program.jaxpr) if x.shape[-len(own) :] == own]
         assert 0 < max(x.size for x in made) <= 2 * images * np.prod(own)
 
 
 def test_of_many_clients_no_distances_are_computed(options, monkeypatch):
     config = parse(["run", "--method", "fedit", *options])[1]
     p = problem.build(config)
-    seed = jax.tree.map(lambda x: x[0], Seed(p.clients, p.adapters, p.keys))
-    method = methods.build("fedit", **trial.facts_of(config, p.signature))
+    seed = jax.tree.map(lambda x: x[0], p.everyone())
+    method = methods.build("fedit", **facts.facts_of(config, p.signature))
     run = rounds.start(method, seed.key, seed.adapter, config.clients)
-    arrays = Arrays(p.base, p.train, p.test[:2])
+    arrays = p.arrays()
     for most, shape in ((6, (6, 6)), (5, None)):
         monkeypatch.setattr(client_map, "CLIENTS", most)
-        scores = programs.make_scores(config, p, method, make_optimizer(config), 1)
+        scores = evaluation.make_scores(config, p, method, make_optimizer(config), 1)
         apart = jax.eval_shape(scores, arrays, seed, run, np.bool_(True)).distances
         assert (None if apart is None else apart.shape) == shape

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from test_bad_input import change
 
-from experiments import compare, record
 from experiments.__main__ import main
+from experiments.commands import compare
+from experiments.results import record
 
 ROOT = Path(__file__).parents[1]
 WORK = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.rows import _worst
-from experiments.summary import COLUMNS, meaning, paired, spread, summarise, window
+from experiments.engine.rows import _worst
+from experiments.results.summary import COLUMNS, meaning, paired, spread, summarise, window
 
 
 def rows(method: str = "fedit", shift: float = 0.0, seeds: int = 4, rounds: int = 8) -> list[dict]:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from test_bad_input import change
 
-from experiments import compare, methods, sweep, sweep_figures
 from experiments.cli import parse
-from experiments.summary import MEASURES
+from experiments.commands import compare, sweep
+from experiments.engine import methods
+from experiments.results import sweep_figures
+from experiments.results.summary import MEASURES
 
 SMALL = (
     "--partition iid --clients 4 --holdout-clients 2 --minimum 2 --rounds 2 --seeds 2 --local-steps 2 --batch 4 "

@@ -8,7 +8,7 @@ import pytest
 from helpers import ADAPTER, BASE, CLIENTS, KEY, jit, loss_fn, members
 
 from experiments.config import Config
-from experiments.rows import Rows
+from experiments.engine.rows import Rows
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import Population
 from fedlora_jax.methods.fedex_lora import fedex_lora

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from weight_helpers import FACTS, reference_forward, timm_arrays, write
 
-from experiments import budget, problem
+from experiments.commands import budget
 from experiments.config import Config
-from experiments.folder import Folder
-from experiments.pretrain import to_timm
+from experiments.results.folder import Folder
+from experiments.setup import problem
+from experiments.setup.pretrain import to_timm
 from models.pretrained import load_vit
 from models.vit import ViT, normalise
 

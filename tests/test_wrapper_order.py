@@ -26,7 +26,7 @@ from helpers import (
 )
 from wrapper_helpers import flat
 
-from experiments.methods import wrappers
+from experiments.engine.methods import wrappers
 from fedlora_jax.methods.centralized import centralized
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.flora import flora

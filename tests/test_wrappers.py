@@ -27,10 +27,10 @@ from helpers import (
 )
 from wrapper_helpers import SGD, adapter_of, aggregated, flat, run, uploads
 
-import experiments.methods
-from experiments import overview
+import experiments.engine.methods
+from experiments.commands import list_methods
 from experiments.config import Config
-from experiments.methods import wrappers
+from experiments.engine.methods import wrappers
 from fedlora_jax import lora, rounds
 from fedlora_jax.losses import fedga
 from fedlora_jax.methods.ditto import ditto
@@ -257,10 +257,10 @@ def test_a_cohort_without_memory_is_refused():
 
 def test_a_spec_names_wrappers_from_the_inside_out():
     spec = "fedit+proximal:mu=0.5+scaffold+fedadam:lr=0.25"
-    method = experiments.methods.build(spec, population=8, local_lr=LOCAL_LR, participants=CLIENTS)
+    method = experiments.engine.methods.build(spec, population=8, local_lr=LOCAL_LR, participants=CLIENTS)
     by_hand = fedadam(scaffold(proximal(fedit(), 0.5), 8, LOCAL_LR), lr=0.25)
     assert_near(run(method, 1, SGD)[0], run(by_hand, 1, SGD)[0], 1e-6)
-    assert experiments.methods.about(spec).name == "FedIT + FedProx (mu=0.5) + SCAFFOLD + FedAdam (lr=0.25)"
+    assert experiments.engine.methods.about(spec).name == "FedIT + FedProx (mu=0.5) + SCAFFOLD + FedAdam (lr=0.25)"
 
 
 @pytest.mark.parametrize(
@@ -278,11 +278,11 @@ def test_a_spec_names_wrappers_from_the_inside_out():
 )
 def test_unknown_wrappers_and_options_are_refused(spec, message):
     with pytest.raises(ValueError, match="^.*" + message.replace("+", r"\+")):
-        experiments.methods.check(spec)
+        experiments.engine.methods.check(spec)
 
 
 def test_the_table_shows_every_wrapper_with_its_options():
-    table = overview.table(Config())
+    table = list_methods.table(Config())
     for name, about in wrappers().items():
         row = next(line for line in table.splitlines() if line.startswith(f"{name} "))
         assert about.arxiv in row

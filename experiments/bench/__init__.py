@@ -32,7 +32,7 @@ def execute(options: Options) -> list[dict[str, Any]]:
         lines.append(line)
     if options.out is not None:
         from experiments.bench import picture
-        from experiments.record import write_atomically
+        from experiments.results.record import write_atomically
 
         folder = Path(options.out)
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,12 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from experiments import methods
 from experiments.bench import works
 from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.measure import Line, line
 from experiments.bench.options import Options
-from experiments.compare import describe
+from experiments.engine import methods
+from experiments.engine.facts import describe
 
 
 def run(options: Options) -> Iterator[Line]:

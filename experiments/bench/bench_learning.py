@@ -16,7 +16,7 @@ from experiments.bench.bench_server import alone
 from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.measure import Line, interleaved, line
 from experiments.bench.options import Options
-from experiments.compare import describe
+from experiments.engine.facts import describe
 
 EXACT, KEPT = "hyperlora:mode=exact", ", every step kept"  # not computed again: more memory, less arithmetic
 

@@ -20,7 +20,7 @@ from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.measure import Line, interleaved, line
 from experiments.bench.options import Options
 from experiments.bench.works import Work
-from experiments.compare import describe
+from experiments.engine.facts import describe
 from fedlora_jax import rounds
 from fedlora_jax.clients import Population
 from fedlora_jax.method import Method

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import problem
 from experiments.bench import works
 from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.measure import Line, interleaved, line, timed
 from experiments.bench.options import Options
-from experiments.compare import describe
+from experiments.engine.facts import describe
+from experiments.setup import problem
 from fedlora_jax import lora
 from fedlora_jax.lora import LoRA
 from models.pretrained import Pretrained

@@ -22,7 +22,7 @@ from experiments.bench.bench_peers import refuse_on_cpu
 from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.measure import Line, line
 from experiments.bench.options import Options
-from experiments.compare import describe
+from experiments.engine.facts import describe
 
 PARTS = {  # of an operation's name, which is made of the modules' in models/vit.py; all else is "other"
     "/attn/(query|key|value|out)": "projections",

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from experiments import methods
 from experiments.bench import works
 from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.measure import Line, interleaved, line
 from experiments.bench.options import Options
 from experiments.bench.works import Work
-from experiments.compare import describe
+from experiments.engine import methods
+from experiments.engine.facts import describe
 from fedlora_jax import rounds
 
 

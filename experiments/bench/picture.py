@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.bench.measure import Line
-from experiments.look import DASHES, GREY, MARKERS, METHODS, dress, png
+from experiments.results.style import DASHES, GREY, MARKERS, METHODS, dress, png
 
 
 def draw(bench: str, lines: list[Line]) -> bytes:

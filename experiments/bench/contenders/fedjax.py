@@ -21,7 +21,7 @@ import jax
 from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.measure import Contender
 from experiments.bench.works import Work
-from experiments.compare import describe
+from experiments.engine.facts import describe
 
 _VERSION = importlib.metadata.version("fedjax")
 

@@ -13,11 +13,11 @@ import optax
 from jax import jit
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import layout, methods
 from experiments.bench import machine, works
 from experiments.bench.measure import Contender
 from experiments.bench.works import Arrays, Work
-from experiments.compare import describe
+from experiments.engine import chunking, methods
+from experiments.engine.facts import describe
 from fedlora_jax import lora, rounds, signatures
 from fedlora_jax.lora import Adapter, LoRA, Params
 from fedlora_jax.method import Cohort, Method
@@ -87,8 +87,8 @@ def _loss(work: Work) -> Callable:
 def chunk_of(work: Work, p: Problem, chunk: int | None, devices: int = 1) -> int:
     """As a run would choose it."""
     one = jax.tree.map(lambda x: x[0, 0], p.cohort.batches)
-    fit = layout.at_once(p.loss_fn, p.base, p.adapter, one, jax.random.key(0))
-    return chunk or work.chunk or layout.divisor(work.clients // devices, fit)
+    fit = chunking.at_once(p.loss_fn, p.base, p.adapter, one, jax.random.key(0))
+    return chunk or work.chunk or chunking.divisor(work.clients // devices, fit)
 
 
 def method(work: Work, name: str) -> Method:
@@ -103,7 +103,7 @@ def arguments(
     """A method's round, and what to call it with, for ``compiled``."""
     made = method(work, name)
     run = rounds.start(made, jax.random.key(0), p.adapter, work.clients)
-    chunk, mesh = chunk_of(work, p, chunk, devices), layout.mesh_of(devices)
+    chunk, mesh = chunk_of(work, p, chunk, devices), chunking.mesh_of(devices)
     round_fn = rounds.make_round(made, p.loss_fn, optax.sgd(work.lr), chunk=chunk, remat=remat, mesh=mesh)
     given = p.base, run.state, p.cohort._replace(memory=run.memory), jax.random.key(1)
     return round_fn, *(given if mesh is None else jax.device_put(given, NamedSharding(mesh, PartitionSpec())))

@@ -16,9 +16,9 @@ import numpy as np
 import optax
 from jax import Array
 
-from experiments import data, descriptions, layout
 from experiments.config import Config
-from experiments.data import Images
+from experiments.setup import data, descriptions, memory
+from experiments.setup.data import Images
 from fedlora_jax import lora, partition
 from fedlora_jax.clients import Population, padded
 from fedlora_jax.lora import Adapter, Params
@@ -30,7 +30,7 @@ from models.vit import normalise
 FORWARD = 256  # images that a frozen model sees at once
 STEM = "stem"  # the name under which a base holds the blocks that come before the adapted ones
 KEPT = 0.25  # of the memory there is, at most, for what the stem makes of all images
-NANO = Path(__file__).parent / "data" / "nano_glyphs.npz"
+NANO = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
 
 
 class Clients(NamedTuple):
@@ -42,6 +42,22 @@ class Clients(NamedTuple):
 
     def training(self, count: int) -> Population:
         return jax.tree.map(lambda x: x[:count], self.population)
+
+
+class Arrays(NamedTuple):
+    """What the programs read; arguments, so that no image becomes a constant of a program."""
+
+    base: Any
+    train: tuple[Array, Array]
+    test: tuple[Array, Array]
+
+
+class Seed(NamedTuple):
+    """What a run of one seed starts from (of ``Problem.everyone`` with a leading axis of seeds)."""
+
+    clients: Clients
+    adapter: Adapter
+    key: Array
 
 
 class Problem(NamedTuple):
@@ -60,6 +76,12 @@ class Problem(NamedTuple):
     loss_fn: Callable
     correct_fn: Callable  # (base, adapter, (x, y)) -> 1 where the prediction is right, [n]
     record: dict[str, Any]  # what identifies it, for config.json
+
+    def arrays(self) -> Arrays:
+        return Arrays(self.base, self.train, self.test[:2])
+
+    def everyone(self) -> Seed:
+        return Seed(self.clients, self.adapters, self.keys)
 
 
 def build(
@@ -155,20 +177,20 @@ def of_seeds(problem: Problem, start: int, stop: int) -> Problem:
 def _check_room_for_images(config: Config, images: Images, side: int) -> None:
     """Refuse a size, or draws, that memory cannot hold."""
     size = len(images.x) * side * side * 3
-    layout.refuse_more_than_there_is(
+    memory.refuse_more_than_there_is(
         size if images.x.shape[1:3] == (side, side) else 2 * size,  # on the device, and resized ones on the host too
         f"{len(images.x)} images of {side} x {side}",
         "use a smaller --image-size or fewer images",
     )
-    layout.refuse_draws(_image(side), config.clients_per_round or config.clients, config.local_steps, config.batch)
+    memory.refuse_draws(_image(side), config.clients_per_round or config.clients, config.local_steps, config.batch)
 
 
 def _check_room_for_activations(pretrained: Pretrained, count: int, side: int) -> None:
     """Refuse a model whose largest array, of ``count`` images at most, memory cannot hold."""
     image = _image(side)
     batch = jax.ShapeDtypeStruct((min(FORWARD, count), *image.shape), image.dtype)
-    layout.refuse_more_than_there_is(
-        layout.largest(partial(_forward, pretrained), pretrained.params, batch),
+    memory.refuse_more_than_there_is(
+        memory.largest(partial(_forward, pretrained), pretrained.params, batch),
         f"{pretrained.name} on {batch.shape[0]} images of {side} x {side} makes an array that would",
         "use a smaller --image-size or model",
     )
@@ -184,7 +206,7 @@ def is_stored(config: Config, stem: Pretrained, images: Images) -> bool:
         return config.prefix == "stored"
     apply = lambda x: stem.model.apply({"params": stem.params}, x)[0]
     tokens = jax.eval_shape(apply, jax.ShapeDtypeStruct(images.x.shape, jnp.float32))
-    have = layout.memory()
+    have = memory.available()
     return have is None or tokens.size * tokens.dtype.itemsize <= KEPT * have
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import client_map, programs, summary
 from experiments.config import Config
-from experiments.problem import Problem, domain_accuracies
-from experiments.programs import Scores
-from experiments.record import number
+from experiments.engine import traffic
+from experiments.engine.evaluation import Scores
+from experiments.results import client_map, summary
+from experiments.results.record import number
+from experiments.setup.problem import Problem, domain_accuracies
 from fedlora_jax.method import Method
 from fedlora_jax.rounds import Info
 
@@ -72,7 +73,7 @@ class Rows:
         if cohort not in self._traffic:
             found = np.unique(self._ranks)
             self._traffic[cohort] = np.zeros((4, found.max() + 1))
-            for rank, parts in programs.traffic(self._method, self._adapter, cohort, found.tolist()).items():
+            for rank, parts in traffic.of_clients(self._method, self._adapter, cohort, found.tolist()).items():
                 self._traffic[cohort][:, rank] = parts
         return self._traffic[cohort]
 

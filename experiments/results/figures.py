@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from experiments import client_map
-from experiments.look import (
+from experiments.results import client_map
+from experiments.results.style import (
     FAINT,
     GREY,
     TITLE,
@@ -30,7 +30,7 @@ from experiments.look import (
     stroke,
     styles_of,
 )
-from experiments.summary import spread, window
+from experiments.results.summary import spread, window
 
 ROUNDING = 1e-4  # a bias share below this is float32 rounding
 

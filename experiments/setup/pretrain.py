@@ -1,10 +1,10 @@
 """Make ``experiments/data/nano_glyphs.npz``: a nano ViT that can read printed digits, and has seen no handwriting.
 
-``python -m experiments.pretrain [--out PATH]`` takes about four minutes on two CPU cores. The fonts are those that
-matplotlib ships (DejaVu: Bitstream Vera licence; STIX: STIX Font Licence; cm*: BaKoMa Fonts Licence); every training
-image is drawn inside the jitted program from a glyph's signed distance field, in which stroke weight is an offset.
-Letters are learnt along with the digits, half of the images, and their outputs dropped in the end: features tune better
-so.
+``python -m experiments.setup.pretrain [--out PATH]`` takes about four minutes on two CPU cores. The fonts are those
+that matplotlib ships (DejaVu: Bitstream Vera licence; STIX: STIX Font Licence; cm*: BaKoMa Fonts Licence); every
+training image is drawn inside the jitted program from a glyph's signed distance field, in which stroke weight is an
+offset. Letters are learnt along with the digits, half of the images, and their outputs dropped in the end: features
+tune better so.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from matplotlib.ft2font import FT2Font
 from scipy import ndimage
 from tqdm import tqdm
 
-from experiments.digits import SIDE, digits
+from experiments.setup.digits import SIDE, digits
 from models.vit import normalise, vit
 
-OUT = Path(__file__).parent / "data" / "nano_glyphs.npz"
+OUT = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
 HELD_OUT = ("DejaVuSerif-BoldItalic", "STIXGeneralBol", "cmss10")
 # Fonts of matplotlib without digits, or (cmex, cmsy, LastResort) with other signs in their places.
 NO_DIGITS = ("cmex", "cmsy", "LastResort", "STIXNonUni", "STIXSiz", "DejaVuSansDisplay", "DejaVuSerifDisplay")
@@ -51,7 +51,9 @@ SCAN = 200  # steps in one call of the compiled program
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.pretrain", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.setup.pretrain", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="file to write (default: %(default)s)")
     options = parser.parse_args()
     train, held_out = fields()
@@ -213,7 +215,7 @@ def save(path: Path, params: dict[str, Any]) -> None:
     meta = {
         "source": "glyphs (digits, letters) of the fonts bundled with matplotlib; no handwriting",
         "licence": "Apache-2.0",
-        "command": "python -m experiments.pretrain",
+        "command": "python -m experiments.setup.pretrain",
         "patch": 4,
         "img": SIDE,
         "heads": vit("nano/4", 10).heads,

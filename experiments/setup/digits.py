@@ -4,7 +4,7 @@
 Handwritten Digits*, UCI 1998, CC BY 4.0). Every one of them is drawn exactly once, in one domain and one split, so no
 handwriting is seen both in training and in testing, or by two clients. The digit's index seeds its image.
 
-``python -m experiments.digits PATH.png`` draws ten images of each domain.
+``python -m experiments.setup.digits PATH.png`` draws ten images of each domain.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from jax import Array
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.look import MARKERS, TITLE, Styles, below, colours, plain
+from experiments.results.style import MARKERS, TITLE, Styles, below, colours, plain
 from fedlora_jax import clustering
 
 MOST = 9  # clusters that a picture can still tell distances

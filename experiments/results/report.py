@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments import client_map, figures
-from experiments.folder import write_atomically
-from experiments.look import png
-from experiments.summary import window
+from experiments.results import client_map, figures
+from experiments.results.folder import write_atomically
+from experiments.results.style import png
+from experiments.results.summary import window
 
 ACCURACIES = {
     "global": "global_accuracy",

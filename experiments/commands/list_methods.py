@@ -11,16 +11,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import data, descriptions, methods
 from experiments.config import Config, check
-from experiments.layout import bytes_of
-from experiments.problem import load_weights
-from experiments.programs import traffic_bytes
+from experiments.engine import methods, traffic
+from experiments.setup import data, descriptions
+from experiments.setup.memory import bytes_of
+from experiments.setup.problem import load_weights
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter
 from fedlora_jax.signatures import Signature
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[2] / "tests"
 MOST = 10_000  # clients of a round: some methods send all of them what each of them has sent, here one by one
 DIGITS = tuple("0123456789")  # classes of the built-in data, which need not be drawn for this
 
@@ -91,7 +91,7 @@ def sizes(config: Config, name: str, adapter: Adapter, signature: Signature) -> 
     facts = {"participants": clients, "signature": signature, "population": config.clients, "rounds": config.rounds}
     method = methods.build(name, theta=None, **facts)
     state = jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0), adapter)
-    up, down = traffic_bytes(method, adapter, tuple(int(r) for r in np.resize(config.rank, clients)))
+    up, down = traffic.whole_round(method, adapter, tuple(int(r) for r in np.resize(config.rank, clients)))
     memory = jax.eval_shape(method.init_client, adapter)
     return Sizes(
         up / clients, down / clients, bytes_of(state) - bytes_of(getattr(state, "adapter", ())), bytes_of(memory)

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from experiments.budget_figures import line
-from experiments.look import dress, legend, styles_of
-from experiments.summary import window
+from experiments.results.budget_figures import line
+from experiments.results.style import dress, legend, styles_of
+from experiments.results.summary import window
 
 PANELS = {"global_accuracy": "global model", "personal_accuracy": "clients that train, as sent"}
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import process
-from experiments.layout import divisor, kept, largest
+from experiments.engine import process
+from experiments.engine.chunking import divisor, kept
+from experiments.setup.memory import largest
 
 
 def loss_fn(base, adapter, batch, key):
@@ -42,7 +43,7 @@ def test_the_largest_divisor_that_fits(number, most, expected):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
 def test_a_process_starts_itself_again_once_and_keeps_its_arguments():
-    code = "import os, sys; from experiments import process; process.settle(); "
+    code = "import os, sys; from experiments.engine import process; process.settle(); "
     code += "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
     call = lambda env: (
         subprocess.run(
@@ -58,7 +59,7 @@ def test_a_process_starts_itself_again_once_and_keeps_its_arguments():
 
 def test_where_a_plugin_for_an_accelerator_is_installed_it_gets_its_own_settings(tmp_path):
     (tmp_path / "jax_plugins").mkdir()  # a namespace package, as jax's plugins make it
-    code = "import os; from experiments import process; process.settle(); import jax; jax.devices('cpu'); "
+    code = "import os; from experiments.engine import process; process.settle(); import jax; jax.devices('cpu'); "
     code += "print(process.accelerated(), os.environ.get('GLIBC_TUNABLES'), os.environ.get('XLA_FLAGS'))"
     path = os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])
     plain = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "XLA_FLAGS", "JAX_PLATFORMS")}

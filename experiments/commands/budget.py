@@ -17,9 +17,7 @@ Every method at every budget is on disk as soon as it is known: ``--resume`` goe
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,15 +27,16 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from experiments import budget_figures, methods, problem, programs, summary
-from experiments.compare import describe
-from experiments.config import Config, check
-from experiments.folder import CONFIG, Folder, read_json, say, sealed, unsealed, write_atomically, write_json
-from experiments.layout import layout, mesh_of
-from experiments.look import png
-from experiments.problem import Problem
-from experiments.programs import Arrays, Point, Scoring, Seed
-from experiments.trial import acceptable, facts_of
+from experiments.commands import prelude
+from experiments.config import Config
+from experiments.engine import evaluation, methods, programs
+from experiments.engine.chunking import choose
+from experiments.engine.facts import facts_of
+from experiments.engine.programs import Point, Scoring
+from experiments.results import budget_figures, summary
+from experiments.results.folder import CONFIG, read_json, say, sealed, unsealed, write_atomically, write_json
+from experiments.results.style import png
+from experiments.setup.problem import Arrays, Problem, Seed
 from fedlora_jax.method import Method
 from fedlora_jax.rounds import Run
 
@@ -59,35 +58,23 @@ class Plan:
     """A budget experiment that has been checked: nothing is compiled or written yet."""
 
     def __init__(self, config: Config):
-        check(config)
+        prelude.checked(config)
         if config.clients < 2 or config.holdout_clients < 1:
             raise ValueError(
                 f"a budget experiment learns from several clients and serves others: got --clients {config.clients} "
                 f"and --holdout-clients {config.holdout_clients}, expected at least 2 and 1"
             )
         for name in config.methods:
-            methods.check(name)
             if "+scaffold" in name:
                 raise ValueError(f"{name} is built for one local learning rate, and budget tries several: use compare")
-        mesh_of(config.devices)
         self.config = config
-        self.folder = Folder("budget", config.out, config.resume)
-        if config.resume:  # with the same methods and budgets, others or more
-            same = {key: value for key, value in config.identity().items() if key not in ("methods", "budgets")}
-            self.folder.check_same("config", same)
+        self.folder = prelude.opened("budget", config, free=("methods", "budgets"))
         validation = dataclasses.replace(config, validation=SHARE, seeds=config.tuning_seeds)
-        accept = partial(acceptable, config)
-        self.problems = {"test": problem.build(config, accept)}
-        self.problems["validation"] = problem.build(validation, accept, self.problems["test"].pretrained)
+        self.problems = {"test": prelude.built(config)}
+        self.problems["validation"] = prelude.built(validation, self.problems["test"].pretrained)
         if config.resume:
             self.folder.check_same("record", self.problems["test"].record)
-        self.about = {
-            "command": "budget",
-            "config": config.identity(),
-            "record": self.problems["test"].record,
-            **describe(),
-            "date": f"{datetime.date.today()}",
-        }
+        self.about = prelude.about("budget", config, self.problems["test"]) | prelude.today()
         facts = facts_of(config, self.problems["test"].signature)
         self.built = {name: methods.build(name, **facts) for name in config.methods}
 
@@ -151,10 +138,10 @@ def held_in(path: Path) -> list[dict[str, Any]]:
 
 def program(config: Config, p: Problem, method: Method, points: int) -> Callable[[tuple[float, ...]], Outcome]:
     """All rounds of all seeds and their scores as one jitted function of ``points`` learning rates: ``[P, ...]``."""
-    n, (chunk, _) = config.clients, layout(config, p, points)
+    n, (chunk, _) = config.clients, choose(config, p, points)
 
     def scoring(method: Method, optimizer: Any) -> Scoring:
-        serving = programs.make_serving(config, p, method, optimizer, chunk)
+        serving = evaluation.make_serving(config, p, method, optimizer, chunk)
 
         def block(arrays: Arrays, seed: Seed, run: Run, info, end) -> tuple[Array, Array]:
             as_sent, _ = serving.score(arrays, seed, run, serving.onboard(arrays, seed, run), 0)

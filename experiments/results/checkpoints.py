@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.folder import read_json, sealed, unsealed, write_atomically
+from experiments.results.folder import read_json, sealed, unsealed, write_atomically
 
 MANIFEST = "manifest.json"
 

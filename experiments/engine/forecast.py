@@ -14,21 +14,21 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import layout, programs, summary
 from experiments.config import Config
-from experiments.problem import Problem, make_optimizer
+from experiments.engine import chunking, evaluation, traffic
+from experiments.engine.trial import Trial
+from experiments.results import summary
+from experiments.setup import memory
+from experiments.setup.problem import Problem, make_optimizer
 from fedlora_jax import rounds
 from fedlora_jax.method import Method
 from fedlora_jax.methods.fedit import fedit
-
-if TYPE_CHECKING:
-    from experiments.compare import Trial
 
 REPEATS = 3
 
@@ -64,22 +64,24 @@ class Scoring(NamedTuple):
     own: float  # one client's model on its own ones, where as many are scored at once as in a run
 
 
-def need(held: Any, compiled: Sequence[Any]) -> Need | None:
-    """Memory of programs that run one after another while ``held`` stays; ``None`` where XLA does not tell."""
-    works = [program.memory_analysis() for program in compiled]
+def need(trial: Trial) -> Need | None:
+    """Memory of a compiled trial, whose programs run one after another; ``None`` where XLA does not tell."""
+    p = trial.problem
+    held = (p.base, p.train, p.test, p.clients, p.adapters, p.keys, trial.start)
+    works = [program.memory_analysis() for program in (trial.train, trial.evaluate)]
     if None in works:
         return None
     new = lambda m: m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     work = max(new(m) + m.generated_code_size_in_bytes for m in works)
-    return Need(layout.bytes_of(held), work, layout.beside_arrays())
+    return Need(memory.bytes_of(held), work, memory.beside_arrays())
 
 
 def too_large(config: Config, problem: Problem, name: str, needed: Need | None) -> str | None:
     """Why a method does not fit into memory, and what should; ``None`` where it does."""
-    have = layout.memory()
+    have = memory.available()
     if needed is None or have is None or needed.arrays <= have:
         return None
-    chunk, together = layout.layout(config, problem)
+    chunk, together = chunking.choose(config, problem)
     text = (
         f"{name} needs about {_size(needed.arrays)} of memory for arrays ({_size(needed.held)} for those that stay, "
         f"{_size(needed.work)} to train {chunk} clients of {together} seeds at once), and there are {_size(have)}: "
@@ -96,7 +98,7 @@ def too_large(config: Config, problem: Problem, name: str, needed: Need | None) 
 
 def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
     """One line for each compiled method, and how its numbers were found."""
-    step, scoring, have = one_step(config, problem), one_scoring(config, problem), layout.memory()
+    step, scoring, have = one_step(config, problem), one_scoring(config, problem), memory.available()
     frozen = _count(problem.base)
     rows = [["method", "frozen", "trained", "KiB up", "KiB down", "GFLOP/round", "peak memory", "compile s"]]
     rows[0] += ["rounds s", "scores s", "run s"]
@@ -105,9 +107,9 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
         ranks = np.asarray(problem.clients.population.ranks)[0]
         cohort = tuple(int(r) for r in np.resize(ranks, config.clients_per_round or config.clients))
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
-        up, down = (x / len(cohort) / 1024 for x in programs.traffic_bytes(trial.method, shapes, cohort))
+        up, down = (x / len(cohort) / 1024 for x in traffic.whole_round(trial.method, shapes, cohort))
         passes = trial.method.meta_gradient.passes(config.local_steps) * len(cohort)
-        needed = trial.need()
+        needed = need(trial)
         training, evaluation = seconds(config, trial.method, step, scoring, passes)
         rows.append(
             [
@@ -134,7 +136,7 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
             f"scores s: {config.rounds // config.eval_every} evaluations, from the global model on all test images "
             f"({1e3 * scoring.whole:.3g} ms) and a client's on its own ({1e3 * scoring.own:.3g} ms);",
             "run s: both, without compiling;",
-            f"peak memory: of the process, which holds {_size(layout.beside_arrays())} beside arrays now; "
+            f"peak memory: of the process, which holds {_size(memory.beside_arrays())} beside arrays now; "
             f"free for arrays: {'unknown' if have is None else _size(have)}",
             *notes,
         ]
@@ -143,7 +145,7 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
 
 def one_step(config: Config, problem: Problem) -> Step:
     """Time of a local step of as many clients as are trained at once: the best of a few calls; and its arithmetic."""
-    clients, _ = layout.layout(config, problem)
+    clients, _ = chunking.choose(config, problem)
     local = rounds.make_local(fedit(), problem.loss_fn, make_optimizer(config))
     batch = tuple(x[jnp.arange(config.batch) % len(x)][None] for x in problem.train)
     adapter = jax.tree.map(lambda x: x[0], problem.adapters)
@@ -161,8 +163,8 @@ def one_step(config: Config, problem: Problem) -> Step:
 
 def one_scoring(config: Config, problem: Problem) -> Scoring:
     """Time of the two parts of an evaluation."""
-    total, (chunk, _) = config.clients + config.holdout_clients, layout.layout(config, problem)
-    clients = programs.scored_at_once(total, chunk)
+    total, (chunk, _) = config.clients + config.holdout_clients, chunking.choose(config, problem)
+    clients = evaluation.scored_at_once(total, chunk)
     adapter = jax.tree.map(lambda x: x[0], problem.adapters)
     several = jax.tree.map(lambda x: jnp.stack([x] * clients), adapter)
     rows, (x, y) = problem.clients.test_rows[0, :clients], problem.test[:2]

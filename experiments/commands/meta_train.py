@@ -11,7 +11,6 @@ by any run (``--theta``, ``mode=frozen``).
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +20,14 @@ import optax
 from jax import Array
 from tqdm import tqdm
 
-from experiments import methods, problem, programs, record
-from experiments.compare import describe
-from experiments.config import Config, check
-from experiments.folder import Folder, write_json
-from experiments.layout import layout
-from experiments.problem import Problem, make_optimizer
-from experiments.programs import Seed
-from experiments.trial import acceptable, facts_of
+from experiments.commands import prelude
+from experiments.config import Config
+from experiments.engine import methods, programs
+from experiments.engine.chunking import choose
+from experiments.engine.facts import facts_of
+from experiments.results import record
+from experiments.results.folder import Folder, write_json
+from experiments.setup.problem import Problem, Seed, make_optimizer
 from fedlora_jax import meta, rounds
 from fedlora_jax.clients import sample_ids, sample_rounds, sample_views
 from fedlora_jax.keys import purpose
@@ -47,20 +46,19 @@ class Plan:
     """Meta-training that has been checked: nothing is compiled or written yet."""
 
     def __init__(self, config: Config):
-        check(config)
+        prelude.checked(config)
         if len(config.methods) != 1:
             raise ValueError(f"meta trains one method, got --methods {','.join(config.methods)}")
         (self.name,) = config.methods
-        methods.check(self.name)
         if config.minimum < 2:
             raise ValueError("meta keeps examples of every client apart: --minimum must be at least 2, got 1")
         config = dataclasses.replace(config, seeds=config.seeds[:1])
         self.config = config
         self.folder = Folder("meta", config.out)
-        self.problem = problem.build(config, partial(acceptable, config))
+        self.problem = prelude.built(config)
         self.method = methods.build(self.name, **facts_of(config, self.problem.signature))
         p = self.problem
-        self.seed: Seed = jax.tree.map(lambda x: x[0], Seed(p.clients, p.adapters, p.keys))
+        self.seed: Seed = jax.tree.map(lambda x: x[0], p.everyone())
         state = jax.eval_shape(self.method.init, self.seed.key, self.seed.adapter)
         if not hasattr(state, "theta"):
             raise ValueError(f"{self.name} has no theta to meta-train: hyperlora:mode=frozen has")
@@ -86,7 +84,7 @@ class Plan:
                 losses += np.asarray(seen, float).tolist()
                 bar.update(config.eval_every)
         path = record.write_theta(folder, self.name, learning.run.state.theta)
-        about = {"command": "meta", "config": config.identity(), "record": self.problem.record, **describe()}
+        about = prelude.about("meta", config, self.problem)
         write_json(folder / "meta.json", {"schema": 1, **about, "loss": losses})
         width = max(1, len(losses) // 5)
         print(f"\nloss after {config.unroll} rounds, mean over meta-steps:")
@@ -100,7 +98,7 @@ class Plan:
 def make(config: Config, p: Problem, method: Method):
     """``step(learning, seed) -> (learning, loss)``, and ``start(seed) -> learning``."""
     optimizer, tx = make_optimizer(config), optax.adam(config.meta_lr)
-    chunk, _ = layout(config, p)
+    chunk, _ = choose(config, p)
     after_rounds = meta.outcome(method, p.loss_fn, optimizer, chunk=chunk)
     advance = programs.make_block(config, p, method, optimizer, chunk)
 

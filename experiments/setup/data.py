@@ -79,7 +79,7 @@ def load(source: str, test_share: float = 0.2) -> Images:
       ValueError: the file is missing, damaged, or breaks the contract; the message says where.
     """
     if source == "digits":
-        from experiments.digits import digits
+        from experiments.setup.digits import digits
 
         arrays, name = digits(), "digits"
     else:

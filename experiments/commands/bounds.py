@@ -13,10 +13,11 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-from experiments import problem, summary
 from experiments.config import Config, check
-from experiments.layout import refuse_draws
-from experiments.problem import (
+from experiments.results import summary
+from experiments.setup import problem
+from experiments.setup.memory import refuse_draws
+from experiments.setup.problem import (
     Clients,
     Problem,
     domain_accuracies,

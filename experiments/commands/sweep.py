@@ -1,9 +1,9 @@
 """Accuracy against hyper-parameters: learning rates, and one option of the methods, for every seed in one program.
 
 The values are arguments of a compiled program, not constants: a method is built inside it around a traced number, and
-all values and seeds are one axis of it, mapped or vmapped as ``layout.py`` finds best. What each point reports is what
-a ``run`` with these options reports (``summary.py``), on test images unless ``--validation`` sets images apart to
-choose by.
+all values and seeds are one axis of it, mapped or vmapped as ``engine/chunking.py`` finds best. What each point
+reports is what a ``run`` with these options reports (``summary.py``), on test images unless ``--validation`` sets
+images apart to choose by.
 
     summary.json    schema 1; ``entries``: of each method, learning rate and value the measures of ``summary.py``, the
                     options of a run that is the same, and the seeds whose loss became infinite (then no measures)
@@ -13,7 +13,6 @@ choose by.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import itertools
 import time
 from collections.abc import Callable
@@ -25,16 +24,20 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import methods, problem, programs, summary, sweep_figures
-from experiments.compare import describe
-from experiments.config import MANY, Config, check
-from experiments.folder import Folder, write_atomically, write_json
-from experiments.layout import layout, mesh_of
-from experiments.look import png
-from experiments.methods import Varied
-from experiments.programs import Arrays, Point, Scores, Scoring, Seed
-from experiments.rows import Rows
-from experiments.trial import acceptable, facts_of
+from experiments.commands import prelude
+from experiments.config import MANY, Config
+from experiments.engine import evaluation, methods, programs
+from experiments.engine.chunking import choose
+from experiments.engine.evaluation import Scores
+from experiments.engine.facts import acceptable, facts_of
+from experiments.engine.methods import Varied
+from experiments.engine.programs import Point, Scoring
+from experiments.engine.rows import Rows
+from experiments.results import summary, sweep_figures
+from experiments.results.folder import Folder, write_atomically, write_json
+from experiments.results.style import png
+from experiments.setup import problem
+from experiments.setup.problem import Arrays, Seed
 from fedlora_jax.method import Method, refuse_outside
 from fedlora_jax.rounds import Info, Run
 
@@ -50,25 +53,16 @@ class Plan:
     """A sweep that has been checked: all programs are traced, nothing is compiled or written yet."""
 
     def __init__(self, config: Config):
-        check(config)
+        prelude.checked(config)
         self.axis = axis_of(config.vary)
         if len(config.lrs) * len(self.axis.values) > MANY:
             raise ValueError(f"--lrs and --vary make {len(config.lrs) * len(self.axis.values)} points: at most {MANY}")
-        for name in config.methods:
-            methods.check(name)
         self.varied = {name: methods.find(name, self.axis.name) if self.axis.name else None for name in config.methods}
-        mesh_of(config.devices)
         self.config = config
         self.folder = Folder("sweep", config.out)
         self.problem = problem.build(config, self._acceptable)
-        self.about = {
-            "command": "sweep",
-            "config": config.identity(),
-            "record": self.problem.record,
-            "option": self.axis.name,
-            **describe(),
-            "date": f"{datetime.date.today()}",
-        }
+        about = prelude.about("sweep", config, self.problem)
+        self.about: dict[str, Any] = about | {"option": self.axis.name} | prelude.today()
         self.grid = list(itertools.product(config.lrs, self.axis.values))
         self.lowered = {name: self._lower(name) for name in config.methods}
 
@@ -125,10 +119,10 @@ class Plan:
     def _lower(self, name: str) -> tuple[Any, tuple]:
         config, p = self.config, self.problem
         lrs, values = zip(*self.grid, strict=True)
-        chunk, _ = layout(config, p, len(self.grid))
+        chunk, _ = choose(config, p, len(self.grid))
 
         def scoring(method: Method, optimizer: Any) -> Scoring:
-            score = programs.make_scores(config, p, method, optimizer, chunk)
+            score = evaluation.make_scores(config, p, method, optimizer, chunk)
 
             def block(arrays: Arrays, seed: Seed, run: Run, info: Info, end: jax.Array) -> tuple[Info, Scores]:
                 scores = score(arrays, seed, run, end > config.rounds - summary.WINDOW)

@@ -5,54 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import forecast, layout, methods, problem, programs, record, summary
-from experiments.checkpoints import Checkpoints
 from experiments.config import Config
-from experiments.folder import say
-from experiments.problem import Problem
-from experiments.programs import Programs
-from experiments.rows import Rows, as_of
-from fedlora_jax import rounds
-from fedlora_jax.lora import Adapter
+from experiments.engine import methods, programs
+from experiments.engine.facts import facts_of
+from experiments.engine.programs import Programs
+from experiments.engine.rows import Rows, as_of
+from experiments.results import record, summary
+from experiments.results.checkpoints import Checkpoints
+from experiments.results.folder import say
+from experiments.setup import problem
+from experiments.setup.problem import Problem
 from fedlora_jax.method import Method
 from fedlora_jax.rounds import Info, Run
-from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers import innermost
-
-
-def facts_of(config: Config, signature: Signature) -> dict[str, Any]:
-    """What a method can ask to be given of a run."""
-    return {
-        "participants": config.clients_per_round or config.clients,
-        "signature": signature,
-        "population": config.clients,
-        "rounds": config.rounds,
-        "theta": record.read_arrays(config.theta),
-        "local_lr": config.lr,
-    }
-
-
-def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
-    """Refuse options that a method does not take, and what it has learned where that does not fit."""
-    for name in config.methods:
-        method = methods.build(name, **facts_of(config, signature))
-        if method.query and config.minimum < 2:
-            raise ValueError(f"{name} keeps examples of every client apart: --minimum must be at least 2, got 1")
-        if "+scaffold" in name and config.optimizer != "sgd":
-            raise ValueError(f"{name} needs local steps of plain SGD: --optimizer must be sgd, got {config.optimizer}")
-        start = lambda key, adapter, method=method: rounds.start(method, key, adapter, config.clients)
-        run = jax.eval_shape(start, jax.eval_shape(jax.random.key, 0), adapter)
-        layout.refuse_more_than_there_is(
-            len(config.seeds) * layout.bytes_of(run),
-            f"what {name} keeps of {config.clients} clients and {len(config.seeds)} seeds would",
-            "use fewer of them, or smaller options of the method",
-        )
 
 
 class Trial:
@@ -80,12 +50,6 @@ class Trial:
         self.compile_seconds = time.perf_counter() - begin
         arguments = (p.base, p.train, p.test, p.clients, self.start, p.keys, np.bool_(True))
         self.evaluate = self.programs.evaluate.lower(*arguments).compile()
-
-    def need(self) -> forecast.Need | None:
-        """Memory of the run; ``None`` where XLA does not tell."""
-        p = self.problem
-        held = (p.base, p.train, p.test, p.clients, p.adapters, p.keys, self.start)
-        return forecast.need(held, [self.train, self.evaluate])
 
     def of_seeds(self, start: int, stop: int) -> Trial:
         """The same on some of the seeds alone, which changes none of their numbers."""

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from experiments.look import Styles, dress, legend, stroke, styles_of
+from experiments.results.style import Styles, dress, legend, stroke, styles_of
 
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import platform
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import checkpoints, forecast, methods, problem, record, report, summary
-from experiments.checkpoints import Checkpoints
-from experiments.config import Config, check
-from experiments.folder import CONFIG, Folder, digest, say, write_json
-from experiments.layout import mesh_of
-from experiments.rows import holdings
-from experiments.trial import Trial, acceptable
+from experiments.commands import prelude
+from experiments.config import Config
+from experiments.engine import forecast, methods
+from experiments.engine.rows import holdings
+from experiments.engine.trial import Trial
+from experiments.results import checkpoints, record, report, summary
+from experiments.results.checkpoints import Checkpoints
+from experiments.results.folder import CONFIG, digest, say, write_json
 
 GROWS = ("methods", "seeds", "rounds")  # what a run may have more of when it goes on
 
@@ -43,25 +39,16 @@ class Plan:
     """A run that has been checked: all programs are traced, nothing is compiled or written yet."""
 
     def __init__(self, command: str, config: Config):
-        check(config)
-        for name in config.methods:
-            methods.check(name)  # a misspelt name is refused before data are loaded
-        mesh_of(config.devices)  # refuses more devices than there are
+        prelude.checked(config)
         self.command, self.config = command, config
-        self.folder = Folder(command, config.out, config.resume)
+        self.folder = prelude.opened(command, config, GROWS)
         if config.resume:
-            self.folder.check_same("config", config.identity(), GROWS)
             self._refuse_stages_of_other_rounds()
-        self.problem = problem.build(config, partial(acceptable, config))
+        self.problem = prelude.built(config)
         if config.resume:
             self._refuse_other_draws()
             self.folder.check_same("record", self.problem.record, ("partition_hash",))
-        self.about = {
-            "command": command,
-            "config": config.identity(),
-            "record": self.problem.record,
-            **describe(),
-        }
+        self.about = prelude.about(command, config, self.problem)
         self.trials = {name: Trial(config, self.problem, name) for name in config.methods}
 
     def forecast(self) -> None:
@@ -142,7 +129,7 @@ class Plan:
 
     def _refuse_what_does_not_fit(self, trials: Iterable[Trial]) -> None:
         for trial in self._compiled(trials):
-            if reason := forecast.too_large(trial.config, trial.problem, trial.name, trial.need()):
+            if reason := forecast.too_large(trial.config, trial.problem, trial.name, forecast.need(trial)):
                 raise MemoryError(reason)
 
     def _finish(self, rows: list[dict[str, Any]], timings: dict[str, dict[str, float | None]]) -> Path:
@@ -154,7 +141,7 @@ class Plan:
         result = {
             "schema": 1,
             **self.about,
-            "date": f"{datetime.date.today()}",
+            **prelude.today(),
             "methods": entries,
             "paired": summary.paired(entries),
         }
@@ -163,14 +150,6 @@ class Plan:
         print(f"\n{summary.table(result)}\n\n{summary.meaning(result['config'])}")
         print(f"\nreport: {path}")
         return path
-
-
-def describe() -> dict[str, Any]:
-    """With what a run is computed."""
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
-    }
 
 
 def _timings(parts: list[Part], name: str) -> dict[str, float | None]:

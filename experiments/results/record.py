@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.folder import read_json, sealed, unsealed, write_atomically
+from experiments.results.folder import read_json, sealed, unsealed, write_atomically
 from models import archive
 
 

@@ -1,0 +1,1 @@
+"""One module for each command: what it checks, what it runs, what it prints."""

@@ -1,0 +1,52 @@
+"""What every command that runs methods begins with: options, names and devices are refused before data are loaded."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Collection, Iterable
+from functools import partial
+from typing import Any
+
+from experiments.config import Config, check
+from experiments.engine import methods
+from experiments.engine.chunking import mesh_of
+from experiments.engine.facts import acceptable, describe
+from experiments.results.folder import Folder
+from experiments.setup import problem
+from experiments.setup.problem import Problem
+from models.pretrained import Pretrained
+
+
+def checked(config: Config) -> None:
+    """Refuse what can be seen to be wrong before anything is read."""
+    check(config)
+    for name in config.methods:
+        methods.check(name)
+    mesh_of(config.devices)  # refuses more devices than there are
+
+
+def opened(command: str, config: Config, grows: Iterable[str] = (), free: Collection[str] = ()) -> Folder:
+    """The folder that a command which can go on writes.
+
+    Raises:
+      ValueError: ``--resume``, and its configuration differs by something else than more of what ``grows``, or what is
+        ``free``.
+    """
+    folder = Folder(command, config.out, config.resume)
+    if config.resume:
+        folder.check_same("config", {k: v for k, v in config.identity().items() if k not in free}, grows)
+    return folder
+
+
+def built(config: Config, pretrained: Pretrained | None = None) -> Problem:
+    """The problem, if the methods accept it."""
+    return problem.build(config, partial(acceptable, config), pretrained)
+
+
+def about(command: str, config: Config, problem: Problem) -> dict[str, Any]:
+    """What identifies a run, and with what it is computed, for ``config.json``."""
+    return {"command": command, "config": config.identity(), "record": problem.record, **describe()}
+
+
+def today() -> dict[str, Any]:
+    return {"date": f"{datetime.date.today()}"}

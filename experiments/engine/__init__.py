@@ -1,0 +1,1 @@
+"""What runs: methods by name, compiled programs, evaluation, how much at once, what it will take."""

@@ -1,0 +1,74 @@
+"""How many clients and seeds are computed side by side: what an accelerator's memory holds, what a CPU's caches like.
+
+Results do not depend on it; memory and speed do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from experiments.config import Config
+from experiments.setup.memory import bytes_of, largest
+from experiments.setup.problem import Problem
+
+CACHE = 4 * 2**20  # bytes: a CPU loses time where the arrays of one operation outgrow its caches
+SHARE = 0.6  # of an accelerator's memory, for what clients keep for their backward pass
+
+
+def mesh_of(devices: int) -> Mesh | None:
+    """So many devices that share a cohort, where it is more than one.
+
+    Raises:
+      ValueError: there are fewer devices than asked for.
+    """
+    if devices == 1:
+        return None
+    if devices > jax.device_count():
+        more = f"XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes a CPU count as more"
+        raise ValueError(f"--devices {devices}: jax finds {jax.device_count()} ({more})")
+    return jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def choose(config: Config, problem: Problem, points: int = 1) -> tuple[int, int]:
+    """Clients and runs (every seed at each of ``points``) at once on each device: as set, or as they fit.
+
+    A CPU takes one run after another.
+    """
+    clients = (config.clients_per_round or config.clients) // config.devices
+    runs = points * problem.keys.shape[0]
+    fit = at_once(problem.loss_fn, *one_step(config, problem))
+    cpu = jax.default_backend() == "cpu"
+    together = divisor(runs, config.seeds_at_once or (1 if cpu else fit // clients))
+    return config.chunk or divisor(clients, fit if cpu else fit // together), together
+
+
+def at_once(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> int:
+    """Clients in one device's memory, or a CPU's caches; the arguments are a local step's, or their shapes."""
+    if jax.default_backend() == "cpu":
+        return CACHE // largest(jax.grad(loss_fn, 1), base, adapter, batch, key)
+    memory = jax.local_devices()[0].memory_stats()["bytes_limit"]
+    return int(SHARE * memory / kept(loss_fn, base, adapter, batch, key))
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest number that divides ``number`` and is at most ``most``, or 1."""
+    return max(size for size in range(1, max(1, min(number, most)) + 1) if number % size == 0)
+
+
+def one_step(config: Config, problem: Problem) -> tuple[Any, Any, Any, Any]:
+    """The shapes of base, adapter, batch and key in one client's local step."""
+    batch = tuple(jax.ShapeDtypeStruct((config.batch, *x.shape[1:]), x.dtype) for x in problem.train)
+    adapter = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
+    return problem.base, adapter, batch, jax.eval_shape(jax.random.key, 0)
+
+
+def kept(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> int:
+    """Bytes that one client's forward pass keeps for the backward pass."""
+    pull = lambda base, adapter, batch, key: jax.vjp(lambda x: loss_fn(base, x, batch, key), adapter)[1]
+    shared = {(x.shape, x.dtype) for x in jax.tree.leaves(base)}
+    residuals = jax.tree.leaves(jax.eval_shape(pull, base, adapter, batch, key))
+    return max(1, bytes_of([x for x in residuals if (x.shape, x.dtype) not in shared]))

@@ -1,0 +1,143 @@
+"""How models are served and scored: the one path, in every command, whatever it then reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from experiments.config import Config
+from experiments.engine.chunking import divisor
+from experiments.results import client_map
+from experiments.setup.problem import Arrays, Clients, Problem, Seed, own_accuracy
+from fedlora_jax import clustering, lora, rounds
+from fedlora_jax.clients import sample_batches
+from fedlora_jax.keys import purpose
+from fedlora_jax.lora import Adapter
+from fedlora_jax.method import Method, average_client
+from fedlora_jax.rounds import Run
+
+GROUP = 256  # clients that hold a model at a time when they are scored
+
+
+class Scores(NamedTuple):
+    """Accuracies after a block of rounds; clients are the training ones, then the unseen ones."""
+
+    correct: Array  # [n_test] 1 where the global model is right
+    personal: Array  # [N + K] each client's model, as dispatched, on the client's own test images; of unseen clients
+    #   after the trial by which the method gets to know them, where it has one (Method.onboard)
+    tuned: Array  # [N + K] the same after local steps; nan where they were not asked for
+    distances: Array | None  # [N + K, N + K] distances of their subspaces after the last round and local steps; or nan;
+    #   None where there are too many for a map
+
+
+class Serving(NamedTuple):
+    """How clients are served the models of a run, the training ones, then the unseen ones; of one seed."""
+
+    whole: Callable  # (arrays, seed, run) -> [n_test] 1 where the global model is right
+    onboard: (
+        Callable  # (arrays, seed, run) -> memory [N + K, ...], of unseen clients after the trial by which the method
+    )
+    #   gets to know them, where it has one (Method.onboard)
+    score: Callable  # (arrays, seed, run, memory, steps, read) -> (accuracy [N + K] of each client's model on its own
+    #   test images after so many local steps, read(model) [N + K, ...])
+
+
+def make_serving(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int) -> Serving:
+    """The one way in which models are served and scored: in every run, whatever it then reports.
+
+    Clients are scored in chunks of at most ``chunk``, as they are trained. Of many clients no more than ``GROUP`` hold
+    a model at a time; images are looked up where they are used.
+    """
+    total, n = config.clients + config.holdout_clients, config.clients
+    many, own_chunk = total > GROUP, scored_at_once(total, chunk)
+    score_one = rounds.make_evaluate(method, problem.correct_fn)
+    key_of = lambda seed, run: partial(purpose, purpose(jax.random.fold_in(seed.key, run.round), "evaluation"))
+
+    def drawn(arrays: Arrays, clients: Clients, ids: Array, key: Array, steps: int) -> Array:
+        """Rows of the training images of so many local steps, ``[C, steps, batch]``."""
+        rows = jnp.arange(arrays.train[1].shape[0])
+        return sample_batches(key, rows, clients.population, ids, steps, config.batch, problem.smallest)
+
+    def loss_of(arrays: Arrays) -> Callable:
+        images = lambda rows: jax.tree.map(lambda x: x[rows], arrays.train)
+        return lambda base, adapter, rows, key: problem.loss_fn(base, adapter, images(rows), key)
+
+    def whole(arrays: Arrays, seed: Seed, run: Run) -> Array:
+        (x, y), training = arrays.test, seed.clients.training(n).cohort(jnp.arange(n), run.memory)
+        one, key = average_client(training), key_of(seed, run)("nothing")
+        return score_one(arrays.base, run.state, one, (x[None], y[None]), key).before[0]
+
+    def onboard(arrays: Arrays, seed: Seed, run: Run) -> Any:
+        key, population = key_of(seed, run), seed.clients.population
+        fresh = rounds.start(method, key("newcomers"), seed.adapter, config.holdout_clients)
+        memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh.memory)
+        if method.onboard is None or not config.holdout_clients:
+            return memory
+        unseen = jnp.arange(n, total)
+        trial = drawn(arrays, seed.clients, unseen, key("batches of trials"), config.local_steps)
+        introduce = rounds.make_onboard(
+            method, loss_of(arrays), optimizer, chunk=divisor(config.holdout_clients, chunk)
+        )
+        cohort = population.cohort(unseen, memory, trial)
+        told = introduce(arrays.base, run.state, cohort, key("trials"), run.round)
+        return jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
+
+    def score(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable = lambda model: ()):
+        (x, y), key, clients = arrays.test, key_of(seed, run), seed.clients
+        metric = lambda base, model, rows: (problem.correct_fn(base, model, (x[rows], y[rows])), read(model))
+        evaluate = rounds.make_evaluate(method, metric, loss_of(arrays), optimizer, chunk=own_chunk)
+
+        def group(ids: Array):
+            batches = drawn(arrays, clients, ids, key("batches"), steps) if steps else ()
+            cohort = clients.population.cohort(ids, memory, batches)
+            scores = evaluate(arrays.base, run.state, cohort, clients.test_rows[ids], key("steps"), run.round)
+            correct, seen = scores.after if steps else scores.before
+            return own_accuracy(correct, clients.test_counts[ids]), seen
+
+        if not many:
+            return group(jnp.arange(total))
+        size = GROUP // own_chunk * own_chunk
+        ids = jnp.minimum(jnp.arange(-(-total // size) * size), total - 1).reshape(-1, size)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], jax.lax.map(group, ids))
+
+    return Serving(whole, onboard, score)
+
+
+def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int) -> Callable:
+    """``(arrays, seed, run, tune) -> Scores`` of one seed; tune: also after local steps?"""
+    total = config.clients + config.holdout_clients
+    serving = make_serving(config, problem, method, optimizer, chunk)
+    mapped = client_map.is_drawn(total)
+
+    def scores(arrays: Arrays, seed: Seed, run: Run, tune: Array) -> Scores:
+        memory = serving.onboard(arrays, seed, run)
+
+        def tuned() -> tuple[Array, Array | None]:
+            read = subspaces if mapped else lambda model: ()
+            accuracy, q = serving.score(arrays, seed, run, memory, config.local_steps, read)
+            if not mapped:
+                return accuracy, None
+            nowhere = jnp.full((total, total), jnp.nan)
+            last = run.round == config.rounds
+            return accuracy, jax.lax.cond(last, lambda: clustering.distances(q, q), lambda: nowhere)
+
+        personal, _ = serving.score(arrays, seed, run, memory, 0)
+        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(tuned))
+        return Scores(serving.whole(arrays, seed, run), personal, *jax.lax.cond(tune, tuned, lambda: nothing))
+
+    return scores
+
+
+def scored_at_once(total: int, chunk: int) -> int:
+    """Clients whose models are computed side by side when ``total`` of them are scored."""
+    return min(chunk, GROUP) if total > GROUP else divisor(total, chunk)
+
+
+def subspaces(model: Adapter) -> list[Array]:
+    """Orthonormal bases ``[..., r, out]`` of what the rows of ``b`` span in one model, for each adapted kernel."""
+    return [clustering.bases(x.b) for x in lora.low_rank_leaves(model)]

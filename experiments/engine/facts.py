@@ -1,0 +1,54 @@
+"""What a method can ask to be given of a run, whether it accepts that, and with what a run is computed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+
+from experiments.config import Config
+from experiments.engine import methods
+from experiments.results import record
+from experiments.setup import memory
+from fedlora_jax import rounds
+from fedlora_jax.lora import Adapter
+from fedlora_jax.signatures import Signature
+
+
+def facts_of(config: Config, signature: Signature) -> dict[str, Any]:
+    """What a method can ask to be given of a run."""
+    return {
+        "participants": config.clients_per_round or config.clients,
+        "signature": signature,
+        "population": config.clients,
+        "rounds": config.rounds,
+        "theta": record.read_arrays(config.theta),
+        "local_lr": config.lr,
+    }
+
+
+def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
+    """Refuse options that a method does not take, and what it has learned where that does not fit."""
+    for name in config.methods:
+        method = methods.build(name, **facts_of(config, signature))
+        if method.query and config.minimum < 2:
+            raise ValueError(f"{name} keeps examples of every client apart: --minimum must be at least 2, got 1")
+        if "+scaffold" in name and config.optimizer != "sgd":
+            raise ValueError(f"{name} needs local steps of plain SGD: --optimizer must be sgd, got {config.optimizer}")
+        start = lambda key, adapter, method=method: rounds.start(method, key, adapter, config.clients)
+        run = jax.eval_shape(start, jax.eval_shape(jax.random.key, 0), adapter)
+        memory.refuse_more_than_there_is(
+            len(config.seeds) * memory.bytes_of(run),
+            f"what {name} keeps of {config.clients} clients and {len(config.seeds)} seeds would",
+            "use fewer of them, or smaller options of the method",
+        )
+
+
+def describe() -> dict[str, Any]:
+    """With what a run is computed."""
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
+    }

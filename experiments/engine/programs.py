@@ -1,0 +1,134 @@
+"""The compiled programs of a run: rounds, and evaluation, each for all seeds at once; or whole runs as one program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments.config import Config
+from experiments.engine.chunking import choose, mesh_of
+from experiments.engine.evaluation import Scores, make_scores
+from experiments.setup.memory import refuse_draws
+from experiments.setup.problem import Arrays, Clients, Problem, Seed, make_optimizer
+from fedlora_jax import rounds
+from fedlora_jax.lora import Adapter
+from fedlora_jax.method import Method, no_learning
+from fedlora_jax.rounds import Run
+
+
+class Point(NamedTuple):
+    """Where whole runs of one program differ besides their seeds; arrays ``[P]`` of them, or one, traced."""
+
+    lr: Array
+    value: Array  # of whatever else is varied; 0 where nothing is
+
+
+class Scoring(NamedTuple):
+    """What is kept of a whole run: ``(arrays, seed, run, ...) -> anything``, for one seed at one point."""
+
+    block: Callable  # (arrays, seed, run, info of the block, rounds done) after each block of rounds
+    end: Callable = lambda arrays, seed, run: ()
+
+
+class Programs(NamedTuple):
+    """Jitted functions; leading axis of seeds on runs, clients and keys."""
+
+    start: Callable  # (adapters, keys) -> runs
+    train: Any  # (base, train, clients, runs, keys) -> (runs, info [seeds, rounds, ...]); donates runs
+    evaluate: Any  # (base, train, test, clients, runs, keys, tune) -> Scores; tune: also after local steps?
+
+
+def make(config: Config, problem: Problem, method: Method) -> Programs:
+    chunk, seeds_at_once = choose(config, problem)
+    optimizer = make_optimizer(config)
+    block = make_block(config, problem, method, optimizer, chunk)
+    scores = make_scores(config, problem, method, optimizer, chunk)
+
+    def start(adapters: Adapter, keys: Array) -> Run:
+        return jax.vmap(lambda adapter, key: rounds.start(method, key, adapter, config.clients))(adapters, keys)
+
+    def train(base, train, clients: Clients, runs: Run, keys: Array):
+        one = lambda row: block(base, train, row[0].training(config.clients), row[1], row[2])
+        return rounds.map_clients(one, (clients, runs, keys), seeds_at_once)
+
+    def evaluate(base, train, test, clients: Clients, runs: Run, keys: Array, tune: Array) -> Scores:
+        one = lambda row: scores(Arrays(base, train, test[:2]), *row, tune)
+        return rounds.map_clients(one, (Seed(clients, problem.adapters, keys), runs), seeds_at_once)
+
+    # Only clients in training are shared by devices; whatever goes in or comes out, every device has all of.
+    mesh = mesh_of(config.devices)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    jit = partial(jax.jit, **({} if mesh is None else {"in_shardings": everywhere, "out_shardings": everywhere}))
+    return Programs(jit(start), jit(train, donate_argnums=3), jit(evaluate))
+
+
+def make_runs(config: Config, problem: Problem, points: int, build: Callable[[Point], Method], scoring: Callable):
+    """Whole runs of every seed at each of ``points`` points, as one function.
+
+    Args:
+      config: the options; ``lr`` and what else a point has are taken from there.
+      problem: its seeds are the runs' (they need not be ``config.seeds``).
+      points: how many.
+      build: the method at one point, whose numbers are traced.
+      scoring: ``(method, optimizer) -> Scoring``.
+
+    Returns:
+      ``runs(points [P], arrays, seeds [S]) -> (block [P, S, blocks, ...], end [P, S, ...])``, and its last two
+      arguments.
+    """
+    chunk, at_once = choose(config, problem, points)
+    seeds = problem.keys.shape[0]
+
+    def one(row, arrays: Arrays, everyone: Seed):
+        point, s = row
+        seed: Seed = jax.tree.map(lambda x: x[s], everyone)
+        method, optimizer = build(point), make_optimizer(config, point.lr)
+        block = make_block(config, problem, method, optimizer, chunk)
+        keep: Scoring = scoring(method, optimizer)
+
+        def advance(run: Run, end: Array):
+            run, info = block(arrays.base, arrays.train, seed.clients.training(config.clients), run, seed.key)
+            return run, keep.block(arrays, seed, run, info, end)
+
+        ends = jnp.arange(config.eval_every, config.rounds + 1, config.eval_every)
+        run, blocks = jax.lax.scan(advance, rounds.start(method, seed.key, seed.adapter, config.clients), ends)
+        return blocks, keep.end(arrays, seed, run)
+
+    def runs(points: Point, arrays: Arrays, everyone: Seed):
+        repeated = jax.tree.map(lambda x: jnp.repeat(x, seeds), points)
+        rows = (repeated, jnp.tile(jnp.arange(seeds), len(points.lr)))
+        out = rounds.map_clients(lambda row: one(row, arrays, everyone), rows, at_once)
+        return jax.tree.map(lambda x: x.reshape(-1, seeds, *x.shape[1:]), out)
+
+    return runs, (problem.arrays(), problem.everyone())
+
+
+def make_block(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int | None) -> Callable:
+    """The rounds between two evaluations, sampling included: ``rounds.scan_rounds`` with a run's options.
+
+    Raises:
+      ValueError: the images that a cohort draws would not fit into memory.
+    """
+    cohort = config.clients_per_round or config.clients
+    refuse_draws(problem.train[0][0], cohort, config.local_steps, config.batch, method.query)
+    step = rounds.make_step(
+        rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk, mesh=mesh_of(config.devices)),
+        participants=config.clients_per_round or config.clients,
+        steps=config.local_steps,
+        batch=config.batch,
+        smallest=problem.smallest,
+        query=method.query,
+    )
+    block = rounds.scan_rounds(step, config.eval_every)
+    if method.learn is not no_learning:
+        return block
+    # Signatures of random parts are there lest a server learns its clients by heart. One that learns nothing from
+    # them (FedLC counts with them) is told of all of a client's data.
+    whole = lambda population: population._replace(signatures=jax.tree.map(lambda x: x[:, :1], population.signatures))
+    return lambda base, data, population, run, key: block(base, data, whole(population), run, key)
