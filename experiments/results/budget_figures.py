@@ -1,4 +1,4 @@
-"""The pictures of a budget experiment, from ``budget.json``; the look of ``look.py``."""
+"""The pictures of a budget experiment, from ``budget.json``; drawn as ``style.py`` says."""
 
 from __future__ import annotations
 

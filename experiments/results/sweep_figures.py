@@ -1,4 +1,4 @@
-"""The picture of a sweep, from its ``summary.json``; the look of ``look.py``."""
+"""The picture of a sweep, from its ``summary.json``; drawn as ``style.py`` says."""
 
 from __future__ import annotations
 
