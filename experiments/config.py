@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlora_jax import partition
-from fedlora_jax.method import refuse_outside
+from fedlora_jax.checks import refuse_outside
 
 
 def option(default: Any, help: str, inside: str | None = None, among: tuple = (), empty: bool = False) -> Any:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedlora_jax.method import refuse_outside
+from fedlora_jax.checks import refuse_outside
 
 KINDS = ("iid", "dirichlet", "classes", "superclass_dirichlet", "domain", "domain_dirichlet")
 FORMS = "iid, dirichlet:ALPHA, classes:N, superclass_dirichlet:ALPHA, domain or domain_dirichlet:ALPHA"

@@ -10,7 +10,7 @@ import pytest
 from helpers import SIGNATURE
 
 from experiments.engine import methods
-from fedlora_jax.method import in_words, refuse_outside
+from fedlora_jax.checks import in_words, refuse_outside
 from fedlora_jax.methods.fedit import fedit
 
 NO_NUMBERS = (float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 1e-300, np.float64(1e39), 2**31, -(10**12))

@@ -38,7 +38,8 @@ from experiments.results.folder import Folder, write_atomically, write_json
 from experiments.results.style import png
 from experiments.setup import problem
 from experiments.setup.problem import Arrays, Seed
-from fedlora_jax.method import Method, refuse_outside
+from fedlora_jax.checks import refuse_outside
+from fedlora_jax.method import Method
 from fedlora_jax.rounds import Info, Run
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import fedlora_jax.methods
 import fedlora_jax.wrappers
-from fedlora_jax.method import About, Method, refuse_outside
+from fedlora_jax.checks import refuse_outside
+from fedlora_jax.method import About, Method
 from fedlora_jax.wrappers import AboutWrapper, order
 
 LONGEST = 200  # letters of a method with its options: folders and files are named by it

@@ -10,7 +10,8 @@ clips by the global norm scales them together, and the global adapter is then no
 from __future__ import annotations
 
 from fedlora_jax import personal
-from fedlora_jax.method import About, MetaGradient, Method, refuse_outside
+from fedlora_jax.checks import refuse_outside
+from fedlora_jax.method import About, MetaGradient, Method
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.personal import squared_distance
 

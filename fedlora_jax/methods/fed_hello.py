@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax import keys, layers, lora
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Method, Traffic, broadcast, mean_of_holders, refuse_outside, uniform
+from fedlora_jax.method import About, Method, Traffic, broadcast, mean_of_holders, uniform
 
 ABOUT = About(
     "Fed-HeLLo", "Zhang et al. 2025", "2506.12213", "a, b of chosen layers; head", "chosen layers, head", "no", "budget"

@@ -20,8 +20,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fedlora_jax import lora
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter, Params
-from fedlora_jax.method import About, Method, refuse_outside
+from fedlora_jax.method import About, Method
 from fedlora_jax.methods.fedex_lora import FedExState, fedex_lora
 
 ABOUT = About("Fed-TaLoRA", "Yu et al. 2025", "2505.12318", "a, b, head", "a, b, head; residual down", "yes")

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax import lora, product
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter, LoRA, Params
-from fedlora_jax.method import About, Cohort, Method, broadcast, mean, refuse_outside
+from fedlora_jax.method import About, Cohort, Method, broadcast, mean
 
 ABOUT = About("FedHL", "Peng et al. 2025", "2505.18494", "a, b, head", "a, b, head", "in what clients changed")
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax import lora, personal
-from fedlora_jax.method import About, Method, Traffic, mean, refuse_outside
+from fedlora_jax.checks import refuse_outside
+from fedlora_jax.method import About, Method, Traffic, mean
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.personal import squared_distance
 from fedlora_jax.signatures import Signature

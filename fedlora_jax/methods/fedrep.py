@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax import lora, personal
-from fedlora_jax.method import About, Method, is_concrete, refuse_outside
+from fedlora_jax.checks import is_concrete, refuse_outside
+from fedlora_jax.method import About, Method
 from fedlora_jax.methods.fedper import fedper
 
 ABOUT = About("FedRep", "Collins et al. ICML 2021", "2102.07078", "head, then a, b", "a, b", "n/a")

@@ -13,7 +13,8 @@ from __future__ import annotations
 import jax
 
 from fedlora_jax import personal
-from fedlora_jax.method import About, MetaGradient, Method, refuse_outside
+from fedlora_jax.checks import refuse_outside
+from fedlora_jax.method import About, MetaGradient, Method
 from fedlora_jax.methods.fedit import fedit
 
 ABOUT = About("FedIT fine-tuned", "Wang et al. 2019", "1910.10252", "a, b, head", "a, b, head", "no")

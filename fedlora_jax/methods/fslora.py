@@ -19,9 +19,10 @@ import optax
 from jax import Array
 
 from fedlora_jax import lora
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Cohort, Dispatch, Method, mean, refuse_outside
+from fedlora_jax.method import About, Cohort, Dispatch, Method, mean
 
 ABOUT = About("FSLoRA", "Fang et al. 2025", "2501.19389", "k columns of a, b; head", "k columns of a, b; head", "no")
 

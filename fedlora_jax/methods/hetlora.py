@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax import lora, product
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method, mean, memory_of, refuse_outside, revived, uniform
+from fedlora_jax.method import About, Method, mean, memory_of, revived, uniform
 from fedlora_jax.methods.fedit import fedit
 
 ABOUT = About("HetLoRA", "Cho et al. EMNLP 2024", "2401.06432", "a, b, head", "a, b, head", "no", "rank")

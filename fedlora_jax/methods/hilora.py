@@ -37,8 +37,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax import clustering, lora, personal, product
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Dispatch, Method, Onboarding, Traffic, mean, memory_of, per_client, refuse_outside
+from fedlora_jax.method import About, Dispatch, Method, Onboarding, Traffic, mean, memory_of, per_client
 from fedlora_jax.personal import Kept
 from fedlora_jax.signatures import Signature
 

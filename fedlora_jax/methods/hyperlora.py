@@ -27,13 +27,14 @@ import optax
 from jax import Array
 
 from fedlora_jax import lora, meta, method, product, signatures
+from fedlora_jax.checks import is_concrete, refuse_outside
 from fedlora_jax.hyper import corrector, generator, synthesizer
 from fedlora_jax.hyper.corrector import Corrector
 from fedlora_jax.hyper.generator import Form, Generator
 from fedlora_jax.hyper.networks import per_layer, places
 from fedlora_jax.hyper.synthesizer import Factors, Synthesizer, Uploads
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Dispatch, Method, Traffic, is_concrete, refuse_outside
+from fedlora_jax.method import About, Dispatch, Method, Traffic
 from fedlora_jax.signatures import Signature
 
 ABOUT = About(

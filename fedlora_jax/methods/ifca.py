@@ -17,19 +17,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax import lora
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import (
-    About,
-    Dispatch,
-    MetaGradient,
-    Method,
-    Traffic,
-    mean,
-    no_meta_gradient,
-    refuse_outside,
-    revived,
-)
+from fedlora_jax.method import About, Dispatch, MetaGradient, Method, Traffic, mean, no_meta_gradient, revived
 
 ABOUT = About("IFCA", "Ghosh et al. NeurIPS 2020", "2006.04088", "a, b, head", "a, b, head; k-fold down", "no")
 

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax import lora
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import LoRA
-from fedlora_jax.method import About, Method, mean, refuse_outside, revived
+from fedlora_jax.method import About, Method, mean, revived
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.product import matmul, norm, safe_sqrt, total
 

@@ -15,7 +15,8 @@ from typing import Literal
 
 import jax
 
-from fedlora_jax.method import About, MetaGradient, Method, refuse_outside
+from fedlora_jax.checks import refuse_outside
+from fedlora_jax.method import About, MetaGradient, Method
 from fedlora_jax.methods.fedit import fedit
 
 ABOUT = About("Per-FedAvg", "Fallah et al. NeurIPS 2020", "2002.07948", "a, b, head", "a, b, head", "no")

@@ -19,8 +19,9 @@ import optax
 from jax import Array
 
 from fedlora_jax import lora, meta
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Dispatch, Method, refuse_outside
+from fedlora_jax.method import About, Dispatch, Method
 
 ABOUT = About("pFedHN", "Shamsian et al. ICML 2021", "2103.04628", "a, b, head", "a, b, head", "n/a")
 

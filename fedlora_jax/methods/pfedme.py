@@ -17,8 +17,9 @@ from collections.abc import Callable
 import jax
 
 from fedlora_jax import personal
+from fedlora_jax.checks import is_concrete, refuse_outside
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, MetaGradient, Method, is_concrete, refuse_outside
+from fedlora_jax.method import About, MetaGradient, Method
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.personal import squared_distance
 

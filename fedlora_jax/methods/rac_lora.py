@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax import lora
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter, Params
-from fedlora_jax.method import About, Method, Traffic, refuse_outside
+from fedlora_jax.method import About, Method, Traffic
 from fedlora_jax.methods.fedit import FedITState
 from fedlora_jax.methods.ffa_lora import ffa_lora
 

@@ -19,9 +19,10 @@ import optax
 from jax import Array
 
 from fedlora_jax import lora, product
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method, memory_of, per_client, refuse_outside
+from fedlora_jax.method import About, Method, memory_of, per_client
 from fedlora_jax.methods.fedit import FedITState
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.product import Split

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, refuse_outside
+from fedlora_jax.method import Method
 from fedlora_jax.wrappers.around import AboutWrapper, around, present, square_norms, updates
 
 ABOUT = {"fedbc": AboutWrapper("FedBC", "Bedi et al. 2022", "2206.10815", "a learned penalty weighs each client")}

@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, mean, refuse_outside
+from fedlora_jax.method import Method, mean
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, refuse_outside
+from fedlora_jax.method import Method
 from fedlora_jax.wrappers.around import AboutWrapper, around, innermost, needs_an_adapter, where_moved, with_adapter
 
 _REDDI = "Reddi et al. ICLR 2021", "2003.00295"

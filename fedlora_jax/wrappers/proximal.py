@@ -10,7 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax.method import Method, refuse_outside
+from fedlora_jax.checks import refuse_outside
+from fedlora_jax.method import Method
 from fedlora_jax.wrappers.around import AboutWrapper, around
 
 ABOUT = {"proximal": AboutWrapper("FedProx", "Li et al. MLSys 2020", "1812.06127", "mu / 2 |w - w_g|^2 on the loss")}

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax.method import Method, per_client, refuse_outside
+from fedlora_jax.checks import refuse_outside
+from fedlora_jax.method import Method, per_client
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,

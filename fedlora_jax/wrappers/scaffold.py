@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, mean, per_client, refuse_outside
+from fedlora_jax.method import Method, mean, per_client
 from fedlora_jax.wrappers.around import (
     AboutWrapper,
     around,

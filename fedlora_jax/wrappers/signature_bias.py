@@ -24,8 +24,9 @@ import optax
 from jax import Array
 
 from fedlora_jax import lora, signatures
+from fedlora_jax.checks import refuse_outside
 from fedlora_jax.hyper import generator
-from fedlora_jax.method import Method, refuse_outside
+from fedlora_jax.method import Method
 from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers.around import AboutWrapper, around, class_bias, tells_of_labels
 
