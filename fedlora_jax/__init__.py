@@ -1,9 +1,69 @@
-"""Federated LoRA fine-tuning as one XLA program. See README.md."""
+"""Federated LoRA fine-tuning as one XLA program. See README.md.
 
-from fedlora_jax import clients, diagnostics, lora, method, product, rounds, signatures
+Methods and wrappers are functions of this module: ``fedlora_jax.proximal(fedlora_jax.fedit(), 0.1)``.
+"""
+
+from fedlora_jax import (
+    clients,
+    clustering,
+    diagnostics,
+    lora,
+    losses,
+    meta,
+    method,
+    methods,
+    partition,
+    product,
+    rounds,
+    signatures,
+    wrappers,
+)
+from fedlora_jax.clients import Population
 from fedlora_jax.lora import Dense, LoRA
 from fedlora_jax.method import About, Cohort, Dispatch, Method, Traffic
-from fedlora_jax.rounds import make_evaluate, make_round, make_step, scan_rounds
+from fedlora_jax.methods.centralized import centralized
+from fedlora_jax.methods.ditto import ditto
+from fedlora_jax.methods.fed_hello import fed_hello
+from fedlora_jax.methods.fed_sb import fed_sb
+from fedlora_jax.methods.fed_talora import fed_talora
+from fedlora_jax.methods.fedex_lora import fedex_lora
+from fedlora_jax.methods.fedhl import fedhl
+from fedlora_jax.methods.fedit import fedit
+from fedlora_jax.methods.fedper import fedper
+from fedlora_jax.methods.fedproto import fedproto
+from fedlora_jax.methods.fedra import fedra
+from fedlora_jax.methods.fedrep import fedrep
+from fedlora_jax.methods.fedsa_lora import fedsa_lora
+from fedlora_jax.methods.fedvlm import fedvlm
+from fedlora_jax.methods.ffa_lora import ffa_lora
+from fedlora_jax.methods.finetune import finetune
+from fedlora_jax.methods.flexlora import flexlora
+from fedlora_jax.methods.flora import flora
+from fedlora_jax.methods.fslora import fslora
+from fedlora_jax.methods.hetlora import hetlora
+from fedlora_jax.methods.hilora import hilora
+from fedlora_jax.methods.hyperlora import hyperlora
+from fedlora_jax.methods.ifca import ifca
+from fedlora_jax.methods.local_only import local_only
+from fedlora_jax.methods.lora_fair import lora_fair
+from fedlora_jax.methods.per_fedavg import per_fedavg
+from fedlora_jax.methods.pfedhn import pfedhn
+from fedlora_jax.methods.pfedme import pfedme
+from fedlora_jax.methods.rac_lora import rac_lora
+from fedlora_jax.methods.rolora import rolora
+from fedlora_jax.methods.sdflora import sdflora
+from fedlora_jax.rounds import LossFn, MetricFn, make_evaluate, make_round, make_step, scan_rounds
+from fedlora_jax.signatures import Signature
+from fedlora_jax.wrappers.fedbc import fedbc
+from fedlora_jax.wrappers.feddyn import feddyn
+from fedlora_jax.wrappers.fedlc import fedlc
+from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
+from fedlora_jax.wrappers.nonfinite import nonfinite
+from fedlora_jax.wrappers.privacy import clip, noise
+from fedlora_jax.wrappers.proximal import proximal
+from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
+from fedlora_jax.wrappers.scaffold import scaffold
+from fedlora_jax.wrappers.signature_bias import signature_bias
 
 __version__ = "0.1.0"
 
@@ -13,17 +73,75 @@ __all__ = [
     "Dense",
     "Dispatch",
     "LoRA",
+    "LossFn",
     "Method",
+    "MetricFn",
+    "Population",
+    "Signature",
     "Traffic",
+    "centralized",
     "clients",
+    "clip",
+    "clustering",
     "diagnostics",
+    "ditto",
+    "fed_hello",
+    "fed_sb",
+    "fed_talora",
+    "fedadagrad",
+    "fedadam",
+    "fedavgm",
+    "fedbc",
+    "feddyn",
+    "fedex_lora",
+    "fedhl",
+    "fedit",
+    "fedlc",
+    "fedper",
+    "fedproto",
+    "fedra",
+    "fedrep",
+    "fedsa_lora",
+    "fedvlm",
+    "fedyogi",
+    "ffa_lora",
+    "finetune",
+    "flexlora",
+    "flora",
+    "fslora",
+    "hetlora",
+    "hilora",
+    "hyperlora",
+    "ifca",
+    "krum",
+    "local_only",
     "lora",
+    "lora_fair",
+    "losses",
     "make_evaluate",
     "make_round",
     "make_step",
+    "median",
+    "meta",
     "method",
+    "methods",
+    "noise",
+    "nonfinite",
+    "norm_bound",
+    "partition",
+    "per_fedavg",
+    "pfedhn",
+    "pfedme",
     "product",
+    "proximal",
+    "rac_lora",
+    "rolora",
     "rounds",
+    "scaffold",
     "scan_rounds",
+    "sdflora",
+    "signature_bias",
     "signatures",
+    "trimmed_mean",
+    "wrappers",
 ]

@@ -50,6 +50,7 @@ class LoRA:
 
 
 def is_lora(x: Any) -> bool:
+    """Is it one low-rank update? For ``is_leaf`` of ``jax.tree.map``."""
     return isinstance(x, LoRA)
 
 
@@ -226,6 +227,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> Any:
+    """The tree of ``{"blocks/attn/kernel": leaf, ...}``; the inverse of ``flatten``."""
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -249,6 +251,7 @@ def tree_map(f: Callable, *adapters: Adapter, full: Callable | None = None) -> A
 
 
 def low_rank_leaves(adapter: Adapter) -> list[LoRA]:
+    """All low-rank updates of an adapter, without what is trained in full."""
     return [x for x in jax.tree.leaves(adapter, is_leaf=is_lora) if is_lora(x)]
 
 
@@ -271,6 +274,7 @@ def mean(stacked: Any, weights: Array) -> Any:
 
 
 def max_rank(adapter: Adapter) -> int:
+    """The largest rank of its low-rank updates."""
     return max(x.a.shape[-1] for x in low_rank_leaves(adapter))
 
 

@@ -73,34 +73,42 @@ class About(NamedTuple):
 
 
 def no_penalty(adapter: Adapter, context: Any) -> Array:
+    """Nothing is added to the local loss."""
     return jnp.zeros(())
 
 
 def no_memory(adapter: Adapter) -> Memory:
+    """Clients keep nothing."""
     return ()
 
 
 def keep_memory(memory: Memory, context: Any, sent: Adapter, received: Adapter) -> Memory:
+    """What a client keeps stays as it is."""
     return memory
 
 
 def as_carried(adapter: Adapter, context: Any) -> Adapter:
+    """The model computes with what the client carries."""
     return adapter
 
 
 def all_along(mask: Adapter, progress: Array) -> Adapter:
+    """What may move may move in every local step."""
     return mask
 
 
 def all_of_it(mask: Adapter) -> Adapter:
+    """All that a client trains is sent."""
     return mask
 
 
 def all_held(mask: Adapter, context: Any, received: Adapter) -> Adapter:
+    """A client holds all that its mask says."""
     return mask
 
 
 def each_alone(cohort: Cohort) -> Cohort:
+    """Every client trains on its own data."""
     return cohort
 
 
@@ -124,14 +132,17 @@ no_meta_gradient = MetaGradient(lambda tune, judge, start: (*tune(start), ()), l
 
 
 def no_learning(state: State, cohort: Cohort, meta_gradients: Any) -> State:
+    """The server learns from adapters alone."""
     return state
 
 
 def no_report(state: State) -> dict[str, Array]:
+    """There is nothing to report."""
     return {}
 
 
 def same_both_ways(own: Adapter, cohort: list[Adapter]) -> Traffic:
+    """The adapter that a client holds travels both ways."""
     return Traffic(up=own, down=own)
 
 

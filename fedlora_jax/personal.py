@@ -31,6 +31,7 @@ def nothing_yet(like: Any) -> Kept:
 
 
 def keep(own: Any) -> Kept:
+    """The memory of a client that has something of its own from now on."""
     return Kept(own, jnp.ones(()))
 
 

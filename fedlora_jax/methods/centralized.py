@@ -20,6 +20,8 @@ ABOUT = About("Centralised", "upper bound", "-", "a, b, head", "data", "yes")
 
 
 def centralized() -> Method:
+    """Centralised: FedIT on the pooled batches of a cohort. It has no options."""
+
     return fedit()._replace(pool=pooled, traffic=lambda own, cohort: Traffic(up=(), down=()), uploads="none")
 
 

@@ -30,6 +30,8 @@ class FedExState(NamedTuple):
 
 
 def fedex_lora() -> Method:
+    """FedEx-LoRA. It has no options."""
+
     def init(key, adapter):
         return FedExState(adapter, lora.zero_deltas(adapter))
 

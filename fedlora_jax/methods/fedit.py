@@ -24,6 +24,8 @@ class FedITState(NamedTuple):
 
 
 def fedit() -> Method:
+    """FedIT: the mean of the factors. It has no options."""
+
     def init(key, adapter):
         return FedITState(adapter)
 

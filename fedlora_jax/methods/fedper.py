@@ -18,6 +18,8 @@ ABOUT = About("FedPer", "Arivazhagan et al. 2019", "1912.00818", "a, b, head", "
 
 
 def fedper() -> Method:
+    """FedPer. It has no options: what is trained in full (``full`` of ``lora.new``) is what stays with clients."""
+
     inner = fedit()
 
     def init(key, adapter):

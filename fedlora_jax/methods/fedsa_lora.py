@@ -32,6 +32,15 @@ _WITH = {"a": lambda x, b: LoRA(x.a, b, x.scale), "b": lambda x, a: LoRA(a, x.b,
 
 
 def fedsa_lora(head: Head = "shared") -> Method:
+    """FedSA-LoRA.
+
+    Args:
+      head: parameters trained in full are ``shared``, averaged like ``a``, or ``personal``, kept like ``b``.
+
+    Raises:
+      ValueError: another head.
+    """
+
     return partial_share("a", head)
 
 

@@ -16,4 +16,13 @@ ABOUT = About("FedVLM", "Mitra et al. ECAI 2025", "2507.17088", "a, b, head", "b
 
 
 def fedvlm(head: Head = "shared") -> Method:
+    """FedVLM.
+
+    Args:
+      head: parameters trained in full are ``shared``, averaged like ``b``, or ``personal``, kept like ``a``.
+
+    Raises:
+      ValueError: another head.
+    """
+
     return partial_share("b", head)

@@ -18,6 +18,8 @@ ABOUT = About("FFA-LoRA", "Sun et al. ICLR 2024", "2403.12313", "b, head", "b, h
 
 
 def ffa_lora() -> Method:
+    """FFA-LoRA. It has no options."""
+
     inner = fedit()
 
     def dispatch(base, state, cohort):

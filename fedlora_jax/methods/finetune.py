@@ -21,7 +21,10 @@ ABOUT = About("FedIT fine-tuned", "Wang et al. 2019", "1910.10252", "a, b, head"
 
 
 def finetune(share: float = 1.0) -> Method:
-    """FedIT, then ``share`` (0 to 1) of a round's local steps for the client itself; 0: FedIT.
+    """FedIT, then local steps for the client itself.
+
+    Args:
+      share: of a round's local steps that a client takes for itself, 0 to 1; 0: FedIT.
 
     Raises:
       ValueError: a share outside 0 to 1.

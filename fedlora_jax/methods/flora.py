@@ -31,6 +31,8 @@ class FLoRAState(NamedTuple):
 
 
 def flora() -> Method:
+    """FLoRA. It has no options."""
+
     def init(key, adapter):
         return FLoRAState(adapter, lora.zero_deltas(adapter), key)
 

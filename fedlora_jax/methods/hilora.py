@@ -108,6 +108,9 @@ def hilora(
       k_min, k_max: bounds of the number of clusters, at least 2, and below the population (or 1 and 1: one cluster).
       subspace: cluster by clients' ``b``, or by its ``change`` since it was sent (all start a round from one b, so
         that their b differ little).
+      newcomers: how a client that never took part finds its cluster, by a ``trial`` of local steps or by its
+        ``signature``.
+      signature: one client's, only its shapes are read, and only for ``newcomers="signature"``.
 
     Raises:
       ValueError: a number out of its range.

@@ -18,6 +18,8 @@ ABOUT = About("Local-only", "baseline", "-", "a, b, head", "nothing", "n/a")
 
 
 def local_only() -> Method:
+    """Local-only. It has no options."""
+
     inner = fedit()
 
     def dispatch(base, state, cohort):

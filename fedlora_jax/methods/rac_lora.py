@@ -36,7 +36,14 @@ class RACState(NamedTuple):
 
 
 def rac_lora(block: int = 1) -> Method:
-    """RAC-LoRA with blocks of ``block`` rounds."""
+    """RAC-LoRA.
+
+    Args:
+      block: rounds for which one ``a`` stays, at least 1.
+
+    Raises:
+      ValueError: a block below 1.
+    """
     refuse_outside("[1, inf)", block=block)
     inner = ffa_lora()
 

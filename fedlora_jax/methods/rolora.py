@@ -31,6 +31,8 @@ class RoLoRAState(NamedTuple):
 
 
 def rolora() -> Method:
+    """RoLoRA. It has no options: the factors take turns round by round, ``b`` first."""
+
     def init(key, adapter):
         return RoLoRAState(adapter, jnp.zeros((), jnp.int32))
 

@@ -25,6 +25,10 @@ ABSENT = 1e-4  # lowers the logit of a class that a client lacks by 10 tau
 def fedlc(inner: Method, tau: float = 1.0) -> Method:
     """FedLC around ``inner``; ``tau = 0`` is ``inner``.
 
+    Args:
+      inner: a method whose clients train the bias of their head.
+      tau: how far logits are moved, at least 0.
+
     Raises:
       ValueError: tau below 0; (when a round is traced) signatures that do not tell of labels, or a model without one
         bias of its classes that is trained in full.

@@ -60,25 +60,58 @@ def server(inner: Method, tx: optax.GradientTransformation, name: str = "server"
 
 
 def fedavgm(inner: Method, lr: float = 1.0, b1: float = 0.9) -> Method:
-    """FedAvgM around ``inner``: server SGD with momentum ``b1``."""
+    """FedAvgM around ``inner``: server SGD with momentum.
+
+    Args:
+      inner: a method whose server holds one adapter.
+      lr: the server's, above 0; 1 with ``b1 = 0`` is ``inner``.
+      b1: momentum, from 0 to below 1.
+
+    Raises:
+      ValueError: a number out of its range, or (at init) another inner method.
+    """
     refuse_outside("(0, inf)", lr=lr)
     refuse_outside("[0, 1)", b1=b1)
     return server(inner, optax.sgd(lr, momentum=b1), "fedavgm")
 
 
 def fedadagrad(inner: Method, lr: float = 0.01, b1: float = 0.0, tau: float = 1e-3) -> Method:
-    """FedAdagrad around ``inner``; the published experiments use ``b1 = 0``."""
+    """FedAdagrad around ``inner``.
+
+    Args:
+      inner, lr, b1, tau: as for ``fedadam``; the published experiments use ``b1 = 0``.
+
+    Raises:
+      ValueError: a number out of its range, or (at init) another inner method.
+    """
     return server(inner, adaptive(lambda v, d2: v + d2, lr, b1, tau), "fedadagrad")
 
 
 def fedyogi(inner: Method, lr: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3) -> Method:
-    """FedYogi around ``inner``."""
+    """FedYogi around ``inner``.
+
+    Args:
+      inner, lr, b1, b2, tau: as for ``fedadam``.
+
+    Raises:
+      ValueError: a number out of its range, or (at init) another inner method.
+    """
     refuse_outside("[0, 1)", b2=b2)
     return server(inner, adaptive(lambda v, d2: v - (1 - b2) * d2 * jnp.sign(v - d2), lr, b1, tau), "fedyogi")
 
 
 def fedadam(inner: Method, lr: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3) -> Method:
-    """FedAdam around ``inner``."""
+    """FedAdam around ``inner``.
+
+    Args:
+      inner: a method whose server holds one adapter.
+      lr: the server's, above 0, in units of the parameters: about how far an entry moves in a round.
+      b1, b2: how much of the first and second moments stays each round, from 0 to below 1.
+      tau: added to the root of the second moment, above 0: entries that change less than that move less.
+
+    Raises:
+      ValueError: a number out of its range, or (at init) another inner method.
+    """
     refuse_outside("[0, 1)", b2=b2)
     return server(inner, adaptive(lambda v, d2: b2 * v + (1 - b2) * d2, lr, b1, tau), "fedadam")
 

@@ -30,7 +30,11 @@ class Dropped(NamedTuple):
 
 
 def nonfinite(inner: Method) -> Method:
-    """``inner`` without clients that send anything that is not finite."""
+    """``inner`` without clients that send anything that is not finite.
+
+    Args:
+      inner: any method; outermost, so that no other wrapper sees what is left out.
+    """
 
     def receive(own, cohort, sent, received):
         fine = finite(received)

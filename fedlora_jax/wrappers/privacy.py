@@ -40,6 +40,10 @@ def clip(inner: Method, bound: float = 1.0) -> Method:
 
     As robust aggregation it is the norm bound of Sun et al., 2019, arXiv 1911.07963.
 
+    Args:
+      inner: a method that aggregates adapters.
+      bound: the largest norm of one client's update, above 0, in units of the parameters.
+
     Raises:
       ValueError: a bound not above 0, or an inner method that learns from more than adapters.
     """
@@ -56,6 +60,10 @@ def clip(inner: Method, bound: float = 1.0) -> Method:
 
 def noise(inner: Method, deviation: float = 0.01) -> Method:
     """``inner`` whose server gets each client's update with Gaussian noise on every entry that it may move.
+
+    Args:
+      inner: a method that aggregates adapters.
+      deviation: of the noise on every entry of one client's update, in units of the parameters, at least 0.
 
     Raises:
       ValueError: a deviation below 0, or an inner method that learns from more than adapters.

@@ -20,6 +20,10 @@ ABOUT = {"proximal": AboutWrapper("FedProx", "Li et al. MLSys 2020", "1812.06127
 def proximal(inner: Method, mu: float = 0.01) -> Method:
     """FedProx around ``inner``; ``mu = 0`` is ``inner``.
 
+    Args:
+      inner: any method.
+      mu: weight of the squared distance to the adapter as sent, at least 0.
+
     Raises:
       ValueError: mu below 0.
     """

@@ -48,6 +48,9 @@ ABOUT = {
 def median(inner: Method) -> Method:
     """``inner`` of the coordinate-wise median update.
 
+    Args:
+      inner: a method that aggregates adapters.
+
     Raises:
       ValueError: an inner method that learns from more than adapters (as for all in this file).
     """
@@ -56,6 +59,10 @@ def median(inner: Method) -> Method:
 
 def trimmed_mean(inner: Method, share: float = 0.1) -> Method:
     """``inner`` of the coordinate-wise mean without the ``share`` largest and the ``share`` smallest updates.
+
+    Args:
+      inner: a method that aggregates adapters.
+      share: of the cohort that is left out at either end, from 0 (the mean) to below 0.5.
 
     Raises:
       ValueError: a share that leaves nothing.
@@ -105,6 +112,10 @@ def krum(inner: Method, outliers: int = 1, kept: int = 1) -> Method:
 
 def norm_bound(inner: Method, factor: float = 2.0) -> Method:
     """``inner`` of updates shortened to ``factor`` times the median of their norms.
+
+    Args:
+      inner: a method that aggregates adapters.
+      factor: above 0, in medians of the cohort's norms.
 
     Raises:
       ValueError: a factor not above 0.
