@@ -73,24 +73,25 @@ META_GRADIENTS = {"exact": exact, "first_order": first_order, "displacement": di
 
 
 def outcome(
-    method: Method, loss_fn: LossFn, optimizer: Optimizer, *, chunk: int | None = None
+    method: Method, loss_fn: LossFn, optimizer: Optimizer, *, chunk: int | None = None, remat: bool = True
 ) -> Callable[..., tuple[Array, State]]:
     """``(base, state, cohorts, examples, key, first=0) -> (loss, state)``: what federated rounds lead to.
 
-    It is there to be differentiated, in reverse mode: in the state, in the base, and in any hyper-parameter that the
-    method, the loss or the optimizer was built with (build them inside the function that is differentiated). The loss
-    is that of the models the last state sends to the last cohort, each on the client's own examples, weighted as in
-    aggregation. Memory is that of one round, and what clients keep between rounds (``Method.remember``) is not carried
+    It is there to be differentiated, in reverse mode (with ``remat=False`` in forward mode, too): in the state, in the
+    base, and in any hyper-parameter that the method, the loss or the optimizer was built with (build them inside the
+    function that is differentiated). The loss is that of the models the last state sends to the last cohort, each on
+    the client's own examples, weighted as in aggregation. Memory is that of one round, and what clients keep between
+    rounds (``Method.remember``) is not carried
     on.
 
     Args:
-      method, loss_fn, optimizer, chunk: as in ``make_round``.
+      method, loss_fn, optimizer, chunk, remat: as in ``make_round``.
       The function's own: ``cohorts`` with a leading axis of rounds on every array, ``[K, C, ...]``; ``examples``
       ``[C, ...]``, one batch for each client of the last cohort, which the local steps of none of these rounds
       should have seen (``clients.sample_rounds``); ``first``, the number of the first round, for an optimizer that
       follows rounds.
     """
-    round_fn = make_round(method, loss_fn, optimizer, chunk=chunk)
+    round_fn = make_round(method, loss_fn, optimizer, chunk=chunk, remat=remat)
 
     def after_rounds(base: Params, state: State, cohorts: Cohort, examples: Any, key: Array, first=0):
         rounds = jax.tree.leaves(cohorts.batches)[0].shape[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,19 @@ from fedlora_jax.gradient import forward_over_reverse
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client, models
 
-LossFn = Callable[[Params, Adapter, Any, Array], Array]  # (base, adapter, batch, key) -> scalar
 Optimizer = optax.GradientTransformation | Callable[[Array], optax.GradientTransformation]  # or one of each round
-MetricFn = Callable[[Params, Adapter, Any], Any]  # (base, adapter, examples) -> scores of these examples
+
+
+class LossFn(Protocol):
+    """The mean task loss of one client's batch, a scalar; ``adapter`` is one client's, without client axis."""
+
+    def __call__(self, base: Params, adapter: Adapter, batch: Any, key: Array, /) -> Array: ...
+
+
+class MetricFn(Protocol):
+    """Scores of one client's examples; whatever they are, ``make_evaluate`` stacks them ``[C, ...]``."""
+
+    def __call__(self, base: Params, adapter: Adapter, examples: Any, /) -> Any: ...
 
 
 class Info(NamedTuple):
@@ -59,6 +69,28 @@ class Trace(NamedTuple):
 
     loss: Array  # [T] of each step's batch, before the step, without penalties
     seen: Any  # [T, ...] what ``watch`` saw after each step
+
+
+class RoundFn(Protocol):
+    """One round, as ``make_round`` makes it: the new state, what clients keep ``[C, ...]``, and what it reports."""
+
+    def __call__(
+        self, base: Params, state: State, cohort: Cohort, key: Array, round: Array | int | None = None
+    ) -> tuple[State, Memory, Info]: ...
+
+
+class StepFn(Protocol):
+    """One round, sampling included, or several, as ``make_step``, ``make_host_step`` and ``scan_rounds`` make it."""
+
+    def __call__(self, base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]: ...
+
+
+class EvaluateFn(Protocol):
+    """Every client's model on its own examples ``[C, ...]``, as ``make_evaluate`` makes it."""
+
+    def __call__(
+        self, base: Params, state: State, cohort: Cohort, examples: Any, key: Array, round: Array | int | None = None
+    ) -> Scores: ...
 
 
 def make_local(
@@ -130,7 +162,7 @@ def make_round(
     chunk: int | None = None,
     remat: bool = True,
     mesh: Mesh | None = None,
-) -> Callable[..., tuple[State, Memory, Info]]:
+) -> RoundFn:
     """``round_fn(base, state, cohort, key, round=None) -> (state, memory [C, ...], info)``.
 
     Dispatch, local steps, aggregation; ``round`` is its number from 0, for an optimizer that follows rounds.
@@ -234,7 +266,7 @@ def make_evaluate(
     *,
     chunk: int | None = None,
     mesh: Mesh | None = None,
-) -> Callable[..., Scores]:
+) -> EvaluateFn:
     """``evaluate(base, state, cohort, examples [C, ...], key, round=None) -> Scores``.
 
     Client ``c``'s model is row ``c`` of what the method dispatches to the cohort: the same path as in training, so a
@@ -327,9 +359,7 @@ def start_on_host(method: Method, key: Array, adapter: Adapter, clients: int) ->
     return start(method, key, adapter, clients=0)._replace(memory=memory)
 
 
-def make_step(
-    round_fn: Callable, *, participants: int, steps: int, batch: int, smallest: int, query: int = 0
-) -> Callable[[Params, Any, Population, Run, Array], tuple[Run, Info]]:
+def make_step(round_fn: RoundFn, *, participants: int, steps: int, batch: int, smallest: int, query: int = 0) -> StepFn:
     """``step(base, data, population, run, key) -> (run, info)``: a whole round, sampling included.
 
     Args:
@@ -352,9 +382,7 @@ def make_step(
     return step
 
 
-def make_host_step(
-    cohort_step: Callable, *, participants: int
-) -> Callable[[Params, Any, Population, Run, Array], tuple[Run, Info]]:
+def make_host_step(cohort_step: Callable, *, participants: int) -> StepFn:
     """``make_step`` for populations that the device cannot hold; the same numbers, not to be jitted.
 
     Who takes part is drawn on the CPU; of what clients are and keep the device is given the cohort's rows. Its memory
@@ -395,7 +423,7 @@ def check_memory(run: Run, population: Population) -> None:
         )
 
 
-def make_cohort_step(round_fn: Callable, *, steps: int, batch: int, smallest: int, query: int = 0) -> Callable:
+def make_cohort_step(round_fn: RoundFn, *, steps: int, batch: int, smallest: int, query: int = 0) -> Callable:
     """What follows once it is known who takes part; arguments as for ``make_step``.
 
     Returns:
@@ -420,7 +448,7 @@ def draw_ids(key: Array, number: Array, clients: int, participants: int) -> Arra
     return sample_ids(jax.random.split(jax.random.fold_in(key, number), 3)[0], clients, participants)
 
 
-def scan_rounds(step: Callable, rounds: int) -> Callable:
+def scan_rounds(step: StepFn, rounds: int) -> StepFn:
     """``rounds`` steps as one scan: the same arguments, ``info`` stacked ``[rounds, ...]``."""
 
     def many(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:

@@ -161,6 +161,20 @@ def test_recomputing_steps_and_rounds_changes_no_gradient(x64, monkeypatch):
 # --- slopes
 
 
+def test_forward_mode_gives_the_same_derivative_where_steps_are_not_computed_again(x64):
+    base, adapter = problem()
+    start = fedit().init(KEY, nudged(doubles(adapter)))
+
+    def outcome(lr, remat):
+        return meta.outcome(fedit(), loss_fn, optax.sgd(lr), remat=remat)(base, start, cohorts(), queries(), KEY)[0]
+
+    reverse = jit(jax.grad(lambda lr: outcome(lr, True)))(0.2)
+    forward = jit(lambda lr: jax.jvp(lambda lr: outcome(lr, False), (lr,), (1.0,))[1])(0.2)
+    np.testing.assert_allclose(forward, reverse, rtol=1e-9)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda lr: outcome(lr, True), (0.2,), (1.0,))
+
+
 def test_passes_count_the_local_steps_and_what_is_differentiated():
     assert [meta.displacement.passes(t) for t in (1, 5)] == [1, 5]
     assert [meta.first_order.passes(t) for t in (1, 5)] == [2, 6]
