@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_bad_input import change
 
@@ -53,6 +54,27 @@ def test_a_step_lowers_the_loss_after_the_same_rounds_and_moves_the_run_on(optio
     again, after = step(old._replace(run=old.run._replace(state=old.run.state._replace(theta=theta))), seed)
     assert before - 0.1 < after < before - 1e-5
     assert new.run.round == again.run.round == old.run.round + 1
+
+
+def test_one_steep_meta_gradient_does_not_end_what_theta_learns():
+    """Ordinary gradients, and the same with one of another direction, 10,000 times as long."""
+    tx = meta.meta_optimizer(0.01)
+
+    def path(steep):
+        theta, seen = jnp.zeros(20), []
+        moments = tx.init(theta)
+        for i in range(100):
+            slope = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (20,)) / 10 + 0.05
+            slope = 1e4 * slope[::-1] if steep and i == 50 else slope
+            updates, moments = tx.update(slope, moments)
+            theta = optax.apply_updates(theta, updates)
+            seen.append(np.asarray(theta))
+        return np.stack(seen)
+
+    without, with_it = path(False), path(True)
+    way = lambda path: np.linalg.norm(path[-1] - path[70])
+    assert np.any(with_it[50] != without[50])
+    assert way(with_it) > 0.5 * way(without)  # Adam alone: a sixteenth
 
 
 def test_images_that_judge_a_step_are_in_no_batch_of_its_rounds(options, tmp_path):

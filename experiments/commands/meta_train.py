@@ -1,11 +1,11 @@
 """Meta-training: what a method has learned (its ``theta``) by differentiating a loss through whole federated rounds.
 
-    theta <- theta - Adam( grad_theta L(run after K rounds) )        run <- one round with the new theta
+    theta <- theta - Adam( clip( grad_theta L(run after K rounds) ) )        run <- one round with the new theta
 
-``L`` is the loss of the models that the server would send after ``K`` further rounds, local steps, aggregation and
-generation included, on images that all of those rounds keep apart (``meta.outcome``; memory is that of one round).
-This needs clients' data in one place, so it is for simulation (the first of ``--seeds`` alone); what it finds is served
-by any run (``--theta``, ``mode=frozen``).
+``clip`` shortens a gradient to a norm of 1 (``meta_optimizer``). ``L`` is the loss of the models that the server would
+send after ``K`` further rounds, local steps, aggregation and generation included, on images that all of those rounds
+keep apart (``meta.outcome``; memory is that of one round). This needs clients' data in one place, so it is for
+simulation (the first of ``--seeds`` alone); what it finds is served by any run (``--theta``, ``mode=frozen``).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from fedlora_jax.clients import sample_ids, sample_rounds, sample_views
 from fedlora_jax.keys import purpose
 from fedlora_jax.method import Cohort, Method, no_learning
 from fedlora_jax.rounds import Run
+
+LONGEST = 1.0  # norm of a gradient that Adam sees, as where HyperLoRA learns in its rounds
 
 
 class Learning(NamedTuple):
@@ -95,9 +97,19 @@ class Plan:
         return path
 
 
+def meta_optimizer(lr: float) -> optax.GradientTransformation:
+    """Adam on gradients of a norm of at most ``LONGEST``.
+
+    Where a client's local steps are unstable (its loss curved by more than 2 / lr) the derivative through them grows
+    with each, and one meta-gradient can be longer than all before it by orders of magnitude. Adam alone goes its way
+    for ten steps and then hardly moves: its second moments need a thousand to forget.
+    """
+    return optax.chain(optax.clip_by_global_norm(LONGEST), optax.adam(lr))
+
+
 def make(config: Config, p: Problem, method: Method):
     """``step(learning, seed) -> (learning, loss)``, and ``start(seed) -> learning``."""
-    optimizer, tx = make_optimizer(config), optax.adam(config.meta_lr)
+    optimizer, tx = make_optimizer(config), meta_optimizer(config.meta_lr)
     chunk, _ = choose(config, p)
     after_rounds = meta.outcome(method, p.loss_fn, optimizer, chunk=chunk)
     advance = programs.make_block(config, p, method, optimizer, chunk)
