@@ -58,7 +58,7 @@ def test_a_step_lowers_the_loss_after_the_same_rounds_and_moves_the_run_on(optio
 
 def test_one_steep_meta_gradient_does_not_end_what_theta_learns():
     """Ordinary gradients, and the same with one of another direction, 10,000 times as long."""
-    tx = meta.meta_optimizer(0.01)
+    tx = meta_train.meta_optimizer(0.01)
 
     def path(steep):
         theta, seen = jnp.zeros(20), []
