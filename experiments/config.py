@@ -28,6 +28,7 @@ INT32 = "[0, 2147483647]"
 PREFIXES = ("auto", "stored", "anew")
 SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
+TASKS = ("softmax", "sigmoid")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 BUDGETS = (1, 2, 5, 10)
 MANY = 10_000  # runs of one program: seeds, or values of a sweep
@@ -45,8 +46,15 @@ class Config:
         "options follow in the form NAME:OPTION=VALUE, as in hyperlora:mode=exact:kappa=1, "
         "and wrappers after a plus sign, as in fedit+proximal:mu=0.1+fedadam:lr=0.01",
     )
-    data: str = option("digits", "'digits' (built in) or the path of a .npz file")
+    data: str = option(
+        "digits",
+        "'digits' (built in), the path of a .npz file, or a folder of images, [train|test/][DOMAIN/]CLASS/IMAGE",
+    )
     image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
+    model: str = option(
+        "vit",
+        "the family of the weights: vit; or FILE.py:FUNCTION of your own, which returns a models.backbone.Backbone",
+    )
     weights: str = option("nano", "'nano' (built in) or the path of a timm-named .npz or .safetensors file")
     mean: tuple[float, ...] | None = option(
         None,
@@ -61,7 +69,9 @@ class Config:
         False, "begin with the weights' head although nothing says that it is for the data's classes (else: a new one)"
     )
     targets: tuple[str, ...] = option(
-        ("attn/(query|value)/kernel",), "regular expressions, comma-separated: kernels that get low-rank adapters"
+        ("qv",),
+        "kernels that get low-rank adapters, comma-separated: sets of the model by name (of a vit qv, qkv, qkvo, mlp, "
+        "all, out_fc2), or regular expressions such as attn/(query|value)/kernel",
     )
     adapt_last: int | None = option(
         None,
@@ -78,6 +88,12 @@ class Config:
         ("^head/",),
         "regular expressions, comma-separated: parameters trained in full ('': none, the head stays as it is)",
         empty=True,
+    )
+    task: str = option(
+        "softmax",
+        "what is minimised: softmax, the cross-entropy of one distribution over classes, or sigmoid, the binary "
+        "cross-entropy of each class on its own",
+        among=TASKS,
     )
     clients: int = option(12, "clients that train", COUNT)
     clients_per_round: int | None = option(None, "clients drawn each round (default: all)", COUNT)

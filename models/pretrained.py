@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from fedlora_jax.lora import unflatten
+from fedlora_jax.lora import Adapter, Params, unflatten, variables
 from models import facts, timm
-from models.vit import ViT
+from models.backbone import Backbone, Stem
+from models.vit import TARGETS, ViT, normalise, split_blocks
 
 
 class Pretrained(NamedTuple):
@@ -100,6 +102,43 @@ def load_vit(
     )
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     return Pretrained(model, params, known.mean, known.std, path.stem, {**known.origins, "head": kept})
+
+
+def vit_backbone(
+    weights: str | Path,
+    classes: int | Sequence[str] | None = None,
+    image_size: int | None = None,
+    heads: int | None = None,
+    epsilon: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    keep_head: bool = False,
+) -> Backbone:
+    """The ``Backbone`` of a file; arguments and errors as for ``load_vit``."""
+    given = {"epsilon": epsilon, "mean": mean, "std": std, "keep_head": keep_head}
+    return backbone(load_vit(weights, classes, image_size, heads, **given))
+
+
+def backbone(pretrained: Pretrained) -> Backbone:
+    """A model with its parameters, as experiments see it.
+
+    In training the blocks are unrolled, which is faster to differentiate, and only that: a loop over blocks compiles
+    faster.
+    """
+    model, mean, std = pretrained.model, pretrained.mean, pretrained.std
+    forms = {training: model.clone(unroll=training) for training in (True, False)}
+    seen = lambda x: x if model.part == "top" else normalise(x, mean, std)
+
+    def apply(params: Params, adapter: Adapter, images: Array, *, training: bool = False) -> tuple[Array, Array]:
+        logits, out = forms[training].apply(variables(params, adapter), seen(images))  # type: ignore[misc]
+        return logits, out["features"]  # type: ignore[index, return-value]
+
+    def cut(blocks: int) -> tuple[Stem, Backbone]:
+        (first, before), (last, rest) = split_blocks(model, pretrained.params, blocks)
+        tokens = lambda params, x: first.apply({"params": params}, normalise(x, mean, std))[0]  # type: ignore[index]
+        return Stem(before, tokens), backbone(pretrained._replace(model=last, params=rest))  # type: ignore[arg-type]
+
+    return Backbone(pretrained.name, pretrained.params, apply, TARGETS, pretrained.facts(), model.depth, cut)
 
 
 def _blocks(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:

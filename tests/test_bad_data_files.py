@@ -85,7 +85,7 @@ DATA_FILES = {
     "a header that claims too much": (claim, "claims"),
     "encrypted data": (encrypted, "encrypted"),
     "data packed by lzma": (squeezed(zipfile.ZIP_LZMA), "packed by method 14"),
-    "a folder": (lambda path: path.mkdir(), "no data"),
+    "a folder": (lambda path: path.mkdir(), "holds no images"),
     "an empty file": (lambda path: path.touch(), "damaged"),
     "split of three": (change(split=np.arange(96) % 3), "split runs from 0 to 2"),
 }

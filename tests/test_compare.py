@@ -111,7 +111,7 @@ def test_layout_changes_no_result(compared, tmp_path, monkeypatch):
 def test_bounds_start_from_the_frozen_model(monkeypatch, capsys):
     """Zero-shot, counted once more by plain prediction, stands in the first line; tuning on everything beats it."""
     from experiments.setup import data
-    from experiments.setup.problem import NANO
+    from experiments.setup.backbone import NANO
     from models.pretrained import load_vit
     from models.vit import normalise
 

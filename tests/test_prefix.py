@@ -1,7 +1,6 @@
 """What the frozen blocks below the adapted ones compute is the same, stored once per image or anew in each step."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,8 @@ from helpers import assert_near, nudged
 from test_bad_input import change
 
 from experiments.config import Config, check
-from experiments.setup import memory, problem
+from experiments.setup import backbone, memory, problem
+from models.backbone import Stem
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,13 @@ def test_stored_and_anew_give_the_same_losses_gradients_and_predictions(config):
 
 
 def test_it_is_stored_where_it_takes_a_quarter_of_memory_at_most(config, monkeypatch):
-    images = types.SimpleNamespace(x=np.zeros((10, 8, 8, 3), np.uint8))
-    model = types.SimpleNamespace(apply=lambda variables, x: (jnp.zeros((len(x), 5, 4)), {}))
-    stem = types.SimpleNamespace(model=model, params={})
+    images = np.zeros((10, 8, 8, 3), np.uint8)
+    stem = Stem({}, lambda params, x: jnp.zeros((len(x), 5, 4)))
     takes = 10 * 5 * 4 * 4
     for have, stored in ((4 * takes, True), (4 * takes - 1, False), (None, True)):
         monkeypatch.setattr(memory, "available", lambda have=have: have)
-        assert problem.is_stored(config, stem, images) is stored
-    assert problem.is_stored(dataclasses.replace(config, prefix="stored"), stem, images)
+        assert backbone.is_stored(config, stem, images) is stored
+    assert backbone.is_stored(dataclasses.replace(config, prefix="stored"), stem, images)
 
 
 def test_another_word_is_refused():

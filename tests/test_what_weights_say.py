@@ -11,7 +11,7 @@ from weight_helpers import FACTS, reference_forward, timm_arrays, write
 from experiments.commands import budget
 from experiments.config import Config
 from experiments.results.folder import Folder
-from experiments.setup import problem
+from experiments.setup import backbone
 from experiments.setup.pretrain import to_timm
 from models.pretrained import load_vit
 from models.vit import ViT, normalise
@@ -237,11 +237,11 @@ def test_a_head_that_cannot_be_kept_is_refused(tmp_path):
 
 
 def test_the_built_in_head_is_for_digits_alone(capsys):
-    ours = problem.load_weights(Config(), tuple("0123456789"), 16)
-    assert ours.origins["head"] == "kept, for these classes"
-    with np.load(problem.NANO) as file:
+    ours = backbone.load(Config(), tuple("0123456789"), 16)
+    assert ours.facts["head"] == "kept, for these classes"
+    with np.load(backbone.NANO) as file:
         np.testing.assert_array_equal(ours.params["head"]["kernel"], file["head.weight"].T)
-    other = problem.load_weights(Config(), [f"letter {x}" for x in "abcdefghij"], 16)
+    other = backbone.load(Config(), [f"letter {x}" for x in "abcdefghij"], 16)
     assert not other.params["head"]["kernel"].any()
     assert capsys.readouterr().err == ""  # nothing to say of what is built in
 

@@ -19,10 +19,10 @@ from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.measure import Line, interleaved, line, timed
 from experiments.bench.options import Options
 from experiments.engine.facts import describe
-from experiments.setup import problem
+from experiments.setup.task import STEM, TASKS, objectives
 from fedlora_jax import lora
 from fedlora_jax.lora import LoRA
-from models.pretrained import Pretrained
+from models.pretrained import Pretrained, backbone
 
 
 def run(options: Options) -> Iterator[Line]:
@@ -31,13 +31,14 @@ def run(options: Options) -> Iterator[Line]:
     if not options.last < work.depth:
         raise ValueError(f"--last must leave blocks below: got {options.last} of {work.depth}")
     p, model = ours.problem(work), ours.model(work)
-    whole = Pretrained(model, p.base, np.full(3, 0.5), np.full(3, 0.5), work.name)
-    (stem, top), images = problem.split_blocks(whole, options.last), p.cohort.batches[0]
+    whole = backbone(Pretrained(model, p.base, np.full(3, 0.5), np.full(3, 0.5), work.name))
+    assert whole.cut is not None
+    (stem, top), images = whole.cut(options.last), p.cohort.batches[0]
     adapter = lora.tree_map(lambda x: LoRA(x.a[-options.last :], x.b[-options.last :], x.scale), p.adapter)
 
     @jax.jit
     def tokens(params, images):
-        one = lambda x: stem.model.apply({"params": params}, problem.inputs(stem, x))[0]
+        one = lambda x: stem.apply(params, x)
         return jax.lax.map(lambda steps: jax.lax.map(one, steps), images)
 
     program = tokens.lower(stem.params, images).compile()
@@ -47,10 +48,10 @@ def run(options: Options) -> Iterator[Line]:
     compile_seconds = {}
     for name, base, x, below in (
         ("stored", top.params, kept, None),
-        ("anew", {**top.params, problem.STEM: stem.params}, images, stem),
+        ("anew", {**top.params, STEM: stem.params}, images, stem),
     ):
         cohort = p.cohort._replace(batches=(x, p.cohort.batches[1]), queries=())
-        own = ours.Problem(base, adapter, cohort, problem.objectives(top, below)[0])
+        own = ours.Problem(base, adapter, cohort, objectives(TASKS["softmax"], top, below)[0])
         made = ours.compiled(*ours.arguments(work, own, "fedit", options.chunk))
         calls[name], compile_seconds[name] = made.call, sum(made.seconds.values())
     ends = {

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from experiments.config import Config, check
 from experiments.results import summary
 from experiments.setup import problem
+from experiments.setup.backbone import frozen_features
 from experiments.setup.memory import refuse_draws
 from experiments.setup.problem import (
     Clients,
     Problem,
     domain_accuracies,
-    frozen_features,
     make_optimizer,
     own_accuracy,
 )
@@ -51,7 +51,7 @@ class Plan:
         local = jax.jit(lambda *row: _local(score, p, config, steps, *row))
         held = pooled(p, config.clients)
         central = jax.jit(lambda *row: _central(score, p, config, central_steps, int(held.sizes.min()), *row))
-        features = frozen_features(p.pretrained, p.images.x)
+        features = frozen_features(p.backbone, p.images.x)
         results: dict[str, list[float]] = {"zero_shot": [], "linear_probe": [], "local_only": [], "centralised": []}
         for s in tqdm(range(len(config.seeds)), unit="seed", dynamic_ncols=True):
             seed = jax.tree.map(lambda x, s=s: x[s], (p.clients, p.adapters, p.keys))

@@ -71,7 +71,7 @@ class Plan:
         self.folder = prelude.opened("budget", config, free=("methods", "budgets"))
         validation = dataclasses.replace(config, validation=SHARE, seeds=config.tuning_seeds)
         self.problems = {"test": prelude.built(config)}
-        self.problems["validation"] = prelude.built(validation, self.problems["test"].pretrained)
+        self.problems["validation"] = prelude.built(validation, self.problems["test"].backbone)
         if config.resume:
             self.folder.check_same("record", self.problems["test"].record)
         self.about = prelude.about("budget", config, self.problems["test"]) | prelude.today()

@@ -13,10 +13,9 @@ import numpy as np
 
 from experiments.config import Config, check
 from experiments.engine import methods, traffic
-from experiments.setup import data, descriptions
+from experiments.setup import backbone, data, descriptions
 from experiments.setup.memory import bytes_of
-from experiments.setup.problem import load_weights
-from fedlora_jax import lora
+from experiments.setup.problem import new_adapter
 from fedlora_jax.lora import Adapter
 from fedlora_jax.signatures import Signature
 
@@ -73,15 +72,8 @@ def table(config: Config) -> str:
 def shapes(config: Config) -> tuple[Adapter, Signature]:
     """The shapes of one adapter of the configured model, and of one client's signature."""
     classes = DIGITS if config.data == "digits" else data.load(config.data).classes
-    pretrained = load_weights(config, classes, config.image_size)
-    params = pretrained.params
-    if config.adapt_last is not None:
-        blocks = jax.tree.map(lambda x: x[-config.adapt_last :], params["blocks"])  # type: ignore[operator]
-        params = {"norm": params["norm"], "head": params["head"], "blocks": blocks}
-    new = partial(
-        lora.new, params=params, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
-    )
-    adapter = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
+    _, top = backbone.cut(backbone.load(config, classes, config.image_size), config.adapt_last)
+    adapter = jax.eval_shape(partial(new_adapter, config, top), jax.eval_shape(jax.random.key, 0))
     return adapter, descriptions.shapes_of_one(config.signature, len(classes))
 
 

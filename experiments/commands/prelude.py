@@ -14,7 +14,7 @@ from experiments.engine.facts import acceptable, describe
 from experiments.results.folder import Folder
 from experiments.setup import problem
 from experiments.setup.problem import Problem
-from models.pretrained import Pretrained
+from models.backbone import Backbone
 
 
 def checked(config: Config) -> None:
@@ -38,9 +38,9 @@ def opened(command: str, config: Config, grows: Iterable[str] = (), free: Collec
     return folder
 
 
-def built(config: Config, pretrained: Pretrained | None = None) -> Problem:
+def built(config: Config, backbone: Backbone | None = None) -> Problem:
     """The problem, if the methods accept it."""
-    return problem.build(config, partial(acceptable, config), pretrained)
+    return problem.build(config, partial(acceptable, config), backbone)
 
 
 def about(command: str, config: Config, problem: Problem) -> dict[str, Any]:

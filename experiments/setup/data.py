@@ -1,4 +1,4 @@
-"""Labelled images with domains and a fixed train/test split, from a ``.npz`` file or built in.
+"""Labelled images with domains and a fixed train/test split: built in, from a file, or from where ``SOURCES`` say.
 
 The contract of a file (no pickles): ``x`` uint8 ``[N, H, W, 3]``, ``y`` integer ``[N]``, ``classes [n_classes]``, and
 where they exist ``domain`` integer ``[N]``, ``domains [n_domains]``, ``split [N]`` (0 train, 1 test), ``superclass``
@@ -8,6 +8,7 @@ integer ``[n_classes]`` (the one of each class; those of CIFAR-100 are known by 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,29 +68,56 @@ class Images(NamedTuple):
         return digest.hexdigest()[:16]
 
 
-def load(source: str, test_share: float = 0.2) -> Images:
-    """``digits`` (built in) or the path of a ``.npz`` file.
+class Source(NamedTuple):
+    """One way of writing ``--data``; a new one is an entry of ``SOURCES``."""
+
+    form: str  # of what is written, for messages
+    claims: Callable[[str], bool]  # is this text one of its own?
+    read: Callable[[str, int | None], dict[str, np.ndarray]]  # (text, side of the images or None) -> arrays of the
+    #   contract above; the side is a wish: what is of another size is resized later
+
+
+def _digits(source: str, side: int | None) -> dict[str, np.ndarray]:
+    from experiments.setup.digits import digits
+
+    return digits()
+
+
+def _folder(source: str, side: int | None) -> dict[str, np.ndarray]:
+    from experiments.setup import image_folder
+
+    return image_folder.read(source, side)
+
+
+SOURCES = {
+    "digits": Source("'digits'", lambda source: source == "digits", _digits),
+    "folder": Source("a folder of images", lambda source: Path(source).is_dir(), _folder),
+    "file": Source(
+        "the path of a .npz file", lambda source: Path(source).is_file(), lambda source, side: _read(source)
+    ),
+}
+
+
+def load(source: str, side: int | None = None, test_share: float = 0.2) -> Images:
+    """The images of one of the ``SOURCES``.
 
     Args:
       source: name or path.
+      side: of the images, where they should be of another size than they are.
       test_share: where the file has no split, this share of each class (and domain) is set apart for testing, drawn
         with a fixed seed.
 
     Raises:
       ValueError: the file is missing, damaged, or breaks the contract; the message says where.
     """
-    if source == "digits":
-        from experiments.setup.digits import digits
-
-        arrays, name = digits(), "digits"
-    else:
-        arrays, name = _read(source), Path(source).stem
-    return _checked(name, arrays, test_share)
+    for own in SOURCES.values():
+        if own.claims(source):
+            return _checked(Path(source).stem or source, own.read(source, side), test_share)
+    *most, last = (own.form for own in SOURCES.values())
+    raise ValueError(f"no data {source!r}: expected {', '.join(most)} or {last}")
 
 
 def _read(source: str) -> dict[str, np.ndarray]:
-    if not Path(source).is_file():
-        raise ValueError(f"no data {source!r}: expected 'digits' or the path of a .npz file")
     arrays = archive.read_npz(source, CONTRACT)
     missing = [key for key in ("x", "y", "classes") if key not in arrays]
     if missing:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,20 +14,15 @@ import optax
 from jax import Array
 
 from experiments.config import Config
+from experiments.setup import backbone as models
 from experiments.setup import data, descriptions, memory
 from experiments.setup.data import Images
+from experiments.setup.task import STEM, TASKS, objectives
 from fedlora_jax import lora, partition
 from fedlora_jax.clients import Population, padded
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.signatures import Signature
-from models import vit
-from models.pretrained import Pretrained, load_vit
-from models.vit import normalise
-
-FORWARD = 256  # images that a frozen model sees at once
-STEM = "stem"  # the name under which a base holds the blocks that come before the adapted ones
-KEPT = 0.25  # of the memory there is, at most, for what the stem makes of all images
-NANO = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
+from models.backbone import Backbone
 
 
 class Clients(NamedTuple):
@@ -64,7 +56,7 @@ class Problem(NamedTuple):
     """A data set on a model, split over clients for each seed."""
 
     images: Images
-    pretrained: Pretrained
+    backbone: Backbone
     base: Params
     train: tuple[Array, Array]  # x [n, H, W, 3] uint8 (or tokens [n, ...], where the model begins later), y [n]
     test: tuple[Array, Array, Array]  # x, y, domain
@@ -87,7 +79,7 @@ class Problem(NamedTuple):
 def build(
     config: Config,
     accept: Callable[[Signature, Adapter], None] = lambda signature, adapter: None,
-    pretrained: Pretrained | None = None,
+    backbone: Backbone | None = None,
 ) -> Problem:
     """Load, split and describe the data.
 
@@ -95,21 +87,18 @@ def build(
       config: the options.
       accept: is shown the shapes of one client's signature and of one adapter while nothing has compiled yet; it may
         raise ValueError.
-      pretrained: the model, where it has been loaded before.
+      backbone: the model, where it has been loaded before.
     """
     # Everything that can be refused is looked at on the host first; only then does anything compile.
-    images = data.load(config.data)
+    images = data.load(config.data, config.image_size)
     if config.validation:
         images = data.validation(images, config.validation)
     side = config.image_size or _side(images)
-    _check_room_for_images(config, images, side)
-    pretrained = pretrained or load_weights(config, images.classes, side)
-    _check_room_for_activations(pretrained, len(images.x), side)
-    blocks = config.adapt_last or pretrained.model.depth
-    stem, top = (None, pretrained) if blocks == pretrained.model.depth else split_blocks(pretrained, blocks)
-    new = partial(
-        lora.new, params=top.params, rank=max(config.rank), targets=config.targets, full=config.full, scale=config.scale
-    )
+    _refuse_too_many(config, images, side)
+    backbone = backbone or models.load(config, images.classes, side)
+    models.refuse_too_large(backbone, len(images.classes), len(images.x), side)
+    stem, top = models.cut(backbone, config.adapt_last)
+    new, targets = partial(new_adapter, config, top), top.patterns(config.targets)
     shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
     accept(descriptions.shapes_of_one(config.signature, len(images.classes)), shapes)
     train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
@@ -117,19 +106,19 @@ def build(
 
     images, base = data.resized(images, side), top.params
     shown = images.x
-    if stem is not None and is_stored(config, stem, images):
-        stem, shown = None, _applied(stem, images.x)
+    if stem is not None and models.is_stored(config, stem, images.x):
+        stem, shown = None, models.tokens_of(stem, images.x)
     elif stem is not None:
         base = {**base, STEM: stem.params}
     base = jax.device_put(base)
-    loss_fn, correct_fn = objectives(top, stem)
-    features = frozen_features(pretrained, images.x[train_rows])
+    loss_fn, correct_fn = objectives(TASKS[config.task], top, stem)
+    features = models.frozen_features(backbone, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
     partition_hash = lambda parts, tests: hashlib.sha256(b"".join(own.tobytes() for own in (*parts, *tests)))
     return Problem(
         images=images,
-        pretrained=pretrained,
+        backbone=backbone,
         base=base,
         train=(jnp.asarray(shown[train_rows]), jnp.asarray(images.y[train_rows])),
         test=tuple(jnp.asarray(a[test_rows]) for a in (shown, images.y, images.domain)),  # type: ignore[arg-type]
@@ -142,30 +131,21 @@ def build(
         correct_fn=correct_fn,
         record={
             "data_hash": images.fingerprint(),
-            "weights": pretrained.name,
-            "weights_hash": _hash_tree(pretrained.params),
-            **pretrained.facts(),
+            "weights": backbone.name,
+            "weights_hash": _hash_tree(backbone.params),
+            **backbone.facts,
             "partition_hash": [partition_hash(parts, tests).hexdigest()[:16] for parts, tests, _ in made],  # by seed
             "largest": int(stacked.population.rows.shape[-1]),  # images of a client of any seed: draws depend on it
-            "adapted": sorted(lora.adapted(top.params, config.targets)),
+            "adapted": sorted(lora.adapted(top.params, targets)),
             "trained_in_full": sorted(lora.select(top.params, config.full)),
         },
     )
 
 
-def load_weights(config: Config, classes: Sequence[str], side: int | None) -> Pretrained:
-    """The model of ``--weights``; of all but the built-in one, stderr says what is used beside the arrays."""
-    built_in = config.weights == "nano"
-    options = {name: getattr(config, name) for name in ("mean", "std", "heads", "epsilon", "keep_head")}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        pretrained = load_vit(NANO if built_in else config.weights, classes, side, **options)
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    if not built_in:
-        facts = "; ".join(f"{fact} {value}" for fact, value in pretrained.facts().items())
-        print(f"weights {pretrained.name}: {facts}", file=sys.stderr)
-    return pretrained
+def new_adapter(config: Config, backbone: Backbone, key: Array) -> Adapter:
+    """A fresh adapter of a model's parameters, as the options say."""
+    targets = backbone.patterns(config.targets)
+    return lora.new(key, backbone.params, rank=max(config.rank), targets=targets, full=config.full, scale=config.scale)
 
 
 def of_seeds(problem: Problem, start: int, stop: int) -> Problem:
@@ -174,7 +154,7 @@ def of_seeds(problem: Problem, start: int, stop: int) -> Problem:
     return problem._replace(clients=part[0], adapters=part[1], keys=part[2])
 
 
-def _check_room_for_images(config: Config, images: Images, side: int) -> None:
+def _refuse_too_many(config: Config, images: Images, side: int) -> None:
     """Refuse a size, or draws, that memory cannot hold."""
     size = len(images.x) * side * side * 3
     memory.refuse_more_than_there_is(
@@ -182,59 +162,8 @@ def _check_room_for_images(config: Config, images: Images, side: int) -> None:
         f"{len(images.x)} images of {side} x {side}",
         "use a smaller --image-size or fewer images",
     )
-    memory.refuse_draws(_image(side), config.clients_per_round or config.clients, config.local_steps, config.batch)
-
-
-def _check_room_for_activations(pretrained: Pretrained, count: int, side: int) -> None:
-    """Refuse a model whose largest array, of ``count`` images at most, memory cannot hold."""
-    image = _image(side)
-    batch = jax.ShapeDtypeStruct((min(FORWARD, count), *image.shape), image.dtype)
-    memory.refuse_more_than_there_is(
-        memory.largest(partial(_forward, pretrained), pretrained.params, batch),
-        f"{pretrained.name} on {batch.shape[0]} images of {side} x {side} makes an array that would",
-        "use a smaller --image-size or model",
-    )
-
-
-def _image(side: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((side, side, 3), jnp.uint8)
-
-
-def is_stored(config: Config, stem: Pretrained, images: Images) -> bool:
-    """Is what the stem makes of all images computed once and kept?"""
-    if config.prefix != "auto":
-        return config.prefix == "stored"
-    apply = lambda x: stem.model.apply({"params": stem.params}, x)[0]
-    tokens = jax.eval_shape(apply, jax.ShapeDtypeStruct(images.x.shape, jnp.float32))
-    have = memory.available()
-    return have is None or tokens.size * tokens.dtype.itemsize <= KEPT * have
-
-
-def objectives(pretrained: Pretrained, stem: Pretrained | None = None) -> tuple[Callable, Callable]:
-    """Cross-entropy of a batch, and which predictions are right, for images as uint8 (or tokens of a stem).
-
-    Args:
-      pretrained: the model that is trained.
-      stem: what comes before it and is computed anew each time; its parameters are ``base[STEM]``.
-    """
-    # Unrolled blocks are faster to differentiate, and only that; a loop over blocks compiles faster.
-    unrolled, looped = pretrained.model.clone(unroll=True), pretrained.model.clone(unroll=False)
-
-    def logits(model: vit.ViT, base: Params, adapter: Adapter, x: Array) -> Array:
-        if stem is not None:
-            base, before = {name: x for name, x in base.items() if name != STEM}, base[STEM]
-            x = stem.model.apply({"params": before}, inputs(stem, x))[0]  # type: ignore[assignment, index]
-        return model.apply(lora.variables(base, adapter), inputs(pretrained, x))[0]  # type: ignore[index]
-
-    def loss_fn(base, adapter, batch, key):
-        x, y = batch
-        return optax.softmax_cross_entropy_with_integer_labels(logits(unrolled, base, adapter, x), y).mean()
-
-    def correct_fn(base, adapter, examples):
-        one = lambda xy: (logits(looped, base, adapter, xy[0][None])[0].argmax(-1) == xy[1]).astype(jnp.float32)
-        return jax.lax.map(one, examples, batch_size=256)  # bounds memory whatever the number of examples
-
-    return loss_fn, correct_fn
+    cohort = config.clients_per_round or config.clients
+    memory.refuse_draws(models.image_of(side), cohort, config.local_steps, config.batch)
 
 
 def own_accuracy(correct: Array, counts: Array) -> Array:
@@ -267,39 +196,6 @@ def _side(images: Images) -> int:
     if height != width:
         raise ValueError(f"{images.name} has images of {height} x {width}: use --image-size to make them square")
     return height
-
-
-def frozen_features(pretrained: Pretrained, x: np.ndarray) -> np.ndarray:
-    """What the frozen model makes of images, ``[n, width]``."""
-    return _applied(pretrained, x, lambda out: out[1]["features"])
-
-
-def _applied(pretrained: Pretrained, x: np.ndarray, read: Callable = lambda out: out[0]) -> np.ndarray:
-    """A model's output for all images, in batches of one size (so one compilation: the last one starts earlier)."""
-    params = jax.device_put(pretrained.params)
-    apply = jax.jit(lambda params, x: read(_forward(pretrained, params, x)))
-    size = min(FORWARD, len(x))
-    starts = [min(i, len(x) - size) for i in range(0, len(x), size)]
-    parts = {i: np.asarray(apply(params, x[i : i + size])) for i in starts}
-    out = np.zeros((len(x), *parts[0].shape[1:]), np.float32)
-    for i, part in parts.items():
-        out[i : i + size] = part
-    return out
-
-
-def _forward(pretrained: Pretrained, params: Params, x: Any) -> Any:
-    return pretrained.model.apply({"params": params}, inputs(pretrained, x))
-
-
-def inputs(pretrained: Pretrained, x: Any) -> Array:
-    """What a model reads, of images as uint8 (or of tokens of a stem, which pass)."""
-    return x if pretrained.model.part == "top" else normalise(x, pretrained.mean, pretrained.std)
-
-
-def split_blocks(pretrained: Pretrained, top: int) -> tuple[Pretrained, Pretrained]:
-    """The blocks before the last ``top``, and the rest: a model each."""
-    (first, before), (last, rest) = vit.split_blocks(pretrained.model, pretrained.params, top)
-    return pretrained._replace(model=first, params=before), pretrained._replace(model=last, params=rest)
 
 
 def _clients(config: Config, images: Images, train: np.ndarray, test: np.ndarray, seed: int):

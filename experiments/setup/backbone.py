@@ -1,0 +1,114 @@
+"""The model of a run: loaded, looked at before anything compiles, and applied frozen to all images."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from experiments.config import Config
+from experiments.setup import memory, user_code
+from fedlora_jax.lora import Params
+from models import families
+from models.backbone import NO_ADAPTER, Backbone, Stem, checked
+
+FORWARD = 256  # images that a frozen model sees at once
+KEPT = 0.25  # of the memory there is, at most, for what the stem makes of all images
+NANO = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
+
+
+def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
+    """The model of ``--model`` with ``--weights``; of all but the built-in one, stderr says what is used beside arrays.
+
+    Raises:
+      ValueError: the weights cannot be read, or an own function does not return a backbone.
+    """
+    built_in, own = config.weights == "nano", user_code.is_own(config.model)
+    function, digest = user_code.load(config.model, "a model") if own else (families.find(config.model), "")
+    known = {name: getattr(config, name) for name in ("mean", "std", "heads", "epsilon", "keep_head")}
+    known |= {"classes": classes, "image_size": side}
+    if not (own and built_in):
+        known["weights"] = NANO if built_in else config.weights
+    asked = inspect.signature(function).parameters
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = function(**{name: value for name, value in known.items() if name in asked})
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    backbone = checked(made, config.model)
+    if own:
+        return backbone._replace(facts={**backbone.facts, "model": f"{config.model} ({digest})"})
+    if not built_in:
+        facts = "; ".join(f"{fact} {value}" for fact, value in backbone.facts.items())
+        print(f"weights {backbone.name}: {facts}", file=sys.stderr)
+    return backbone
+
+
+def cut(backbone: Backbone, last: int | None) -> tuple[Stem | None, Backbone]:
+    """What comes before the last blocks, where these alone are adapted, and the rest."""
+    if last is None or last == backbone.depth > 0:
+        return None, backbone
+    if backbone.cut is None:
+        raise ValueError(f"--adapt-last {last}: {backbone.name} has no blocks to count; leave it out")
+    return backbone.cut(last)
+
+
+def refuse_too_large(backbone: Backbone, classes: int, count: int, side: int) -> None:
+    """Refuse a model that does not fit the data, or whose largest array, of ``count`` images, memory cannot hold."""
+    image = image_of(side)
+    batch = jax.ShapeDtypeStruct((min(FORWARD, count), *image.shape), image.dtype)
+    apply = lambda params, x: backbone.apply(params, NO_ADAPTER, x)
+    logits, features = jax.eval_shape(apply, backbone.params, batch)
+    if logits.shape != (len(batch), classes) or features.ndim != 2 or len(features) != len(batch):
+        raise ValueError(
+            f"{backbone.name} makes logits {list(logits.shape)} and features {list(features.shape)} of {len(batch)} "
+            f"images of {classes} classes: expected [{len(batch)}, {classes}] and [{len(batch)}, width]"
+        )
+    memory.refuse_more_than_there_is(
+        memory.largest(apply, backbone.params, batch),
+        f"{backbone.name} on {batch.shape[0]} images of {side} x {side} makes an array that would",
+        "use a smaller --image-size or model",
+    )
+
+
+def image_of(side: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((side, side, 3), jnp.uint8)
+
+
+def is_stored(config: Config, stem: Stem, x: np.ndarray) -> bool:
+    """Is what the stem makes of all images ``x [n, H, W, 3]`` computed once and kept?"""
+    if config.prefix != "auto":
+        return config.prefix == "stored"
+    tokens = jax.eval_shape(stem.apply, stem.params, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    have = memory.available()
+    return have is None or tokens.size * tokens.dtype.itemsize <= KEPT * have
+
+
+def tokens_of(stem: Stem, x: np.ndarray) -> np.ndarray:
+    """What the stem makes of images, ``[n, ...]``."""
+    return _applied(stem.apply, stem.params, x)
+
+
+def frozen_features(backbone: Backbone, x: np.ndarray) -> np.ndarray:
+    """What the frozen model makes of images, ``[n, width]``."""
+    return _applied(lambda params, x: backbone.apply(params, NO_ADAPTER, x)[1], backbone.params, x)
+
+
+def _applied(apply: Callable[[Params, Array], Array], params: Any, x: np.ndarray) -> np.ndarray:
+    """The output for all images, in batches of one size (so one compilation: the last one starts earlier)."""
+    params, apply = jax.device_put(params), jax.jit(apply)
+    size = min(FORWARD, len(x))
+    starts = [min(i, len(x) - size) for i in range(0, len(x), size)]
+    parts = {i: np.asarray(apply(params, x[i : i + size])) for i in starts}
+    out = np.zeros((len(x), *parts[0].shape[1:]), np.float32)
+    for i, part in parts.items():
+        out[i : i + size] = part
+    return out

@@ -1,0 +1,71 @@
+"""What the outputs of a model mean: the loss that is minimised, and when a prediction counts as right.
+
+A new task is one entry of ``TASKS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fedlora_jax.lora import Adapter, Params
+from models.backbone import Backbone, Stem
+
+STEM = "stem"  # the name under which a base holds the blocks that come before the adapted ones
+
+
+class Task(NamedTuple):
+    """For logits ``[n, classes]`` and labels ``[n]``."""
+
+    loss: Callable[[Array, Array], Array]  # -> [n]
+    right: Callable[[Array, Array], Array]  # -> [n] 1 where a prediction is right, 0 where it is not
+    meaning: str
+
+
+def one_vs_rest(logits: Array, y: Array) -> Array:
+    """Binary cross-entropy of every class, summed: each output says yes or no on its own."""
+    return optax.sigmoid_binary_cross_entropy(logits, jax.nn.one_hot(y, logits.shape[-1])).sum(-1)
+
+
+def most_likely(logits: Array, y: Array) -> Array:
+    return (logits.argmax(-1) == y).astype(jnp.float32)
+
+
+TASKS = {
+    "softmax": Task(
+        optax.softmax_cross_entropy_with_integer_labels, most_likely, "cross-entropy of one distribution over classes"
+    ),
+    # Wightman et al., ResNet strikes back, 2021, arXiv 2110.00476: the loss DeiT III is trained with.
+    "sigmoid": Task(one_vs_rest, most_likely, "binary cross-entropy of each class on its own, summed"),
+}
+
+
+def objectives(task: Task, backbone: Backbone, stem: Stem | None = None) -> tuple[Callable, Callable]:
+    """Mean loss of a batch, and which predictions are right, for images as uint8 (or tokens of a stem).
+
+    Args:
+      task: what is minimised and counted.
+      backbone: the model that is trained.
+      stem: what comes before it and is computed anew each time; its parameters are ``base[STEM]``.
+    """
+
+    def logits(base: Params, adapter: Adapter, x: Array, training: bool) -> Array:
+        if stem is not None:
+            base, before = {name: x for name, x in base.items() if name != STEM}, base[STEM]
+            x = stem.apply(before, x)
+        return backbone.apply(base, adapter, x, training=training)[0]
+
+    def loss_fn(base, adapter, batch, key):
+        x, y = batch
+        return task.loss(logits(base, adapter, x, True), y).mean()
+
+    def correct_fn(base, adapter, examples):
+        one = lambda xy: task.right(logits(base, adapter, xy[0][None], False), xy[1][None])[0]
+        return jax.lax.map(one, examples, batch_size=256)  # bounds memory whatever the number of examples
+
+    return loss_fn, correct_fn

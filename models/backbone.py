@@ -1,0 +1,99 @@
+"""The one door for models: what an experiment needs of one, whatever it is made of.
+
+A *family* is a function that makes a ``Backbone`` (``FAMILIES`` in ``models/families.py``, or one of your own); it is
+given what it asks for by name: ``classes`` (the names of the classes to come), ``image_size`` (their images' side),
+``weights`` (a path), and whatever else the weights' owner may set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jax import Array
+
+from fedlora_jax.lora import Adapter, Params
+
+NO_ADAPTER: Adapter = {}
+
+
+class Apply(Protocol):
+    """Images to what a model makes of them."""
+
+    def __call__(
+        self, params: Params, adapter: Adapter, images: Array, *, training: bool = False
+    ) -> tuple[Array, Array]:
+        """``(logits [n, classes], features [n, width])`` of uint8 ``images [n, H, W, 3]``, or of a stem's tokens.
+
+        Args:
+          params: of the model.
+          adapter: ``lora.new`` of them, or ``NO_ADAPTER``.
+          images: as they are stored; the model normalises them.
+          training: the result is about to be differentiated: a model may compute in another way, with the same result.
+        """
+        ...
+
+
+class Stem(NamedTuple):
+    """What comes before the adapted blocks of a model: the same in every step and round."""
+
+    params: Params  # on the host
+    apply: Callable[[Params, Array], Array]  # uint8 images -> tokens [n, ...], what the rest of the model begins with
+
+
+class Backbone(NamedTuple):
+    """A frozen model that adapters are put into.
+
+    Attributes:
+      name: of the model.
+      params: on the host, nested dicts of arrays with string keys.
+      apply: see ``Apply``.
+      targets: sets of kernels by name, each as regular expressions for ``lora.new``.
+      facts: what was used beside the arrays, and where it was found.
+      depth: blocks that it has; 0 where there is nothing to count.
+      cut: ``(blocks) -> (stem, rest)``, the model in two before its last ``blocks``, fewer than all of them; ``None``:
+        it cannot be.
+    """
+
+    name: str
+    params: Params
+    apply: Apply
+    targets: Mapping[str, Sequence[str]] = MappingProxyType({})
+    facts: Mapping[str, str] = MappingProxyType({})
+    depth: int = 0
+    cut: Callable[[int], tuple[Stem, Backbone]] | None = None
+
+    def patterns(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """Regular expressions of kernels, for names of this model's sets or expressions of one's own."""
+        return tuple(pattern for target in targets for pattern in self.targets.get(target, (target,)))
+
+
+def checked(made: Any, origin: str) -> Backbone:
+    """What a family's function made, if it is a backbone.
+
+    Raises:
+      ValueError: it is something else, or its parameters are not nested dicts of finite arrays.
+    """
+    if not isinstance(made, Backbone):
+        raise ValueError(
+            f"{origin} returned {type(made).__name__}: expected models.backbone.Backbone(name, params, apply)"
+        )
+
+    def walk(tree: Any, path: str) -> None:
+        if isinstance(tree, Mapping):
+            for key, value in tree.items():
+                if not isinstance(key, str):
+                    raise ValueError(
+                        f"{origin}: params{path} has the key {key!r}: expected nested dicts with string keys "
+                        "(of an NNX model nnx.to_pure_dict(state), of lists a dict of their positions as strings)"
+                    )
+                walk(value, f"{path}/{key}")
+        elif not hasattr(tree, "dtype") or not hasattr(tree, "shape"):
+            raise ValueError(f"{origin}: params{path} is {type(tree).__name__}: expected nested dicts of arrays")
+        elif not np.isfinite(np.asarray(tree, np.float32)).all():
+            raise ValueError(f"{origin}: params{path} holds NaN or infinite values")
+
+    walk(made.params, "")
+    return made
