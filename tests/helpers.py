@@ -392,7 +392,11 @@ def train(method: Method, sent: Any, c: Cohort, key: jax.Array, extra: float = 0
     The penalty is larger by the constant ``extra``.
     """
     c = c._replace(memory=(), signatures=(), queries=())
-    return host(_train(tuple(getattr(method, hook) for hook in HOOKS), sent, c, key, extra))
+    return host(_train(hooks(method), sent, c, key, extra))
+
+
+def hooks(method: Method) -> tuple:
+    return tuple(getattr(method, hook) for hook in HOOKS)
 
 
 KEY = jax.random.key(7)

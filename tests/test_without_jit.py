@@ -4,9 +4,12 @@ import jax
 import pytest
 from helpers import BASE, KEY, assert_near, compiled, effective
 
+# Each takes seconds: of methods whose clients take the same local steps, one, and servers that decompose.
+SHORT = ["flexlora", "fed_sb", "fedra", "ditto", "corrected"]
+LONG = ["lora_fair", "fedex_lora", "hetlora", "fedsa_lora", "fslora", "hilora", "defended"]
 
-# Each takes seconds: of methods whose clients take the same local steps, one.
-@pytest.mark.parametrize("name", ["fedit", "hetlora", "fedsa_lora", "fed_sb", "fedra", "fslora", "ditto", "corrected"])
+
+@pytest.mark.parametrize("name", [*SHORT, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
 def test_jit_changes_nothing(name):
     m = compiled(name)
     c = m.cohort(1)
