@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from input_helpers import change
 
 from experiments.__main__ import main
 from experiments.commands import budget
@@ -41,6 +42,13 @@ ENTRIES = [
     entry("hyperlora", 1, 0.79, 0.75),
     entry("hyperlora", 5, 0.85, 0.85),
 ]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("budget") / "data.npz"
+    change()(path)
+    return str(path)
 
 
 def test_a_claim_compares_with_the_baseline_that_validation_prefers():
@@ -105,7 +113,7 @@ def test_validation_images_are_training_images():
     np.testing.assert_allclose(own.test.mean(), 0.25, atol=0.03)
 
 
-def test_a_budget_goes_on_where_it_was_cut_off_and_takes_more_methods(tmp_path, monkeypatch, capsys):
+def test_a_budget_goes_on_where_it_was_cut_off_and_takes_more_methods(small, tmp_path, monkeypatch, capsys):
     cells: list[tuple[str, int]] = []
 
     def compute(plan: budget.Plan, name: str, steps: int) -> dict:
@@ -115,8 +123,10 @@ def test_a_budget_goes_on_where_it_was_cut_off_and_takes_more_methods(tmp_path, 
         return entry(name, steps, 0.8, 0.8)
 
     def run(options: str) -> None:
-        same = f"--clients 6 --holdout-clients 2 --seeds 2 --tuning-seeds 7, --out {tmp_path / 'out'}"
-        monkeypatch.setattr(sys, "argv", ["experiments", "budget", *same.split(), *options.split()])
+        same = f"--clients 6 --holdout-clients 2 --minimum 4 --partition iid --seeds 2 --tuning-seeds 7, --data {small}"
+        monkeypatch.setattr(
+            sys, "argv", ["experiments", "budget", *same.split(), "--out", str(tmp_path / "out"), *options.split()]
+        )
         main()
 
     monkeypatch.setattr(budget.Plan, "_entry", compute)
@@ -156,10 +166,18 @@ def test_a_small_experiment_from_the_command_line(tmp_path, monkeypatch, capsys)
         assert len(e["unseen_clients"]["10"]["seeds"]) == 2
 
 
+@pytest.fixture(scope="module")
+def config(small):
+    return Config(seeds=(0,), clients=4, holdout_clients=2, minimum=4, partition="iid", data=small)
+
+
+@pytest.fixture(scope="module")
+def true(config):
+    return _signatures(config)
+
+
 @pytest.mark.parametrize("kind", ["shuffled", "constant", "random", "label_free", "noisy"])
-def test_what_clients_tell_can_be_made_a_control(kind):
-    config = Config(seeds=(0,), clients=4, holdout_clients=2)
-    true = _signatures(config)
+def test_what_clients_tell_can_be_made_a_control(kind, config, true):
     told = _signatures(dataclasses.replace(config, signature=kind))
     if kind == "label_free":
         assert told.labels.shape[-1] == 0

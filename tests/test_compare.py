@@ -4,10 +4,9 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTER, CLIENTS, KEY, SIGNATURE, assert_near, nudged
+from helpers import CLIENTS, KEY, SIGNATURE, assert_near, begin, nudged
 
 from experiments.__main__ import main
 from experiments.results import record
@@ -53,11 +52,11 @@ def test_the_folder_holds_what_is_promised(compared):
 
 
 def test_what_a_method_learned_is_written_and_can_be_given_to_another_run(tmp_path):
-    state = hyperlora(CLIENTS, SIGNATURE).init(KEY, ADAPTER)
-    seeds = jax.tree.map(lambda x: jnp.stack([x, x]), state._replace(theta=nudged(state.theta)))
+    state = begin(hyperlora(CLIENTS, SIGNATURE).init, KEY)
+    seeds = jax.tree.map(lambda x: np.stack([x, x]), state._replace(theta=nudged(state.theta)))
     record.keep_theta(tmp_path, "hyperlora:mode=exact", seeds)
     arrays = record.read_arrays(str(tmp_path / "hyperlora_mode=exact.theta.npz"))
-    again = hyperlora(CLIENTS, SIGNATURE, "frozen", theta=arrays).init(KEY, ADAPTER)
+    again = begin(hyperlora(CLIENTS, SIGNATURE, "frozen", theta=arrays).init, KEY)
     assert_near(again.theta, nudged(state.theta), 0)
 
 
