@@ -321,7 +321,7 @@ def test_aggregation_never_rounds_to_tf32():
     for name in (name for name in AGGREGATORS if not name.startswith("hyperlora")):  # its networks may round
         method, state, _ = aggregation(name)
         c = members(method)
-        sent = method.dispatch(BASE, state, c)
+        sent = dispatched(method, state, c)
         programs[name] = jax.make_jaxpr(method.aggregate)(BASE, state, c, sent, sent.adapter)
     for name, program in programs.items():
         text = str(program)

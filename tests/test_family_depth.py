@@ -1,5 +1,7 @@
 """Clients of several depths and budgets: FedRA, Fed-HeLLo, FSLoRA. What is left out is left out exactly."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,20 +55,25 @@ def shallower(tree, blocks):
     return tree | {"blocks": jax.tree.map(lambda x: x[np.asarray(blocks)], tree["blocks"])}
 
 
+@functools.partial(jit, static_argnums=0)
+def derivatives(net, base, adapter, images):
+    """Of a loss in both, and the logits."""
+
+    def loss(base, adapter):
+        logits, _ = net.apply(lora.variables(base, adapter), images)
+        return jnp.sum(jnp.sin(logits)), logits
+
+    return jax.grad(loss, (0, 1), has_aux=True)(base, adapter)
+
+
 @pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("blocks", [[0, 2], [1], [0, 1, 2, 3]])
 def test_a_gate_of_zero_is_a_truly_shallower_network(tiny, blocks, unroll):
     model, base, adapter, images = tiny
     gate = jnp.zeros(4).at[np.asarray(blocks)].set(1.0)
     short = model.clone(depth=len(blocks))
-
-    def loss(net, base, adapter):
-        logits, _ = net.apply(lora.variables(base, adapter), images)
-        return jnp.sum(jnp.sin(logits)), logits
-
-    both = jit(jax.grad(loss, (1, 2), has_aux=True), static_argnums=0)
-    grads, logits = both(model.clone(unroll=unroll), base, gated(adapter, gate))
-    expected_grads, expected = both(short, shallower(base, blocks), shallower(adapter, blocks))
+    grads, logits = derivatives(model.clone(unroll=unroll), base, gated(adapter, gate), images)
+    expected_grads, expected = derivatives(short, shallower(base, blocks), shallower(adapter, blocks), images)
     assert_near(logits, expected, 1e-6)
     of_base, of_adapter = grads
     of_adapter["blocks"].pop("gate")
