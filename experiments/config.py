@@ -51,9 +51,10 @@ class Config:
         "'digits' (built in), the path of a .npz file, or a folder of images, [train|test/][DOMAIN/]CLASS/IMAGE",
     )
     image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
-    model: str = option(
-        "vit",
-        "the family of the weights: vit; or FILE.py:FUNCTION of your own, which returns a models.backbone.Backbone",
+    model: str | None = option(
+        None,
+        "the family of the weights, vit or mixer (default: as their names tell); or FILE.py:FUNCTION of your own that "
+        "returns a models.backbone.Backbone",
     )
     weights: str = option("nano", "'nano' (built in) or the path of a timm-named .npz or .safetensors file")
     mean: tuple[float, ...] | None = option(
@@ -69,9 +70,10 @@ class Config:
         False, "begin with the weights' head although nothing says that it is for the data's classes (else: a new one)"
     )
     targets: tuple[str, ...] = option(
-        ("qv",),
-        "kernels that get low-rank adapters, comma-separated: sets of the model by name (of a vit qv, qkv, qkvo, mlp, "
-        "all, out_fc2), or regular expressions such as attn/(query|value)/kernel",
+        ("default",),
+        "kernels that get low-rank adapters, comma-separated: sets of the model by name (of a vit qv, its default, and "
+        "qkv, qkvo, mlp, all, out_fc2; of a mixer out_fc2, its default, and tokens, channels, all), or regular "
+        "expressions such as attn/(query|value)/kernel",
     )
     adapt_last: int | None = option(
         None,

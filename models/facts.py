@@ -53,7 +53,15 @@ class Facts(NamedTuple):
     origins: dict[str, str]
 
 
-def find(path: Path, inside: Mapping[str, Any], given: Mapping[str, Any], width: int, channels: int) -> Facts:
+def find(
+    path: Path,
+    inside: Mapping[str, Any],
+    given: Mapping[str, Any],
+    width: int,
+    channels: int,
+    alike: Mapping[tuple[str, ...], tuple] = ALIKE,
+    without: tuple[str, ...] = (),
+) -> Facts:
     """The facts of the network in a weight file.
 
     Args:
@@ -61,15 +69,19 @@ def find(path: Path, inside: Mapping[str, Any], given: Mapping[str, Any], width:
       inside: what the file says besides its arrays.
       given: what the caller says, by the names of ``Facts``; ``None`` for what he does not.
       width, channels: of the network.
+      alike: what a source may say, by its names, if it tells of this network.
+      without: facts that such a network does not have; of them ``Facts`` has what means nothing.
 
     Raises:
       ValueError: a value is of the wrong kind; a file beside it is damaged, or tells of another network.
     """
     sources = {"given": given, path.name: inside, **_beside(path.parent)}
     for origin, source in sources.items():
-        _check_alike(path, origin, source, width)
-    found, origins = {}, {}
+        _check_alike(path, origin, source, width, alike)
+    found, origins = {"heads": 1} if "heads" in without else {}, {}
     for fact, names in NAMES.items():
+        if fact in without:
+            continue
         told = _first(sources, names)
         found[fact], origins[fact] = told or (_guess(path, fact, width, channels), GUESS)
         _check(f"{path.name}: {fact} ({origins[fact]})", fact, found[fact], width, channels)
@@ -146,8 +158,8 @@ def _implied(architecture: Any) -> dict[str, Any]:
     return {"heads": heads, "epsilon": 1e-6, "embed_dim": width}
 
 
-def _check_alike(path: Path, origin: str, source: Mapping[str, Any], width: int) -> None:
-    for names, expected in (*ALIKE.items(), (WIDTH, (width,))):
+def _check_alike(path: Path, origin: str, source: Mapping[str, Any], width: int, alike: Mapping) -> None:
+    for names, expected in (*alike.items(), (WIDTH, (width,))):
         for name in names:
             if source.get(name) not in (None, *expected):
                 said = " or ".join(repr(value) for value in expected if value != "")

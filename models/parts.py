@@ -1,4 +1,5 @@
-"""Layer norm, GELU and attention with derivatives written by hand, for the shapes in which a CPU computes them fast.
+"""What families of models share. Layer norm, GELU and attention have derivatives written by hand, for the shapes in
+which a CPU computes them fast.
 
 The functions are the usual ones; only the way they are computed differs, and the results agree to rounding. Two things
 cost a CPU most, apart from the matrix products: sums over the last axis, which end a fused loop and have their operands
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax.lora import written_out
+from fedlora_jax.lora import Dense, written_out
 
 
 class LayerNorm(nn.Module):
@@ -100,3 +102,52 @@ def _attend_vjp(residuals, ct: Array) -> tuple[Array, Array, Array]:
 
 
 attend.defvjp(_attend, _attend_vjp)
+
+
+class Mlp(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return Dense(x.shape[-1], name="fc2")(gelu(Dense(self.width, name="fc1")(x)))
+
+
+def switched(block: nn.Module, x: Array, h: Array) -> Array:
+    """``h``, what a block makes of ``x``; a ``gate`` of 0 in its lora collection: as if the block were not there."""
+    if not block.has_variable("lora", "gate"):
+        return h
+    return x + block.get_variable("lora", "gate").astype(x.dtype) * (h - x)
+
+
+def patches(images: Array, p: int) -> Array:
+    """``[.., height, width, channels] -> [.., patches, p * p * channels]``, each row by row.
+
+    Raises:
+      ValueError: the images cannot be cut into patches of that side.
+    """
+    *lead, height, width, channels = images.shape
+    if height % p or width % p:
+        raise ValueError(f"images of {height} x {width} cannot be cut into patches of {p} x {p}: resize them")
+    rows, columns = height // p, width // p
+    x = images.reshape(*lead, rows, p, columns, p, channels)
+    return jnp.moveaxis(x, -3, -4).reshape(*lead, rows * columns, p * p * channels)
+
+
+def split_blocks(model: Any, params: Any, top: int) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """The model as two, each with its parameters: everything before the last ``top`` blocks, and the rest.
+
+    Where adapters touch the last blocks only, the stem gives the same tokens in every step and round: compute them once
+    per image and train the top on them. ``top(stem(x))`` is the model.
+
+    Args:
+      model: of a family here, with a stack ``blocks`` of ``depth`` between what makes tokens and ``norm`` and ``head``.
+      params: its parameters.
+      top: how many blocks the second has.
+    """
+    if not 1 <= top < model.depth:
+        raise ValueError(f"cannot keep the last {top} blocks of {model.depth}: choose 1 to {model.depth - 1}")
+    first = jax.tree.map(lambda x: x[: model.depth - top], params["blocks"])
+    last = jax.tree.map(lambda x: x[model.depth - top :], params["blocks"])
+    rest = {name: params[name] for name in ("norm", "head")} | {"blocks": last}
+    stem = {name: x for name, x in params.items() if name not in rest} | {"blocks": first}
+    return (model.clone(depth=model.depth - top, part="stem"), stem), (model.clone(depth=top, part="top"), rest)

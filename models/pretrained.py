@@ -20,7 +20,9 @@ from jax import Array
 from fedlora_jax.lora import Adapter, Params, unflatten, variables
 from models import facts, timm
 from models.backbone import Backbone, Stem
-from models.vit import TARGETS, ViT, normalise, split_blocks
+from models.mixer import Mixer
+from models.parts import split_blocks
+from models.vit import TARGETS, ViT, normalise
 
 
 class Pretrained(NamedTuple):
@@ -29,7 +31,7 @@ class Pretrained(NamedTuple):
     ``origins`` says where ``mean``, ``std``, ``heads`` and ``epsilon`` come from, and what became of the ``head``.
     """
 
-    model: ViT
+    model: ViT | Mixer
     params: dict[str, Any]
     mean: np.ndarray
     std: np.ndarray
@@ -38,7 +40,8 @@ class Pretrained(NamedTuple):
 
     def facts(self) -> dict[str, str]:
         """What is used beside the arrays, and where it comes from."""
-        values = {"mean": self.mean, "std": self.std, "heads": self.model.heads, "epsilon": self.model.epsilon}
+        values = {"mean": self.mean, "std": self.std}
+        values |= {fact: getattr(self.model, fact) for fact in ("heads", "epsilon") if hasattr(self.model, fact)}
         said = {fact: f"{facts.shown(value)} ({self.origins.get(fact, 'given')})" for fact, value in values.items()}
         return {**said, "head": self.origins.get("head", "given")}
 
@@ -79,7 +82,8 @@ def load_vit(
     width, channels, patch, _ = conv.shape
     given = {"mean": mean, "std": std, "heads": heads, "epsilon": epsilon}
     known = facts.find(path, inside, given, width, channels)
-    head, kept = _head(path, arrays, known.labels, classes, keep_head)
+    there = {"kernel": arrays["head.weight"].T, "bias": arrays["head.bias"]} if "head.bias" in arrays else None
+    head, kept = start_of_head(path, there, width, known.labels, classes, keep_head)
     blocks = _blocks(arrays)
     params = {
         # (out, channel, row, column) -> [row * column * channel, out], the order in which the model cuts patches
@@ -119,8 +123,8 @@ def vit_backbone(
     return backbone(load_vit(weights, classes, image_size, heads, **given))
 
 
-def backbone(pretrained: Pretrained) -> Backbone:
-    """A model with its parameters, as experiments see it.
+def backbone(pretrained: Pretrained, targets: Mapping[str, Sequence[str]] = TARGETS) -> Backbone:
+    """A model with its parameters and its sets of kernels, as experiments see it.
 
     In training the blocks are unrolled, which is faster to differentiate, and only that: a loop over blocks compiles
     faster.
@@ -136,9 +140,9 @@ def backbone(pretrained: Pretrained) -> Backbone:
     def cut(blocks: int) -> tuple[Stem, Backbone]:
         (first, before), (last, rest) = split_blocks(model, pretrained.params, blocks)
         tokens = lambda params, x: first.apply({"params": params}, normalise(x, mean, std))[0]  # type: ignore[index]
-        return Stem(before, tokens), backbone(pretrained._replace(model=last, params=rest))  # type: ignore[arg-type]
+        return Stem(before, tokens), backbone(pretrained._replace(model=last, params=rest), targets)
 
-    return Backbone(pretrained.name, pretrained.params, apply, TARGETS, pretrained.facts(), model.depth, cut)
+    return Backbone(pretrained.name, pretrained.params, apply, targets, pretrained.facts(), model.depth, cut)
 
 
 def _blocks(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -167,15 +171,28 @@ def _blocks(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
-def _head(
+def start_of_head(
     path: Path,
-    arrays: dict[str, np.ndarray],
+    there: dict[str, np.ndarray] | None,
+    width: int,
     labels: tuple[str, ...] | None,
     classes: int | Sequence[str] | None,
     keep: bool,
 ) -> tuple[dict[str, np.ndarray], str]:
-    """The head to start from, and which it is."""
-    outputs = arrays["head.bias"].size if "head.bias" in arrays else 0
+    """The head to start from, and which it is.
+
+    Args:
+      path: of the file, for messages.
+      there: the head in it, ``kernel [width, outputs]`` and ``bias``; ``None`` where it has none.
+      width: of the features.
+      labels: the names that the file's outputs stand for, where something says so.
+      classes: the names of the classes to come, or how many; ``None``: as there.
+      keep: the file's, whatever its names are.
+
+    Raises:
+      ValueError: it cannot be kept.
+    """
+    outputs = 0 if there is None else there["bias"].size
     names = None if classes is None or isinstance(classes, int) else list(classes)
     count = outputs if classes is None else classes if isinstance(classes, int) else len(classes)
     if not count or (keep and count != outputs):
@@ -184,13 +201,13 @@ def _head(
             f"{path} has {has} and cannot keep it for {count or 'classes unknown'}: leave keep_head (--keep-head) out "
             "for a new one" + " and say how many classes there are" * (not count)
         )
-    kept = lambda order: {"kernel": arrays["head.weight"][order].T, "bias": arrays["head.bias"][order]}
+    kept = lambda order: {"kernel": there["kernel"][:, order], "bias": there["bias"][order]}  # type: ignore[index]
     if names and labels and len(labels) == outputs and len(set(names)) == count and sorted(labels) == sorted(names):
         order = [labels.index(name) for name in names]
         return kept(order), "kept, for these classes" + (" in another order" if order != sorted(order) else "")
     if keep or classes is None:
         return kept(slice(None)), "kept, as asked"
-    new = {"kernel": np.zeros((arrays["norm.bias"].size, count)), "bias": np.zeros(count)}
+    new = {"kernel": np.zeros((width, count)), "bias": np.zeros(count)}
     if not outputs:
         return new, "new, the file has none"
     if outputs != count or labels:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from models.archive import members, read_npz
+from models import files
 
 CONV = "patch_embed.proj.weight"
 TOP = (CONV, "patch_embed.proj.bias", "cls_token", "pos_embed", "norm.weight", "norm.bias")
@@ -22,7 +19,6 @@ BLOCK = tuple(f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias
 SCALES = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
 QKV_BIAS = "attn.qkv.bias"  # absent: zero
 HEAD = ("head.weight", "head.bias")
-LABELS = ("classes", "synsets")  # arrays of a .npz file that name the classes which the head tells apart
 UNUSED = {"mask_token"}  # stands for what masked pre-training hides; no image has it
 # Arrays of other networks and what they do there; the first that is found explains a refusal.
 OTHERS = {
@@ -47,25 +43,7 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
       ValueError: the file is missing or damaged; an array is missing, is not one of a plain ViT, has the wrong shape or
         kind, or is not finite.
     """
-    if not path.is_file():
-        raise ValueError(f"no weight file {path}: give the path of a .npz or .safetensors file")
-    if path.suffix == ".npz":
-        names = expected_names(path, set(members(path)) - {"meta", *LABELS})
-        arrays = read_npz(path, {*names, "meta", *LABELS})
-        said = _said(path, arrays)
-    elif path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="numpy") as file:  # checks all sizes against the file's
-                names = expected_names(path, file.keys())
-                arrays = {name: file.get_tensor(name) for name in names}
-                said = {name: _parsed(text) for name, text in (file.metadata() or {}).items()}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is damaged or truncated: {error}; fetch or write it anew") from None
-    else:
-        raise ValueError(f"cannot read weights from {path}: expected a .npz or .safetensors file")
-    arrays = {name: arrays[name] for name in names}
-    _check_shapes(path, arrays)
-    return {name: _float32(path, name, x) for name, x in arrays.items()}, said
+    return files.read(path, lambda found: expected_names(path, found), lambda arrays: _check_shapes(path, arrays))
 
 
 def depth(names: Iterable[str]) -> int:
@@ -97,26 +75,6 @@ def _why(names: list[str]) -> str:
     return f" ({why})" if (why := next(known, None)) else ""
 
 
-def _said(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What an entry ``meta`` and arrays of names say."""
-    named = [arrays[name].tolist() for name in LABELS if name in arrays]
-    labels = {"classes": named[0]} if named else {}
-    if "meta" not in arrays:
-        return labels
-    text = arrays["meta"]
-    meta = _parsed(text.item()) if text.shape == () and text.dtype.kind == "U" else None
-    if not isinstance(meta, dict):
-        raise ValueError(f"{path}: meta is {text.dtype} {list(text.shape)}, {str(text)[:40]!r}; expected a JSON object")
-    return labels | meta
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
 def _check_shapes(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """All fit together; the patch convolution, a norm, a hidden layer and the head say how large the network is."""
     conv, width = arrays[CONV], max(1, arrays["norm.weight"].size)
@@ -140,15 +98,3 @@ def _check_shapes(path: Path, arrays: dict[str, np.ndarray]) -> None:
                 f"{path} does not fit a ViT of width {width}: {name} has the shape {list(x.shape)}, expected "
                 f"{list(expected)}; fetch or write it anew"
             )
-
-
-def _float32(path: Path, name: str, x: np.ndarray) -> np.ndarray:
-    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
-        raise ValueError(
-            f"{path}: {name} is {x.dtype}, expected floats of 16, 32 or 64 bits: write it without quantising"
-        )
-    with np.errstate(over="ignore"):
-        x = x.astype(np.float32)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{path}: {name} holds numbers that are not finite as float32; fetch or write it anew")
-    return x

@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from fedlora_jax.lora import Dense
-from models.parts import LayerNorm, attend, gelu
+from models.parts import LayerNorm, Mlp, attend, patches, switched
 
 # variant: (width, depth, heads, mlp width)
 SIZES = {
@@ -34,6 +33,7 @@ SIZES = {
 
 
 TARGETS = {  # sets of kernels by name
+    "default": ("attn/(query|value)/kernel",),
     "qv": ("attn/(query|value)/kernel",),
     "qkv": ("attn/(query|key|value)/kernel",),
     "qkvo": ("attn/(query|key|value|out)/kernel",),
@@ -56,14 +56,6 @@ class Attention(nn.Module):
         return Dense(width, name="out")(mixed.reshape(x.shape))
 
 
-class Mlp(nn.Module):
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return Dense(x.shape[-1], name="fc2")(gelu(Dense(self.width, name="fc1")(x)))
-
-
 class Block(nn.Module):
     heads: int
     mlp_width: int
@@ -74,9 +66,7 @@ class Block(nn.Module):
         norm = partial(LayerNorm, self.epsilon)
         h = x + Attention(self.heads, name="attn")(norm(name="norm1")(x))
         h = h + Mlp(self.mlp_width, name="mlp")(norm(name="norm2")(h))
-        if not self.has_variable("lora", "gate"):
-            return h
-        return x + self.get_variable("lora", "gate").astype(x.dtype) * (h - x)  # gate 0: as if the block were not there
+        return switched(self, x, h)
 
 
 class ViT(nn.Module):
@@ -126,32 +116,12 @@ class ViT(nn.Module):
         return Dense(self.classes, name="head")(features), {"features": features}
 
     def _embedded(self, images: Array) -> Array:
-        *lead, height, width, channels = images.shape
-        p = self.patch
-        if height % p or width % p:
-            raise ValueError(f"images of {height} x {width} cannot be cut into patches of {p} x {p}: resize them")
-        rows, columns = height // p, width // p
-        x = images.astype(self.dtype).reshape(*lead, rows, p, columns, p, channels)
-        x = jnp.moveaxis(x, -3, -4).reshape(*lead, rows * columns, p * p * channels)
+        x = patches(images.astype(self.dtype), self.patch)
+        *lead, count, _ = x.shape
         x = Dense(self.width, name="embed")(x)
         cls = self.param("cls", nn.initializers.zeros, (1, self.width)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (*lead, 1, self.width)), x], -2)
-        return x + self.param("pos", nn.initializers.normal(0.02), (1 + rows * columns, self.width)).astype(self.dtype)
-
-
-def split_blocks(model: ViT, params: Any, top: int) -> tuple[tuple[ViT, Any], tuple[ViT, Any]]:
-    """The model as two, each with its parameters: everything before the last ``top`` blocks, and the rest.
-
-    Where adapters touch the last blocks only, the stem gives the same tokens in every step and round: compute them once
-    per image and train the top on them. ``top(stem(x))`` is the model.
-    """
-    if not 1 <= top < model.depth:
-        raise ValueError(f"cannot keep the last {top} blocks of {model.depth}: choose 1 to {model.depth - 1}")
-    first = jax.tree.map(lambda x: x[: model.depth - top], params["blocks"])
-    last = jax.tree.map(lambda x: x[model.depth - top :], params["blocks"])
-    stem = {name: params[name] for name in ("embed", "cls", "pos")} | {"blocks": first}
-    rest = {name: params[name] for name in ("norm", "head")} | {"blocks": last}
-    return (model.clone(depth=model.depth - top, part="stem"), stem), (model.clone(depth=top, part="top"), rest)
+        return x + self.param("pos", nn.initializers.normal(0.02), (1 + count, self.width)).astype(self.dtype)
 
 
 def vit(variant: str, classes: int, **options: Any) -> ViT:

@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedlora_jax import lora
+from models.parts import split_blocks
 from models.pretrained import load_vit, resize_positions
-from models.vit import normalise, split_blocks, vit
+from models.vit import normalise, vit
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="evaluation data are not here")

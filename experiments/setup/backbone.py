@@ -31,19 +31,23 @@ def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     Raises:
       ValueError: the weights cannot be read, or an own function does not return a backbone.
     """
-    built_in, own = config.weights == "nano", user_code.is_own(config.model)
-    function, digest = user_code.load(config.model, "a model") if own else (families.find(config.model), "")
+    built_in, own = config.weights == "nano", user_code.is_own(config.model or "")
+    weights = NANO if built_in else config.weights
+    if own:
+        function, digest = user_code.load(str(config.model), "a model")
+    else:
+        function, digest = families.find(config.model, weights), ""
     known = {name: getattr(config, name) for name in ("mean", "std", "heads", "epsilon", "keep_head")}
     known |= {"classes": classes, "image_size": side}
     if not (own and built_in):
-        known["weights"] = NANO if built_in else config.weights
+        known["weights"] = weights
     asked = inspect.signature(function).parameters
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made = function(**{name: value for name, value in known.items() if name in asked})
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
-    backbone = checked(made, config.model)
+    backbone = checked(made, config.model or str(weights))
     if own:
         return backbone._replace(facts={**backbone.facts, "model": f"{config.model} ({digest})"})
     if not built_in:
