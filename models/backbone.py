@@ -50,7 +50,8 @@ class Backbone(NamedTuple):
       name: of the model.
       params: on the host, nested dicts of arrays with string keys.
       apply: see ``Apply``.
-      targets: sets of kernels by name, each as regular expressions for ``lora.new``.
+      targets: sets of kernels by name, each as regular expressions for ``lora.new``; that called ``default`` is adapted
+        where nothing else is asked for.
       facts: what was used beside the arrays, and where it was found.
       depth: blocks that it has; 0 where there is nothing to count.
       cut: ``(blocks) -> (stem, rest)``, the model in two before its last ``blocks``, fewer than all of them; ``None``:
@@ -66,7 +67,17 @@ class Backbone(NamedTuple):
     cut: Callable[[int], tuple[Stem, Backbone]] | None = None
 
     def patterns(self, targets: Sequence[str]) -> tuple[str, ...]:
-        """Regular expressions of kernels, for names of this model's sets or expressions of one's own."""
+        """Regular expressions of kernels, for names of this model's sets or expressions of one's own.
+
+        Raises:
+          ValueError: ``default`` is asked for, and the model has no set of that name.
+        """
+        if "default" in targets and "default" not in self.targets:
+            sets = f"one of its sets ({', '.join(self.targets)})" if self.targets else "its kernels"
+            raise ValueError(
+                f"{self.name} does not say which kernels get adapters: name {sets} in --targets, or give regular "
+                "expressions"
+            )
         return tuple(pattern for target in targets for pattern in self.targets.get(target, (target,)))
 
 

@@ -99,7 +99,7 @@ def test_a_model_of_ones_own_is_compared_like_any_other(files):
         ("--model own.py:nan", "own.py:nan: params/neck holds NaN"),
         ("--model own.py:layers", "the key 0: expected nested dicts with string keys"),
         ("--model own.py:narrow", "a small CNN makes logits [96, 2]"),
-        ("--model own.py:cnn", "qv"),  # a set that this model does not have
+        ("--model own.py:cnn", "a small CNN does not say which kernels get adapters: name one of its sets (all)"),
         ("--model own.py:cnn --targets all --adapt-last 1", "a small CNN has no blocks to count"),
         ("--task guess", "--task must be one of softmax, sigmoid; got guess"),
     ],
