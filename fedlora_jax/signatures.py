@@ -23,6 +23,7 @@ from fedlora_jax.lora import mean
 from fedlora_jax.product import safe_sqrt
 
 SIZE = 64  # random directions in which each of the two feature moments is seen
+AT_ONCE = 2**22  # numbers in the views of clients that are described together
 
 
 class Signature(NamedTuple):
@@ -77,7 +78,7 @@ class Standard(NamedTuple):
 
 
 def moments(features: Array, labels: Array, valid: Array, classes: int) -> Moments:
-    """Moments of one client's features ``[n, d]`` over the examples where ``valid [n]``."""
+    """Moments of one client's features ``[n, d]`` and labels ``[n]`` over the examples where ``valid [n]``."""
     weight = valid.astype(features.dtype)[:, None] / jnp.maximum(valid.sum(), 1)
     mean = jnp.sum(weight * features, 0)
     deviation = jnp.sqrt(jnp.sum(weight * (features - mean) ** 2, 0) + 1e-6)
@@ -115,6 +116,47 @@ def signatures(clients: Moments, stats: Standard, size: int = SIZE) -> Signature
     projection = jax.random.normal(jax.random.key(0), (pair.shape[-1], size)) / jnp.sqrt(pair.shape[-1])
     shape = (scaled @ projection).reshape(*pair.shape[:-2], -1)
     return Signature(shape, jnp.sqrt(clients.histogram), jnp.log1p(clients.size.astype(shape.dtype))[..., None] / 10)
+
+
+def of_clients(
+    features: Array,
+    labels: Array,
+    rows: Array,
+    sizes: Array,
+    classes: int,
+    key: Array,
+    *,
+    training: int | None = None,
+    parts: int = 16,
+) -> Signature:
+    """Signatures of all clients in all views, ``[N, 1 + parts, ...]``, for ``Population(signatures=...)``.
+
+    A method that asks for the shapes of one client's is given ``jax.tree.map(lambda x: x[0, 0], signatures)``.
+
+    Args:
+      features: ``[n, d]`` of all examples, as the frozen model sees them: the input of its head, say.
+      labels: ``[n]`` integers from 0.
+      rows, sizes: ``[N, n_max]`` and ``[N]``, which examples are whose, as in ``Population``; clients that never train
+        come last.
+      classes: how many there are; 0: signatures say nothing of labels.
+      key: of the views.
+      training: features are standardised over the first so many clients; ``None``: over all.
+      parts: random halves of its data that describe each client in training (``clients.sample_views``).
+
+    Raises:
+      ValueError: features and labels, or rows and sizes, are not of the same examples or clients.
+    """
+    if len(features) != len(labels) or len(rows) != len(sizes):
+        raise ValueError(
+            f"expected a label for each example and a size for each client, got features of {len(features)} examples, "
+            f"{len(labels)} labels, rows of {len(rows)} clients and {len(sizes)} sizes"
+        )
+    one = lambda key, r, size: views(key, features[r], labels[r], jnp.arange(r.shape[0]) < size, classes, parts)
+    keys, width = jax.random.split(key, rows.shape[0]), (1 + parts) * rows.shape[1] * features.shape[1]
+    step = max(1, AT_ONCE // width)  # every view of a client's features is an array of its own
+    split = [jax.vmap(one)(*(x[i : i + step] for x in (keys, rows, sizes))) for i in range(0, rows.shape[0], step)]
+    each = jax.tree.map(lambda *xs: jnp.concatenate(xs), *split)
+    return signatures(each, standard(jax.tree.map(lambda x: x[:training, 0], each)))
 
 
 def label_free(signature: Signature) -> Signature:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import KEY, array, assert_near, cohort, take
 from numpy.linalg import norm
 
@@ -46,6 +47,30 @@ def test_views_are_the_whole_and_random_halves_of_it():
     alone = sig.views(KEY, features, labels, jnp.arange(40) < 1, 4, 5)
     assert all(np.isfinite(x).all() for x in alone)
     np.testing.assert_allclose(alone.mean, np.broadcast_to(features[0], (6, 6)), rtol=1e-5)  # never of nothing
+
+
+def test_of_clients_describes_each_by_its_own_rows_and_standardises_over_those_that_train(monkeypatch):
+    rng = np.random.default_rng(1)
+    features, labels = jnp.asarray(rng.normal(size=(30, 6)), jnp.float32), jnp.asarray(rng.integers(0, 4, 30))
+    rows, sizes = jnp.asarray(rng.permutation(30)[:24].reshape(4, 6)), jnp.asarray([6, 4, 5, 3])
+    describe = lambda rows=rows, **options: sig.of_clients(
+        features, labels, rows, sizes[: len(rows)], 4, KEY, training=3, parts=2, **options
+    )
+    z = describe()
+    assert [x.shape for x in z] == [(4, 3, 2 * sig.SIZE), (4, 3, 4), (4, 3, 1)]
+    own = [np.asarray(r[:n]) for r, n in zip(rows, sizes, strict=True)]
+    np.testing.assert_allclose(z.shares()[:, 0], [np.bincount(labels[r], minlength=4) / len(r) for r in own], atol=1e-6)
+    np.testing.assert_allclose(z.shape[:3, 0].mean(0), 0, atol=1e-5)
+    each = [sig.moments(features[r], labels[r], np.ones(len(r), bool), 4) for r in own]
+    stats = sig.standard(jax.tree.map(lambda *x: jnp.stack(x), *each[:3]))
+    for c, moments in enumerate(each):
+        assert_near(take(take(z, c), 0), sig.signatures(moments, stats), 1e-5)
+    assert_near(take(z, slice(3)), describe(rows[:3]), 1e-5)  # who never trains changes nobody's
+    monkeypatch.setattr(sig, "AT_ONCE", 1)
+    assert_near(describe(), z, 1e-6)  # one after the other
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="a label for each example"):
+        sig.of_clients(features, labels[1:], rows, sizes, 4, KEY)
 
 
 def test_noise_is_clipped_gaussian():

@@ -12,7 +12,6 @@ from fedlora_jax.keys import purpose
 from fedlora_jax.signatures import Signature
 
 VIEWS = 16  # random halves of its data that describe each client in training
-AT_ONCE = 2**22  # numbers in the views of clients that are described together, in each seed
 
 
 def of_clients(
@@ -28,15 +27,8 @@ def of_clients(
       classes: there are.
       kind: ``--signature``.
     """
-    one = lambda key, r, size: signatures.views(
-        key, features[r], labels[r], jnp.arange(r.shape[0]) < size, classes, VIEWS
-    )
-    keys, width = jax.random.split(key, rows.shape[0]), (1 + VIEWS) * rows.shape[1] * features.shape[1]
-    step = max(1, AT_ONCE // width)  # every view of a client's features is an array of its own
-    parts = [jax.vmap(one)(*(x[i : i + step] for x in (keys, rows, sizes))) for i in range(0, rows.shape[0], step)]
-    moments = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-    stats = signatures.standard(jax.tree.map(lambda x: x[:training, 0], moments))
-    return _told(signatures.signatures(moments, stats), purpose(key, "what is told"), training, kind)
+    true = signatures.of_clients(features, labels, rows, sizes, classes, key, training=training, parts=VIEWS)
+    return _told(true, purpose(key, "what is told"), training, kind)
 
 
 def shapes_of_one(kind: str, classes: int) -> Signature:
