@@ -1,7 +1,14 @@
 """``python -m experiments COMMAND``; imports, which take a second, can be stopped like anything else."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 from experiments.results.folder import command
 from experiments.stopping import stoppable
+
+# What is imported here and in models, whose packages are those of the extra in pyproject.toml, and the library's own
+NEEDS = ("filelock", "flax", "jax", "matplotlib", "numpy", "optax", "orbax", "safetensors", "scipy", "sklearn", "tqdm")
 
 
 def main() -> None:
@@ -10,9 +17,27 @@ def main() -> None:
     start.main()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """A process of its own: set up, and started again where that has to be."""
+    refuse_without(NEEDS)
     with stoppable(lambda: f"to go on: {command()}"):
         from experiments import start
 
         start.settle()  # before jax finds its devices
         start.main()
+
+
+def refuse_without(needs: tuple[str, ...]) -> None:
+    """End with one line where modules are not installed."""
+    if lacks := [name for name in needs if importlib.util.find_spec(name) is None]:
+        where = Path(__file__).parents[1]
+        print(
+            f"error: the command line needs {', '.join(lacks)}, which the library does without: "
+            f"pip install -e '{where}[experiments]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -10,9 +10,10 @@ import typing
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
+import fedlora_jax
 from experiments.bench import options as bench
 from experiments.config import MANY, Config
-from experiments.results.folder import asked
+from experiments.results.folder import asked, program
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
 
@@ -37,12 +38,13 @@ def fail(message: str, code: int = 2) -> NoReturn:
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.Options]:
     """The command and its options."""
     parser = _Parser(
-        prog="python -m experiments",
+        prog=" ".join(program()),
         description="Federated LoRA fine-tuning: run methods side by side, every round one compiled program.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"fedlora-jax {fedlora_jax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, text in (
         ("compare", "run several methods on the same seeds, clients and batches; the main job"),

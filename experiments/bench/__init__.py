@@ -4,7 +4,8 @@ Every bench prints JSON lines with the fields of ``measure.FIELDS`` (what they m
 writes them to ``bench.jsonl`` beside one picture. What is compared lies in ``works.py``, who compares in
 ``contenders/``. The peers are no dependency of anything; to have them, in an environment of their own:
 
-    python -m venv peers && peers/bin/pip install -e . torch "transformers>=5" peft "flwr[simulation]" psutil
+    python -m venv peers
+    peers/bin/pip install -e ".[bench]" torch "transformers>=5" peft "flwr[simulation]"
     python -m experiments bench peers --python peers/bin/python
 
 fedjax calls ``jax.tree_map``, which JAX has removed: it needs an environment with an older JAX, see

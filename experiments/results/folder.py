@@ -187,7 +187,12 @@ class Folder:
 
 def command(more: Iterable[str] = ()) -> str:
     """What was typed to start this process, and more."""
-    return shlex.join(["python", "-m", "experiments", *sys.argv[1:], *more])
+    return shlex.join([*program(), *sys.argv[1:], *more])
+
+
+def program() -> tuple[str, ...]:
+    """By which this process was started: the console script, or the module."""
+    return ("fedlora",) if Path(sys.argv[0]).name == "fedlora" else ("python", "-m", "experiments")
 
 
 def asked(out: str) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""Each part declares what it imports, and no more: the library, and what the command line needs beside it."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import NEEDS
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+MODULES = {"orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}  # of packages that are called otherwise
+OWN = {"fedlora_jax", "models", "experiments"}
+INSTALLED_APART = ROOT / "experiments" / "bench" / "contenders"  # whom rounds are compared with
+
+
+def declared(requirements):
+    """Modules of the packages that are required."""
+    names = [re.match(r"[\w-]+", text)[0] for text in requirements]
+    return {MODULES.get(name, name) for name in names}
+
+
+def imported(package):
+    """Top-level modules, without those of Python, that the files of a package import anywhere."""
+    found = set()
+    for path in (ROOT / package).rglob("*.py"):
+        if path.is_relative_to(INSTALLED_APART):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - OWN
+
+
+def test_the_library_depends_on_what_it_imports():
+    assert imported("fedlora_jax") == declared(PROJECT["dependencies"])
+
+
+def test_the_command_line_needs_what_it_imports_beside_the_library():
+    extras = PROJECT["optional-dependencies"]
+    by_jax = {"filelock"}  # which imports it to limit its cache
+    needs = imported("experiments") | imported("models") | by_jax
+    assert needs - declared(extras["bench"]) == set(NEEDS)
+    assert set(NEEDS) - declared(PROJECT["dependencies"]) == declared(extras["experiments"])
+
+
+@pytest.mark.parametrize("extra", ["bench", "test"])
+def test_extras_that_run_the_command_line_bring_what_it_needs(extra):
+    assert "fedlora-jax[experiments]" in PROJECT["optional-dependencies"][extra]
