@@ -8,7 +8,10 @@ from experiments.results.folder import command
 from experiments.stopping import stoppable
 
 # What is imported here and in models, whose packages are those of the extra in pyproject.toml, and the library's own
-NEEDS = ("filelock", "flax", "jax", "matplotlib", "numpy", "optax", "orbax", "safetensors", "scipy", "sklearn", "tqdm")
+NEEDS = (
+    *("PIL", "filelock", "flax", "jax", "matplotlib", "numpy", "optax", "orbax"),
+    *("safetensors", "scipy", "sklearn", "tqdm"),
+)
 
 
 def main() -> None:
@@ -32,7 +35,7 @@ def refuse_without(needs: tuple[str, ...]) -> None:
     if lacks := [name for name in needs if importlib.util.find_spec(name) is None]:
         where = Path(__file__).parents[1]
         print(
-            f"error: the command line needs {', '.join(lacks)}, which the library does without: "
+            f"error: the command line needs {', '.join(lacks)} beside the library: "
             f"pip install -e '{where}[experiments]'",
             file=sys.stderr,
         )

@@ -44,7 +44,8 @@ class Config:
         ("fedit", "lora_fair", "hyperlora"),
         "methods by file name, comma-separated ('python -m experiments methods'); "
         "options follow in the form NAME:OPTION=VALUE, as in hyperlora:mode=exact:kappa=1, "
-        "and wrappers after a plus sign, as in fedit+proximal:mu=0.1+fedadam:lr=0.01",
+        "and wrappers after a plus sign, as in fedit+proximal:mu=0.1+fedadam:lr=0.01; "
+        "PATH.py:NAME is the function NAME of a file of yours",
     )
     data: str = option(
         "digits",

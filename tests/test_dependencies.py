@@ -12,7 +12,11 @@ from experiments.__main__ import NEEDS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-MODULES = {"orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}  # of packages that are called otherwise
+MODULES = {
+    "orbax-checkpoint": "orbax",
+    "scikit-learn": "sklearn",
+    "pillow": "PIL",
+}
 OWN = {"fedlora_jax", "models", "experiments"}
 INSTALLED_APART = ROOT / "experiments" / "bench" / "contenders"  # whom rounds are compared with
 

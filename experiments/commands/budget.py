@@ -72,9 +72,9 @@ class Plan:
         validation = dataclasses.replace(config, validation=SHARE, seeds=config.tuning_seeds)
         self.problems = {"test": prelude.built(config)}
         self.problems["validation"] = prelude.built(validation, self.problems["test"].backbone)
-        if config.resume:
-            self.folder.check_same("record", self.problems["test"].record)
         self.about = prelude.about("budget", config, self.problems["test"]) | prelude.today()
+        if config.resume:
+            self.about = prelude.going_on(self.folder, self.about)
         facts = facts_of(config, self.problems["test"].signature)
         self.built = {name: methods.build(name, **facts) for name in config.methods}
 

@@ -17,7 +17,7 @@ from experiments.engine.rows import holdings
 from experiments.engine.trial import Trial
 from experiments.results import checkpoints, record, report, summary
 from experiments.results.checkpoints import Checkpoints
-from experiments.results.folder import CONFIG, digest, say, write_json
+from experiments.results.folder import CONFIG, digest, file_name, say, write_json
 
 GROWS = ("methods", "seeds", "rounds")  # what a run may have more of when it goes on
 
@@ -45,10 +45,10 @@ class Plan:
         if config.resume:
             self._refuse_stages_of_other_rounds()
         self.problem = prelude.built(config)
+        self.about = prelude.about(command, config, self.problem)
         if config.resume:
             self._refuse_other_draws()
-            self.folder.check_same("record", self.problem.record, ("partition_hash",))
-        self.about = prelude.about(command, config, self.problem)
+            self.about = prelude.going_on(self.folder, self.about, ("partition_hash",))
         self.trials = {name: Trial(config, self.problem, name) for name in config.methods}
 
     def forecast(self) -> None:
@@ -81,7 +81,7 @@ class Plan:
 
     def _parts(self, trial: Trial, folder: Path, rows: list[dict[str, Any]]) -> list[Part]:
         """A method by the seeds that began together, and how far they are; a line where something is damaged."""
-        path, parts = folder / "checkpoints" / trial.name, []
+        path, parts = folder / "checkpoints" / file_name(trial.name), []
         for span in checkpoints.spans(path, len(self.config.seeds)):
             own = trial.of_seeds(*span)
             about = {"run": self._identity(), "method": own.name, "seeds": own.config.seeds}

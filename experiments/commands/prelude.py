@@ -16,6 +16,8 @@ from experiments.setup import problem
 from experiments.setup.problem import Problem
 from models.backbone import Backbone
 
+FILES = "method_files"  # in the record: the content of files that methods are from
+
 
 def checked(config: Config) -> None:
     """Refuse what can be seen to be wrong before anything is read."""
@@ -45,7 +47,22 @@ def built(config: Config, backbone: Backbone | None = None) -> Problem:
 
 def about(command: str, config: Config, problem: Problem) -> dict[str, Any]:
     """What identifies a run, and with what it is computed, for ``config.json``."""
-    return {"command": command, "config": config.identity(), "record": problem.record, **describe()}
+    files = methods.hashes(config.methods)
+    record = problem.record | ({FILES: files} if files else {})
+    return {"command": command, "config": config.identity(), "record": record, **describe()}
+
+
+def going_on(folder: Folder, about: dict[str, Any], grows: Iterable[str] = ()) -> dict[str, Any]:
+    """``about`` of a run that goes on, with the files of all methods that have run.
+
+    Raises:
+      ValueError: data, weights, clients or the content of a method's file differ from what the folder holds.
+    """
+    before, now = folder.held("record").get(FILES), about["record"].get(FILES, {})
+    files = before | now if isinstance(before, dict) else now
+    record = about["record"] | ({FILES: files} if files else {})
+    folder.check_same("record", record, (*grows, FILES))
+    return about | {"record": record}
 
 
 def today() -> dict[str, Any]:

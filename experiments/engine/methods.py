@@ -1,4 +1,7 @@
-"""Methods by their file names in ``fedlora_jax/methods``, and wrappers: a new file there is a new method here."""
+"""Methods by their file names in ``fedlora_jax/methods``, and wrappers: a new file there is a new method here.
+
+A method may also be a function of a file of the user's, ``PATH.py:NAME`` in place of its name (``setup/user_code.py``).
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,19 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import fedlora_jax.methods
 import fedlora_jax.wrappers
+from experiments.results.folder import file_name
+from experiments.setup import user_code
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.method import About, Method
 from fedlora_jax.wrappers import AboutWrapper, order
 
+LETTERS = re.compile(r"[\w.:=,+-]+|[\w./-]+\.py[\w.:=,+-]*", re.ASCII)
 LONGEST = 200  # letters of a method with its options: folders and files are named by it
 
 
@@ -39,11 +45,34 @@ def check(spec: str) -> None:
 
 def about(spec: str) -> About:
     """Of a method with wrappers; options are part of the name shown (words without their key)."""
-    parts = spec.split("+")
-    entry = _module(parts[0].split(":")[0]).ABOUT
-    names = [entry.name, *(_wrapper(part.split(":")[0])[0].name for part in parts[1:])]
-    shown = [name + _shown(part.split(":")[1:]) for name, part in zip(names, parts, strict=True)]
+    parts = [_named(part) for part in spec.split("+")]
+    name = parts[0][0]
+    entry = _about_own(name) if user_code.is_own(name) else _module(name).ABOUT
+    names = [entry.name, *(_wrapper(name)[0].name for name, _ in parts[1:])]
+    shown = [name + _shown(options) for name, (_, options) in zip(names, parts, strict=True)]
     return entry._replace(name=" + ".join(shown))
+
+
+def _about_own(name: str) -> About:
+    """What the ``ABOUT`` of a user's file says, an ``About`` or a dictionary of them by function; else the name."""
+    path, _, function = name.partition(":")
+    said = getattr(user_code.read(path).module, "ABOUT", None)
+    said = said.get(function) if isinstance(said, dict) else said
+    return said if isinstance(said, About) else About(function, path, "", "-", "-", "-")
+
+
+def hashes(specs: Iterable[str]) -> dict[str, str]:
+    """Of the files that methods are from, by path: other content is another method."""
+    paths = [spec.partition(":")[0] for spec in specs if user_code.is_own(spec)]
+    return {path: user_code.read(path).digest for path in paths}
+
+
+def _named(part: str) -> tuple[str, list[str]]:
+    """The name of a method (``PATH.py:NAME`` where it is from a file) or wrapper, and its options."""
+    name, *options = part.split(":")
+    if user_code.is_own(part):
+        return f"{name}:{options[0] if options else ''}", options[1:]
+    return name, options
 
 
 def _shown(options: list[str]) -> str:
@@ -70,11 +99,11 @@ def find(spec: str, option: str) -> Varied:
     """
     name, _, key = option.rpartition(":")
     parts = list(zip(spec.split("+"), _parse(spec), strict=True))
-    chosen = [(i, text, p) for i, (text, p) in enumerate(parts) if name in ("", text.split(":")[0])]
+    chosen = [(i, text, p) for i, (text, p) in enumerate(parts) if name in ("", _named(text)[0])]
     real = lambda make: [k for k, p in settable(make).items() if type(p.default) is float]
     found = [(i, taken) for i, _, (make, taken) in chosen if key in real(make)]
     if len(found) != 1:
-        has = [f"{text.split(':')[0]}:{k}" for text, (make, _) in parts for k in real(make)]
+        has = [f"{_named(text)[0]}:{k}" for text, (make, _) in parts for k in real(make)]
         what = "no part has" if not found else "several parts have"
         raise ValueError(f"--vary {option}: {what} such a number in {spec}; it has {', '.join(has) or 'none'}")
     part, taken = found[0]
@@ -106,12 +135,32 @@ def build(spec: str, varied: Mapping[Varied, Any] = MappingProxyType({}), **fact
         parsed[option.part][1][option.key] = value
     inner: list[Method] = []  # a method is made of nothing, a wrapper of what is inside it
     for part, (make, options) in zip(spec.split("+"), parsed, strict=True):
-        asked = {key: facts[key] for key in inspect.signature(make).parameters if key in facts}
+        parameters = inspect.signature(make).parameters
+        asked = {key: facts[key] for key in parameters if key in facts}
         try:
-            inner = [make(*inner, **asked, **options)]
+            if user_code.is_own(part):
+                inner = [_own(part, make, asked | options, facts)]
+            else:
+                inner = [make(*inner, **asked, **options)]
         except ValueError as error:
             raise ValueError(f"{part}: {error}") from error
     return inner[0]
+
+
+def _own(part: str, make: Callable[..., Method], given: dict[str, Any], facts: Mapping[str, Any]) -> Method:
+    """The method of a user's file, whatever goes wrong there said in one line."""
+    unknown = [k for k, p in inspect.signature(make).parameters.items() if p.default is p.empty and k not in given]
+    if unknown:
+        raise ValueError(f"nothing gives it {unknown[0]}: a default would, and runs give {', '.join(sorted(facts))}")
+    try:
+        method = make(**given)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(user_code.failed(error, part.partition(":")[0])) from error
+    if not isinstance(method, Method):
+        raise ValueError(f"it returned {type(method).__name__}: expected a fedlora_jax.Method")
+    return method
 
 
 def asks(spec: str, fact: str) -> bool:
@@ -125,16 +174,21 @@ def _parse(spec: str) -> list[tuple[Callable[..., Method], dict[str, Any]]]:
     Raises:
       ValueError: no such name or option, an option set twice, a value that is none, or a text that cannot name files.
     """
-    if len(spec) > LONGEST or not re.fullmatch(r"[\w.:=,+-]+", spec, re.ASCII):
+    if len(file_name(spec)) > LONGEST or not LETTERS.fullmatch(spec):
         short = spec if len(spec) <= 60 else spec[:60] + "..."
         raise ValueError(
             f"{short!r} is no method: expected NAME:OPTION=VALUE+WRAPPER:OPTION=VALUE, at most {LONGEST} letters, "
-            "digits and . : = , + - _"
+            "digits and . : = , + - _ (and / in PATH.py:NAME)"
         )
     made = []
     for i, part in enumerate(spec.split("+")):
-        name, *options = part.split(":")
-        make = getattr(_module(name), name) if i == 0 else _wrapper(name)[1]
+        name, options = _named(part)
+        if user_code.is_own(part):
+            if i > 0:
+                raise ValueError(f"{part!r} is no wrapper: only methods are from files; wrap it in a function there")
+            make = user_code.load(name, "a method")[0]
+        else:
+            make = getattr(_module(name), name) if i == 0 else _wrapper(name)[1]
         pairs = [_option(part, text, settable(make)) for text in options]
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"{part!r} sets an option more than once: leave one of them")
@@ -153,7 +207,7 @@ def _option(spec: str, text: str, settable: dict[str, inspect.Parameter]) -> tup
         raise ValueError(f"{spec!r}: {key} needs a value, as in {key}={settable[key].default}")
     if key not in settable:
         can = ", ".join(f"{k}={p.default}" for k, p in settable.items()) or "none"
-        raise ValueError(f"{spec!r}: {text!r} is no option of {spec.split(':')[0]}; it has {can}")
+        raise ValueError(f"{spec!r}: {text!r} is no option of {_named(spec)[0]}; it has {can}")
     kind = type(settable[key].default)
     try:
         found = {"True": True, "False": False}[value] if kind is bool else kind(value)

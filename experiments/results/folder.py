@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import quote
 
 CONFIG, LOCK = "config.json", ".lock"
 BESIDE = re.compile(r"\.[^.].*\.(json|jsonl|png|html|npz)\.\d+")  # what ``write_atomically`` leaves when killed
@@ -73,6 +74,11 @@ def read_json(content: bytes) -> Any:
 def say(text: str) -> None:
     """One line for whoever watches."""
     print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def file_name(method: str) -> str:
+    """A method as the name of one file or folder: one from a file has the file's path in it."""
+    return quote(method, safe=":=,+")
 
 
 class Folder:
@@ -210,6 +216,8 @@ def _is_left_over(path: Path) -> bool:
 
 
 def _more(before: Any, value: Any) -> bool:
+    if isinstance(value, dict):
+        return before is None or (isinstance(before, dict) and before.items() <= value.items())
     if isinstance(value, list):
         return isinstance(before, list) and value[: len(before)] == before
     return type(before) is type(value) is int and value >= before

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.results.folder import read_json, sealed, unsealed, write_atomically
+from experiments.results.folder import file_name, read_json, sealed, unsealed, write_atomically
 from models import archive
 
 
@@ -76,7 +76,7 @@ def keep_theta(folder: Path, method: str, state: Any) -> None:
 
 def write_theta(folder: Path, method: str, theta: Any) -> Path:
     """What a method has learned, as ``METHOD.theta.npz``."""
-    buffer, path = io.BytesIO(), folder / f"{method.replace(':', '_')}.theta.npz"
+    buffer, path = io.BytesIO(), folder / f"{file_name(method).replace(':', '_')}.theta.npz"
     leaves = jax.tree_util.tree_leaves_with_path(theta)
     arrays: dict[str, Any] = {jax.tree_util.keystr(name): np.asarray(x) for name, x in leaves}
     np.savez(buffer, **arrays)

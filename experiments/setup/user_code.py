@@ -1,21 +1,32 @@
-"""A function of the user's own, from ``FILE.py:FUNCTION``."""
+"""A function of the user's own, from ``FILE.py:FUNCTION``.
+
+A file is read once in a process: what runs is what its hash says.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import importlib.util
+import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
+
+
+class File(NamedTuple):
+    """A file as it was when it was read."""
+
+    module: ModuleType
+    digest: str  # of its content
 
 
 def is_own(text: str) -> bool:
     """Is this ``FILE.py:FUNCTION``, and not the name of something that is built in?"""
-    return ".py:" in text
+    return text.partition(":")[0].endswith(".py")
 
 
-def load(text: str, what: str) -> tuple[Callable[..., Any], str]:
+def load(text: str, what: str) -> tuple[Any, str]:
     """The function, and a hash of its file.
 
     Args:
@@ -25,23 +36,54 @@ def load(text: str, what: str) -> tuple[Callable[..., Any], str]:
     Raises:
       ValueError: there is no such file or function, or the file cannot be imported; with the line that failed.
     """
-    path, _, name = text.rpartition(":")
+    path, _, name = text.partition(":")
     if not Path(path).is_file():
         raise ValueError(f"no file {path!r} for {what} {text!r}")
-    content = Path(path).read_bytes()
-    spec = importlib.util.spec_from_file_location(f"user_code_{Path(path).stem}", path)
-    assert spec is not None
-    assert spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
-        line = getattr(error, "lineno", None) or (at[-1] if at else None)
-        where = f"{path}, line {line}" if line else path
-        raise ValueError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    module, digest = read(path)
     function = getattr(module, name, None)
     if not callable(function):
-        has = ", ".join(k for k, x in vars(module).items() if callable(x) and not k.startswith("_")) or "no functions"
-        raise ValueError(f"{path} has no function {name!r} for {what}: it has {has}")
-    return function, hashlib.sha256(content).hexdigest()[:16]
+        own = [k for k, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__ and callable(x)]
+        has = ", ".join(k for k in own if not k.startswith("_")) or "no functions"
+        missing = f"has no function {name!r} for {what}" if name else f"needs a name, {path}:FUNCTION, for {what}"
+        raise ValueError(f"{path} {missing}: it has {has}")
+    return function, digest
+
+
+@functools.cache
+def read(path: str) -> File:
+    """A file of functions.
+
+    Raises:
+      ValueError: it cannot be read or imported.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    module = ModuleType(f"user_code_{digest}_{Path(path).stem}")
+    module.__file__ = str(Path(path).absolute())
+    sys.modules[module.__name__] = module  # dataclasses look themselves up there
+    try:
+        exec(compile(content, module.__file__, "exec"), vars(module))
+    except (Exception, SystemExit) as error:
+        del sys.modules[module.__name__]
+        raise ValueError(f"{path}{_line(error, module.__file__)} cannot be imported: {_in_words(error)}") from error
+    return File(module, digest)
+
+
+def failed(error: Exception, path: str) -> str:
+    """What went wrong in a function of a file, and in which line of it."""
+    return f"{path}{_line(error, str(read(path).module.__file__))}: {_in_words(error)}"
+
+
+def _line(error: BaseException, file: str) -> str:
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f", line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _in_words(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
