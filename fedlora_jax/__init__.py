@@ -52,8 +52,9 @@ from fedlora_jax.methods.pfedme import pfedme
 from fedlora_jax.methods.rac_lora import rac_lora
 from fedlora_jax.methods.rolora import rolora
 from fedlora_jax.methods.sdflora import sdflora
-from fedlora_jax.rounds import LossFn, MetricFn, make_evaluate, make_round, make_step, scan_rounds
+from fedlora_jax.rounds import MetricFn, make_evaluate, make_round, make_step, scan_rounds
 from fedlora_jax.signatures import Signature
+from fedlora_jax.training import LossFn
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedlc import fedlc

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.lora import Adapter, Params
-from fedlora_jax.rounds import LossFn
+from fedlora_jax.training import LossFn
 
 
 def fedga(logits_fn: Callable[[Params, Adapter, object, Array], tuple[Array, Array]]) -> LossFn:

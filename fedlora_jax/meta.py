@@ -24,7 +24,8 @@ from jax import Array
 
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, MetaGradient, Method, State, models
-from fedlora_jax.rounds import LossFn, Optimizer, Trace, make_round, map_clients
+from fedlora_jax.rounds import make_round
+from fedlora_jax.training import LossFn, Optimizer, Trace, map_clients
 
 Tune = Callable[[Adapter], tuple[Adapter, Trace]]  # a start -> (after local steps, trace)
 Judge = Callable[[Adapter], Array]  # an adapter -> its loss on the examples kept apart

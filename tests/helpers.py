@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from numpy.linalg import norm
 
-from fedlora_jax import lora, rounds
+from fedlora_jax import lora, rounds, training
 from fedlora_jax.clients import Population
 from fedlora_jax.method import Cohort, Dispatch, Method, as_carried, average_client
 from fedlora_jax.methods.centralized import centralized
@@ -377,7 +377,7 @@ def assert_near(x: Any, y: Any, rel: float = 1e-5, floor: float = 1e-25) -> None
 def _train(hooks: tuple, sent: Any, c: Cohort, key: jax.Array, extra: float) -> tuple[lora.Adapter, jax.Array]:
     like = fedit()._replace(**dict(zip(HOOKS, hooks, strict=True)))
     penalty = lambda adapter, context: like.penalty(adapter, context) + extra
-    local = rounds.make_local(like._replace(penalty=penalty), loss_fn, OPTIMIZER)
+    local = training.make_local(like._replace(penalty=penalty), loss_fn, OPTIMIZER)
 
     def one(id_, *row):
         adapter, trace = local(sent.base, *row, jax.random.fold_in(key, id_))

@@ -24,7 +24,7 @@ from helpers import (
 )
 from wrapper_helpers import SGD, adapter_of, aggregated, flat, run, uploads
 
-from fedlora_jax import lora, rounds
+from fedlora_jax import lora, rounds, training
 from fedlora_jax.clients import Population
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.wrappers import innermost
@@ -49,7 +49,7 @@ def test_in_scaffolds_first_round_a_control_is_the_mean_gradient():
     method = scaffold(fedit(), population=8, local_lr=LOCAL_LR)
     c = members(method)
     state, memory, _ = run(method, 1, SGD)
-    local = rounds.make_local(fedit(), loss_fn, SGD, watch=lambda base, adapter: adapter)
+    local = training.make_local(fedit(), loss_fn, SGD, watch=lambda base, adapter: adapter)
     mask = take(fedit().dispatch(BASE, FedITState(ADAPTER), c).mask, 0)
     local, gradient = jit(local), jit(jax.grad(loss_fn, 1))
     for i in range(CLIENTS):

@@ -34,7 +34,7 @@ from helpers import (
     uploads,
 )
 
-from fedlora_jax import clustering, lora, rounds
+from fedlora_jax import clustering, lora, rounds, training
 from fedlora_jax.method import average_client, models
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.hilora import CLUSTER, LEAF, ROOT, hilora
@@ -181,7 +181,7 @@ def test_the_overlap_with_the_root_falls_where_it_is_penalised():
     for g in (0.0, 1.0):
         method, state, c = halfway(CLUSTER, make(g_c=g))
         sent = dispatch(method)(state, c)
-        local = rounds.make_local(method, loss_fn, optax.sgd(0.02))
+        local = training.make_local(method, loss_fn, optax.sgd(0.02))
         batches = jax.tree.map(lambda x: jnp.concatenate([x] * 10), take(c.batches, 0))
         end, _ = jit(local)(BASE, *(take(x, 0) for x in (sent.adapter, sent.mask, sent.context)), batches, KEY)
         pairs = zip(factors(state.root), factors(end), strict=True)
@@ -257,7 +257,7 @@ def test_a_trial_takes_the_steps_of_a_root_client():
     memory = jit(rounds.make_onboard(method, loss_fn, OPTIMIZER, chunk=2))(BASE, state, strangers, KEY)
     sent = dispatch(method)(at(state, ROOT), strangers)
     assert_near(take(sent.adapter, 0), state.root, 0)
-    local = rounds.make_local(method, loss_fn, OPTIMIZER)
+    local = training.make_local(method, loss_fn, OPTIMIZER)
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(strangers.ids)
     rows = (sent.adapter, sent.mask, sent.context, strangers.batches, keys)
     received, _ = jit(jax.vmap(lambda *row: local(BASE, *row)))(*rows)

@@ -29,7 +29,7 @@ from helpers import (
 )
 from personal_helpers import SGD, body, head, personal, run, task
 
-from fedlora_jax import lora, rounds
+from fedlora_jax import lora, rounds, training
 from fedlora_jax.method import average_client
 from fedlora_jax.methods.ditto import ditto
 from fedlora_jax.methods.fedit import FedITState, fedit
@@ -64,7 +64,7 @@ def test_the_report_of_a_round_is_on_what_was_sent(make, reported):
 
 def test_local_only_clients_train_alone_from_where_they_were():
     state, c, _ = run(local_only(), 2)
-    local = rounds.make_local(fedit(), loss_fn, OPTIMIZER)
+    local = training.make_local(fedit(), loss_fn, OPTIMIZER)
     for i in range(CLIENTS):
         adapter = ADAPTER
         for t in range(2):
@@ -86,7 +86,7 @@ def test_fine_tuning_trains_fedit_and_serves_its_clients():
     for share, steps in ((1.0, STEPS), (0.5, STEPS // 2)):
         state, c, _ = run(finetune(share), 2)
         one = cohort(1)
-        local = rounds.make_local(fedit(), loss_fn, OPTIMIZER, watch=lambda base, adapter: adapter)
+        local = training.make_local(fedit(), loss_fn, OPTIMIZER, watch=lambda base, adapter: adapter)
         for i in range(CLIENTS):
             own = jax.random.fold_in(jax.random.fold_in(KEY, 1), one.ids[i])
             _, trace = jit(local)(BASE, take(last.adapter, i), take(last.mask, i), (), take(one.batches, i), own)
@@ -165,7 +165,7 @@ def test_fedrep_trains_the_head_first_and_then_the_factors():
     method, c = fedrep(0.5), members(fedrep())
     state = method.init(KEY, nudged(ADAPTER, 0))
     sent = method.dispatch(BASE, state, c)
-    local = rounds.make_local(method, loss_fn, OPTIMIZER, watch=lambda base, adapter: adapter)
+    local = training.make_local(method, loss_fn, OPTIMIZER, watch=lambda base, adapter: adapter)
     end, trace = jit(local)(BASE, *(take(x, 0) for x in (sent.adapter, sent.mask, sent.context, c.batches)), KEY)
     middle = take(trace.seen, STEPS // 2 - 1)
     start = take(sent.adapter, 0)

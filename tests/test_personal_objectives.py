@@ -24,7 +24,7 @@ from helpers import (
 )
 from personal_helpers import SGD, personal, run, task
 
-from fedlora_jax import rounds
+from fedlora_jax import rounds, training
 from fedlora_jax.methods.centralized import centralized, pooled
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.methods.ifca import IFCAState, ifca
@@ -103,7 +103,7 @@ def test_pfedhn_learns_by_the_pullback_of_displacements():
     state = state._replace(phi=nudged(state.phi, 2, 0.05))
     new, _, _ = jit(rounds.make_round(method, loss_fn, SGD))(BASE, state, c, KEY)
     sent = method.dispatch(BASE, state, c)
-    local = rounds.make_local(method, loss_fn, SGD)
+    local = training.make_local(method, loss_fn, SGD)
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(c.ids)
     received, _ = jit(jax.vmap(lambda *row: local(BASE, *row)))(sent.adapter, sent.mask, sent.context, c.batches, keys)
 
@@ -148,7 +148,7 @@ def test_ifca_clients_choose_what_fits_and_clusters_are_means_of_who_chose():
     start = jax.tree.map(lambda *xs: jnp.stack(xs), *good, third)
     state, c = IFCAState(start, jnp.ones(3) / 3), normalised(members(method))
     new, chosen, info = jit(rounds.make_round(method, loss_fn, SGD))(BASE, state, c, KEY)
-    last, local, ends, choices = jnp.iinfo(jnp.int32).max, rounds.make_local(fedit(), loss_fn, SGD), [], []
+    last, local, ends, choices = jnp.iinfo(jnp.int32).max, training.make_local(fedit(), loss_fn, SGD), [], []
     for i in range(CLIENTS):
         own = jax.random.fold_in(KEY, c.ids[i])
         losses = [task(x, take(c.queries, i), jax.random.fold_in(own, last)) for x in (*good, third)]
@@ -192,7 +192,7 @@ def test_centralized_is_one_machine_that_reads_all_batches():
     first = [tuple(x) for x in np.asarray(one.batches["x"][0, 0], float).tolist()]
     assert sum(x in same for x in first) <= 1  # a batch mixes clients
     mask = take(fedit().dispatch(BASE, FedITState(ADAPTER), c).mask, 0)
-    local = rounds.make_local(fedit(), loss_fn, OPTIMIZER)
+    local = training.make_local(fedit(), loss_fn, OPTIMIZER)
     own = jax.random.fold_in(KEY, c.ids[0])
     end, trace = jit(local)(BASE, ADAPTER, mask, (), take(one.batches, 0), own)
     assert_near(state.adapter, end)

@@ -26,7 +26,7 @@ from experiments.engine.trial import Trial
 from experiments.results import summary
 from experiments.setup import memory
 from experiments.setup.problem import Problem, make_optimizer
-from fedlora_jax import rounds
+from fedlora_jax import rounds, training
 from fedlora_jax.method import Method
 from fedlora_jax.methods.fedit import fedit
 
@@ -146,7 +146,7 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
 def one_step(config: Config, problem: Problem) -> Step:
     """Time of a local step of as many clients as are trained at once: the best of a few calls; and its arithmetic."""
     clients, _ = chunking.choose(config, problem)
-    local = rounds.make_local(fedit(), problem.loss_fn, make_optimizer(config))
+    local = training.make_local(fedit(), problem.loss_fn, make_optimizer(config))
     batch = tuple(x[jnp.arange(config.batch) % len(x)][None] for x in problem.train)
     adapter = jax.tree.map(lambda x: x[0], problem.adapters)
     mask = jax.tree.map(jnp.ones_like, adapter)

@@ -16,7 +16,7 @@ from experiments.engine.chunking import choose, mesh_of
 from experiments.engine.evaluation import Scores, make_scores
 from experiments.setup.memory import refuse_draws
 from experiments.setup.problem import Arrays, Clients, Problem, Seed, make_optimizer
-from fedlora_jax import rounds
+from fedlora_jax import rounds, training
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method, no_learning
 from fedlora_jax.rounds import Run
@@ -55,11 +55,11 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
 
     def train(base, train, clients: Clients, runs: Run, keys: Array):
         one = lambda row: block(base, train, row[0].training(config.clients), row[1], row[2])
-        return rounds.map_clients(one, (clients, runs, keys), seeds_at_once)
+        return training.map_clients(one, (clients, runs, keys), seeds_at_once)
 
     def evaluate(base, train, test, clients: Clients, runs: Run, keys: Array, tune: Array) -> Scores:
         one = lambda row: scores(Arrays(base, train, test[:2]), *row, tune)
-        return rounds.map_clients(one, (Seed(clients, problem.adapters, keys), runs), seeds_at_once)
+        return training.map_clients(one, (Seed(clients, problem.adapters, keys), runs), seeds_at_once)
 
     # Only clients in training are shared by devices; whatever goes in or comes out, every device has all of.
     mesh = mesh_of(config.devices)
@@ -103,7 +103,7 @@ def make_runs(config: Config, problem: Problem, points: int, build: Callable[[Po
     def runs(points: Point, arrays: Arrays, everyone: Seed):
         repeated = jax.tree.map(lambda x: jnp.repeat(x, seeds), points)
         rows = (repeated, jnp.tile(jnp.arange(seeds), len(points.lr)))
-        out = rounds.map_clients(lambda row: one(row, arrays, everyone), rows, at_once)
+        out = training.map_clients(lambda row: one(row, arrays, everyone), rows, at_once)
         return jax.tree.map(lambda x: x.reshape(-1, seeds, *x.shape[1:]), out)
 
     return runs, (problem.arrays(), problem.everyone())

@@ -1,0 +1,137 @@
+"""What clients do in a round: the local steps of one of them, and one function for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from fedlora_jax.gradient import forward_over_reverse
+from fedlora_jax.lora import Adapter, Params
+from fedlora_jax.method import Cohort, Dispatch, Memory, Method
+
+Optimizer = optax.GradientTransformation | Callable[[Array], optax.GradientTransformation]  # or one of each round
+
+
+class LossFn(Protocol):
+    """The mean task loss of one client's batch, a scalar; ``adapter`` is one client's, without client axis."""
+
+    def __call__(self, base: Params, adapter: Adapter, batch: Any, key: Array, /) -> Array: ...
+
+
+class Client(NamedTuple):
+    """What one client has before it in a round; ``[C, ...]`` where clients are stacked."""
+
+    id: Array
+    adapter: Adapter  # where it starts
+    mask: Adapter
+    context: Any
+    memory: Memory = ()
+    batches: Any = ()  # [T, B, ...]
+    examples: Any = ()  # apart from its batches: queries, or what it is evaluated on
+
+
+class Trace(NamedTuple):
+    """What one client's local steps leave behind."""
+
+    loss: Array  # [T] of each step's batch, before the step, without penalties
+    seen: Any  # [T, ...] what ``watch`` saw after each step
+
+
+def clients_of(cohort: Cohort, sent: Dispatch, **data: Any) -> Client:
+    """The clients of a cohort with what each was sent, stacked, and what ``data`` they need besides."""
+    return Client(cohort.ids, sent.adapter, sent.mask, sent.context, **data)
+
+
+def make_local(
+    method: Method,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    watch: Callable[[Params, Adapter], Any] = lambda base, adapter: (),
+    remat: bool = True,
+) -> Callable:
+    """Local training: ``(base, adapter, mask, context, batches [T, ...], key, round=None) -> (adapter, Trace)``.
+
+    It is one client's. The optimizer (of that round) starts afresh. The mask is put on gradients, so that clipping by
+    norm sees what is trained, and on updates, so that weight decay and momentum cannot move what is frozen. Whoever
+    differentiates several steps keeps one adapter (and optimizer state) per step, and what a step's gradient took is
+    computed again (``remat``).
+    """
+
+    def model_alone(task: Callable[[Adapter], Array], adapter: Adapter, context: Any) -> tuple[Array, Array]:
+        loss = task(method.model(adapter, context))
+        return loss, loss
+
+    objective = method.objective or model_alone
+
+    def local(base: Params, adapter: Adapter, mask: Adapter, context: Any, batches: Any, key: Array, round=None):
+        tx = of_round(optimizer, round)
+        steps = jax.tree.leaves(batches)[0].shape[0]
+        plain = partial(jax.grad, has_aux=True)
+        gradient = forward_over_reverse if remat and steps > 1 else plain  # a single step has nothing to gain
+
+        def step(carry, inputs):
+            adapter, opt_state = carry
+            t, batch = inputs
+
+            def minimised(adapter):
+                task = lambda model: loss_fn(base, model, batch, jax.random.fold_in(key, t))
+                loss, reported = objective(task, adapter, context)
+                return loss + method.penalty(adapter, context), reported
+
+            moves_now = method.mask_schedule(mask, t / steps)
+            grads, loss = gradient(minimised)(adapter)
+            updates, opt_state = tx.update(masked(grads, moves_now), opt_state, adapter)
+            adapter = optax.apply_updates(adapter, masked(updates, moves_now))
+            return (adapter, opt_state), Trace(loss, watch(base, adapter))
+
+        (adapter, _), trace = jax.lax.scan(step, (adapter, tx.init(adapter)), (jnp.arange(steps), batches))
+        return adapter, trace
+
+    return local
+
+
+def of_round(optimizer: Optimizer, round: Array | int | None) -> optax.GradientTransformation:
+    """The optimizer of one round.
+
+    Raises:
+      ValueError: it follows rounds, and nobody said which one this is.
+    """
+    if not callable(optimizer):
+        return optimizer
+    if round is None:
+        raise ValueError("the optimizer follows rounds: say which one this is (round=0 is the first)")
+    return optimizer(round)  # type: ignore[arg-type]
+
+
+def map_clients(f: Callable, rows: Any, chunk: int | None, mesh: Mesh | None = None) -> Any:
+    """``vmap(f)`` over the leading axis, at most ``chunk`` clients at once on each device of ``mesh``."""
+    clients = jax.tree.leaves(rows)[0].shape[0]
+    if mesh is not None and mesh.size > 1:
+        if clients % mesh.size:
+            raise ValueError(f"{clients} clients cannot be shared by {mesh.size} devices: choose a multiple of them")
+        mesh = Mesh(mesh.devices, mesh.axis_names)  # whatever the type of its axes: jax shards what comes after
+        part = PartitionSpec(mesh.axis_names)
+        share = lambda rows: map_clients(f, rows, chunk)
+        return jax.shard_map(share, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(rows)
+    if chunk == 1:  # without an axis of clients: a stack of one would turn every product into a batched one
+        return jax.lax.map(f, rows)
+    if chunk is None or chunk == clients:
+        return jax.vmap(f)(rows)
+    if not 1 <= chunk <= clients or clients % chunk:
+        fits = [c for c in range(1, clients + 1) if clients % c == 0]
+        raise ValueError(f"chunk {chunk} does not divide a cohort of {clients} clients: choose one of {fits}")
+    stacked = jax.tree.map(lambda x: x.reshape(clients // chunk, chunk, *x.shape[1:]), rows)
+    out = jax.lax.map(jax.vmap(f), stacked)
+    return jax.tree.map(lambda x: x.reshape(clients, *x.shape[2:]), out)
+
+
+def masked(tree: Adapter, mask: Adapter) -> Adapter:
+    """The tree where the mask lets it move, 0 elsewhere."""
+    return jax.tree.map(lambda x, m: x * m.astype(x.dtype), tree, mask)
