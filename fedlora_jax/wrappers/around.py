@@ -6,10 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax import lora
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import (
     Cohort,
@@ -20,10 +18,7 @@ from fedlora_jax.method import (
     State,
     all_held,
     no_learning,
-    per_client,
-    shares,
 )
-from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers import order
 
 
@@ -227,117 +222,3 @@ def with_adapter(state: State, adapter: Adapter) -> State:
     if isinstance(state, Wrapped):
         return state._replace(inner=with_adapter(state.inner, adapter))
     return state._replace(adapter=adapter)
-
-
-def needs_an_adapter(wrapper: str, state: State) -> Adapter:
-    """The global adapter of a method, if that is where all that it learned is.
-
-    Raises:
-      ValueError: it has none, or keeps a residual on the base besides.
-    """
-    state = innermost(state)
-    if not hasattr(state, "adapter") or hasattr(state, "residual"):
-        why = "keeps a residual on the base" if hasattr(state, "residual") else "has no global adapter"
-        raise ValueError(
-            f"{wrapper} keeps something in the coordinates of the server's adapter, and a method with "
-            f"{type(state).__name__} {why}: wrap one whose server holds one adapter, such as fedit or flexlora"
-        )
-    return state.adapter
-
-
-def class_bias(wrapper: str, model: Adapter, classes: int) -> str:
-    """The name of the head's bias.
-
-    Raises:
-      ValueError: there is not exactly one bias of that many classes that is trained in full.
-    """
-    flat = lora.flatten(model)
-    names = [k for k, x in flat.items() if not lora.is_lora(x) and x.shape == (classes,) and k.endswith("bias")]
-    if len(names) != 1:
-        raise ValueError(
-            f"{wrapper} shifts the bias of the {classes} classes, trained in full; the adapter has "
-            f"{', '.join(names) or 'none'}: add the head's bias to full in lora.new"
-        )
-    return names[0]
-
-
-def tells_of_labels(wrapper: str, signatures: Any) -> Signature:
-    """The signatures, if they say what a client's labels are.
-
-    Raises:
-      ValueError: they do not.
-    """
-    if not isinstance(signatures, Signature) or signatures.labels.shape[-1] == 0:
-        raise ValueError(
-            f"{wrapper} needs to know how many examples of each class a client holds, and its signature says nothing "
-            "of labels: use full signatures (fedlora_jax.signatures), or another wrapper"
-        )
-    return signatures
-
-
-def needs_plain_uploads(wrapper: str, inner: Method) -> None:
-    """Refuse a method that learns from what clients send client_model their adapters."""
-    if inner.learn is not no_learning:
-        raise ValueError(
-            f"{wrapper} acts on the adapters that clients send, and this method also learns from meta-gradients, which "
-            "it would not reach: wrap a method that aggregates adapters only, such as fedit"
-        )
-
-
-def present(cohort: Cohort) -> Array:
-    """``[C]`` 1 for a client that takes part, 0 where the weight is zero."""
-    return (cohort.weights > 0).astype(cohort.weights.dtype)
-
-
-def control_weights(wrapper: str, weights: str, population: int) -> Callable[[Cohort], Array]:
-    """``(cohort) -> [C]`` how much each client counts in what is kept of all clients of a population.
-
-    Args:
-      wrapper: which asks.
-      weights: ``counts``: its part of the population's weight; ``uniform``: 1 of N. 0 for a client that is not there.
-      population: N.
-
-    Raises:
-      ValueError: other weights.
-    """
-    if weights not in ("counts", "uniform"):
-        raise ValueError(f"weights of {wrapper} must be 'counts' or 'uniform', got {weights!r}")
-    if weights == "uniform":
-        return lambda cohort: present(cohort) / population
-    return lambda cohort: shares(cohort, population)
-
-
-def where_moved(inner: Method, cohort: Cohort, sent: Dispatch, new: Adapter, old: Adapter) -> Adapter:
-    """``new`` where any client that takes part may move an entry that it shares, ``old`` elsewhere; both ``[...]``."""
-    mask = inner.aggregated(sent.mask) if inner.aggregated else sent.mask
-    by_any = lambda m: ((m > 0) & (per_client(cohort.weights > 0, m) > 0)).any(0)
-    return jax.tree.map(lambda m, x, y: jnp.where(by_any(m), x, y), mask, new, old)
-
-
-def updates(sent: Dispatch, received: Adapter) -> Adapter:
-    """What clients changed of what they share, ``[C, ...]``."""
-    return change(sent.mask, sent.adapter, received)
-
-
-def change(mask: Adapter, sent: Adapter, received: Adapter) -> Adapter:
-    """What was changed of what is shared, of one client or of all."""
-    return jax.tree.map(lambda x, y, m: (y - x) * m.astype(x.dtype), sent, received, mask)
-
-
-def changed(mask: Adapter, sent: Adapter, received: Adapter, updates: Adapter) -> Adapter:
-    """The uploads whose shared entries are those sent, changed by ``updates``; what is not shared stays."""
-    return jax.tree.map(lambda x, y, m, d: jnp.where(m > 0, x + d, y), sent, received, mask, updates)
-
-
-def square_norms(stacked: Adapter) -> Array:
-    """``[C]`` squared norms over all arrays together."""
-    return sum((jnp.sum(x**2, tuple(range(1, x.ndim))) for x in jax.tree.leaves(stacked)), jnp.zeros(()))
-
-
-def same_structure(wrapper: str, mine: Adapter, *theirs: Adapter) -> None:
-    """Refuse a method whose clients carry or keep something else than an adapter like the server's."""
-    if any(jax.tree.structure(mine) != jax.tree.structure(x) for x in theirs):
-        raise ValueError(
-            f"{wrapper} keeps a number for every entry of the server's adapter, and clients of this method carry a "
-            "tree of another structure: wrap a method whose clients carry one adapter, such as fedit"
-        )

@@ -20,7 +20,8 @@ from jax import Array
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method
-from fedlora_jax.wrappers.around import AboutWrapper, around, present, square_norms, updates
+from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.updates import present, square_norms, updates
 
 ABOUT = {"fedbc": AboutWrapper("FedBC", "Bedi et al. 2022", "2206.10815", "a learned penalty weighs each client")}
 

@@ -19,17 +19,9 @@ import jax.numpy as jnp
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method, mean
-from fedlora_jax.wrappers.around import (
-    AboutWrapper,
-    around,
-    control_weights,
-    innermost,
-    needs_an_adapter,
-    same_structure,
-    updates,
-    where_moved,
-    with_adapter,
-)
+from fedlora_jax.wrappers.around import AboutWrapper, around, innermost, with_adapter
+from fedlora_jax.wrappers.refusals import needs_an_adapter, same_structure
+from fedlora_jax.wrappers.updates import control_weights, updates, where_moved
 
 ABOUT = {"feddyn": AboutWrapper("FedDyn", "Acar et al. ICLR 2021", "2111.04263", "dynamic regularisation")}
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from fedlora_jax import lora
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.method import Method
-from fedlora_jax.wrappers.around import AboutWrapper, around, class_bias, tells_of_labels
+from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.refusals import class_bias, tells_of_labels
 
 ABOUT = {"fedlc": AboutWrapper("FedLC", "Zhang et al. ICML 2022", "2209.00189", "logits calibrated by class counts")}
 ABSENT = 1e-4  # lowers the logit of a class that a client lacks by 10 tau

@@ -24,7 +24,9 @@ from jax import Array
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method
-from fedlora_jax.wrappers.around import AboutWrapper, around, innermost, needs_an_adapter, where_moved, with_adapter
+from fedlora_jax.wrappers.around import AboutWrapper, around, innermost, with_adapter
+from fedlora_jax.wrappers.refusals import needs_an_adapter
+from fedlora_jax.wrappers.updates import where_moved
 
 _REDDI = "Reddi et al. ICLR 2021", "2003.00295"
 ABOUT = {

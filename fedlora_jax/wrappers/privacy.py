@@ -26,7 +26,9 @@ import jax.numpy as jnp
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.keys import purpose
 from fedlora_jax.method import Method, per_client
-from fedlora_jax.wrappers.around import AboutWrapper, around, change, changed, needs_plain_uploads, square_norms
+from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.refusals import needs_plain_uploads
+from fedlora_jax.wrappers.updates import change, changed, square_norms
 
 _MCMAHAN = "McMahan et al. ICLR 2018", "1710.06963"
 ABOUT = {

@@ -25,16 +25,10 @@ from jax import Array
 
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.method import Method, per_client
-from fedlora_jax.wrappers.around import (
-    AboutWrapper,
-    around,
-    changed,
-    needs_plain_uploads,
-    present,
-    square_norms,
-    updates,
-)
+from fedlora_jax.wrappers.around import AboutWrapper, around
 from fedlora_jax.wrappers.privacy import shortened
+from fedlora_jax.wrappers.refusals import needs_plain_uploads
+from fedlora_jax.wrappers.updates import changed, present, square_norms, updates
 
 _YIN = "Yin et al. ICML 2018", "1803.01498"
 ABOUT = {

@@ -23,14 +23,9 @@ from jax import Array
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method, mean, per_client
-from fedlora_jax.wrappers.around import (
-    AboutWrapper,
-    around,
-    control_weights,
-    needs_an_adapter,
-    same_structure,
-    updates,
-)
+from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.refusals import needs_an_adapter, same_structure
+from fedlora_jax.wrappers.updates import control_weights, updates
 
 ABOUT = {
     "scaffold": AboutWrapper("SCAFFOLD", "Karimireddy et al. ICML 2020", "1910.06378", "control variates; SGD inside")

@@ -28,7 +28,8 @@ from fedlora_jax.checks import refuse_outside
 from fedlora_jax.hyper import generator
 from fedlora_jax.method import Method
 from fedlora_jax.signatures import Signature
-from fedlora_jax.wrappers.around import AboutWrapper, around, class_bias, tells_of_labels
+from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.refusals import class_bias, tells_of_labels
 
 ABOUT = {
     "signature_bias": AboutWrapper(
