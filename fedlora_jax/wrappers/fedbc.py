@@ -20,7 +20,7 @@ from jax import Array
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method
-from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around
 from fedlora_jax.wrappers.updates import present, square_norms, updates
 
 ABOUT = {"fedbc": AboutWrapper("FedBC", "Bedi et al. 2022", "2206.10815", "a learned penalty weighs each client")}
@@ -65,12 +65,12 @@ def fedbc(inner: Method, lr: float = 1e-3, gam: float = 0.0, lam: float = 0.0) -
         theirs = inner.traffic(own, cohort)
         return theirs._replace(up=(theirs.up, jnp.zeros(())))
 
-    return around(
+    wrapper = Wrapper(
         "fedbc",
-        inner,
         init_client=lambda adapter: jnp.asarray(lam, jnp.float32),
         client_context=lambda own, cohort, sent: Context(sent.adapter, sent.mask, cohort.memory),
         penalty=lambda x, context: context.lam * (distance(context, x) - gam),
         remember=lambda old, context, z, x: raised(old, distance(context, x)),
         receive=receive,
-    )._replace(traffic=traffic)
+    )
+    return around(inner, wrapper)._replace(traffic=traffic)

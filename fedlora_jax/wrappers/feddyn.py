@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method, mean
-from fedlora_jax.wrappers.around import AboutWrapper, around, innermost, with_adapter
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around, innermost, with_adapter
 from fedlora_jax.wrappers.refusals import needs_an_adapter, same_structure
 from fedlora_jax.wrappers.updates import control_weights, updates, where_moved
 
@@ -69,9 +69,8 @@ def feddyn(
         moved = jax.tree.map(lambda w, h: w - h / al, theirs, h)
         return with_adapter(new, where_moved(inner, cohort, sent, moved, theirs)), h
 
-    return around(
+    wrapper = Wrapper(
         "feddyn",
-        inner,
         init=lambda key, state, adapter: zeros(needs_an_adapter("feddyn", state)),
         init_client=zeros,
         client_context=client_context,
@@ -79,3 +78,4 @@ def feddyn(
         remember=lambda h, context, x, y: jax.tree.map(lambda h, x, y, m: h - al * m * (y - x), h, x, y, context.mask),
         finish=finish,
     )
+    return around(inner, wrapper)

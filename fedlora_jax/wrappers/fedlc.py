@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fedlora_jax import lora
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.method import Method
-from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around
 from fedlora_jax.wrappers.refusals import class_bias, tells_of_labels
 
 ABOUT = {"fedlc": AboutWrapper("FedLC", "Zhang et al. ICML 2022", "2209.00189", "logits calibrated by class counts")}
@@ -45,4 +45,4 @@ def fedlc(inner: Method, tau: float = 1.0) -> Method:
         flat, name = lora.flatten(model), class_bias("fedlc", model, margin.shape[0])
         return lora.unflatten(flat | {name: flat[name] - margin})
 
-    return around("fedlc", inner, client_context=client_context, training_model=training_model)
+    return around(inner, Wrapper("fedlc", client_context=client_context, training_model=training_model))

@@ -24,7 +24,7 @@ from jax import Array
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method
-from fedlora_jax.wrappers.around import AboutWrapper, around, innermost, with_adapter
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around, innermost, with_adapter
 from fedlora_jax.wrappers.refusals import needs_an_adapter
 from fedlora_jax.wrappers.updates import where_moved
 
@@ -58,7 +58,9 @@ def server(inner: Method, tx: optax.GradientTransformation, name: str = "server"
         steps, own = tx.update(gradient, old.own, w)
         return with_adapter(new, where_moved(inner, cohort, sent, optax.apply_updates(w, steps), theirs)), own
 
-    return around(name, inner, init=lambda key, state, adapter: tx.init(needs_an_adapter(name, state)), finish=finish)
+    return around(
+        inner, Wrapper(name, init=lambda key, state, adapter: tx.init(needs_an_adapter(name, state)), finish=finish)
+    )
 
 
 def fedavgm(inner: Method, lr: float = 1.0, b1: float = 0.9) -> Method:

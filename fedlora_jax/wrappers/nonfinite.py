@@ -17,7 +17,7 @@ from jax import Array
 
 from fedlora_jax.diagnostics import finite
 from fedlora_jax.method import Method, State, no_learning, per_client
-from fedlora_jax.wrappers.around import AboutWrapper, Wrapped, around
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapped, Wrapper, around
 
 ABOUT = {"nonfinite": AboutWrapper("Non-finite out", "ours", "-", "clients that send nan or inf are left out, counted")}
 
@@ -46,14 +46,14 @@ def nonfinite(inner: Method) -> Method:
         last = jnp.sum(~fine & there).astype(jnp.int32)
         return _if_any(fine & there, new, old.inner), Dropped(last, old.own.total + last)
 
-    method = around(
+    wrapper = Wrapper(
         "nonfinite",
-        inner,
         init=lambda key, state, adapter: Dropped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
         receive=receive,
         finish=finish,
         report=lambda own: {"dropped": own.last},
     )
+    method = around(inner, wrapper)
 
     def remember(memory, context, sent, received):
         fine = finite(jax.tree.map(lambda x: x[None], received))[0]

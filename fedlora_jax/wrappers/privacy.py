@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.keys import purpose
 from fedlora_jax.method import Method, per_client
-from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around
 from fedlora_jax.wrappers.refusals import needs_plain_uploads
 from fedlora_jax.wrappers.updates import change, changed, square_norms
 
@@ -57,7 +57,7 @@ def clip(inner: Method, bound: float = 1.0) -> Method:
         short = jax.tree.map(lambda x: x[0], shortened(d, jnp.full(1, bound)))
         return changed(mask, sent, received, short)
 
-    return around("clip", inner, upload=upload)
+    return around(inner, Wrapper("clip", upload=upload))
 
 
 def noise(inner: Method, deviation: float = 0.01) -> Method:
@@ -81,14 +81,14 @@ def noise(inner: Method, deviation: float = 0.01) -> Method:
         new = jax.tree.unflatten(tree, [noisy(d, i) for i, d in enumerate(leaves)])
         return changed(mask, sent, received, new)
 
-    return around(
+    wrapper = Wrapper(
         "noise",
-        inner,
         init=lambda key, state, adapter: purpose(key, "noise"),
         client_context=lambda key, cohort, sent: jax.vmap(lambda id_: jax.random.fold_in(key, id_))(cohort.ids),
         upload=upload,
         finish=lambda old, new, cohort, sent, received: (new, jax.random.split(old.own, 1)[0]),
     )
+    return around(inner, wrapper)
 
 
 def shortened(d, bounds):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.method import Method
-from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around
 
 ABOUT = {"proximal": AboutWrapper("FedProx", "Li et al. MLSys 2020", "1812.06127", "mu / 2 |w - w_g|^2 on the loss")}
 
@@ -35,5 +35,5 @@ def proximal(inner: Method, mu: float = 0.01) -> Method:
         return mu / 2 * sum(jax.tree.leaves(squares), jnp.zeros(()))
 
     return around(
-        "proximal", inner, client_context=lambda own, cohort, sent: (sent.adapter, sent.mask), penalty=penalty
+        inner, Wrapper("proximal", client_context=lambda own, cohort, sent: (sent.adapter, sent.mask), penalty=penalty)
     )

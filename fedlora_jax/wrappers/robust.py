@@ -25,7 +25,7 @@ from jax import Array
 
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.method import Method, per_client
-from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around
 from fedlora_jax.wrappers.privacy import shortened
 from fedlora_jax.wrappers.refusals import needs_plain_uploads
 from fedlora_jax.wrappers.updates import changed, present, square_norms, updates
@@ -101,7 +101,7 @@ def krum(inner: Method, outliers: int = 1, kept: int = 1) -> Method:
         safe = jax.tree.map(lambda x, y: jnp.where(per_client(chosen > 0, x) > 0, y, x), sent.adapter, received)
         return chosen / jnp.maximum(chosen.sum(), 1e-12), safe  # 0 * inf is no zero: who is out sends nothing
 
-    return around("krum", inner, receive=receive)
+    return around(inner, Wrapper("krum", receive=receive))
 
 
 def norm_bound(inner: Method, factor: float = 2.0) -> Method:
@@ -124,7 +124,7 @@ def norm_bound(inner: Method, factor: float = 2.0) -> Method:
         d = shortened(d, jnp.broadcast_to(bound, norms.shape))
         return cohort.weights, changed(sent.mask, sent.adapter, received, d)
 
-    return around("norm_bound", inner, receive=receive)
+    return around(inner, Wrapper("norm_bound", receive=receive))
 
 
 def _coordinatewise(name: str, inner: Method, middle) -> Method:
@@ -138,7 +138,7 @@ def _coordinatewise(name: str, inner: Method, middle) -> Method:
         d = jax.tree.map(voted, updates(sent, received), sent.mask)
         return cohort.weights, changed(sent.mask, sent.adapter, received, d)
 
-    return around(name, inner, receive=receive)
+    return around(inner, Wrapper(name, receive=receive))
 
 
 def _mean_between(x: Array, voters: Array, low: Array, high: Array) -> Array:

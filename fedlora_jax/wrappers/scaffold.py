@@ -23,7 +23,7 @@ from jax import Array
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method, mean, per_client
-from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around
 from fedlora_jax.wrappers.refusals import needs_an_adapter, same_structure
 from fedlora_jax.wrappers.updates import control_weights, updates
 
@@ -87,13 +87,13 @@ def scaffold(
         theirs = inner.traffic(own, cohort)
         return theirs._replace(up=(theirs.up, theirs.up), down=(theirs.down, theirs.up))  # controls of what is shared
 
-    return around(
+    wrapper = Wrapper(
         "scaffold",
-        inner,
         init=lambda key, state, adapter: zeros(needs_an_adapter("scaffold", state)),
         init_client=zeros,
         client_context=client_context,
         penalty=penalty,
         remember=remember,
         finish=finish,
-    )._replace(traffic=traffic)
+    )
+    return around(inner, wrapper)._replace(traffic=traffic)

@@ -28,7 +28,7 @@ from fedlora_jax.checks import refuse_outside
 from fedlora_jax.hyper import generator
 from fedlora_jax.method import Method
 from fedlora_jax.signatures import Signature
-from fedlora_jax.wrappers.around import AboutWrapper, around
+from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around
 from fedlora_jax.wrappers.refusals import class_bias, tells_of_labels
 
 ABOUT = {
@@ -102,13 +102,13 @@ def signature_bias(inner: Method, signature: Signature, lr: float = 0.1, warmup:
         return theirs._replace(up=(theirs.up, signature), down=(theirs.down, jnp.zeros(classes)))
 
     report = lambda own: {"prior": generator.part(own.t)}
-    method = around(
+    wrapper = Wrapper(
         "signature_bias",
-        inner,
         init=init,
         client_context=client_context,
         client_model=client_model,
         finish=finish,
         report=report,
     )
+    method = around(inner, wrapper)
     return method._replace(traffic=traffic)
