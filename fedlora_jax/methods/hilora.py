@@ -30,6 +30,7 @@ it is frozen; ``traffic`` leaves a signature out.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -81,6 +82,22 @@ class Own(NamedTuple):
     cluster: Array
 
 
+class Settings(NamedTuple):
+    """The arguments of ``hilora``, as its functions need them."""
+
+    population: int
+    lengths: Array  # [3] rounds of each stage, of the last at most
+    most: int  # clusters
+    tau: float
+    g_c: float
+    g_l: float
+    lam: float
+    k_min: int
+    k_max: int
+    subspace: Literal["b", "change"]
+    signature: Signature | None  # where newcomers are placed by theirs
+
+
 def hilora(
     population: int,
     rounds: int,
@@ -122,6 +139,27 @@ def hilora(
         raise ValueError(f"root and cluster are shares of the rounds: got {root:g} + {cluster:g}, expected at most 1")
     refuse_outside("[0, inf)", tau=tau, g_c=g_c, g_l=g_l)
     refuse_outside("[0, 1)", lam=lam)
+    _check(k_min, k_max, subspace, newcomers, signature)
+    lengths = jnp.asarray([max(1, round(root * rounds)), round(cluster * rounds), rounds])
+    most = max(1, min(k_max, population - 1))
+    told = signature if newcomers == "signature" else None
+    s = Settings(population, lengths, most, tau, g_c, g_l, lam, k_min, k_max, subspace, told)
+    trial = Onboarding(lambda state: state._replace(stage=jnp.full_like(state.stage, ROOT)), partial(_place, s))
+    return Method(
+        partial(_init, s),
+        partial(_dispatch, s),
+        partial(_aggregate, s),
+        penalty=partial(_penalty, s),
+        init_client=lambda adapter: Own(personal.nothing_yet(adapter), jnp.full((), -1, jnp.int32)),
+        remember=_remember,
+        model=_model,
+        traffic=lambda own, cohort: Traffic(up=own, down=own, missed=own),
+        report=partial(_report, s),
+        onboard=trial if newcomers == "trial" else None,
+    )
+
+
+def _check(k_min: int, k_max: int, subspace: str, newcomers: str, signature: Signature | None) -> None:
     if not (2 <= k_min <= k_max or k_min == k_max == 1):
         raise ValueError(f"expected 2 <= k_min <= k_max, or 1 and 1 for a single cluster; got {k_min} and {k_max}")
     if subspace not in ("b", "change"):
@@ -133,155 +171,153 @@ def hilora(
             f"newcomers are placed by signatures: expected signature=Signature, got {type(signature).__name__}; "
             "see fedlora_jax.signatures"
         )
-    lengths = jnp.asarray([max(1, round(root * rounds)), round(cluster * rounds), rounds])
-    most = max(1, min(k_max, population - 1))
 
-    def init(key, adapter):
-        fresh, own, key = jax.random.split(key, 3)
-        clusters = jax.vmap(lambda key: lora.restart(key, adapter))(jax.random.split(fresh, most))
-        nobody = jnp.zeros(population, jnp.int32)
-        bases = {name: jnp.zeros((population, *x.b.shape), x.b.dtype) for name, x in _factors(adapter).items()}
-        signatures = jnp.zeros((population, len(_about(signature)))) if signature and newcomers == "signature" else ()
-        zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return HiLoRAState(adapter, clusters, nobody, bases, signatures, lora.restart(own, adapter), key, *zeros)
 
-    def dispatch(base, state, cohort):
-        first, second = (state.stage == ROOT), (state.stage == CLUSTER)
-        mask = lora.rank_mask(state.root, cohort.ranks)
-        held = lambda tree: jax.tree.map(jnp.multiply, tree, mask)  # within each client's rank
-        memory = memory_of(cohort)
-        tried = by_signature(state, cohort.signatures) if newcomers == "signature" else memory.cluster
-        theirs, placed = _cluster_of(state, cohort.ids, tried)
+def _init(s: Settings, key, adapter):
+    fresh, own, key = jax.random.split(key, 3)
+    clusters = jax.vmap(lambda key: lora.restart(key, adapter))(jax.random.split(fresh, s.most))
+    nobody = jnp.zeros(s.population, jnp.int32)
+    bases = {name: jnp.zeros((s.population, *x.b.shape), x.b.dtype) for name, x in _factors(adapter).items()}
+    signatures = jnp.zeros((s.population, len(_about(s.signature)))) if s.signature else ()
+    zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return HiLoRAState(adapter, clusters, nobody, bases, signatures, lora.restart(own, adapter), key, *zeros)
 
-        root = held(state.root)
-        cluster = held(jax.tree.map(lambda x: x[theirs], state.clusters))
-        # Who has no cluster is sent what a cluster begins as: b = 0 and the root's head.
-        cluster = lora.tree_map(
-            lambda x, y: LoRA(x.a, jnp.where(per_client(placed, x.b), x.b, 0.0), x.scale),
-            cluster,
-            root,
-            full=lambda x, y: jnp.where(per_client(placed & ~first, x), x, y),
-        )
-        leaf = held(lora.join(lora.split(state.leaf)[0], lora.split(cluster)[1]))
-        leaf = held(personal.own_or(cohort._replace(memory=memory.leaf), leaf, nobody=False))
 
-        moving = jax.tree.map(lambda *xs: jnp.select([first, second], xs[:2], xs[2]), root, cluster, leaf)
-        frozen = Frozen(
-            _switched(root, ~first), _switched(cluster, ~first & ~second), jnp.full(len(cohort.ids), ~first & ~second)
-        )
-        return Dispatch(base, moving, mask, frozen)
+def _dispatch(s: Settings, base, state, cohort):
+    first, second = (state.stage == ROOT), (state.stage == CLUSTER)
+    mask = lora.rank_mask(state.root, cohort.ranks)
+    held = lambda tree: jax.tree.map(jnp.multiply, tree, mask)  # within each client's rank
+    memory = memory_of(cohort)
+    tried = _by_signature(s, state, cohort.signatures) if s.signature else memory.cluster
+    theirs, placed = _cluster_of(state, cohort.ids, tried)
 
-    def by_signature(state, signatures):
-        d = jnp.sum((_about(signatures)[:, None] - state.signatures) ** 2, -1)
-        where = clustering.nearest(d, state.assignment, _known(state), most)
-        return jnp.where(state.stage == ROOT, -1, where)
-
-    def model(carried, frozen):
-        flat = lora.flatten(carried)
-        tiers = (lora.flatten(frozen.root), lora.flatten(frozen.cluster))
-        for name in tiers[0]:
-            flat[name] = product.plus(product.plus(flat[name], tiers[0][name]), tiers[1][name])
-        return lora.unflatten(flat)
-
-    def penalty(carried, frozen):
-        own, *tiers = (_factors(tree) for tree in (carried, frozen.root, frozen.cluster))
-        total = jnp.zeros(())
-        for g, tier in zip((g_c, g_l), tiers, strict=True):
-            for name, x in own.items():
-                total += g * jnp.sum((tier[name].b @ x.b.mT) ** 2)
-        return total
-
-    def aggregate(base, state, cohort, sent, received):
-        p, ids = cohort.weights, cohort.ids
-        theirs, _ = _cluster_of(state, ids, jnp.full_like(ids, -1))
-
-        def of_root(state):
-            new = _best(state.root, received, p)
-            seen = jnp.where((p > 0) & (ids >= 0), ids, population)  # out of range: not written
-            seen_of = directions(sent.adapter, received)
-
-            def averaged(rows, b):
-                own = clustering.moving_average(rows[jnp.clip(ids, 0, population - 1)], b, lam)
-                return rows.at[seen].set(own, mode="drop")
-
-            bases = jax.tree.map(averaged, state.bases, jax.lax.stop_gradient(seen_of))
-            still = tau > 0
-            done = (state.stage_rounds + 1 >= lengths[ROOT]) | (still & (_change(new, state.root) <= tau))
-            signatures = state.signatures
-            if newcomers == "signature":
-                signatures = signatures.at[seen].set(_about(cohort.signatures), mode="drop")
-            state = state._replace(root=new, bases=bases, signatures=signatures)
-            return jax.lax.cond(done, gather, lambda state: state, state), done
-
-        def gather(state):
-            bases = {k: clustering.bases(jax.lax.stop_gradient(x)) for k, x in state.bases.items()}
-            q, known = list(bases.values()), _known(state)
-            found = clustering.spectral(state.key, clustering.distances(q, q), known, k_min, k_max)
-            heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (most, *x.shape)), lora.split(state.root)[1])
-            clusters = lora.join(lora.split(state.clusters)[0], heads)
-            return state._replace(assignment=found.assignment, clusters=clusters)
-
-        def of_clusters(state):
-            one = lambda row: _best(row[0], received, p * (theirs == row[1]))
-            clusters = jax.lax.map(one, (state.clusters, jnp.arange(most)))
-            return state._replace(clusters=clusters), state.stage_rounds + 1 >= lengths[CLUSTER]
-
-        def of_leaves(state):
-            return state, jnp.zeros((), bool)
-
-        last = state.stage
-        state, done = jax.lax.switch(last, (of_root, of_clusters, of_leaves), state)
-        after = jnp.where((last == ROOT) & (lengths[CLUSTER] > 0), CLUSTER, LEAF)
-        return state._replace(
-            stage=jnp.where(done, after, last).astype(last.dtype),
-            stage_rounds=jnp.where(done, 0, state.stage_rounds + 1),
-            last=last,
-        )
-
-    def init_client(adapter):
-        return Own(personal.nothing_yet(adapter), jnp.full((), -1, jnp.int32))
-
-    def remember(memory, frozen, sent, received):
-        kept = jax.tree.map(lambda x, y: jnp.where(frozen.leaf, y, x), memory.leaf, personal.keep(received))
-        return memory._replace(leaf=kept)
-
-    def directions(sent, received):
-        """What a client's subspace is taken of, by kernel."""
-        before, after = _factors(sent), _factors(received)
-        return {name: x.b - before[name].b if subspace == "change" else x.b for name, x in after.items()}
-
-    def place(state, memory, sent, received):
-        q = {name: clustering.bases(b) for name, b in directions(sent, received).items()}
-        names = sorted(q)
-        members = [clustering.bases(state.bases[name]) for name in names]
-        d = clustering.distances([q[name] for name in names], members)
-        where = clustering.nearest(d, state.assignment, _known(state), most).astype(memory.cluster.dtype)
-        return memory._replace(cluster=jnp.where(state.stage == ROOT, -1, where))
-
-    def report(state):
-        used = jnp.zeros(most).at[state.assignment].max(1.0).sum()
-        sends = jnp.where(state.last == LEAF, 0.0, 1.0)
-        return {
-            "stage": state.last,
-            "clusters": jnp.where(state.stage == ROOT, 1.0, used),
-            "travels_up": sends,
-            "travels_down": sends,
-            "travels_missed": jnp.where(state.last == state.stage, 0.0, 1.0),  # the tier that is frozen now
-        }
-
-    trial = Onboarding(lambda state: state._replace(stage=jnp.full_like(state.stage, ROOT)), place)
-    return Method(
-        init,
-        dispatch,
-        aggregate,
-        penalty=penalty,
-        init_client=init_client,
-        remember=remember,
-        model=model,
-        traffic=lambda own, cohort: Traffic(up=own, down=own, missed=own),
-        report=report,
-        onboard=trial if newcomers == "trial" else None,
+    root = held(state.root)
+    cluster = held(jax.tree.map(lambda x: x[theirs], state.clusters))
+    # Who has no cluster is sent what a cluster begins as: b = 0 and the root's head.
+    cluster = lora.tree_map(
+        lambda x, y: LoRA(x.a, jnp.where(per_client(placed, x.b), x.b, 0.0), x.scale),
+        cluster,
+        root,
+        full=lambda x, y: jnp.where(per_client(placed & ~first, x), x, y),
     )
+    leaf = held(lora.join(lora.split(state.leaf)[0], lora.split(cluster)[1]))
+    leaf = held(personal.own_or(cohort._replace(memory=memory.leaf), leaf, nobody=False))
+
+    moving = jax.tree.map(lambda *xs: jnp.select([first, second], xs[:2], xs[2]), root, cluster, leaf)
+    frozen = Frozen(
+        _switched(root, ~first), _switched(cluster, ~first & ~second), jnp.full(len(cohort.ids), ~first & ~second)
+    )
+    return Dispatch(base, moving, mask, frozen)
+
+
+def _model(carried, frozen):
+    flat = lora.flatten(carried)
+    tiers = (lora.flatten(frozen.root), lora.flatten(frozen.cluster))
+    for name in tiers[0]:
+        flat[name] = product.plus(product.plus(flat[name], tiers[0][name]), tiers[1][name])
+    return lora.unflatten(flat)
+
+
+def _penalty(s: Settings, carried, frozen):
+    own, *tiers = (_factors(tree) for tree in (carried, frozen.root, frozen.cluster))
+    total = jnp.zeros(())
+    for g, tier in zip((s.g_c, s.g_l), tiers, strict=True):
+        for name, x in own.items():
+            total += g * jnp.sum((tier[name].b @ x.b.mT) ** 2)
+    return total
+
+
+def _aggregate(s: Settings, base, state, cohort, sent, received):
+    theirs, _ = _cluster_of(state, cohort.ids, jnp.full_like(cohort.ids, -1))
+    of_root = partial(_of_root, s, cohort, sent, received)
+    of_clusters = partial(_of_clusters, s, cohort.weights, theirs, received)
+    of_leaves = lambda state: (state, jnp.zeros((), bool))
+    last = state.stage
+    state, done = jax.lax.switch(last, (of_root, of_clusters, of_leaves), state)
+    after = jnp.where((last == ROOT) & (s.lengths[CLUSTER] > 0), CLUSTER, LEAF)
+    return state._replace(
+        stage=jnp.where(done, after, last).astype(last.dtype),
+        stage_rounds=jnp.where(done, 0, state.stage_rounds + 1),
+        last=last,
+    )
+
+
+def _of_root(s: Settings, cohort, sent, received, state):
+    """The state after a round of the root stage, and whether it was the last of it; so in the two stages below."""
+    p, ids = cohort.weights, cohort.ids
+    new = _best(state.root, received, p)
+    seen = jnp.where((p > 0) & (ids >= 0), ids, s.population)  # out of range: not written
+    seen_of = _directions(s, sent.adapter, received)
+
+    def averaged(rows, b):
+        own = clustering.moving_average(rows[jnp.clip(ids, 0, s.population - 1)], b, s.lam)
+        return rows.at[seen].set(own, mode="drop")
+
+    bases = jax.tree.map(averaged, state.bases, jax.lax.stop_gradient(seen_of))
+    still = s.tau > 0
+    done = (state.stage_rounds + 1 >= s.lengths[ROOT]) | (still & (_change(new, state.root) <= s.tau))
+    signatures = state.signatures
+    if s.signature:
+        signatures = signatures.at[seen].set(_about(cohort.signatures), mode="drop")
+    state = state._replace(root=new, bases=bases, signatures=signatures)
+    return jax.lax.cond(done, partial(_gather, s), lambda state: state, state), done
+
+
+def _gather(s: Settings, state):
+    """Clients in clusters, each of which begins with the root's head."""
+    bases = {k: clustering.bases(jax.lax.stop_gradient(x)) for k, x in state.bases.items()}
+    q, known = list(bases.values()), _known(state)
+    found = clustering.spectral(state.key, clustering.distances(q, q), known, s.k_min, s.k_max)
+    heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (s.most, *x.shape)), lora.split(state.root)[1])
+    clusters = lora.join(lora.split(state.clusters)[0], heads)
+    return state._replace(assignment=found.assignment, clusters=clusters)
+
+
+def _of_clusters(s: Settings, p, theirs, received, state):
+    one = lambda row: _best(row[0], received, p * (theirs == row[1]))
+    clusters = jax.lax.map(one, (state.clusters, jnp.arange(s.most)))
+    return state._replace(clusters=clusters), state.stage_rounds + 1 >= s.lengths[CLUSTER]
+
+
+def _remember(memory, frozen, sent, received):
+    kept = jax.tree.map(lambda x, y: jnp.where(frozen.leaf, y, x), memory.leaf, personal.keep(received))
+    return memory._replace(leaf=kept)
+
+
+def _place(s: Settings, state, memory, sent, received):
+    q = {name: clustering.bases(b) for name, b in _directions(s, sent, received).items()}
+    names = sorted(q)
+    members = [clustering.bases(state.bases[name]) for name in names]
+    where = _nearest(s, state, clustering.distances([q[name] for name in names], members))
+    return memory._replace(cluster=where.astype(memory.cluster.dtype))
+
+
+def _by_signature(s: Settings, state: HiLoRAState, signatures: Signature) -> Array:
+    return _nearest(s, state, jnp.sum((_about(signatures)[:, None] - state.signatures) ** 2, -1))
+
+
+def _report(s: Settings, state):
+    used = jnp.zeros(s.most).at[state.assignment].max(1.0).sum()
+    sends = jnp.where(state.last == LEAF, 0.0, 1.0)
+    return {
+        "stage": state.last,
+        "clusters": jnp.where(state.stage == ROOT, 1.0, used),
+        "travels_up": sends,
+        "travels_down": sends,
+        "travels_missed": jnp.where(state.last == state.stage, 0.0, 1.0),  # the tier that is frozen now
+    }
+
+
+def _directions(s: Settings, sent: Adapter, received: Adapter) -> dict[str, Array]:
+    """What a client's subspace is taken of, by kernel."""
+    before, after = _factors(sent), _factors(received)
+    return {name: x.b - before[name].b if s.subspace == "change" else x.b for name, x in after.items()}
+
+
+def _nearest(s: Settings, state: HiLoRAState, d: Array) -> Array:
+    """``[M]`` the cluster that is nearest to each of M newcomers by their distances ``d [M, N]``; -1: there is none."""
+    where = clustering.nearest(d, state.assignment, _known(state), s.most)
+    return jnp.where(state.stage == ROOT, -1, where)
 
 
 def _about(signature: Signature) -> Array:

@@ -18,6 +18,7 @@ upload, ``first_order`` a gradient on examples kept apart, ``exact`` the derivat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -34,7 +35,7 @@ from fedlora_jax.hyper.generator import Form, Generator
 from fedlora_jax.hyper.networks import per_layer, places
 from fedlora_jax.hyper.synthesizer import Factors, Synthesizer, Uploads
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import About, Dispatch, Method, Traffic
+from fedlora_jax.method import About, Cohort, Dispatch, Method, Traffic
 from fedlora_jax.signatures import Signature
 
 ABOUT = About(
@@ -64,6 +65,20 @@ class HyperLoRAState(NamedTuple):
     last: Uploads
     center: Signature
     round: Array
+
+
+class Settings(NamedTuple):
+    """The arguments of ``hyperlora``, as its functions need them. tx: the optimizer of theta."""
+
+    participants: int
+    signature: Signature
+    form: Form
+    tx: optax.GradientTransformation
+    memory: float
+    factors: Factors
+    warmup: int
+    personal: int
+    theta: Mapping[str, Array] | None
 
 
 def hyperlora(
@@ -109,87 +124,23 @@ def hyperlora(
     _check(mode, kappa, personal, memory, factors, signature)
     refuse_outside("[0, inf)", lr=lr, lr_prior=lr_prior, lr_server=lr_server, lr_step=lr_step, warmup=warmup)
     refuse_outside("[1, inf)", query=query)
-    meta_gradient = {**meta.META_GRADIENTS, "frozen": method.no_meta_gradient}[mode]
     tx = _optimizer(lr, lr_prior, lr_server, lr_step)
-
-    def push(now, before):
-        return () if is_concrete(memory) and memory == 0 else synthesizer.push(memory, now, before)
-
-    def init(key, adapter):
-        keys = jax.random.split(key, 3)
-        fresh = Theta(
-            generator.init(keys[0], adapter, signature, form),
-            synthesizer.init(keys[1], adapter, signature),
-            corrector.init(keys[2], adapter, signature),
-        )
-        own = fresh if theta is None else _restored(theta, fresh)
-        stack = lambda x: jnp.broadcast_to(x, (participants, *x.shape)) * 1
-        nobody = signatures.nobody(signature)
-        weights = jnp.ones(participants) / participants  # not jnp.full: its weak type would compile round two anew
-        last = Uploads(
-            jax.tree.map(stack, adapter), weights, jax.tree.map(stack, nobody), adapter, push(adapter, adapter)
-        )
-        return HyperLoRAState(adapter, own, tx.init(own), last, nobody, jnp.zeros((), jnp.int32))
-
-    def starts(theta, state, adapter, cohort):
-        """G, and the personal part of C; of a smaller rank the best approximation."""
-        rows = generator.generate(theta.generator, cohort.signatures, state.center, adapter, form)
-        if personal and jax.tree.leaves(cohort.memory):
-            rows = corrector.personalise(theta.corrector, cohort.signatures, rows, cohort.memory)
-        smaller = cohort.ranks < lora.max_rank(adapter)
-
-        def truncated_row(x, m):
-            t = jax.vmap(product.within)(x, cohort.ranks)
-            t = synthesizer.steady(t, jax.tree.map(jnp.multiply, x, m)) if factors == "steady" else t
-            return jax.tree.map(lambda x, y: jnp.where(method.per_client(smaller, x) > 0, y, x), x, t)
-
-        mask = lora.rank_mask(adapter, cohort.ranks)
-        truncated = lambda rows: lora.tree_map(truncated_row, rows, mask)
-        return jax.lax.cond(smaller.any(), truncated, lambda rows: rows, rows)
-
-    def dispatch(base, state, cohort):
-        _check_signatures(cohort.signatures, state.center)
-        mask = lora.rank_mask(state.adapter, cohort.ranks)
-        rows = jax.tree.map(jnp.multiply, starts(state.theta, state, state.adapter, cohort), mask)
-        return Dispatch(base, rows, mask, context=rows)
-
-    def learn(state, cohort, meta_gradients):
-        """One step of theta against the meta-gradients (none during warm-up)."""
-        # Whoever differentiates a round takes what theta learns in it as given.
-        frozen, cohort, meta_gradients = jax.lax.stop_gradient((state, cohort, meta_gradients))
-        phi = lambda theta: starts(theta, frozen, aggregated(theta, frozen.last, factors), cohort)
-        _, pull = jax.vjp(phi, frozen.theta)
-        (grads,) = pull(jax.tree.map(lambda g: jnp.einsum("c,c...->c...", cohort.weights, g), meta_gradients))
-        updates, moments = tx.update(grads, frozen.meta, frozen.theta)
-        keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(state.round >= warmup, x, y), new, old)
-        theta: Any = optax.apply_updates(state.theta, keep(updates, jax.tree.map(jnp.zeros_like, updates)))
-        return state._replace(theta=theta, meta=keep(moments, frozen.meta))
-
-    def aggregate(base, state, cohort, sent, received):
-        moved = push(state.adapter, state.last.previous)
-        last = Uploads(received, cohort.weights, cohort.signatures, state.adapter, moved)
-        center = signatures.mean_so_far(state.center, cohort.signatures, cohort.weights, state.round)
-        adapter = aggregated(state.theta, last, factors)
-        return HyperLoRAState(adapter, state.theta, state.meta, last, center, state.round + 1)
-
-    def report(state):
-        rows = generator.generate(state.theta.generator, state.last.signatures, state.center, state.adapter, form)
-        of_g = {"personal_start": _spread(rows, state.adapter), "prior": generator.part(state.theta.generator.prior)}
-        return of_g | _gates(state.theta, state.last)
+    s = Settings(participants, signature, form, tx, memory, factors, warmup, personal, theta)
+    meta_gradient = {**meta.META_GRADIENTS, "frozen": method.no_meta_gradient}[mode]
+    asks = bool(kappa) or mode in ("exact", "first_order")  # clients for a gradient on examples kept apart
 
     def traffic(own, cohort):
-        gradient = own if kappa or mode in ("exact", "first_order") else ()
-        return Traffic(up=(own, gradient, signature), down=own)
+        return Traffic(up=(own, own if asks else (), signature), down=own)
 
     full = Method(
-        init,
-        dispatch,
-        aggregate,
+        partial(_init, s),
+        partial(_dispatch, s),
+        partial(_aggregate, s),
         traffic=traffic,
         meta_gradient=meta.also_at_the_start(meta_gradient, kappa) if kappa else meta_gradient,
-        learn=method.no_learning if mode == "frozen" else learn,
-        query=query if kappa or mode in ("exact", "first_order") else 0,
-        report=report,
+        learn=method.no_learning if mode == "frozen" else partial(_learn, s),
+        query=query if asks else 0,
+        report=partial(_report, s),
     )
     if not personal:
         return full
@@ -197,6 +148,78 @@ def hyperlora(
         init_client=lambda adapter: corrector.nothing_personal(adapter, personal),
         remember=lambda memory, context, sent, received: corrector.own_update(sent, received, personal),
     )
+
+
+def _init(s: Settings, key, adapter):
+    keys = jax.random.split(key, 3)
+    fresh = Theta(
+        generator.init(keys[0], adapter, s.signature, s.form),
+        synthesizer.init(keys[1], adapter, s.signature),
+        corrector.init(keys[2], adapter, s.signature),
+    )
+    own = fresh if s.theta is None else _restored(s.theta, fresh)
+    stack = lambda x: jnp.broadcast_to(x, (s.participants, *x.shape)) * 1
+    nobody = signatures.nobody(s.signature)
+    weights = jnp.ones(s.participants) / s.participants  # not jnp.full: its weak type would compile round two anew
+    last = Uploads(
+        jax.tree.map(stack, adapter), weights, jax.tree.map(stack, nobody), adapter, _push(s, adapter, adapter)
+    )
+    return HyperLoRAState(adapter, own, s.tx.init(own), last, nobody, jnp.zeros((), jnp.int32))
+
+
+def _push(s: Settings, now: Adapter, before: Adapter) -> Any:
+    return () if is_concrete(s.memory) and s.memory == 0 else synthesizer.push(s.memory, now, before)
+
+
+def _starts(s: Settings, theta: Theta, state: HyperLoRAState, adapter: Adapter, cohort: Cohort) -> Adapter:
+    """G, and the personal part of C; of a smaller rank the best approximation."""
+    rows = generator.generate(theta.generator, cohort.signatures, state.center, adapter, s.form)
+    if s.personal and jax.tree.leaves(cohort.memory):
+        rows = corrector.personalise(theta.corrector, cohort.signatures, rows, cohort.memory)
+    smaller = cohort.ranks < lora.max_rank(adapter)
+
+    def truncated_row(x, m):
+        t = jax.vmap(product.within)(x, cohort.ranks)
+        t = synthesizer.steady(t, jax.tree.map(jnp.multiply, x, m)) if s.factors == "steady" else t
+        return jax.tree.map(lambda x, y: jnp.where(method.per_client(smaller, x) > 0, y, x), x, t)
+
+    mask = lora.rank_mask(adapter, cohort.ranks)
+    truncated = lambda rows: lora.tree_map(truncated_row, rows, mask)
+    return jax.lax.cond(smaller.any(), truncated, lambda rows: rows, rows)
+
+
+def _dispatch(s: Settings, base, state, cohort):
+    _check_signatures(cohort.signatures, state.center)
+    mask = lora.rank_mask(state.adapter, cohort.ranks)
+    rows = jax.tree.map(jnp.multiply, _starts(s, state.theta, state, state.adapter, cohort), mask)
+    return Dispatch(base, rows, mask, context=rows)
+
+
+def _learn(s: Settings, state, cohort, meta_gradients):
+    """One step of theta against the meta-gradients (none during warm-up)."""
+    # Whoever differentiates a round takes what theta learns in it as given.
+    frozen, cohort, meta_gradients = jax.lax.stop_gradient((state, cohort, meta_gradients))
+    phi = lambda theta: _starts(s, theta, frozen, aggregated(theta, frozen.last, s.factors), cohort)
+    _, pull = jax.vjp(phi, frozen.theta)
+    (grads,) = pull(jax.tree.map(lambda g: jnp.einsum("c,c...->c...", cohort.weights, g), meta_gradients))
+    updates, moments = s.tx.update(grads, frozen.meta, frozen.theta)
+    keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(state.round >= s.warmup, x, y), new, old)
+    theta: Any = optax.apply_updates(state.theta, keep(updates, jax.tree.map(jnp.zeros_like, updates)))
+    return state._replace(theta=theta, meta=keep(moments, frozen.meta))
+
+
+def _aggregate(s: Settings, base, state, cohort, sent, received):
+    moved = _push(s, state.adapter, state.last.previous)
+    last = Uploads(received, cohort.weights, cohort.signatures, state.adapter, moved)
+    center = signatures.mean_so_far(state.center, cohort.signatures, cohort.weights, state.round)
+    adapter = aggregated(state.theta, last, s.factors)
+    return HyperLoRAState(adapter, state.theta, state.meta, last, center, state.round + 1)
+
+
+def _report(s: Settings, state):
+    rows = generator.generate(state.theta.generator, state.last.signatures, state.center, state.adapter, s.form)
+    of_g = {"personal_start": _spread(rows, state.adapter), "prior": generator.part(state.theta.generator.prior)}
+    return of_g | _gates(state.theta, state.last)
 
 
 def aggregated(theta: Theta, uploads: Uploads, factors: Factors = "balanced") -> Adapter:
