@@ -16,6 +16,7 @@ from fedlora_jax import (
     product,
     rounds,
     signatures,
+    training,
     wrappers,
 )
 from fedlora_jax.clients import Population
@@ -143,6 +144,7 @@ __all__ = [
     "sdflora",
     "signature_bias",
     "signatures",
+    "training",
     "trimmed_mean",
     "wrappers",
 ]

@@ -69,6 +69,7 @@ class Wrapper(NamedTuple):
 
     @property
     def has_context(self) -> bool:
+        """Whether clients are sent something for it."""
         return self.client_context is not None or self.upload is not None
 
 
