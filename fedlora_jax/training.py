@@ -44,9 +44,9 @@ class Trace(NamedTuple):
     seen: Any  # [T, ...] what ``watch`` saw after each step
 
 
-def clients_of(cohort: Cohort, sent: Dispatch, **data: Any) -> Client:
-    """The clients of a cohort with what each was sent, stacked, and what ``data`` they need besides."""
-    return Client(cohort.ids, sent.adapter, sent.mask, sent.context, **data)
+def clients_of(cohort: Cohort, sent: Dispatch, *, memory: Memory = (), batches: Any = (), examples: Any = ()) -> Client:
+    """The clients of a cohort, stacked: what each was sent, and of the rest what they need."""
+    return Client(cohort.ids, sent.adapter, sent.mask, sent.context, memory, batches, examples)
 
 
 def make_local(

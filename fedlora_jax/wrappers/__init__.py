@@ -1,5 +1,8 @@
 """Wrappers ``Method -> Method``: one small file each, with an ``ABOUT`` of every wrapper in it by function name.
 
+What one adds is a ``Wrapper`` (``around``), a NamedTuple of functions as a method is; ``refusals`` and ``updates`` are
+for all of them.
+
 They stack and stay one traced round. The outermost sees first what clients send, and last what the server has made of
 it: ``clip(noise(m))`` clips first. An order, or a pair, that has no meaning is refused when it is made, with what to do
 instead: ``noise(clip(m))`` would add noise and clip it away. ``order`` has the table of all pairs.
