@@ -10,7 +10,7 @@ from helpers import CLIENTS, KEY, SIGNATURE, assert_near, begin, nudged
 
 from experiments.__main__ import main
 from experiments.results import record
-from experiments.results.summary import MEASURES
+from experiments.results.summary import measures
 from fedlora_jax.methods.hyperlora import hyperlora
 
 OPTIONS = (
@@ -43,7 +43,7 @@ def test_the_folder_holds_what_is_promised(compared):
     ]
     assert summary["schema"] == 1
     for entry in summary["methods"].values():
-        for name in MEASURES:
+        for name in measures():
             assert len(entry[name]["last"]["seeds"]) == len(entry[name]["last5"]["seeds"]) == 2
             assert entry[name]["last"]["mean"] is not None
         assert entry["seconds_per_round"] > 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.engine.rows import _worst
-from experiments.results.summary import COLUMNS, meaning, paired, spread, summarise, window
+from experiments.results.metrics import worst_tenth
+from experiments.results.summary import columns, meaning, paired, spread, summarise, window
 
 
 def rows(method: str = "fedit", shift: float = 0.0, seeds: int = 4, rounds: int = 8) -> list[dict]:
@@ -66,15 +66,14 @@ def test_the_rounds_that_are_named_are_those_that_count(every, rounds, said):
 def test_the_mean_of_the_worst_tenth_stands_beside_the_10th_percentile_and_is_no_higher():
     """Of 12 clients two are counted, the tenth rounded up."""
     own = np.array([0.3, 0.9, 0.1, *[0.8] * 9])
-    np.testing.assert_allclose(_worst(own), 0.2)
-    titles = dict(COLUMNS)
-    assert (titles["worst 10%"], titles["p10"]) == ("worst10_accuracy", "p10_accuracy")
+    np.testing.assert_allclose(worst_tenth(own), 0.2)
+    assert (columns()["worst10_accuracy"], columns()["p10_accuracy"]) == ("worst 10%", "p10")
     said = meaning({"eval_every": 1, "rounds": 9, "seeds": [0]})
     assert "worst 10%: mean over the lowest tenth of clients, rounded up" in said
     assert "p10: the 10th percentile" in said
     for n in range(1, 40):
         own = np.random.default_rng(n).uniform(size=n)
-        assert _worst(own) <= np.percentile(own, 10) + 1e-12
+        assert worst_tenth(own) <= np.percentile(own, 10) + 1e-12
 
 
 def test_differences_are_paired_by_seed():

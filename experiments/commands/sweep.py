@@ -191,13 +191,13 @@ def axis_of(vary: str | None) -> Axis:
 
 def table(entries: list[dict[str, Any]], option: str | None) -> str:
     """The terminal's: means over ``summary.window`` and half-width of the 95 % interval, in per cent."""
-    header = ["method", "lr", *([option] if option else []), *(title for title, _ in summary.COLUMNS)]
+    header = ["method", "lr", *([option] if option else []), *summary.columns().values()]
     rows = [[*header, "bias"]]
     for e in entries:
         cells = [e["method"], f"{e['lr']:g}", *([f"{e['value']:g}"] if option else [])]
         if e["diverged"]:
-            rows.append([*cells, "diverged", *[""] * len(summary.COLUMNS)])
+            rows.append([*cells, "diverged", *[""] * len(summary.columns())])
             continue
         bias = e["bias_share"]["last5"]["mean"]
-        rows.append([*cells, *(summary.percent(e[key]["last5"]) for _, key in summary.COLUMNS), f"{100 * bias:.1f}%"])
+        rows.append([*cells, *(summary.percent(e[key]["last5"]) for key in summary.columns()), f"{100 * bias:.1f}%"])
     return "\n".join(summary.aligned(rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 from experiments.config import Config
 from experiments.engine import traffic
 from experiments.engine.evaluation import Scores
-from experiments.results import client_map, summary
+from experiments.results import client_map, metrics, summary
+from experiments.results.metrics import Evaluation
 from experiments.results.record import number
 from experiments.setup.problem import Problem, domain_accuracies
 from fedlora_jax.method import Method
@@ -44,7 +44,7 @@ class Rows:
             for s, seed in enumerate(self._config.seeds):
                 row: dict[str, Any] = {"method": self._name, "seed": seed, "round": end - block + t + 1}
                 row["clients"] = ids[s, t].tolist()
-                row["loss"] = float(_known(np.asarray(info.loss[s, t])).mean())  # who is left out has none
+                row["loss"] = metrics.mean(np.asarray(info.loss[s, t]))  # who is left out has none
                 row |= {key: float(x[s, t]) for key, x in info.aggregation._asdict().items()}
                 row |= {key: float(x[s, t]) for key, x in info.learned.items()}
                 row |= self._bytes(s, ids[s, t], row)
@@ -78,25 +78,16 @@ class Rows:
         return self._traffic[cohort]
 
     def _accuracies(self, scores: Scores, final: bool) -> dict[str, Any]:
-        n = self._config.clients
-        per_domain = domain_accuracies(self._problem, np.asarray(scores.correct))
-        row: dict[str, Any] = {
-            "global_accuracy": float(np.mean(list(per_domain.values()))),
-            "pooled_accuracy": float(scores.correct.mean()),
-            "per_domain": per_domain,
-            "personal_std": number(np.std(_known(np.asarray(scores.personal)[:n]))),
-        }
-        for suffix, values in (("", scores.personal), ("_tuned", scores.tuned)):
+        n, correct = self._config.clients, np.asarray(scores.correct)
+        label, domain = map(np.asarray, self._problem.test[1:])
+        row: dict[str, Any] = {"per_domain": domain_accuracies(self._problem, correct)}
+        for tuned, values in ((False, scores.personal), (True, scores.tuned)):
             accuracy = np.asarray(values)
-            if np.isnan(accuracy).all():
+            if tuned and np.isnan(accuracy).all():
                 continue
-            row[f"personal_accuracy{suffix}"] = number(_mean(accuracy[:n]))
-            row[f"worst10_accuracy{suffix}"] = number(_worst(accuracy[:n]))
-            row[f"p10_accuracy{suffix}"] = number(_lowest(accuracy[:n], 10))
-            row[f"worst_accuracy{suffix}"] = number(_lowest(accuracy[:n], 0))
-            row[f"unseen_accuracy{suffix}"] = number(_mean(accuracy[n:]))
+            row |= metrics.of(Evaluation(correct, label, domain, accuracy[:n], accuracy[n:]), tuned)
             if final:
-                row[f"client_accuracies{suffix}"] = [number(x) for x in accuracy[:n]]
+                row["client_accuracies" + metrics.TUNED * tuned] = [number(x) for x in accuracy[:n]]
         distances = np.asarray(scores.distances, float)  # nan for None
         if final and np.isfinite(distances).all():
             row["client_positions"] = client_map.positions(distances).round(6).tolist()
@@ -106,9 +97,9 @@ class Rows:
 
 def as_of(row: dict[str, Any], rounds: int) -> dict[str, Any]:
     """The row as a run of more rounds has it: what stands in its last rows alone is left out of earlier ones."""
-    last = {"client_positions", "client_clusters", "client_accuracies", "client_accuracies_tuned"}
+    last = {"client_positions", "client_clusters", "client_accuracies", "client_accuracies" + metrics.TUNED}
     late = lambda key: key in last and row["round"] < rounds
-    tuned = lambda key: key.endswith("_tuned") and row["round"] <= rounds - summary.WINDOW
+    tuned = lambda key: key.endswith(metrics.TUNED) and row["round"] <= rounds - summary.WINDOW
     return {key: value for key, value in row.items() if not late(key) and not tuned(key)}
 
 
@@ -127,25 +118,3 @@ def holdings(config: Config, problem: Problem) -> dict[str, Any]:
         "superclasses": None if images.superclass is None else images.superclass.tolist(),
         "seed": config.seeds[0],
     }
-
-
-def _known(values: np.ndarray) -> np.ndarray:
-    """Clients without test images have no accuracy."""
-    return values[np.isfinite(values)]
-
-
-def _mean(values: np.ndarray) -> float:
-    known = _known(values)
-    return float(known.mean()) if len(known) else math.nan
-
-
-def _worst(values: np.ndarray) -> float:
-    """Mean over the lowest tenth of clients, at least one."""
-    known = np.sort(_known(values))
-    return float(known[: max(1, math.ceil(len(known) / 10))].mean()) if len(known) else math.nan
-
-
-def _lowest(values: np.ndarray, percent: float) -> float:
-    """That percentile of clients (0: the worst), between two of them in proportion."""
-    known = _known(values)
-    return float(np.percentile(known, percent)) if len(known) else math.nan

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from experiments.results import client_map
+from experiments.results import client_map, metrics
 from experiments.results.style import (
     FAINT,
     GREY,
@@ -108,12 +108,9 @@ def bias(styles: Styles, rows: Rows) -> Figure | None:
 
 
 def accuracies(styles: Styles, summary: dict[str, Any]) -> Figure | None:
-    """Global, personal, worst tenth, 10th percentile and unseen, before and after local steps."""
-    keys = {"global": "global_accuracy"}
-    lowest = (("mean of worst 10 %", "worst10"), ("10th percentile", "p10"))
-    for title, key in (("personal", "personal"), *lowest, ("unseen", "unseen")):
-        keys |= {title: f"{key}_accuracy", f"{title},\nlocal steps": f"{key}_accuracy_tuned"}
-    groups = [(title, {m: e[key]["last5"] for m, e in summary["methods"].items()}) for title, key in keys.items()]
+    """Those of ``metrics.py`` that are drawn, before and after local steps."""
+    shown = metrics.columns(metrics.BARS, after="{},\nlocal steps")
+    groups = [(title, {m: e[key]["last5"] for m, e in summary["methods"].items()}) for key, title in shown.items()]
     return _bars(styles, groups, f"Accuracies, mean of {window(summary['config'])}", "accuracy (%)")
 
 

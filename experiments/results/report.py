@@ -10,30 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.results import client_map, figures
+from experiments.results import client_map, figures, metrics
 from experiments.results.folder import write_atomically
 from experiments.results.style import png
 from experiments.results.summary import window
 
-ACCURACIES = {
-    "global": "global_accuracy",
-    "personal": "personal_accuracy",
-    "personal, local steps": "personal_accuracy_tuned",
-    "mean of worst 10\u00a0%": "worst10_accuracy",
-    "10th percentile": "p10_accuracy",
-    "worst client": "worst_accuracy",
-    "unseen": "unseen_accuracy",
-    "unseen, local steps": "unseen_accuracy_tuned",
-}
-MEANING = (
-    "<b>Global</b>: the global model on all test images, mean over domains. <b>Personal</b>: the model that each "
-    "training client is sent, on that client's own test images, mean over clients. <b>Mean of worst 10 %</b>: the "
-    "same over the tenth of clients (rounded up) where it is lowest; <b>10th percentile</b>: a tenth of clients are "
-    "below it; <b>worst client</b>: a single one; the whole distribution is drawn below. <b>Unseen</b>: the same for "
-    "clients that never train. <b>Local steps</b>: after one round's local steps on the client's own training images. "
-    "<b>Bias share</b>: how far the server's model is from the mean of its clients' models, as a share of the mean "
-    "update."
-)
 INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals, cut at 0 and 100 %."
 CAPTIONS = {
     "curves": "How fast each method rises, and where it settles.",
@@ -110,7 +91,7 @@ def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, b
         f"<p>{escape(_sentence(config, holdings, names, data))}</p>",
         "<h2>Results</h2>",
         _headline(summary),
-        f'<p class="note">{_statistics(summary)} {MEANING}</p>',
+        f'<p class="note">{_statistics(summary)} {_meaning()}</p>',
         "<h2>Figures</h2>",
         f'<p class="note">{INTERVALS}</p>' if len(config["seeds"]) > 1 else "",
         *(_figure(name, image) for name, image in images.items()),
@@ -158,15 +139,32 @@ def _statistics(summary: dict[str, Any]) -> str:
     return f"<b>{over[0].upper()}{over[1:]}, {spread}.</b> Accuracies in %.{paired}"
 
 
+def _meaning() -> str:
+    """What stands under the table of results."""
+    shown = [(m.title, m.meaning) for m in metrics.METRICS if metrics.REPORT in m.shown]
+    shown += [
+        ("local steps", "after one round's local steps on the client's own training images"),
+        (
+            "bias share",
+            "how far the server's model is from the mean of its clients' models, as a share of the mean update",
+        ),
+    ]
+    words = [
+        f"<b>{escape(title[0].upper() + title[1:])}</b>: {escape(meaning, quote=False)}." for title, meaning in shown
+    ]
+    return " ".join([*words, "Of all clients together the accuracies are drawn below."])
+
+
 def _headline(summary: dict[str, Any]) -> str:
     methods, paired = summary["methods"], summary["paired"]
     first = next(iter(methods.values()))
     target = f"{100 * first['rounds_to_target']['target']:g}"
     difference = [f"difference to {first['about']['name']}"] if paired else []
     rest = (f"rounds to {target}\u00a0%", "up, per client and round", "bias share,\u00a0%", "seconds per round")
-    table = []
+    shown, table = metrics.columns(metrics.REPORT, after="{}, local steps"), []
+    titles = [title.replace(" %", "\u00a0%") for title in shown.values()]
     for name, entry in methods.items():
-        row = [entry["about"]["name"], *(_percent(entry[key]["last5"]) for key in ACCURACIES.values())]
+        row = [entry["about"]["name"], *(_percent(entry[key]["last5"]) for key in shown)]
         if paired:
             row.append(_percent(paired[name], "+") if name in paired else "–")
         seconds = entry["seconds_per_round"]
@@ -174,7 +172,7 @@ def _headline(summary: dict[str, Any]) -> str:
         row += [_percent(entry["bias_share"]["last5"]), "–" if seconds is None else f"{seconds:.3g}"]
         table.append(row)
     hint = '<p class="note hint">On a narrow screen the table goes on to the right: scroll it.</p>'
-    return _table(["method", *ACCURACIES, *difference, *rest], table, box="box wide") + hint
+    return _table(["method", *titles, *difference, *rest], table, box="box wide") + hint
 
 
 def _domains(summary: dict[str, Any]) -> str:

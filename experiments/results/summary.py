@@ -3,22 +3,14 @@
 Schema 1. For each method and each measure ``{"last": S, "last5": S}`` with
 ``S = {"mean", "std", "ci95": [low, high] or null, "seeds": [...]}``: the last round, and the mean over the evaluated
 rounds among the last five. Intervals are 95 % t-intervals over seeds; they know nothing of 0 and 1, where pictures cut
-them. There is no best round: picking one on test
-data would be selection.
+them. There is no best round: picking one on test data would be selection.
 
-    global_accuracy            the global model on all test images, mean over domains
-    pooled_accuracy            the same, mean over images
-    per_domain                 {domain: ...}
-    personal_accuracy          each training client's model, as dispatched, on its own test images; mean over clients
-    worst10_accuracy           mean over the ceil(N / 10) clients where it is lowest: at most the 10th percentile
-    p10_accuracy               the 10th percentile of clients
-    worst_accuracy             the worst client
-    personal_std               deviation over clients
-    unseen_accuracy            as personal, clients that never trained
-    *_tuned                    the same after the local steps of one round on the client's own training images
+    each of ``metrics.py``     of an evaluation; with ``_tuned`` behind its name the same after the local steps of one
+                               round on the client's own training images
+    per_domain                 {domain: the global model's accuracy}
     bias, bias_share           |server's model - mean of clients' models|, absolute and as a share of the mean update
     rounds_to_target           first evaluated round with global_accuracy >= target; null where it was not reached
-    theta_size                  numbers that the method learns besides its adapter; 0 where it has none
+    theta_size                 numbers that the method learns besides its adapter; 0 where it has none
     bytes_up, bytes_down       per client and round (mean), and in total, for one seed. Down is what clients had to be
                                sent so that they could start; to_all: until all that train hold the final model
     seconds_per_round          wall time of one round of one seed; null where nothing was run
@@ -27,40 +19,17 @@ data would be selection.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-MEASURES = (
-    "global_accuracy",
-    "pooled_accuracy",
-    "personal_accuracy",
-    "worst10_accuracy",
-    "p10_accuracy",
-    "worst_accuracy",
-    "personal_std",
-    "unseen_accuracy",
-    "personal_accuracy_tuned",
-    "worst10_accuracy_tuned",
-    "p10_accuracy_tuned",
-    "worst_accuracy_tuned",
-    "unseen_accuracy_tuned",
-    "bias",
-    "bias_share",
-)
+from experiments.results import metrics
+
 WINDOW = 5
 NUMBERS = ("no", "one", "two", "three", "four", "five")
-COLUMNS = (  # of tables
-    ("global", "global_accuracy"),
-    ("personal", "personal_accuracy"),
-    ("+steps", "personal_accuracy_tuned"),
-    ("worst 10%", "worst10_accuracy"),
-    ("p10", "p10_accuracy"),
-    ("unseen", "unseen_accuracy"),
-    ("+steps", "unseen_accuracy_tuned"),
-)
 
 
 def spread(values: Iterable[float | None]) -> dict[str, Any]:
@@ -77,11 +46,21 @@ def spread(values: Iterable[float | None]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "ci95": [mean - half, mean + half], "seeds": seeds}
 
 
+def measures() -> list[str]:
+    """What a summary has of both the last round and the mean of the last five, besides ``per_domain``."""
+    return [*metrics.names(), "bias", "bias_share"]
+
+
+def columns() -> dict[str, str]:
+    """Titles of accuracies in the terminal's tables, by their names."""
+    return metrics.columns(metrics.TERMINAL, after="+steps")
+
+
 def summarise(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
     """One method's entry, timings and descriptions left out."""
     seeds = sorted({row["seed"] for row in rows})
     by_seed = [sorted((r for r in rows if r["seed"] == seed), key=lambda r: r["round"]) for seed in seeds]
-    entry: dict[str, Any] = {name: _both(by_seed, lambda r, n=name: r.get(n)) for name in MEASURES}
+    entry: dict[str, Any] = {name: _both(by_seed, lambda r, n=name: r.get(n)) for name in measures()}
     domains = by_seed[0][-1]["per_domain"]
     entry["per_domain"] = {d: _both(by_seed, lambda r, d=d: r["per_domain"][d] if "per_domain" in r else None)
                            for d in domains}  # fmt: skip
@@ -132,16 +111,19 @@ def window(config: dict[str, Any]) -> str:
 def meaning(config: dict[str, Any]) -> str:
     """What stands under a table of the terminal."""
     seeds = len(config["seeds"])
-    return (
-        f"accuracies in %, mean over {window(config)} and 95 % interval over {seeds} seed{'s' * (seeds > 1)};\n"
-        "+steps: after one round of local steps; worst 10%: mean over the lowest tenth of clients, rounded up;\n"
-        "p10: the 10th percentile of clients; bias: share of the mean update that the server got wrong"
-    )
+    shown = [m for m in metrics.METRICS if m.short and metrics.TERMINAL in m.shown]
+    taken = f"accuracies in %, mean over {window(config)} and 95 % interval over {seeds} seed{'s' * (seeds > 1)};\n"
+    words = [
+        "+steps: after one round of local steps",
+        *(f"{m.short}: {m.meaning}" for m in shown),
+        "bias: share of the mean update that the server got wrong",
+    ]
+    return taken + textwrap.fill("; ".join(words), 104)
 
 
 def table(summary: dict[str, Any]) -> str:
     """The terminal's table: means over ``window`` and half-width of the 95 % interval, in per cent."""
-    header = ["method", *(title for title, _ in COLUMNS), "vs first", "bias", "KiB up", "s/round"]
+    header = ["method", *columns().values(), "vs first", "bias", "KiB up", "s/round"]
     rows = [header]
     for name, entry in summary["methods"].items():
         difference = summary["paired"].get(name)
@@ -149,7 +131,7 @@ def table(summary: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                *(percent(entry[key]["last5"]) for _, key in COLUMNS),
+                *(percent(entry[key]["last5"]) for key in columns()),
                 percent(difference, signed=True) if difference else "",
                 _share(entry["bias_share"]["last5"]["mean"]),
                 f"{entry['bytes_up']['per_client_round'] / 1024:.1f}",

@@ -1,0 +1,159 @@
+"""The table of metrics: what is counted of an evaluation, where it stands, and what it means.
+
+A metric is added here alone. It is then in ``metrics.jsonl`` and ``summary.json`` under its name (``_tuned`` behind it:
+after local steps), and in the tables and pictures that it names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.results.record import number
+
+TERMINAL, REPORT, BARS = "terminal", "report", "bars"  # its table, the report's, the report's picture of accuracies
+EVERYWHERE = (TERMINAL, REPORT, BARS)
+TUNED = "_tuned"  # behind the name: after the local steps of one round on the client's own training images
+
+
+class Evaluation(NamedTuple):
+    """What is known of one seed after a round; accuracies are nan of clients without test images."""
+
+    correct: np.ndarray  # [n_test] 1 where the global model is right
+    label: np.ndarray  # [n_test] class of each test image
+    domain: np.ndarray  # [n_test] its domain
+    training: np.ndarray  # [N] accuracy of each training client's model, as dispatched, on its own test images
+    unseen: np.ndarray  # [K] the same of clients that never trained
+
+
+class Metric(NamedTuple):
+    """One number of an evaluation."""
+
+    name: str
+    of: Callable[[Evaluation], float]  # nan where it has no value
+    title: str  # of columns and bars
+    meaning: str  # that stands under tables
+    shown: tuple[str, ...] = ()  # where it stands
+    tuned: tuple[str, ...] | None = None  # where it stands after local steps; None: it is not taken then
+    short: str = ""  # its title in the terminal, where that is another; it is explained there
+
+
+def mean_over(groups: np.ndarray, correct: np.ndarray) -> float:
+    """Mean over groups of the share of right answers in each; every group counts alike."""
+    return float(np.mean([float(np.mean(correct[groups == g])) for g in np.unique(groups)]))
+
+
+def known(values: np.ndarray) -> np.ndarray:
+    """Without nan: clients without test images have no accuracy."""
+    return values[np.isfinite(values)]
+
+
+def mean(values: np.ndarray) -> float:
+    own = known(values)
+    return float(own.mean()) if len(own) else math.nan
+
+
+def lowest(values: np.ndarray, percent: float) -> float:
+    """That percentile of clients (0: the worst), between two of them in proportion."""
+    own = known(values)
+    return float(np.percentile(own, percent)) if len(own) else math.nan
+
+
+def worst_tenth(values: np.ndarray) -> float:
+    """Mean over the lowest tenth of clients, at least one."""
+    own = np.sort(known(values))
+    return mean(own[: max(1, math.ceil(len(own) / 10))])
+
+
+def deviation(values: np.ndarray) -> float:
+    own = known(values)
+    return float(np.std(own)) if len(own) else math.nan
+
+
+METRICS = (
+    Metric(
+        "global_accuracy",
+        lambda e: mean_over(e.domain, e.correct),
+        "global",
+        "the global model on all test images, mean over domains",
+        EVERYWHERE,
+    ),
+    Metric(
+        "pooled_accuracy", lambda e: float(e.correct.mean()), "pooled", "the global model on all test images, all alike"
+    ),
+    Metric(
+        "personal_std", lambda e: deviation(e.training), "deviation", "deviation of personal accuracies over clients"
+    ),
+    Metric(
+        "personal_accuracy",
+        lambda e: mean(e.training),
+        "personal",
+        "the model that each training client is sent, on that client's own test images, mean over clients",
+        EVERYWHERE,
+        tuned=EVERYWHERE,
+    ),
+    Metric(
+        "worst10_accuracy",
+        lambda e: worst_tenth(e.training),
+        "mean of worst 10 %",
+        "mean over the lowest tenth of clients, rounded up",
+        EVERYWHERE,
+        tuned=(BARS,),
+        short="worst 10%",
+    ),
+    Metric(
+        "p10_accuracy",
+        lambda e: lowest(e.training, 10),
+        "10th percentile",
+        "the 10th percentile of clients, a tenth of whom are below it",
+        EVERYWHERE,
+        tuned=(BARS,),
+        short="p10",
+    ),
+    Metric(
+        "worst_accuracy",
+        lambda e: lowest(e.training, 0),
+        "worst client",
+        "the client where it is lowest",
+        (REPORT,),
+        tuned=(),
+    ),
+    Metric(
+        "unseen_accuracy",
+        lambda e: mean(e.unseen),
+        "unseen",
+        "as personal, of clients that never train",
+        EVERYWHERE,
+        tuned=EVERYWHERE,
+    ),
+)
+
+
+def taken(tuned: bool) -> list[Metric]:
+    """The metrics that are taken as models are sent, or after local steps."""
+    return [metric for metric in METRICS if not tuned or metric.tuned is not None]
+
+
+def names() -> list[str]:
+    """Of all metrics in rows and summaries: as sent, then after local steps."""
+    return [metric.name for metric in taken(False)] + [metric.name + TUNED for metric in taken(True)]
+
+
+def of(evaluation: Evaluation, tuned: bool = False) -> dict[str, float | None]:
+    """Every metric of an evaluation by its name; ``None`` where it has no value."""
+    return {metric.name + TUNED * tuned: number(metric.of(evaluation)) for metric in taken(tuned)}
+
+
+def columns(place: str, after: str) -> dict[str, str]:
+    """Titles and names of what stands in a place; ``after`` is the title of a metric ``{}`` after local steps."""
+    found = {}
+    for metric in METRICS:
+        title = metric.short or metric.title if place == TERMINAL else metric.title
+        if place in metric.shown:
+            found[metric.name] = title
+        if place in (metric.tuned or ()):
+            found[metric.name + TUNED] = after.format(title)
+    return found
