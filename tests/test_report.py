@@ -40,6 +40,7 @@ def make_rows(method, index, seeds, rounds=8, clients=10, unseen=True, every=1, 
                         continue
                     row[f"personal_accuracy{suffix}"] = values.mean()
                     row[f"worst10_accuracy{suffix}"] = row[f"worst_accuracy{suffix}"] = values.min()
+                    row[f"gap{suffix}"] = values.max() - values.min()
                     row[f"p10_accuracy{suffix}"] = np.percentile(values, 10)
                     row[f"unseen_accuracy{suffix}"] = values.mean() - 0.1 if unseen else None
                     if final:

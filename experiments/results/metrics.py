@@ -68,6 +68,11 @@ def worst_tenth(values: np.ndarray) -> float:
     return mean(own[: max(1, math.ceil(len(own) / 10))])
 
 
+def gap(values: np.ndarray) -> float:
+    """The same over the highest tenth, less that."""
+    return -worst_tenth(-values) - worst_tenth(values)
+
+
 def deviation(values: np.ndarray) -> float:
     own = known(values)
     return float(np.std(own)) if len(own) else math.nan
@@ -83,6 +88,12 @@ METRICS = (
     ),
     Metric(
         "pooled_accuracy", lambda e: float(e.correct.mean()), "pooled", "the global model on all test images, all alike"
+    ),
+    Metric(
+        "balanced_accuracy",
+        lambda e: mean_over(e.label, e.correct),
+        "balanced",
+        "the global model on all test images, mean over classes",
     ),
     Metric(
         "personal_std", lambda e: deviation(e.training), "deviation", "deviation of personal accuracies over clients"
@@ -118,6 +129,14 @@ METRICS = (
         lambda e: lowest(e.training, 0),
         "worst client",
         "the client where it is lowest",
+        (REPORT,),
+        tuned=(),
+    ),
+    Metric(
+        "gap",
+        lambda e: gap(e.training),
+        "best less worst 10 %",
+        "mean over the highest tenth of clients less that over the lowest",
         (REPORT,),
         tuned=(),
     ),
