@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import fedlora_jax
 from experiments.bench import options as bench
-from experiments.config import MANY, Config
+from experiments.config import MANY, SPEED, Config
 from experiments.results.folder import asked, program
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
@@ -126,9 +126,11 @@ def _add_benches(commands: Any) -> None:
 
 def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     """One option for each field of ``Config``; ``run`` has ``--method``, every command only what it depends on."""
-    hints = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        if field.name in _LEFT_OUT[command]:
+    hints, fields = typing.get_type_hints(Config), dataclasses.fields(Config)
+    fields = [field for field in fields if field.name not in _LEFT_OUT[command]]
+    fast = [field for field in fields if field.metadata["decides"] == SPEED]
+    for field in fields:
+        if field in fast:
             continue
         if field.name == "methods" and command in ("run", "meta"):
             parser.add_argument(
@@ -139,9 +141,13 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
             )
         else:
             _add_option(parser, field, hints[field.name], field.default)
+    if fast:
+        group = parser.add_argument_group("speed", "These decide speed and memory alone; results agree to rounding.")
+        for field in fast:
+            _add_option(group, field, hints[field.name], field.default)
 
 
-def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any, default: Any) -> None:
+def _add_option(parser: argparse._ActionsContainer, field: dataclasses.Field, hint: Any, default: Any) -> None:
     flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
     if hint is bool:
         parser.add_argument(flag, action="store_true", help=text)

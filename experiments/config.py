@@ -9,8 +9,17 @@ from typing import Any
 from fedlora_jax import partition
 from fedlora_jax.checks import refuse_outside
 
+RESULTS, SPEED, RECORD = "results", "speed", "record"  # what an option decides
 
-def option(default: Any, help: str, inside: str | None = None, among: tuple = (), empty: bool = False) -> Any:
+
+def option(
+    default: Any,
+    help: str,
+    inside: str | None = None,
+    among: tuple = (),
+    empty: bool = False,
+    decides: str = RESULTS,
+) -> Any:
     """A field of options.
 
     Args:
@@ -19,8 +28,11 @@ def option(default: Any, help: str, inside: str | None = None, among: tuple = ()
       inside: the interval of its numbers (``refuse_outside``); of each, where it holds several.
       among: what it (each of its entries) may be, where that is a choice.
       empty: whether nothing is an answer too (of a list).
+      decides: the results; or only how fast they are computed, so that they are the same to rounding; or only what is
+        kept of them, and where.
     """
-    return field(default=default, metadata={"help": help, "inside": inside, "among": among, "empty": empty})
+    about = {"help": help, "inside": inside, "among": among, "empty": empty, "decides": decides}
+    return field(default=default, metadata=about)
 
 
 COUNT = "[1, 1000000]"  # clients, rounds, steps: more would be a slip, and take years or terabytes
@@ -86,6 +98,7 @@ class Config:
         "what the blocks before --adapt-last compute: 'stored' once per image, 'anew' in every step, "
         "or 'auto': stored where that takes at most a quarter of the memory there is",
         among=PREFIXES,
+        decides=SPEED,
     )
     full: tuple[str, ...] = option(
         ("^head/",),
@@ -146,27 +159,36 @@ class Config:
     )
     eval_every: int = option(1, "rounds between evaluations; the last round is always evaluated", COUNT)
     chunk: int | None = option(
-        None, "clients trained at once; must divide the cohort (default: chosen by device)", COUNT
+        None, "clients trained at once; must divide the cohort (default: chosen by device)", COUNT, decides=SPEED
     )
     devices: int = option(
-        1, "devices that share the clients of a round, of a CPU parts of it; must divide the cohort", "[1, 1024]"
+        1,
+        "devices that share the clients of a round, of a CPU parts of it; must divide the cohort",
+        "[1, 1024]",
+        decides=SPEED,
     )
     seeds_at_once: int | None = option(
-        None, "seeds run side by side; must divide their number (default: by device)", COUNT
+        None, "seeds run side by side; must divide their number (default: by device)", COUNT, decides=SPEED
     )
     checkpoint_every: int | None = option(
-        None, "rounds between checkpoints, a multiple of --eval-every (default: the smallest from 10)", COUNT
+        None,
+        "rounds between checkpoints, a multiple of --eval-every (default: the smallest from 10)",
+        COUNT,
+        decides=RECORD,
     )
     theta: str | None = option(
         None, "a METHOD.theta.npz of an earlier run: what the method learned there, to start from (or mode=frozen)"
     )
-    out: str | None = option(None, "folder to write (default: runs/ and the time)")
+    out: str | None = option(None, "folder to write (default: runs/ and the time)", decides=RECORD)
     resume: bool = option(
         False,
         "go on with the run in --out: what it has finished is kept, options that are not given stay as they were; "
-        "there may be more rounds, methods and seeds (in budget methods and budgets)",
+        "there may be more rounds, methods and seeds (in budget methods and budgets), and another speed",
+        decides=RECORD,
     )
-    dry_run: bool = option(False, "say what the run would need (memory, traffic, arithmetic, time) and write nothing")
+    dry_run: bool = option(
+        False, "say what the run would need (memory, traffic, arithmetic, time) and write nothing", decides=RECORD
+    )
 
     budgets: tuple[int, ...] = option(
         (1, 2, 5, 10), "numbers of local steps per round to compare (1, 2, 5 and 10 only)", among=BUDGETS
@@ -185,10 +207,10 @@ class Config:
     meta_lr: float = option(0.003, "learning rate of a meta-step (Adam)", "(0, inf)")
     tuning_seeds: tuple[int, ...] = option((100, 101, 102), "seeds of the runs that choose the learning rate", INT32)
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the results: everything but where they are written and how fast they are computed."""
-        free = {"out", "resume", "checkpoint_every", "dry_run"}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+    def deciding(self, what: str) -> dict[str, Any]:
+        """The options that decide the ``RESULTS``, which identify a run; or its ``SPEED``; or its ``RECORD``."""
+        own = [entry.name for entry in dataclasses.fields(self) if entry.metadata["decides"] == what]
+        return {name: getattr(self, name) for name in own}
 
     def rounds_between_checkpoints(self) -> int:
         """As set, or the smallest multiple of ``eval_every`` that is not below ``CHECKPOINTS``."""

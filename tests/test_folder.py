@@ -13,7 +13,7 @@ import pytest
 
 from experiments.cli import parse
 from experiments.commands import compare
-from experiments.config import Config
+from experiments.config import RESULTS, SPEED, Config
 from experiments.results import folder
 from experiments.results.folder import Folder, sealed, unsealed, write_atomically
 
@@ -113,10 +113,14 @@ def test_a_config_that_no_run_wrote_is_refused(text, said, tmp_path):
 
 
 def test_options_that_are_not_given_stay_as_they_were(tmp_path):
-    before = Config(methods=("flora", "fedit"), rounds=7, adapt_last=2, lr=0.25, partition="iid", seeds=(3, 1))
-    (tmp_path / "config.json").write_text(json.dumps({"config": before.identity()}))
+    before = Config(methods=("flora", "fedit"), rounds=7, adapt_last=2, lr=0.25, partition="iid", seeds=(3, 1), chunk=4)
+    parts = {"config": before.deciding(RESULTS), "speed": before.deciding(SPEED)}
+    assert "chunk" not in parts["config"]
+    (tmp_path / "config.json").write_text(json.dumps(parts))
     _, config = parse(["compare", "--resume", "--out", str(tmp_path), "--rounds", "9"])
     assert config == dataclasses.replace(before, rounds=9, resume=True, out=str(tmp_path))
+    _, config = parse(["compare", "--resume", "--out", str(tmp_path), "--chunk", "2"])
+    assert config == dataclasses.replace(before, chunk=2, resume=True, out=str(tmp_path))
 
 
 def test_a_seal_shows_any_change():

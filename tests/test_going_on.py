@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_bad_input import change
 
@@ -134,6 +135,37 @@ def test_nothing_is_cut_before_it_is_known_from_where_a_run_goes_on(whole, tmp_p
     with pytest.raises(KeyboardInterrupt):
         run(out, "--resume")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.long
+def test_what_decides_speed_alone_may_change_and_numbers_agree_to_rounding(small, tmp_path):
+    """Clients in other chunks, seeds one by one, frozen blocks anew in each step: from the start, and half-way.
+
+    HyperLoRA keeps images apart, HiLoRA has a trial for newcomers, SCAFFOLD a memory on every client.
+    """
+    names = "hyperlora,hilora:root=0.4:cluster=0.3,fedit+scaffold"
+    common = [*small, "--methods", names, "--rounds", "4", "--seeds", "2", "--holdout-clients", "2"]
+    fast, slow = "--chunk 3 --seeds-at-once 2 --prefix stored", "--chunk 1 --seeds-at-once 1 --prefix anew"
+    rows, one = run(tmp_path / "one", *common, *fast.split())
+    shutil.copytree(tmp_path / "one", tmp_path / "half")
+    for newest in (tmp_path / "half" / "checkpoints").glob("*/0-2/4"):
+        shutil.rmtree(newest)
+    half, goes_on = run(tmp_path / "half", "--resume", *slow.split())
+    anew, two = run(tmp_path / "two", *common, *slow.split())
+    assert goes_on["speed"] == two["speed"] != one["speed"]
+    assert goes_on["config"] == two["config"] == one["config"]
+    assert half.splitlines()[:2] == rows.splitlines()[:2]
+    assert half != rows, "they are other programs"
+    for other in (half, anew):
+        for a, b in zip(*(map(json.loads, found.splitlines()) for found in (other, rows)), strict=True):
+            assert a.keys() == b.keys()
+            for name in a.keys() - {"method", "sum", "client_positions"}:
+                np.testing.assert_allclose(np.array(flat(a[name])), np.array(flat(b[name])), atol=1e-5, err_msg=name)
+
+
+def flat(x) -> list[float]:
+    values = x.values() if isinstance(x, dict) else x if isinstance(x, list) else [x]
+    return [np.nan if value is None else value for value in values]
 
 
 @pytest.mark.parametrize(

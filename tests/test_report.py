@@ -66,7 +66,7 @@ def make(names=("FedIT", "FLoRA"), seeds=3, classes=4, held=3, **options):
               "clients_per_round": None, "holdout_clients": held, "partition": "domain_dirichlet:1.0", "rank": [4],
               "rounds": rounds, "local_steps": 5, "batch": 16, "optimizer": "sgd", "lr": 0.3,
               "seeds": list(range(seeds)), "target": 0.7, "eval_every": options.get("every", 1)}  # fmt: skip
-    summary = {"schema": 1, "command": "compare", "config": config,
+    summary = {"schema": 1, "command": "compare", "config": config, "speed": {"chunk": None},
                "record": {"data_hash": "abc123", "weights": "nano", "adapted": ["blocks/attn/query/kernel"]},
                "versions": {"jax": "0.10.2"}, "device": "cpu (cpu), x86_64", "date": "2026-11-21",
                "methods": entries, "paired": paired(entries)}  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.commands import prelude
-from experiments.config import Config
+from experiments.config import RESULTS, Config
 from experiments.engine import forecast, methods
 from experiments.engine.rows import holdings
 from experiments.engine.trial import Trial
@@ -100,7 +100,7 @@ class Plan:
 
     def _identity(self) -> str:
         """Of all that a checkpoint depends on besides its method, seeds and rounds."""
-        config = {key: x for key, x in self.config.identity().items() if key not in GROWS}
+        config = {key: x for key, x in self.config.deciding(RESULTS).items() if key not in GROWS}
         return digest(json.dumps([config, {**self.problem.record, "partition_hash": None}]).encode())
 
     def _refuse_stages_of_other_rounds(self) -> None:

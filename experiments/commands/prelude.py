@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
-from experiments.config import Config, check
+from experiments.config import RESULTS, SPEED, Config, check
 from experiments.engine import methods
 from experiments.engine.chunking import mesh_of
 from experiments.engine.facts import acceptable, describe
@@ -36,7 +36,7 @@ def opened(command: str, config: Config, grows: Iterable[str] = (), free: Collec
     """
     folder = Folder(command, config.out, config.resume)
     if config.resume:
-        folder.check_same("config", {k: v for k, v in config.identity().items() if k not in free}, grows)
+        folder.check_same("config", {k: v for k, v in config.deciding(RESULTS).items() if k not in free}, grows)
     return folder
 
 
@@ -49,7 +49,8 @@ def about(command: str, config: Config, problem: Problem) -> dict[str, Any]:
     """What identifies a run, and with what it is computed, for ``config.json``."""
     files = methods.hashes(config.methods)
     record = problem.record | ({FILES: files} if files else {})
-    return {"command": command, "config": config.identity(), "record": record, **describe()}
+    own = {"config": config.deciding(RESULTS), "speed": config.deciding(SPEED)}
+    return {"command": command, **own, "record": record, **describe()}
 
 
 def going_on(folder: Folder, about: dict[str, Any], grows: Iterable[str] = ()) -> dict[str, Any]:

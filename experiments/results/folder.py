@@ -207,8 +207,8 @@ def asked(out: str) -> dict[str, Any]:
         content = read_json((Path(out) / CONFIG).read_bytes())
     except OSError:
         return {}
-    config = content.get("config") if isinstance(content, dict) else None
-    return config if isinstance(config, dict) else {}
+    parts = [content.get(part) for part in ("config", "speed")] if isinstance(content, dict) else []
+    return {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
 
 
 def _is_left_over(path: Path) -> bool:

@@ -206,7 +206,12 @@ def _paper(about: dict[str, str]) -> str:
 
 def _record(summary: dict[str, Any]) -> str:
     show = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    groups = {"options": summary["config"], "record": summary["record"], "versions": summary["versions"]}
+    groups = {
+        "options": summary["config"],
+        "speed": summary["speed"],
+        "record": summary["record"],
+        "versions": summary["versions"],
+    }
     groups["run"] = {key: summary[key] for key in ("command", "device", "date", "schema")}
     table = [[key, group, show(value)] for group, own in groups.items() for key, value in own.items()]
     return f"<details><summary>Record</summary>{_table(['name', 'of', 'value'], table, 'words')}</details>"
