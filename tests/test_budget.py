@@ -13,7 +13,7 @@ from input_helpers import change
 from experiments.__main__ import main
 from experiments.commands import budget
 from experiments.config import Config
-from experiments.results import budget_figures, summary
+from experiments.results import budget_claims, budget_figures, summary
 from experiments.results.folder import sealed, write_json
 from experiments.setup import data, problem
 
@@ -52,24 +52,24 @@ def small(tmp_path_factory):
 
 
 def test_a_claim_compares_with_the_baseline_that_validation_prefers():
-    claims = [c for c in budget.claims(ENTRIES) if c["kind"] == "training"]
+    claims = [c for c in budget_claims.claims(ENTRIES) if c["kind"] == "training"]
     assert [(c["steps"], c["baseline"], c["baseline_steps"]) for c in claims] == [(1, "fedit", 5)] * 2
-    own, other, less = (np.array(budget.served_at(ENTRIES[i], "training_clients")["seeds"]) for i in (4, 1, 0))
+    own, other, less = (np.array(budget_claims.served_at(ENTRIES[i], "training_clients")["seeds"]) for i in (4, 1, 0))
     np.testing.assert_allclose(claims[0]["difference"]["seeds"], own - other)
     np.testing.assert_allclose(claims[0]["needed"]["seeds"], other - less)
-    sent = next(c for c in budget.claims(ENTRIES) if c["kind"] == "sent")
+    sent = next(c for c in budget_claims.claims(ENTRIES) if c["kind"] == "sent")
     assert (sent["steps"], sent["baseline"], sent["baseline_steps"]) == (1, "flexlora", 5)  # 0.80 as sent, fedit 0.79
     own, theirs = (np.array(ENTRIES[i]["training_clients"]["0"]["seeds"]) for i in (4, 3))
     np.testing.assert_allclose(sent["difference"]["seeds"], own - theirs)
-    serving = [c for c in budget.claims(ENTRIES) if c["kind"] == "serving" and c["steps"] == 5]
+    serving = [c for c in budget_claims.claims(ENTRIES) if c["kind"] == "serving" and c["steps"] == 5]
     own = np.array(ENTRIES[5]["training_clients"]["0"]["seeds"])
     np.testing.assert_allclose(serving[0]["difference"]["seeds"], own - other)
     assert serving[0]["needed"]["mean"] > 0  # five steps were worth 0.005
 
 
 def test_reaching_a_target_counts_rounds_and_passes():
-    assert budget.to_target(ENTRIES[3], 0.85) == (2, 10)
-    assert budget.to_target(ENTRIES[0], 0.85) is None
+    assert budget_claims.to_target(ENTRIES[3], 0.85) == (2, 10)
+    assert budget_claims.to_target(ENTRIES[0], 0.85) is None
 
 
 def test_entries_that_are_not_as_they_were_written_are_computed_again(tmp_path, capsys):
@@ -92,10 +92,10 @@ def test_the_table_and_the_pictures_show_every_entry():
     result = {
         "config": {"target": 0.75},
         "entries": ENTRIES,
-        "claims": budget.claims(ENTRIES),
+        "claims": budget_claims.claims(ENTRIES),
         "taus": [0, 1, 2, 5, 10],
     }
-    text = budget.table(result)
+    text = budget_claims.table(result)
     assert text.count("\nfedit") == 5
     assert "2 / 10" in text
     assert "79.0" in text

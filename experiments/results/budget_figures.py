@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from experiments.results.budget_claims import GROUPS
 from experiments.results.style import Styles, dress, legend, stroke, styles_of
 
 
@@ -65,12 +66,11 @@ def cost(styles: Styles, result: dict[str, Any]) -> Figure:
 def _panels(title: str, x: str, result: dict[str, Any]) -> tuple[Figure, list[tuple[Axes, str]]]:
     figure = Figure((7.2, 4.3), 150, layout="constrained")
     figure.suptitle(title, fontsize=12, weight="bold", x=0.015, ha="left")
-    groups = {"training_clients": "clients that train", "unseen_clients": "clients never seen"}
     grid = figure.subplots(1, 2, sharey=True)
-    for axes, name in zip(grid, groups.values(), strict=True):
+    for axes, name in zip(grid, GROUPS.values(), strict=True):
         dress(axes, "", x, "own test images, accuracy (%)" if axes is grid[0] else "")
         axes.set_title(name, loc="left", fontsize=10)
-    return figure, list(zip(grid, groups, strict=True))
+    return figure, list(zip(grid, GROUPS, strict=True))
 
 
 def line(axes: Axes, styles: Styles, name: str, x: list[float], values: list[dict[str, Any]]) -> None:
