@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from experiments.results import client_map, metrics
+from experiments.results.charts import Rows, along_rounds, draw_bars, draw_lines, over_rounds
 from experiments.results.style import (
     FAINT,
     GREY,
@@ -30,12 +29,9 @@ from experiments.results.style import (
     stroke,
     styles_of,
 )
-from experiments.results.summary import spread, window
+from experiments.results.summary import window
 
 ROUNDING = 1e-4  # a bias share below this is float32 rounding
-
-Rows = list[dict[str, Any]]
-Lines = dict[str, np.ndarray]  # of each method [4, points]: x, mean over seeds, ends of the interval
 
 
 def draw(summary: dict[str, Any], rows: Rows, holdings: dict[str, Any]) -> dict[str, Figure]:
@@ -56,23 +52,23 @@ def draw(summary: dict[str, Any], rows: Rows, holdings: dict[str, Any]) -> dict[
 
 def curves(styles: Styles, rows: Rows, target: float | None = None) -> Figure | None:
     """Global accuracy against round."""
-    if not (lines := _over_rounds(styles, rows, "global_accuracy", 100)):
+    if not (lines := over_rounds(styles, rows, "global_accuracy", 100)):
         return None
-    figure, axes = _lines(styles, lines, "Global accuracy after each round", "round", "global accuracy (%)")
+    figure, axes = draw_lines(styles, lines, "Global accuracy after each round", "round", "global accuracy (%)")
     if target is not None and axes.get_ylim()[1] > 100 * target:
         axes.axhline(100 * target, color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
         note(axes, f"target {100 * target:g} %", 0.01, 100 * target, ha="left", va="bottom")
-    return _by_round(figure, lines)
+    return along_rounds(figure, lines)
 
 
 def traffic(styles: Styles, rows: Rows) -> Figure | None:
     """Global accuracy against all that the clients of one seed have sent and received until then."""
-    if not (lines := _over_rounds(styles, rows, "global_accuracy", 100)):
+    if not (lines := over_rounds(styles, rows, "global_accuracy", 100)):
         return None
     for name, line in lines.items():
         line[0] = _moved(rows, name)[line[0].astype(int) - 1]
     x = "sent and received so far, all clients of one seed (MiB)"
-    figure, axes = _lines(styles, lines, "Global accuracy for the traffic it took", x, "global accuracy (%)")
+    figure, axes = draw_lines(styles, lines, "Global accuracy for the traffic it took", x, "global accuracy (%)")
     ends = [line[0, -1] for line in lines.values()]
     if 0 < 6 * min(ends) < max(ends):
         axes.set_xscale("log")
@@ -82,7 +78,7 @@ def traffic(styles: Styles, rows: Rows) -> Figure | None:
 
 def bias(styles: Styles, rows: Rows) -> Figure | None:
     """The server's error of aggregation against round; logarithmic where methods differ by orders of magnitude."""
-    if not (lines := _over_rounds(styles, rows, "bias_share")):
+    if not (lines := over_rounds(styles, rows, "bias_share")):
         return None
     every, named = np.concatenate([line[1] for line in lines.values()]), dict(styles)
     top, logarithmic = every.max(), every.max() > 30 * every.min()
@@ -97,21 +93,21 @@ def bias(styles: Styles, rows: Rows) -> Figure | None:
             line[1] = np.where(line[1] > 0, line[1], floor if zero else np.nan)
             line[2:, line[2] <= floor] = np.nan
     title, y = "What the server misses of the mean of its clients", "bias, as a share of the mean update"
-    figure, axes = _lines(named, lines, title, "round", y)
+    figure, axes = draw_lines(named, lines, title, "round", y)
     axes.set_ylim(floor / 1.5, 3 * max(top, ROUNDING) if logarithmic else 1.15 * top or 1)
     if logarithmic:
         axes.set_yscale("log")
     if logarithmic and every.min() < ROUNDING:
         axes.axhspan(floor / 1.5, ROUNDING, color=FAINT, zorder=0)
         note(axes, "no more than float32 rounding", 0.99, 0.8 * ROUNDING, ha="right", va="top")
-    return _by_round(figure, lines)
+    return along_rounds(figure, lines)
 
 
 def accuracies(styles: Styles, summary: dict[str, Any]) -> Figure | None:
     """Those of ``metrics.py`` that are drawn, before and after local steps."""
     shown = metrics.columns(metrics.BARS, after="{},\nlocal steps")
     groups = [(title, {m: e[key]["last5"] for m, e in summary["methods"].items()}) for key, title in shown.items()]
-    return _bars(styles, groups, f"Accuracies, mean of {window(summary['config'])}", "accuracy (%)")
+    return draw_bars(styles, groups, f"Accuracies, mean of {window(summary['config'])}", "accuracy (%)")
 
 
 def domains(styles: Styles, summary: dict[str, Any]) -> Figure | None:
@@ -120,7 +116,7 @@ def domains(styles: Styles, summary: dict[str, Any]) -> Figure | None:
     names = list(next(iter(methods.values()))["per_domain"])
     groups = [(plain(d, 16), {m: e["per_domain"][d]["last5"] for m, e in methods.items()}) for d in names]
     title = f"Global model on each domain, mean of {window(summary['config'])}"
-    return _bars(styles, groups, title, "accuracy (%)") if len(names) > 1 else None
+    return draw_bars(styles, groups, title, "accuracy (%)") if len(names) > 1 else None
 
 
 def clients(styles: Styles, rows: Rows) -> Figure | None:
@@ -184,22 +180,6 @@ def held(holdings: dict[str, Any]) -> Figure | None:
     return below(figure, [Patch(color=own[j], label=plain(d)) for j, d in enumerate(names)])
 
 
-def _over_rounds(styles: Styles, rows: Rows, key: str, scale: float = 1.0) -> Lines:
-    """One measure of each method that has it, at the rounds where every seed has it."""
-    lines = {}
-    for name in styles:
-        by_round: dict[int, list[float | None]] = {}
-        for row in rows:
-            if row["method"] == name and key in row:
-                by_round.setdefault(row["round"], []).append(row[key])
-        points = [(r, spread(by_round[r])) for r in sorted(by_round)]
-        table = [(r, s["mean"], *(s["ci95"] or (s["mean"], s["mean"]))) for r, s in points if s["mean"] is not None]
-        if table:
-            lines[name] = np.array(table, float).T * [[1], [scale], [scale], [scale]]
-            lines[name][2:] = np.clip(lines[name][2:], 0, np.inf if scale == 1 else scale)  # an accuracy has ends
-    return lines
-
-
 def _moved(rows: Rows, method: str) -> np.ndarray:
     """MiB up and down until the end of each round, mean over seeds. [rounds]"""
     own = [row for row in rows if row["method"] == method]
@@ -213,46 +193,3 @@ def _final(rows: Rows, method: str, key: str) -> np.ndarray:
     """Sorted; [clients of all seeds], without those that have no test images."""
     found = [a for row in rows if row["method"] == method for a in row.get(key, ()) if a is not None]
     return 100 * np.sort(np.array(found, float))
-
-
-def _by_round(figure: Figure, lines: Lines) -> Figure:
-    """The axis of rounds: whole numbers, and nothing beside the only one that was evaluated."""
-    (axes,), at = figure.axes, np.concatenate([line[0] for line in lines.values()])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if at.min() == at.max():
-        axes.set_xlim(at[0] - 0.5, at[0] + 0.5)
-    return figure
-
-
-def _lines(styles: Styles, lines: Lines, title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure, axes = new(title, x, y)
-    for name, (at, mean, low, high) in lines.items():
-        axes.plot(at, mean, **stroke(styles, name, len(mean)))
-        axes.fill_between(at, low, high, color=styles[name].colour, alpha=0.13, linewidth=0)
-        if len(at) == 1 and low < high:
-            axes.errorbar(at, mean, [mean - low, high - mean], color=styles[name].colour, elinewidth=0.9, capsize=3)
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, 0), min(high, 100))
-    return legend(figure, styles, lines), axes
-
-
-def _bars(styles: Styles, groups: list[tuple[str, dict[str, Any]]], title: str, x: str) -> Figure | None:
-    """Groups of bars, one for each method, from summaries over seeds; below each other, so that many stay legible."""
-    groups = [(label, own) for label, own in groups if any(s["mean"] is not None for s in own.values())]
-    if not groups:
-        return None
-    figure, axes = new(title, x, "", 1.2 + len(groups) * (0.16 * len(styles) + 0.14))
-    thick = 0.16 / (0.16 + 0.14 / len(styles)) / len(styles)
-    for i, (name, look) in enumerate(styles.items()):
-        for g, (_, own) in enumerate(groups):
-            if own[name]["mean"] is None:
-                continue
-            y, mean = g + (i - (len(styles) - 1) / 2) * thick, 100 * own[name]["mean"]
-            axes.barh(y, mean, 0.88 * thick, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
-            if own[name]["ci95"] is not None:
-                low, high = np.clip(np.multiply(100, own[name]["ci95"]), 0, 100)
-                axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color="black", elinewidth=0.9, capsize=2)
-    axes.set_yticks(range(len(groups)), [label for label, _ in groups], fontsize=9)
-    axes.set(xlim=(0, min(axes.get_xlim()[1], 100)), ylim=(len(groups) - 0.5, -0.5))
-    axes.grid(axis="y", visible=False)
-    return legend(figure, styles, styles, bars=True)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.results import client_map, figures, metrics
+from experiments.results import client_map, figures, metrics, page
 from experiments.results.folder import write_atomically
 from experiments.results.style import png
 from experiments.results.summary import window
@@ -32,31 +30,6 @@ CAPTIONS = {
     "holdings": "How unlike the clients are: what is empty in a row, its client has never seen. The number of images "
     "sets the area of a dot, the domain its colour; clients on grey never train.",
 }
-STYLE = """
-:root{color-scheme:light dark;--ink:#1c1d21;--soft:#5b5e66;--page:#fff;--head:#f3f4f6;--line:#d8dade;--link:#0b5cad}
-@media(prefers-color-scheme:dark){:root{--ink:#e7e8ea;--soft:#a3a7b0;--page:#16181b;--head:#212429;--line:#3a3e45;
---link:#8cb9ff}}
-body{margin:0 auto;max-width:68rem;padding:1rem;background:var(--page);color:var(--ink);
-font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.15rem;margin-top:2.2rem}
-a{color:var(--link)}small,figcaption,.note{color:var(--soft)}.note,figcaption{font-size:.9rem}
-.box{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
-.wide{width:min(100vw - 3rem,94rem);margin-left:calc(50% - min(50vw - 1.5rem,47rem))}
-@media(min-width:90rem){.hint{display:none}}
-table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-th,td{padding:.4rem .5rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);font-weight:400}
-thead th{border-top:0;background:var(--head);vertical-align:bottom;white-space:normal;font-weight:600}
-th:first-child{text-align:left;position:sticky;left:0;background:var(--page);max-width:9rem;white-space:normal}
-thead th:first-child{background:var(--head)}
-.words :is(th,td){text-align:left;vertical-align:top}.words td{white-space:normal}
-figure{margin:1.6rem 0;max-width:52rem}img{display:block;box-sizing:border-box;max-width:100%;height:auto;padding:.4rem;
-background:#fff;border-radius:6px}
-figcaption{margin-top:.4rem}details{margin-top:2.2rem}summary{font-size:1.15rem;font-weight:600;cursor:pointer}
-"""
-
-
-class Html(str):
-    """Text that needs no escaping any more."""
 
 
 def write(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]], holdings: dict[str, Any]) -> Path:
@@ -94,20 +67,14 @@ def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, b
         f'<p class="note">{_statistics(summary)} {_meaning()}</p>',
         "<h2>Figures</h2>",
         f'<p class="note">{INTERVALS}</p>' if len(config["seeds"]) > 1 else "",
-        *(_figure(name, image) for name, image in images.items()),
+        *(page.figure(name, CAPTIONS[name], image) for name, image in images.items()),
         _without_map(len(holdings["counts"])),
         *(["<h2>Global model on each domain</h2>", _domains(summary)] if len(holdings["domains"]) > 1 else []),
         "<h2>Methods</h2>",
         _methods(methods),
         _record(summary),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';img-src data:;'
-        "style-src 'unsafe-inline'\">"
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    return page.whole(title, parts)
 
 
 def _without_map(clients: int) -> str:
@@ -172,14 +139,14 @@ def _headline(summary: dict[str, Any]) -> str:
         row += [_percent(entry["bias_share"]["last5"]), "–" if seconds is None else f"{seconds:.3g}"]
         table.append(row)
     hint = '<p class="note hint">On a narrow screen the table goes on to the right: scroll it.</p>'
-    return _table(["method", *titles, *difference, *rest], table, box="box wide") + hint
+    return page.table(["method", *titles, *difference, *rest], table, box="box wide") + hint
 
 
 def _domains(summary: dict[str, Any]) -> str:
     methods = summary["methods"].values()
     names = list(next(iter(methods))["per_domain"])
     table = [[e["about"]["name"], *(_percent(e["per_domain"][d]["last5"]) for d in names)] for e in methods]
-    return _table(["method", *names], table) + f'<p class="note">{_statistics(summary | {"paired": {}})}</p>'
+    return page.table(["method", *names], table) + f'<p class="note">{_statistics(summary | {"paired": {}})}</p>'
 
 
 def _methods(methods: dict[str, Any]) -> str:
@@ -194,14 +161,14 @@ def _methods(methods: dict[str, Any]) -> str:
     note = "Exact: is the server's new model the mean of its clients' models? Up, down: per client and round. "
     note += "Down is what it was sent so that it could start; to all: all of one seed, until every client that trains "
     note += "holds the final model."
-    return _table(header, table, "words") + f'<p class="note">{note}</p>'
+    return page.table(header, table, "words") + f'<p class="note">{note}</p>'
 
 
 def _paper(about: dict[str, str]) -> str:
     number = about["arxiv"]
     if not re.fullmatch(r"[\w.-]+(/\d+)?", number, re.ASCII):
         return about["paper"]
-    return Html(f'{escape(about["paper"])} <a href="https://arxiv.org/abs/{number}">arXiv:{number}</a>')
+    return page.Html(f'{escape(about["paper"])} <a href="https://arxiv.org/abs/{number}">arXiv:{number}</a>')
 
 
 def _record(summary: dict[str, Any]) -> str:
@@ -214,26 +181,7 @@ def _record(summary: dict[str, Any]) -> str:
     }
     groups["run"] = {key: summary[key] for key in ("command", "device", "date", "schema")}
     table = [[key, group, show(value)] for group, own in groups.items() for key, value in own.items()]
-    return f"<details><summary>Record</summary>{_table(['name', 'of', 'value'], table, 'words')}</details>"
-
-
-def _figure(name: str, image: bytes) -> str:
-    source = base64.b64encode(image).decode()
-    return (
-        f'<figure><img src="data:image/png;base64,{source}" alt="{name}: {escape(CAPTIONS[name])}">'
-        f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>"
-    )
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "numbers", box: str = "box") -> str:
-    cell = lambda value: value if isinstance(value, Html) else escape(value)
-    head = "".join(f'<th scope="col">{cell(title)}</th>' for title in header)
-    body = "\n".join(
-        f'<tr><th scope="row">{cell(first)}</th>{"".join(f"<td>{cell(value)}</td>" for value in rest)}</tr>'
-        for first, *rest in rows
-    )
-    inner = f'<table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
-    return f'<div class="{box}" tabindex="0">{inner}</div>'  # it can be scrolled from the keyboard
+    return f"<details><summary>Record</summary>{page.table(['name', 'of', 'value'], table, 'words')}</details>"
 
 
 def _percent(spread: dict[str, Any], sign: str = "") -> str:
@@ -247,7 +195,7 @@ def _percent(spread: dict[str, Any], sign: str = "") -> str:
     if spread["ci95"] is None:
         return text
     low, high = spread["ci95"]
-    return Html(f"{text} <small>± {50 * (high - low):.1f}</small>")
+    return page.Html(f"{text} <small>± {50 * (high - low):.1f}</small>")
 
 
 def _reached(rounds: dict[str, Any]) -> str:
