@@ -135,7 +135,7 @@ METRICS = (
     Metric(
         "gap",
         lambda e: gap(e.training),
-        "best less worst 10 %",
+        "top less worst 10 %",
         "mean over the highest tenth of clients less that over the lowest",
         (REPORT,),
         tuned=(),
