@@ -112,11 +112,9 @@ assert_near(shared, results("flexlora", None), 1e-5)
 
 @pytest.mark.long
 def test_a_comparison_on_two_devices(tmp_path):
-    """The command line: the numbers of one device, and a word where there are too few."""
-    command = (
-        "-m experiments run --method fedit --clients 6 --holdout-clients 0 --seeds 1 --rounds 1 --devices 2 --out "
-    )
-    command += f"{tmp_path}/"
+    """The command line: the numbers of one device, and a word where there are too few; a run moves between them."""
+    command = "-m experiments run --method hyperlora --clients 6 --holdout-clients 0 --seeds 1 --adapt-last 1"
+    command += f" --devices 2 --checkpoint-every 1 --out {tmp_path}/"
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     call = lambda options, flags: subprocess.run(
         [sys.executable, *(command + options).split()],
@@ -128,10 +126,17 @@ def test_a_comparison_on_two_devices(tmp_path):
     refused = call("few", "--xla_force_host_platform_device_count=1")
     assert refused.returncode == 2
     assert "--devices 2: jax finds 1" in refused.stderr
-    rows = []
-    for name, options in (("two", ""), ("one", " --devices 1")):
+    for name, options in (
+        ("one", " --rounds 3 --devices 1"),
+        ("two", " --rounds 1"),
+        ("two", " --resume --rounds 2 --devices 1"),
+        ("two", " --resume --rounds 3 --devices 2 --chunk 1"),
+    ):
         done = call(name + options, "")
         assert done.returncode == 0, done.stderr[-2000:]
-        rows.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]))
-    for key in ("loss", "update", "personal_accuracy", "global_accuracy"):
-        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4)
+        assert "note: " not in done.stderr, "every checkpoint is gone on from"
+    read = lambda name: map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["speed"]["devices"] == 2
+    for row, other in zip(read("two"), read("one"), strict=True):
+        for key in ("loss", "update", "bias", "personal_accuracy", "worst_accuracy", "global_accuracy"):
+            assert row[key] == pytest.approx(other[key], abs=1e-5), key

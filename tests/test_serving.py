@@ -1,5 +1,6 @@
-"""Every command serves clients in one way: budget's scores are those of compare, for newcomers as for members."""
+"""Every command serves clients in one way: the scores of compare, budget and sweep are the same, newcomers' too."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from test_bad_input import change
 
 from experiments.cli import parse
-from experiments.commands import budget
+from experiments.commands import budget, sweep
 from experiments.engine import evaluation, facts, methods, trial
 from experiments.results import client_map
 from experiments.setup import memory, problem
@@ -31,7 +32,7 @@ def options(tmp_path_factory):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
-def test_a_budget_and_a_comparison_give_every_client_the_same_accuracy(name, options):
+def test_a_comparison_a_budget_and_a_sweep_give_every_client_the_same_accuracy(name, options):
     config = parse(["run", "--method", name, *options])[1]
     p = problem.build(config, partial(facts.acceptable, config))
     own = trial.Trial(config, p, name)
@@ -44,6 +45,10 @@ def test_a_budget_and_a_comparison_give_every_client_the_same_accuracy(name, opt
     np.testing.assert_array_equal(clients[budget.TAUS.index(2)], scores.tuned[0])
     np.testing.assert_allclose(found.overall[0, 0, -1], scores.correct[0].mean(), rtol=1e-6)
     np.testing.assert_allclose(found.personal[0, 0, -1], np.nanmean(scores.personal[0, :4]), rtol=1e-6)
+    lowered, arguments = sweep.Plan(dataclasses.replace(config, lrs=(config.lr,))).lowered[name]
+    (_, swept), _ = lowered.compile()(*arguments)  # [points, seeds, blocks, ...]
+    for part in ("correct", "personal", "tuned"):
+        np.testing.assert_array_equal(getattr(swept, part)[0, 0, -1], getattr(scores, part)[0], err_msg=part)
 
 
 @pytest.mark.parametrize("name", ["hilora:root=0.4:cluster=0.6", "fedit"])

@@ -14,14 +14,13 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 from experiments.config import Config, check
-from experiments.results import summary
+from experiments.results import metrics, summary
 from experiments.setup import problem
 from experiments.setup.backbone import frozen_features
 from experiments.setup.memory import refuse_draws
 from experiments.setup.problem import (
     Clients,
     Problem,
-    domain_accuracies,
     make_optimizer,
     own_accuracy,
 )
@@ -117,4 +116,4 @@ def _probe(p: Problem, features: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _domain_mean(p: Problem, correct) -> float:
-    return float(np.mean(list(domain_accuracies(p, np.asarray(correct, float)).values())))
+    return metrics.mean_over(np.asarray(p.test[2]), np.asarray(correct, float))
