@@ -207,6 +207,11 @@ class Config:
     meta_lr: float = option(0.003, "learning rate of a meta-step (Adam)", "(0, inf)")
     tuning_seeds: tuple[int, ...] = option((100, 101, 102), "seeds of the runs that choose the learning rate", INT32)
 
+    @property
+    def cohort(self) -> int:
+        """Clients of a round."""
+        return self.clients_per_round or self.clients
+
     def deciding(self, what: str) -> dict[str, Any]:
         """The options that decide the ``RESULTS``, which identify a run; or its ``SPEED``; or its ``RECORD``."""
         own = [entry.name for entry in dataclasses.fields(self) if entry.metadata["decides"] == what]
@@ -233,7 +238,7 @@ def check(config: Config) -> None:
                 f"{name}: noise is scaled for clients that count alike, and a client with more images would be less "
                 f"private than it says: use --weights-of-clients uniform, got {config.weights_of_clients}"
             )
-    cohort = config.clients_per_round or config.clients
+    cohort = config.cohort
     if cohort > config.clients:
         raise ValueError(f"--clients-per-round {cohort} is more than --clients {config.clients}")
     if cohort % config.devices:

@@ -37,7 +37,7 @@ class Plan:
     def __init__(self, config: Config):
         check(config)
         self.config, self.problem = config, problem.build(config)
-        steps, cohort = config.rounds * config.local_steps, config.clients_per_round or config.clients
+        steps, cohort = config.rounds * config.local_steps, config.cohort
         for clients, alone in ((config.clients, steps), (1, steps * cohort)):  # each for itself, and all as one
             refuse_draws(self.problem.train[0][0], clients, alone, config.batch)
 
@@ -45,7 +45,7 @@ class Plan:
         config, p = self.config, self.problem
         score = rounds.make_evaluate(fedit(), p.correct_fn, p.loss_fn, make_optimizer(config))
         steps = config.rounds * config.local_steps
-        images = steps * config.batch * (config.clients_per_round or config.clients)
+        images = steps * config.batch * config.cohort
         central_steps = max(1, images // _CENTRAL_BATCH)
         local = jax.jit(lambda *row: _local(score, p, config, steps, *row))
         held = pooled(p, config.clients)

@@ -41,7 +41,7 @@ def table(config: Config) -> str:
       ValueError: an option is wrong, or more than ``MOST`` clients take part in a round.
     """
     check(config)
-    count = config.clients_per_round or config.clients
+    count = config.cohort
     if count > MOST:
         raise ValueError(f"{count} clients in a round: sizes are of at most {MOST}, use a smaller --clients-per-round")
     adapter, signature = shapes(config)
@@ -79,7 +79,7 @@ def shapes(config: Config) -> tuple[Adapter, Signature]:
 
 def sizes(config: Config, name: str, adapter: Adapter, signature: Signature) -> Sizes:
     """Of one method, by shapes alone."""
-    clients = config.clients_per_round or config.clients
+    clients = config.cohort
     facts = {"participants": clients, "signature": signature, "population": config.clients, "rounds": config.rounds}
     method = methods.build(name, theta=None, **facts)
     state = jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0), adapter)

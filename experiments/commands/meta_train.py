@@ -136,7 +136,7 @@ def make(config: Config, p: Problem, method: Method):
 
 def ahead(config: Config, p: Problem, seed: Seed, run: Run, key: Array) -> tuple[Cohort, Any]:
     """The cohorts of the rounds to come ``[unroll, C, ...]``, and images of the last one's clients that none uses."""
-    population, participants = seed.clients.training(config.clients), config.clients_per_round or config.clients
+    population, participants = seed.clients.training(config.clients), config.cohort
     keys, images = jax.random.split(purpose(key, "cohorts"), config.unroll), purpose(key, "images")
     ids = jax.vmap(lambda key: sample_ids(key, config.clients, participants))(keys)
     views = jax.vmap(lambda key, ids: sample_views(key, population, ids))(keys, ids)

@@ -38,7 +38,7 @@ def choose(config: Config, problem: Problem, points: int = 1) -> tuple[int, int]
 
     A CPU takes one run after another.
     """
-    clients = (config.clients_per_round or config.clients) // config.devices
+    clients = config.cohort // config.devices
     runs = points * problem.keys.shape[0]
     fit = at_once(problem.loss_fn, *one_step(config, problem))
     cpu = jax.default_backend() == "cpu"

@@ -20,7 +20,7 @@ from fedlora_jax.signatures import Signature
 def facts_of(config: Config, signature: Signature) -> dict[str, Any]:
     """What a method can ask to be given of a run."""
     return {
-        "participants": config.clients_per_round or config.clients,
+        "participants": config.cohort,
         "signature": signature,
         "population": config.clients,
         "rounds": config.rounds,

@@ -86,7 +86,7 @@ def too_large(config: Config, problem: Problem, name: str, needed: Need | None) 
         f"{name} needs about {_size(needed.arrays)} of memory for arrays ({_size(needed.held)} for those that stay, "
         f"{_size(needed.work)} to train {chunk} clients of {together} seeds at once), and there are {_size(have)}: "
     )
-    cohort, seeds = (config.clients_per_round or config.clients) // config.devices, problem.keys.shape[0]
+    cohort, seeds = config.cohort // config.devices, problem.keys.shape[0]
     fewer = [(s, chunk) for s in range(together - 1, 0, -1) if seeds % s == 0]  # first fewer seeds, then fewer clients
     fewer += [(1, c) for c in range(chunk - 1, 0, -1) if cohort % c == 0]
     part = lambda s, c: needed.held + math.ceil(needed.work * s * c / (together * chunk))
@@ -105,7 +105,7 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
     notes = []
     for trial in trials:
         ranks = np.asarray(problem.clients.population.ranks)[0]
-        cohort = tuple(int(r) for r in np.resize(ranks, config.clients_per_round or config.clients))
+        cohort = tuple(int(r) for r in np.resize(ranks, config.cohort))
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
         up, down = (x / len(cohort) / 1024 for x in traffic.whole_round(trial.method, shapes, cohort))
         passes = trial.method.meta_gradient.passes(config.local_steps) * len(cohort)

@@ -115,11 +115,10 @@ def make_block(config: Config, problem: Problem, method: Method, optimizer: Any,
     Raises:
       ValueError: the images that a cohort draws would not fit into memory.
     """
-    cohort = config.clients_per_round or config.clients
-    refuse_draws(problem.train[0][0], cohort, config.local_steps, config.batch, method.query)
+    refuse_draws(problem.train[0][0], config.cohort, config.local_steps, config.batch, method.query)
     step = rounds.make_step(
         rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk, mesh=mesh_of(config.devices)),
-        participants=config.clients_per_round or config.clients,
+        participants=config.cohort,
         steps=config.local_steps,
         batch=config.batch,
         smallest=problem.smallest,

@@ -162,7 +162,7 @@ def _refuse_too_many(config: Config, images: Images, side: int) -> None:
         f"{len(images.x)} images of {side} x {side}",
         "use a smaller --image-size or fewer images",
     )
-    cohort = config.clients_per_round or config.clients
+    cohort = config.cohort
     memory.refuse_draws(models.image_of(side), cohort, config.local_steps, config.batch)
 
 
