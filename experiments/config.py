@@ -93,13 +93,6 @@ class Config:
         "adapt the last N blocks only; what the others compute can be stored, see --prefix (default: all blocks)",
         "[1, 1000]",
     )
-    prefix: str = option(
-        "auto",
-        "what the blocks before --adapt-last compute: 'stored' once per image, 'anew' in every step, "
-        "or 'auto': stored where that takes at most a quarter of the memory there is",
-        among=PREFIXES,
-        decides=SPEED,
-    )
     full: tuple[str, ...] = option(
         ("^head/",),
         "regular expressions, comma-separated: parameters trained in full ('': none, the head stays as it is)",
@@ -158,6 +151,13 @@ class Config:
         0.8, "accuracy for rounds to target (global; in budget, of personal models as sent)", "(0, 1]"
     )
     eval_every: int = option(1, "rounds between evaluations; the last round is always evaluated", COUNT)
+    prefix: str = option(
+        "auto",
+        "what the blocks before --adapt-last compute: 'stored' once per image, 'anew' in every step, "
+        "or 'auto': stored where that takes at most a quarter of the memory there is",
+        among=PREFIXES,
+        decides=SPEED,
+    )
     chunk: int | None = option(
         None, "clients trained at once; must divide the cohort (default: chosen by device)", COUNT, decides=SPEED
     )
