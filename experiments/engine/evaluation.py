@@ -39,10 +39,9 @@ class Serving(NamedTuple):
     """How clients are served the models of a run, the training ones, then the unseen ones; of one seed."""
 
     whole: Callable  # (arrays, seed, run) -> [n_test] 1 where the global model is right
-    onboard: (
-        Callable  # (arrays, seed, run) -> memory [N + K, ...], of unseen clients after the trial by which the method
-    )
-    #   gets to know them, where it has one (Method.onboard)
+    # (arrays, seed, run) -> memory [N + K, ...], of unseen clients after the trial by which the method gets to know
+    # them, where it has one (Method.onboard)
+    onboard: Callable
     score: Callable  # (arrays, seed, run, memory, steps, read) -> (accuracy [N + K] of each client's model on its own
     #   test images after so many local steps, read(model) [N + K, ...])
 
