@@ -183,7 +183,7 @@ class Config:
     resume: bool = option(
         False,
         "go on with the run in --out: what it has finished is kept, options that are not given stay as they were; "
-        "there may be more rounds, methods and seeds (in budget methods and budgets), and other options of speed (below)",
+        "there may be more rounds, methods and seeds (in budget methods and budgets), and another speed (see below)",
         decides=RECORD,
     )
     dry_run: bool = option(

@@ -162,8 +162,7 @@ def _refuse_too_many(config: Config, images: Images, side: int) -> None:
         f"{len(images.x)} images of {side} x {side}",
         "use a smaller --image-size or fewer images",
     )
-    cohort = config.cohort
-    memory.refuse_draws(models.image_of(side), cohort, config.local_steps, config.batch)
+    memory.refuse_draws(models.image_of(side), config.cohort, config.local_steps, config.batch)
 
 
 def own_accuracy(correct: Array, counts: Array) -> Array:
