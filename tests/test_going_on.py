@@ -18,6 +18,7 @@ SMALL = (
     "--clients 3 --holdout-clients 1 --partition iid --minimum 4 --local-steps 5 --batch 8 --adapt-last 1 --rank 2 "
     "--checkpoint-every 2"
 ).split()
+VANISHING = {"bias", "bias_share", "correction"}  # norms of differences that cancel: rounding is its square root there
 TIMES = {"date", "seconds_per_round", "compile_seconds"}
 
 
@@ -160,12 +161,12 @@ def test_what_decides_speed_alone_may_change_and_numbers_agree_to_rounding(small
         for a, b in zip(*(map(json.loads, found.splitlines()) for found in (other, rows)), strict=True):
             assert a.keys() == b.keys()
             for name in a.keys() - {"method", "sum", "client_positions"}:
-                np.testing.assert_allclose(np.array(flat(a[name])), np.array(flat(b[name])), atol=1e-5, err_msg=name)
+                close = 2e-3 if name in VANISHING else 1e-5
+                np.testing.assert_allclose(flat(a[name]), flat(b[name]), rtol=0, atol=close, err_msg=name)
 
 
-def flat(x) -> list[float]:
-    values = x.values() if isinstance(x, dict) else x if isinstance(x, list) else [x]
-    return [np.nan if value is None else value for value in values]
+def flat(x) -> np.ndarray:
+    return np.array([*x.values()] if isinstance(x, dict) else x, float)
 
 
 @pytest.mark.parametrize(
