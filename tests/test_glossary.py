@@ -19,8 +19,8 @@ ROWS = [
 def found(name):
     """What a dotted name is: a module, or something inside one or inside a class of the contract."""
     first, _, rest = name.partition(".")
-    if first == "experiments" or importlib.util.find_spec(f"fedlora_jax.{first}"):
-        return pkgutil.resolve_name(name if first == "experiments" else f"fedlora_jax.{name}")
+    if first in ("experiments", "models") or importlib.util.find_spec(f"fedlora_jax.{first}"):
+        return pkgutil.resolve_name(name if first in ("experiments", "models") else f"fedlora_jax.{name}")
     return pkgutil.resolve_name(f"fedlora_jax:{name}") if not rest else _field(first, rest)
 
 
