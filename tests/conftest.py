@@ -1,6 +1,7 @@
 """Tests run on the CPU unless told otherwise; ``x64`` computes one test in float64."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,10 +10,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see experiments/__init__.p
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+# Tiny problems run in no time, so programs are compiled quickly, to run slowly. (A later jaxlib may have one emitter
+# alone, and would stop at a flag that it does not know.)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+)
+
 import jax
 import pytest
 from helpers import EVERY, float64, forget
 from xdist.scheduler import LoadScopeScheduling
+
+jax.local_devices()  # by now the environment has been read; processes that tests start compile as a user's
+del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+users, _, _ = os.environ.pop("XLA_FLAGS").partition(" --xla_cpu_use_fusion_emitters")
+os.environ |= {"XLA_FLAGS": users} if users else {}
 
 MAPPINGS = 30_000  # Linux allows a process 65,530; every compiled program takes some, and one too many aborts it
 
@@ -44,6 +57,17 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture
 def x64():
     with float64():
+        yield
+
+
+@pytest.fixture(scope="module")
+def users_programs():
+    """Runs are compiled as a user has them: that numbers are the same to the byte is said of no other programs."""
+    compile = jax.stages.Lowered.compile
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    options |= {"xla_cpu_use_fusion_emitters": True} if version("jaxlib").startswith("0.10.") else {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", lambda self: compile(self, compiler_options=options))
         yield
 
 

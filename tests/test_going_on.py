@@ -18,6 +18,7 @@ SMALL = (
     "--clients 3 --holdout-clients 1 --partition iid --minimum 4 --local-steps 5 --batch 8 --adapt-last 1 --rank 2 "
     "--checkpoint-every 2"
 ).split()
+pytestmark = pytest.mark.usefixtures("users_programs")
 VANISHING = {"bias", "bias_share", "correction"}  # norms of differences that cancel: rounding is its square root there
 TIMES = {"date", "seconds_per_round", "compile_seconds"}
 
