@@ -16,7 +16,7 @@ from experiments.bench import bench_profile, children, machine, measure, works
 from experiments.bench.contenders import INSTALL
 from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.options import BENCHES, BY_DEFAULT, CONTENDERS, USES, Options, interpreter
-from experiments.commands.compare import describe
+from experiments.engine.facts import describe
 from fedlora_jax import lora
 from models.vit import SIZES, vit
 
