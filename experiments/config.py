@@ -69,7 +69,7 @@ class Config:
         "the family of the weights, vit or mixer (default: as their names tell); or FILE.py:FUNCTION of your own that "
         "returns a models.backbone.Backbone",
     )
-    weights: str = option("nano", "'nano' (built in) or the path of a timm-named .npz or .safetensors file")
+    weights: str = option("nano", "'nano' (built in), a .npz or .safetensors file, or a folder of Hugging Face")
     mean: tuple[float, ...] | None = option(
         None,
         "mean of the images that the weights were trained on, per channel, of x / 255 (default: as the weight file or "

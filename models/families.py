@@ -37,7 +37,7 @@ def find(name: str | None, weights: str | Path) -> Callable[..., Backbone]:
       ValueError: there is none of that name.
     """
     if name is None:
-        found = files.names_in(Path(weights))
+        found = files.names_in(files.located(weights))
         return next(family.make for family in FAMILIES.values() if family.claims(found))
     if name not in FAMILIES:
         names = ", ".join(FAMILIES)

@@ -1,9 +1,4 @@
-"""Published weights with timm names (PyTorch layouts) to the parameters of ``models.vit``.
-
-Linear weights are ``(out, in)`` there and ``[in, out]`` here; a patch convolution ``(out, 3, p, p)`` becomes a dense
-kernel on flattened patches; ``qkv`` is packed along ``out``; blocks are stacked along a leading axis; a layer scale
-goes into the layer before it.
-"""
+"""Published weights to the parameters of ``models.vit``: what is read, and what is known of it besides."""
 
 from __future__ import annotations
 
@@ -17,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedlora_jax.lora import Adapter, Params, unflatten, variables
-from models import facts, timm
+from fedlora_jax.lora import Adapter, Params, variables
+from models import facts, files, huggingface, timm
 from models.backbone import Backbone, Stem
 from models.mixer import Mixer
 from models.parts import split_blocks
@@ -58,12 +53,14 @@ def load_vit(
     keep_head: bool = False,
     **options: Any,
 ) -> Pretrained:
-    """Load a ViT from a ``.npz`` or ``.safetensors`` file of timm-named arrays; each is used, or refused by name.
+    """Load a ViT from arrays under the names of timm or of Hugging Face transformers; each is used, or refused by name.
 
     Args:
-      path: the file. What arrays do not tell (heads, epsilon, mean, std, the classes' names) is read from its ``meta``
-        (JSON) or metadata, or from ``config.json`` and ``preprocessor_config.json`` beside it; where nothing says it,
-        it is guessed, with a warning (``models.facts``).
+      path: a ``.npz`` or ``.safetensors`` file, the ``.safetensors.index.json`` of several, or a folder as it was
+        published, with ``model.safetensors`` or ``model.safetensors.index.json``. What arrays do not tell (heads,
+        epsilon, mean, std, the classes' names) is read from its ``meta`` (JSON) or metadata, or from ``config.json``
+        and ``preprocessor_config.json`` beside it; where nothing says it, it is guessed, with a warning
+        (``models.facts``).
       classes: the names of the classes to come, or how many there are. The file's head is kept where it is for the same
         names (in another order, if need be); else a new one starts at zero. ``None`` keeps it.
       image_size: side of the images to come; position embeddings are interpolated (bicubic) where it differs from the
@@ -76,36 +73,20 @@ def load_vit(
       ValueError: the file is missing, damaged, or does not hold such a model; heads, epsilon, mean or std are of a
         wrong kind; there is no head to keep; the size is no multiple of the patch.
     """
-    path = Path(path)
-    arrays, inside = timm.read_arrays(path)
-    conv = arrays[timm.CONV]
-    width, channels, patch, _ = conv.shape
+    source, path = Path(path), files.located(path)
+    read = huggingface.read if huggingface.claims(files.names_in(path)) else timm.read
+    params, patch, inside = read(path)
+    (rows, width), blocks = params["embed"]["kernel"].shape, params["blocks"]
+    depth, mlp_width = blocks["mlp"]["fc1"]["bias"].shape
     given = {"mean": mean, "std": std, "heads": heads, "epsilon": epsilon}
-    known = facts.find(path, inside, given, width, channels)
-    there = {"kernel": arrays["head.weight"].T, "bias": arrays["head.bias"]} if "head.bias" in arrays else None
-    head, kept = start_of_head(path, there, width, known.labels, classes, keep_head)
-    blocks = _blocks(arrays)
-    params = {
-        # (out, channel, row, column) -> [row * column * channel, out], the order in which the model cuts patches
-        "embed": {"kernel": conv.transpose(2, 3, 1, 0).reshape(-1, width), "bias": arrays["patch_embed.proj.bias"]},
-        "cls": arrays["cls_token"][0],
-        "pos": resize_positions(_positions(arrays["pos_embed"][0]), _grid(image_size, patch)),
-        "blocks": unflatten(blocks),
-        "norm": {"scale": arrays["norm.weight"], "bias": arrays["norm.bias"]},
-        "head": head,
-    }
-    model = ViT(
-        classes=len(head["bias"]),
-        patch=patch,
-        width=width,
-        depth=timm.depth(arrays),
-        heads=known.heads,
-        mlp_width=blocks["mlp/fc1"]["bias"].shape[-1],
-        epsilon=known.epsilon,
-        **options,
-    )
+    sizes = {("num_hidden_layers",): (depth,), ("intermediate_size",): (mlp_width,), ("patch_size",): (patch,)}
+    known = facts.find(path, inside, given, width, rows // patch**2, facts.ALIKE | sizes)
+    head, kept = start_of_head(path, params.pop("head", None), width, known.labels, classes, keep_head)
+    pos = resize_positions(params["pos"], _grid(image_size, patch))
+    params |= {"pos": pos, "head": head}
+    model = ViT(len(head["bias"]), patch, width, depth, known.heads, mlp_width, known.epsilon, **options)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
-    return Pretrained(model, params, known.mean, known.std, path.stem, {**known.origins, "head": kept})
+    return Pretrained(model, params, known.mean, known.std, files.name_of(source), {**known.origins, "head": kept})
 
 
 def vit_backbone(
@@ -143,32 +124,6 @@ def backbone(pretrained: Pretrained, targets: Mapping[str, Sequence[str]] = TARG
         return Stem(before, tokens), backbone(pretrained._replace(model=last, params=rest), targets)
 
     return Backbone(pretrained.name, pretrained.params, apply, targets, pretrained.facts(), model.depth, cut)
-
-
-def _blocks(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    stacked = lambda key: np.stack([arrays[f"blocks.{i}.{key}"] for i in range(timm.depth(arrays))])
-    norm = lambda key: {"scale": stacked(f"{key}.weight"), "bias": stacked(f"{key}.bias")}
-    scales = {layer: stacked(name) for name, layer in timm.SCALES.items() if f"blocks.0.{name}" in arrays}
-
-    def dense(key: str) -> dict[str, np.ndarray]:
-        kernel = stacked(f"{key}.weight").swapaxes(1, 2)
-        bias = stacked(f"{key}.bias") if f"blocks.0.{key}.bias" in arrays else np.zeros_like(kernel[:, 0])
-        if key in scales:  # gamma * (x @ w + b)
-            return {"kernel": kernel * scales[key][:, None], "bias": bias * scales[key]}
-        return {"kernel": kernel, "bias": bias}
-
-    qkv = {kind: np.split(x, 3, axis=-1) for kind, x in dense("attn.qkv").items()}
-    parts = {
-        f"attn/{part}": {kind: x[i] for kind, x in qkv.items()} for i, part in enumerate(("query", "key", "value"))
-    }
-    return {
-        **parts,
-        "attn/out": dense("attn.proj"),
-        "mlp/fc1": dense("mlp.fc1"),
-        "mlp/fc2": dense("mlp.fc2"),
-        "norm1": norm("norm1"),
-        "norm2": norm("norm2"),
-    }
 
 
 def start_of_head(
@@ -213,12 +168,6 @@ def start_of_head(
     if outputs != count or labels:
         return new, f"new, the file's is for {outputs} other classes"
     return new, "new, the file does not say for which classes its own is; --keep-head keeps it"
-
-
-def _positions(positions: np.ndarray) -> np.ndarray:
-    """With that of the class token, which is zero where there are positions of patches only (DeiT III)."""
-    of_patches = round(len(positions) ** 0.5) ** 2 == len(positions)
-    return np.concatenate([np.zeros_like(positions[:1]), positions]) if of_patches else positions
 
 
 def _grid(image_size: int | None, patch: int) -> int | None:

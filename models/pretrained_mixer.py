@@ -66,7 +66,7 @@ def load_mixer(
       ValueError: the file is missing, damaged, or does not hold such a model; a value is of a wrong kind; there is no
         head to keep; the images have another size.
     """
-    path = Path(path)
+    source, path = Path(path), files.located(path)
     table = ORIGINAL if any(name.startswith("MixerBlock_") for name in files.names_in(path)) else TIMM
     wanted = lambda found: tables.check_names(path, table, found, "an MLP-Mixer")
     arrays, inside = files.read(path, wanted, lambda arrays: _check_shapes(path, table, arrays))
@@ -80,7 +80,7 @@ def load_mixer(
     head, kept = start_of_head(path, params.pop("head", None), model.width, known.labels, classes, keep_head)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), {**params, "head": head})
     model = model.clone(classes=len(head["bias"]), epsilon=known.epsilon, **options)
-    return Pretrained(model, params, known.mean, known.std, path.stem, {**known.origins, "head": kept})
+    return Pretrained(model, params, known.mean, known.std, files.name_of(source), {**known.origins, "head": kept})
 
 
 def mixer_backbone(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ class Table(NamedTuple):
       block: our layer inside ``blocks`` -> theirs, with ``{i}`` for the number of the block.
       torch: are matrices ``(out, in)`` and convolutions ``(out, in, p, p)``, joined by dots? Else they are as in flax.
       conv: our layer that is a convolution there, of patches.
+      tokens: our array that is no layer -> theirs, which has a leading axis of 1.
+      plain: our layers in ``blocks`` that have no bias there; ours is zero.
+      scales: our layer in ``blocks`` -> their array ``[out]`` that multiplies what it puts out; ours goes into it.
     """
 
     name: str
@@ -29,11 +33,14 @@ class Table(NamedTuple):
     block: Mapping[str, str]
     torch: bool
     conv: str = "embed"
+    tokens: Mapping[str, str] = MappingProxyType({})
+    plain: tuple[str, ...] = ()
+    scales: Mapping[str, str] = MappingProxyType({})
 
     def kinds(self, layer: str) -> dict[str, str]:
         """Our parameters of a layer -> how they are called there."""
         weight = "scale" if layer.rpartition("/")[2].startswith("norm") else "kernel"
-        return {weight: "weight" if self.torch else weight, "bias": "bias"}
+        return {weight: "weight" if self.torch else weight} | ({} if layer in self.plain else {"bias": "bias"})
 
     def theirs(self, layer: str, kind: str, i: int | None = None) -> str:
         template = self.top[layer] if i is None else self.block[layer].format(i=i)
@@ -49,7 +56,9 @@ class Table(NamedTuple):
         """All names of a network of so many blocks."""
         tops = [self.theirs(layer, kind) for layer in self.top for kind in self.kinds(layer)]
         blocks = [(layer, kind) for layer in self.block for kind in self.kinds(layer)]
-        return tops + [self.theirs(layer, kind, i) for i in range(depth) for layer, kind in blocks]
+        scales = [template.format(i=i) for i in range(depth) for template in self.scales.values()]
+        layers = tops + [self.theirs(layer, kind, i) for i in range(depth) for layer, kind in blocks]
+        return [*layers, *self.tokens.values(), *scales]
 
 
 def read_params(table: Table, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -61,21 +70,33 @@ def read_params(table: Table, arrays: Mapping[str, np.ndarray]) -> dict[str, Any
             return x.reshape(-1, x.shape[-1])
         return x.T if kind == "kernel" and table.torch else x
 
-    flat = {}
+    depth = table.depth(arrays)
+    flat = {name: arrays[theirs][0] for name, theirs in table.tokens.items()}
     for layer in table.top:
         for kind in table.kinds(layer):
             if (name := table.theirs(layer, kind)) in arrays:
                 flat[f"{layer}/{kind}"] = ours(layer, kind, arrays[name])
     for layer in table.block:
         for kind in table.kinds(layer):
-            rows = [arrays[table.theirs(layer, kind, i)] for i in range(table.depth(arrays))]
+            rows = [arrays[table.theirs(layer, kind, i)] for i in range(depth)]
             flat[f"blocks/{layer}/{kind}"] = np.stack([ours(layer, kind, x) for x in rows])
+    for layer in table.plain:
+        flat[f"blocks/{layer}/bias"] = np.zeros_like(flat[f"blocks/{layer}/kernel"][:, 0])
+    for layer, template in table.scales.items():  # gamma * (x @ w + b)
+        gamma = np.stack([arrays[template.format(i=i)] for i in range(depth)])
+        flat[f"blocks/{layer}/kernel"] = flat[f"blocks/{layer}/kernel"] * gamma[:, None]
+        flat[f"blocks/{layer}/bias"] = flat[f"blocks/{layer}/bias"] * gamma
     return unflatten(flat)
 
 
 def write_params(table: Table, params: Mapping[str, Any], patch: int) -> dict[str, Any]:
-    """The inverse of ``read_params``, of NumPy or traced arrays, for weights that leave (or to know their shapes)."""
+    """The inverse of ``read_params``, of NumPy or traced arrays, for weights that leave (or to know their shapes).
+
+    A scale is one, as it is in our layer already; a bias of a ``plain`` layer must be zero, and is left out.
+    """
     flat, arrays = flatten(params), {}
+    for name, theirs in table.tokens.items():
+        arrays[theirs] = flat[name][None]
 
     def put(name: str, layer: str, kind: str, x: Any) -> None:
         if kind == "kernel" and layer == table.conv:
@@ -93,6 +114,8 @@ def write_params(table: Table, params: Mapping[str, Any], patch: int) -> dict[st
         for kind in table.kinds(layer):
             for i, x in enumerate(flat[f"blocks/{layer}/{kind}"]):
                 put(table.theirs(layer, kind, i), layer, kind, x)
+                if kind == "bias" and layer in table.scales:
+                    arrays[table.scales[layer].format(i=i)] = jnp.ones_like(x)
     return arrays
 
 

@@ -1,4 +1,9 @@
-"""The arrays of a plain ViT under timm's names, from a file: all of them, nothing else, of shapes that fit."""
+"""Published weights with timm's names (PyTorch layouts) to the parameters of ``models.vit``.
+
+All arrays of a plain ViT, nothing else, of shapes that fit. Linear weights are ``(out, in)`` there and ``[in, out]``
+here; a patch convolution ``(out, 3, p, p)`` becomes a dense kernel on flattened patches; ``qkv`` is packed along
+``out``; blocks are stacked along a leading axis; a layer scale goes into the layer before it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlora_jax.lora import unflatten
 from models import files
 
 CONV = "patch_embed.proj.weight"
@@ -22,7 +28,7 @@ HEAD = ("head.weight", "head.bias")
 UNUSED = {"mask_token"}  # stands for what masked pre-training hides; no image has it
 # Arrays of other networks and what they do there; the first that is found explains a refusal.
 OTHERS = {
-    r"(embeddings|encoder|vit|deit|dinov2|vision_model)\.": "these are names of transformers, expected timm's",
+    r"(text_model|vision_model)\.": "these are names of a transformers model that is no plain ViT",
     r".*(q_norm|k_norm)\.": "queries and keys are normalised",
     r"norm_pre\.": "tokens are normalised before the blocks",
     r"fc_norm\.": "the mean of the tokens is normalised and read, not the class token",
@@ -34,6 +40,30 @@ OTHERS = {
     r".*(rope|freqs|rel_pos|relative_position)": "positions are rotary or relative",
     r"blocks\.\d+\.(attn|mlp)\.norm\.": "layers of a block are normalised inside",
 }
+
+
+def read(path: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """Parameters of a ViT, blocks stacked, with its head if it has one; the side of its patches; what else is said.
+
+    Raises:
+      ValueError: as for ``read_arrays``.
+    """
+    arrays, said = read_arrays(path)
+    conv = arrays[CONV]
+    params = {
+        # (out, channel, row, column) -> [row * column * channel, out], the order in which the model cuts patches
+        "embed": {
+            "kernel": conv.transpose(2, 3, 1, 0).reshape(-1, len(conv)),
+            "bias": arrays["patch_embed.proj.bias"],
+        },
+        "cls": arrays["cls_token"][0],
+        "pos": _positions(arrays["pos_embed"][0]),
+        "blocks": unflatten(_blocks(arrays)),
+        "norm": {"scale": arrays["norm.weight"], "bias": arrays["norm.bias"]},
+    }
+    if "head.bias" in arrays:
+        params["head"] = {"kernel": arrays["head.weight"].T, "bias": arrays["head.bias"]}
+    return params, conv.shape[-1], said
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -98,3 +128,35 @@ def _check_shapes(path: Path, arrays: dict[str, np.ndarray]) -> None:
                 f"{path} does not fit a ViT of width {width}: {name} has the shape {list(x.shape)}, expected "
                 f"{list(expected)}; fetch or write it anew"
             )
+
+
+def _blocks(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    stacked = lambda key: np.stack([arrays[f"blocks.{i}.{key}"] for i in range(depth(arrays))])
+    norm = lambda key: {"scale": stacked(f"{key}.weight"), "bias": stacked(f"{key}.bias")}
+    scales = {layer: stacked(name) for name, layer in SCALES.items() if f"blocks.0.{name}" in arrays}
+
+    def dense(key: str) -> dict[str, np.ndarray]:
+        kernel = stacked(f"{key}.weight").swapaxes(1, 2)
+        bias = stacked(f"{key}.bias") if f"blocks.0.{key}.bias" in arrays else np.zeros_like(kernel[:, 0])
+        if key in scales:  # gamma * (x @ w + b)
+            return {"kernel": kernel * scales[key][:, None], "bias": bias * scales[key]}
+        return {"kernel": kernel, "bias": bias}
+
+    qkv = {kind: np.split(x, 3, axis=-1) for kind, x in dense("attn.qkv").items()}
+    parts = {
+        f"attn/{part}": {kind: x[i] for kind, x in qkv.items()} for i, part in enumerate(("query", "key", "value"))
+    }
+    return {
+        **parts,
+        "attn/out": dense("attn.proj"),
+        "mlp/fc1": dense("mlp.fc1"),
+        "mlp/fc2": dense("mlp.fc2"),
+        "norm1": norm("norm1"),
+        "norm2": norm("norm2"),
+    }
+
+
+def _positions(positions: np.ndarray) -> np.ndarray:
+    """With that of the class token, which is zero where there are positions of patches only (DeiT III)."""
+    of_patches = round(len(positions) ** 0.5) ** 2 == len(positions)
+    return np.concatenate([np.zeros_like(positions[:1]), positions]) if of_patches else positions
