@@ -79,7 +79,8 @@ def load_vit(
     (rows, width), blocks = params["embed"]["kernel"].shape, params["blocks"]
     depth, mlp_width = blocks["mlp"]["fc1"]["bias"].shape
     given = {"mean": mean, "std": std, "heads": heads, "epsilon": epsilon}
-    sizes = {("num_hidden_layers",): (depth,), ("intermediate_size",): (mlp_width,), ("patch_size",): (patch,)}
+    sizes = {("num_hidden_layers",): (depth,), ("intermediate_size",): (mlp_width,)}
+    sizes |= {("patch_size",): (patch, [patch, patch])}
     known = facts.find(path, inside, given, width, rows // patch**2, facts.ALIKE | sizes)
     head, kept = start_of_head(path, params.pop("head", None), width, known.labels, classes, keep_head)
     pos = resize_positions(params["pos"], _grid(image_size, patch))

@@ -141,6 +141,14 @@ def test_short_floats_are_read(kind, tmp_path):
     np.testing.assert_array_equal(kernel.T, timm_arrays()["head.weight"].astype(kind).astype(np.float32))
 
 
+def test_a_patch_may_have_two_sides_in_config_json(tmp_path):
+    path = folder(tmp_path / "a", by_hand(TABLES[0]), {**CONFIG, "patch_size": [2, 2]})
+    assert load_vit(path).model.patch == 2
+    folder(path, by_hand(TABLES[0]), {**CONFIG, "patch_size": [4, 4]})
+    with pytest.raises(ValueError, match=r"patch_size is \[4, 4\] \(config\.json\), expected 2"):
+        load_vit(path)
+
+
 def test_no_head_is_a_new_one(tmp_path):
     arrays = {name: x for name, x in by_hand(TABLES[2]).items() if "classifier" not in name}
     loaded = load_vit(folder(tmp_path / "a", arrays), NAMES, image_size=8)
