@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
     ):
         add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
     _add_benches(commands)
-    text = "tables of methods and wrappers: paper, what is trained, shared and kept, sizes, tests"
+    text = "tables of methods and wrappers: paper, what is trained, sent and kept, sizes, tests"
     add_options(commands.add_parser("methods", help=text, description=text, allow_abbrev=False), "methods")
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")

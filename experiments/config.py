@@ -231,13 +231,6 @@ def check(config: Config) -> None:
         values = getattr(config, name)
         if len(set(values)) < len(values):
             raise ValueError(f"--{_flag(name)} must name each once, got {','.join(map(str, values))}")
-    for name in config.methods:
-        wrappers = [part.split(":")[0] for part in name.split("+")[1:]]
-        if "noise" in wrappers and config.weights_of_clients != "uniform":
-            raise ValueError(
-                f"{name}: noise is scaled for clients that count alike, and a client with more images would be less "
-                f"private than it says: use --weights-of-clients uniform, got {config.weights_of_clients}"
-            )
     cohort = config.cohort
     if cohort > config.clients:
         raise ValueError(f"--clients-per-round {cohort} is more than --clients {config.clients}")

@@ -32,6 +32,9 @@ class Apply(Protocol):
           adapter: ``lora.new`` of them, or ``NO_ADAPTER``.
           images: as they are stored; the model normalises them.
           training: the result is about to be differentiated: a model may compute in another way, with the same result.
+
+        Layers of ``fedlora_jax.Dense`` read ``lora.variables(params, adapter)``; any other model computes with
+        ``lora.merge(params, adapter)``, which is ``params`` where the adapter is empty.
         """
         ...
 
@@ -92,6 +95,14 @@ def checked(made: Any, origin: str) -> Backbone:
             f"{origin} returned {type(made).__name__}: expected models.backbone.Backbone(name, params, apply)"
         )
 
+    if not isinstance(made.targets, Mapping) or any(
+        isinstance(x, str) or not all(isinstance(pattern, str) for pattern in x) for x in made.targets.values()
+    ):
+        raise ValueError(
+            f"{origin}: targets is {made.targets!r}: expected lists of regular expressions by name, as in "
+            '{"default": ["attn/query/kernel"]}'
+        )
+
     def walk(tree: Any, path: str) -> None:
         if isinstance(tree, Mapping):
             for key, value in tree.items():
@@ -107,4 +118,9 @@ def checked(made: Any, origin: str) -> Backbone:
             raise ValueError(f"{origin}: params{path} holds NaN or infinite values")
 
     walk(made.params, "")
+    if not isinstance(made.name, str) or not callable(made.apply) or not isinstance(made.facts, Mapping):
+        raise ValueError(
+            f"{origin}: expected a name, a function apply and a dict of facts; got {made.name!r}, {made.apply!r} and "
+            f"{made.facts!r}"
+        )
     return made

@@ -33,7 +33,6 @@ TARGETS = {
     "out_fc2": FC2,  # LoRA-FAIR: the last layers of both
     "tokens": ("mlp_tokens/(fc1|fc2)/kernel",),
     "channels": ("mlp_channels/(fc1|fc2)/kernel",),
-    "mlp": ("(mlp_tokens|mlp_channels)/(fc1|fc2)/kernel",),
     "all": ("(mlp_tokens|mlp_channels)/(fc1|fc2)/kernel",),
 }
 

@@ -15,7 +15,6 @@ from jax import Array
 from fedlora_jax.lora import Adapter, Params, variables
 from models import facts, files, huggingface, timm
 from models.backbone import Backbone, Stem
-from models.mixer import Mixer
 from models.parts import split_blocks
 from models.vit import TARGETS, ViT, normalise
 
@@ -26,7 +25,7 @@ class Pretrained(NamedTuple):
     ``origins`` says where ``mean``, ``std``, ``heads`` and ``epsilon`` come from, and what became of the ``head``.
     """
 
-    model: ViT | Mixer
+    model: Any  # linen, of models.vit or models.mixer
     params: dict[str, Any]
     mean: np.ndarray
     std: np.ndarray

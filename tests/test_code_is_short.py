@@ -23,7 +23,9 @@ def lengths(source):
         if isinstance(node, documented) and ast.get_docstring(node) is not None:
             lines -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    return {f.name: len(lines & set(range(f.lineno, (f.end_lineno or 0) + 1))) for f in functions}
+    return {
+        f"{f.name} (line {f.lineno})": len(lines & set(range(f.lineno, (f.end_lineno or 0) + 1))) for f in functions
+    }
 
 
 @pytest.mark.parametrize("package", ["fedlora_jax", "models", "experiments"])
@@ -50,4 +52,4 @@ def f(
 
     return g
 '''
-    assert lengths(source) == {"f": 7, "g": 3}
+    assert lengths(source) == {"f (line 2)": 7, "g (line 9)": 3}

@@ -61,6 +61,18 @@ def layers():
 
 def narrow(image_size):
     return cnn("ab", image_size)
+
+
+def letters(classes, image_size):
+    return cnn(classes, image_size)._replace(targets={"all": "neck/kernel"})
+
+
+def wide(classes, width):
+    return cnn(classes, width)
+
+
+def fails():
+    return {}["no"]
 """
 
 
@@ -101,11 +113,25 @@ def test_a_model_of_ones_own_is_compared_like_any_other(files):
         ("--model own.py:narrow", "a small CNN makes logits [96, 2]"),
         ("--model own.py:cnn", "a small CNN does not say which kernels get adapters: name one of its sets (all)"),
         ("--model own.py:cnn --targets all --adapt-last 1", "a small CNN has no blocks to count"),
+        ("--model own.py:letters", "own.py:letters: targets is {'all': 'neck/kernel'}: expected lists"),
+        ("--model own.py:wide", "nothing gives it width: a default would, and there are classes"),
+        ("--model own.py:fails", "own.py, line 56: KeyError: 'no'"),
+        ("--model own.py:cnn --heads 3", "own.py:cnn does not take --heads: leave it out, got 3"),
+        ("--method fedit+fedlc --task sigmoid", "FedLC calibrates a softmax"),
         ("--task guess", "--task must be one of softmax, sigmoid; got guess"),
     ],
 )
 def test_what_is_no_model_or_no_task_is_refused(options, said, files, capsys, monkeypatch):
-    arguments = ["run", "--method", "fedit", *SMALL, "--data", "data.npz", "--out", "out", *options.split()]
+    arguments = [
+        "run",
+        *([] if "--method" in options else ["--method", "fedit"]),
+        *SMALL,
+        "--data",
+        "data.npz",
+        "--out",
+        "out",
+        *options.split(),
+    ]
     assert said in refused(arguments, capsys, monkeypatch)
     assert not (files / "out").exists()
 
@@ -173,9 +199,30 @@ def test_the_middle_of_a_wide_image_is_kept(tmp_path):
     np.testing.assert_array_equal(images.x, np.stack([middle] * 4))
 
 
+def test_odd_images_are_read_as_a_viewer_shows_them(tmp_path):
+    """A class that is a link, a photo that was held upright, a folder val beside test."""
+    colours = np.zeros((4, 4, 3), np.uint8)
+    colours[0] = 255
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by a quarter
+    for split in ("train", "test", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "b").mkdir()
+        Image.fromarray(colours).save(tmp_path / split / "a" / "1.png", exif=turned)
+        Image.fromarray(colours).save(tmp_path / split / "b" / "1.png")
+    (tmp_path / "train" / "c").symlink_to(tmp_path / "train" / "a")
+    (tmp_path / "test" / "c").symlink_to(tmp_path / "test" / "a")
+    images = data.load(str(tmp_path))
+    assert images.classes == ("a", "b", "c")
+    assert images.test.tolist() == [True] * 3 + [False] * 3  # val is neither
+    for x, y in zip(images.x, images.y, strict=True):
+        np.testing.assert_array_equal(x, colours if y == 1 else np.rot90(colours, -1))
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
+        (lambda root: picture(root / "a" / "2.png", (4, 4), 60_000, "I;16"), "more than 8 bits a pixel"),
         (lambda root: root.mkdir(exist_ok=True), "holds no images"),
         (lambda root: picture(root / "1.png", (4, 4), 0, "L"), "lie 0 and"),
         (lambda root: picture(root / "a" / "b" / "c" / "1.png", (4, 4), 0, "L"), "3 folders deep"),

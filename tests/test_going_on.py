@@ -19,7 +19,7 @@ SMALL = (
     "--checkpoint-every 2"
 ).split()
 pytestmark = pytest.mark.usefixtures("users_programs")
-VANISHING = {"bias", "bias_share", "correction"}  # norms of differences that cancel: rounding is its square root there
+VANISHING = {"bias", "correction"}  # norms of differences that cancel: rounding is its square root there
 TIMES = {"date", "seconds_per_round", "compile_seconds"}
 
 
@@ -162,7 +162,8 @@ def test_what_decides_speed_alone_may_change_and_numbers_agree_to_rounding(small
     for other in (half, anew):
         for a, b in zip(*(map(json.loads, found.splitlines()) for found in (other, rows)), strict=True):
             assert a.keys() == b.keys()
-            for name in a.keys() - {"method", "sum", "client_positions"}:
+            # bias_share is bias over update, both of which are looked at; where the update is small it is all rounding
+            for name in a.keys() - {"method", "sum", "client_positions", "bias_share"}:
                 close = 2e-3 if name in VANISHING else 1e-5
                 np.testing.assert_allclose(flat(a[name]), flat(b[name]), rtol=0, atol=close, err_msg=name)
 

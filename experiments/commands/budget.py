@@ -63,9 +63,6 @@ class Plan:
                 f"a budget experiment learns from several clients and serves others: got --clients {config.clients} "
                 f"and --holdout-clients {config.holdout_clients}, expected at least 2 and 1"
             )
-        for name in config.methods:
-            if "+scaffold" in name:
-                raise ValueError(f"{name} is built for one local learning rate, and budget tries several: use compare")
         self.config = config
         self.folder = prelude.opened("budget", config, free=("methods", "budgets"))
         validation = dataclasses.replace(config, validation=SHARE, seeds=config.tuning_seeds)
@@ -76,6 +73,9 @@ class Plan:
             self.about = prelude.going_on(self.folder, self.about)
         facts = facts_of(config, self.problems["test"].signature)
         self.built = {name: methods.build(name, **facts) for name in config.methods}
+        for name, method in self.built.items():
+            if "scaffold" in method.stack:
+                raise ValueError(f"{name} is built for one local learning rate, and budget tries several: use compare")
 
     def execute(self) -> Path:
         with self.folder as folder:

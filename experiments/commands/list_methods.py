@@ -21,7 +21,7 @@ from fedlora_jax.signatures import Signature
 
 TESTS = Path(__file__).parents[2] / "tests"
 MOST = 10_000  # clients of a round: some methods send all of them what each of them has sent, here one by one
-DIGITS = tuple("0123456789")  # classes of the built-in data, which need not be drawn for this
+DIGITS, SIDE = tuple("0123456789"), 16  # of the built-in data, which need not be drawn for this
 
 
 class Sizes(NamedTuple):
@@ -56,11 +56,11 @@ def table(config: Config) -> str:
         [
             *lines(("name", "method", "paper", "arXiv", "exact", "tests"), who),
             "",
-            f"{config.weights} at rank {','.join(map(str, config.rank))}, {count} clients a round, {adapted} numbers "
-            "trained; up, down: KiB a client and round;",
+            f"{config.model or config.weights} at rank {','.join(map(str, config.rank))}, {count} clients a round, "
+            f"{adapted} numbers trained; up, down: KiB a client and round;",
             "state: KiB the server keeps beside the adapter; memory: KiB a client keeps between rounds",
             "",
-            *lines(("name", "trains", "shared", "personal", "up", "down", "state", "memory"), what),
+            *lines(("name", "trains", "travels", "personal", "up", "down", "state", "memory"), what),
             "",
             "wrappers, around methods and each other: NAME:OPTION=VALUE+WRAPPER:OPTION=VALUE+...",
             "",
@@ -71,8 +71,9 @@ def table(config: Config) -> str:
 
 def shapes(config: Config) -> tuple[Adapter, Signature]:
     """The shapes of one adapter of the configured model, and of one client's signature."""
-    classes = DIGITS if config.data == "digits" else data.load(config.data).classes
-    _, top = backbone.cut(backbone.load(config, classes, config.image_size), config.adapt_last)
+    images = None if config.data == "digits" else data.load(config.data, config.image_size)
+    classes, side = (DIGITS, SIDE) if images is None else (images.classes, images.x.shape[1])
+    _, top = backbone.cut(backbone.load(config, classes, config.image_size or side), config.adapt_last)
     adapter = jax.eval_shape(partial(new_adapter, config, top), jax.eval_shape(jax.random.key, 0))
     return adapter, descriptions.shapes_of_one(config.signature, len(classes))
 

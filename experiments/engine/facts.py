@@ -35,8 +35,15 @@ def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
         method = methods.build(name, **facts_of(config, signature))
         if method.query and config.minimum < 2:
             raise ValueError(f"{name} keeps examples of every client apart: --minimum must be at least 2, got 1")
-        if "+scaffold" in name and config.optimizer != "sgd":
+        if "scaffold" in method.stack and config.optimizer != "sgd":
             raise ValueError(f"{name} needs local steps of plain SGD: --optimizer must be sgd, got {config.optimizer}")
+        if "fedlc" in method.stack and config.task != "softmax":
+            raise ValueError(f"{name}: FedLC calibrates a softmax, --task must be softmax, got {config.task}")
+        if "noise" in method.stack and config.weights_of_clients != "uniform":
+            raise ValueError(
+                f"{name}: noise is scaled for clients that count alike, and a client with more images would be less "
+                f"private than it says: use --weights-of-clients uniform, got {config.weights_of_clients}"
+            )
         start = lambda key, adapter, method=method: rounds.start(method, key, adapter, config.clients)
         run = jax.eval_shape(start, jax.eval_shape(jax.random.key, 0), adapter)
         memory.refuse_more_than_there_is(

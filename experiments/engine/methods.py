@@ -135,29 +135,18 @@ def build(spec: str, varied: Mapping[Varied, Any] = MappingProxyType({}), **fact
         parsed[option.part][1][option.key] = value
     inner: list[Method] = []  # a method is made of nothing, a wrapper of what is inside it
     for part, (make, options) in zip(spec.split("+"), parsed, strict=True):
-        parameters = inspect.signature(make).parameters
-        asked = {key: facts[key] for key in parameters if key in facts}
+        asked = {key: facts[key] for key in inspect.signature(make).parameters if key in facts}
         try:
-            if user_code.is_own(part):
-                inner = [_own(part, make, asked | options, facts)]
-            else:
-                inner = [make(*inner, **asked, **options)]
+            own = user_code.is_own(part)
+            inner = [_own(part, make, facts, options) if own else make(*inner, **asked, **options)]
         except ValueError as error:
             raise ValueError(f"{part}: {error}") from error
     return inner[0]
 
 
-def _own(part: str, make: Callable[..., Method], given: dict[str, Any], facts: Mapping[str, Any]) -> Method:
-    """The method of a user's file, whatever goes wrong there said in one line."""
-    unknown = [k for k, p in inspect.signature(make).parameters.items() if p.default is p.empty and k not in given]
-    if unknown:
-        raise ValueError(f"nothing gives it {unknown[0]}: a default would, and runs give {', '.join(sorted(facts))}")
-    try:
-        method = make(**given)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(user_code.failed(error, part.partition(":")[0])) from error
+def _own(part: str, make: Callable[..., Method], facts: Mapping[str, Any], options: dict[str, Any]) -> Method:
+    """The method of a user's file."""
+    method = user_code.call(part, make, facts, options)
     if not isinstance(method, Method):
         raise ValueError(f"it returned {type(method).__name__}: expected a fedlora_jax.Method")
     return method

@@ -61,12 +61,12 @@ def draw_bars(styles: Styles, groups: list[tuple[str, dict[str, Any]]], title: s
         return None
     figure, axes = new(title, x, "", 1.2 + len(groups) * (0.16 * len(styles) + 0.14))
     thick = 0.16 / (0.16 + 0.14 / len(styles)) / len(styles)
-    for i, (name, look) in enumerate(styles.items()):
+    for i, (name, style) in enumerate(styles.items()):
         for g, (_, own) in enumerate(groups):
             if own[name]["mean"] is None:
                 continue
             y, mean = g + (i - (len(styles) - 1) / 2) * thick, 100 * own[name]["mean"]
-            axes.barh(y, mean, 0.88 * thick, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
+            axes.barh(y, mean, 0.88 * thick, color=style.colour, hatch=style.hatch, edgecolor="white", linewidth=0)
             if own[name]["ci95"] is not None:
                 low, high = np.clip(np.multiply(100, own[name]["ci95"]), 0, 100)
                 axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color="black", elinewidth=0.9, capsize=2)

@@ -66,13 +66,13 @@ def dress(axes: Axes, title: str, x: str, y: str) -> Axes:
 
 def stroke(styles: Styles, name: str, points: int) -> dict[str, Any]:
     """A line's style; where lines coincide their markers do not."""
-    look, every = styles[name], max(1, -(-points // 12), min(len(styles), points // 3))
-    style = {"color": look.colour, "marker": look.marker, "linestyle": look.dash, "linewidth": 1.7, "markersize": 4}
-    return style | {"markevery": (list(styles).index(name) % every, every)}
+    own, every = styles[name], max(1, -(-points // 12), min(len(styles), points // 3))
+    drawn = {"color": own.colour, "marker": own.marker, "linestyle": own.dash, "linewidth": 1.7, "markersize": 4}
+    return drawn | {"markevery": (list(styles).index(name) % every, every)}
 
 
 def legend(figure: Figure, styles: Styles, names: Collection[str], bars: bool = False) -> Figure:
-    patch = lambda look: Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label)
+    patch = lambda own: Patch(facecolor=own.colour, hatch=own.hatch, edgecolor="white", label=own.label)
     line = lambda name: Line2D([], [], label=styles[name].label, **stroke(styles, name, 1))
     return below(figure, [patch(styles[name]) if bars else line(name) for name in names])
 

@@ -26,34 +26,41 @@ NANO = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
 
 
 def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
-    """The model of ``--model`` with ``--weights``; of all but the built-in one, stderr says what is used beside arrays.
+    """The model of ``--model`` with ``--weights``; of a weight file stderr says what is used beside its arrays.
 
     Raises:
       ValueError: the weights cannot be read, or an own function does not return a backbone.
     """
     built_in, own = config.weights == "nano", user_code.is_own(config.model or "")
     weights = NANO if built_in else config.weights
+    chosen = config.model or str(weights)
     if own:
-        function, digest = user_code.load(str(config.model), "a model")
+        function, digest = user_code.load(chosen, "a model")
     else:
         function, digest = families.find(config.model, weights), ""
-    known = {name: getattr(config, name) for name in ("mean", "std", "heads", "epsilon", "keep_head")}
-    known |= {"classes": classes, "image_size": side}
-    if not (own and built_in):
-        known["weights"] = weights
+    optional = {name: getattr(config, name) for name in ("mean", "std", "heads", "epsilon", "keep_head")}
+    optional |= {} if own and built_in else {"weights": weights}
     asked = inspect.signature(function).parameters
+    for name, value in optional.items():
+        if name not in asked and value not in (None, False):
+            raise ValueError(f"{chosen} does not take --{name.replace('_', '-')}: leave it out, got {value}")
+    known = {"classes": classes, "image_size": side} | optional
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        made = function(**{name: value for name, value in known.items() if name in asked})
+        made = user_code.call(chosen, function, known) if own else _of_family(function, known)
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
-    backbone = checked(made, config.model or str(weights))
+    backbone = checked(made, chosen)
     if own:
         return backbone._replace(facts={**backbone.facts, "model": f"{config.model} ({digest})"})
     if not built_in:
         facts = "; ".join(f"{fact} {value}" for fact, value in backbone.facts.items())
         print(f"weights {backbone.name}: {facts}", file=sys.stderr)
     return backbone
+
+
+def _of_family(function: Callable[..., Backbone], known: dict[str, Any]) -> Backbone:
+    return function(**{name: value for name, value in known.items() if name in inspect.signature(function).parameters})
 
 
 def cut(backbone: Backbone, last: int | None) -> tuple[Stem | None, Backbone]:
@@ -69,8 +76,14 @@ def refuse_too_large(backbone: Backbone, classes: int, count: int, side: int) ->
     """Refuse a model that does not fit the data, or whose largest array, of ``count`` images, memory cannot hold."""
     image = image_of(side)
     batch = jax.ShapeDtypeStruct((min(FORWARD, count), *image.shape), image.dtype)
-    apply = lambda params, x: backbone.apply(params, NO_ADAPTER, x)
-    logits, features = jax.eval_shape(apply, backbone.params, batch)
+    apply = lambda params, x: backbone.apply(params, NO_ADAPTER, x, training=True)
+    try:
+        logits, features = jax.eval_shape(apply, backbone.params, batch)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{backbone.name} cannot be applied to {len(batch)} images of {side} x {side}: {type(error).__name__}: "
+            f"{error}; expected apply(params, adapter, images, *, training=False) -> (logits, features)"
+        ) from error
     if logits.shape != (len(batch), classes) or features.ndim != 2 or len(features) != len(batch):
         raise ValueError(
             f"{backbone.name} makes logits {list(logits.shape)} and features {list(features.shape)} of {len(batch)} "

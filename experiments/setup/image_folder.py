@@ -1,17 +1,19 @@
-"""Images in folders: ``FOLDER/CLASS/IMAGE`` or ``FOLDER/DOMAIN/CLASS/IMAGE``, with ``train`` and ``test`` (or ``val``)
-above that where the folder is split.
+"""Images in folders: ``FOLDER/CLASS/IMAGE`` or ``FOLDER/DOMAIN/CLASS/IMAGE``, with ``train`` and ``test`` (or ``val``,
+where there is no ``test``; else it is left out) above that where the folder is split.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 SPLITS = {"train": 0, "training": 0, "test": 1, "val": 1, "valid": 1, "validation": 1}
+DEEP = ("I", "F")  # Pillow's modes of more than 8 bits begin so; making RGB of them cuts off what is above 255
 
 
 def read(source: str, side: int | None) -> dict[str, np.ndarray]:
@@ -26,11 +28,16 @@ def read(source: str, side: int | None) -> dict[str, np.ndarray]:
       ValueError: no images, folders of different depth, a file that is no image, or several sizes and no side.
     """
     root = Path(source)
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and _is_shown(p.relative_to(root)))
+    found = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    paths = sorted(p for p in found if p.suffix.lower() in SUFFIXES and _is_shown(p.relative_to(root)))
     if not paths:
         raise ValueError(f"{source} holds no images ({', '.join(SUFFIXES)}): expected FOLDER/CLASS/IMAGE")
     places = [path.relative_to(root).parts[:-1] for path in paths]
-    is_split = {place[0].lower() for place in places if place} <= SPLITS.keys() and all(places)
+    tops = {place[0].lower() for place in places if place}
+    is_split = tops <= SPLITS.keys() and all(places)
+    if is_split and "test" in tops:
+        kept = [i for i, place in enumerate(places) if not place[0].lower().startswith("val")]
+        paths, places = [paths[i] for i in kept], [places[i] for i in kept]
     named = [place[1:] for place in places] if is_split else places
     depths = {len(place) for place in named}
     if depths not in ({1}, {2}):
@@ -72,7 +79,10 @@ def _opened(path: Path, side: int | None) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            with Image.open(path) as file:
+                if file.mode.startswith(DEEP):
+                    raise ValueError(f"it has more than 8 bits a pixel (mode {file.mode}): convert it to 8")
+                image = ImageOps.exif_transpose(file)  # reads it
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

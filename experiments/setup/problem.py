@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import optax
 from jax import Array
 
 from experiments.config import Config
-from experiments.setup import backbone as models
+from experiments.setup import backbone as backbones
 from experiments.setup import data, descriptions, memory
 from experiments.setup.data import Images
 from experiments.setup.task import STEM, TASKS, objectives
@@ -95,9 +96,9 @@ def build(
         images = data.validation(images, config.validation)
     side = config.image_size or _side(images)
     _refuse_too_many(config, images, side)
-    backbone = backbone or models.load(config, images.classes, side)
-    models.refuse_too_large(backbone, len(images.classes), len(images.x), side)
-    stem, top = models.cut(backbone, config.adapt_last)
+    backbone = backbone or backbones.load(config, images.classes, side)
+    backbones.refuse_too_large(backbone, len(images.classes), len(images.x), side)
+    stem, top = backbones.cut(backbone, config.adapt_last)
     new, targets = partial(new_adapter, config, top), top.patterns(config.targets)
     shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
     accept(descriptions.shapes_of_one(config.signature, len(images.classes)), shapes)
@@ -106,13 +107,13 @@ def build(
 
     images, base = data.resized(images, side), top.params
     shown = images.x
-    if stem is not None and models.is_stored(config, stem, images.x):
-        stem, shown = None, models.tokens_of(stem, images.x)
+    if stem is not None and backbones.is_stored(config, stem, images.x):
+        stem, shown = None, backbones.tokens_of(stem, images.x)
     elif stem is not None:
         base = {**base, STEM: stem.params}
     base = jax.device_put(base)
     loss_fn, correct_fn = objectives(TASKS[config.task], top, stem)
-    features = models.frozen_features(backbone, images.x[train_rows])
+    features = backbones.frozen_features(backbone, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
     partition_hash = lambda parts, tests: hashlib.sha256(b"".join(own.tobytes() for own in (*parts, *tests)))
@@ -130,10 +131,11 @@ def build(
         loss_fn=loss_fn,
         correct_fn=correct_fn,
         record={
+            **backbone.facts,
             "data_hash": images.fingerprint(),
             "weights": backbone.name,
             "weights_hash": _hash_tree(backbone.params),
-            **backbone.facts,
+            **({} if config.theta is None else {"theta": _hash_file(config.theta)}),
             "partition_hash": [partition_hash(parts, tests).hexdigest()[:16] for parts, tests, _ in made],  # by seed
             "largest": int(stacked.population.rows.shape[-1]),  # images of a client of any seed: draws depend on it
             "adapted": sorted(lora.adapted(top.params, targets)),
@@ -162,7 +164,7 @@ def _refuse_too_many(config: Config, images: Images, side: int) -> None:
         f"{len(images.x)} images of {side} x {side}",
         "use a smaller --image-size or fewer images",
     )
-    memory.refuse_draws(models.image_of(side), config.cohort, config.local_steps, config.batch)
+    memory.refuse_draws(backbones.image_of(side), config.cohort, config.local_steps, config.batch)
 
 
 def own_accuracy(correct: Array, counts: Array) -> Array:
@@ -237,6 +239,10 @@ def _widened(rows: list[np.ndarray]) -> np.ndarray:
 
 def _padded(parts: list[np.ndarray], width: int) -> np.ndarray:
     return np.stack([np.concatenate([part, np.zeros(width - len(part), int)]) for part in parts]).astype(np.int32)
+
+
+def _hash_file(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def _hash_tree(tree: Any) -> str:

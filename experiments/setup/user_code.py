@@ -1,17 +1,21 @@
 """A function of the user's own, from ``FILE.py:FUNCTION``.
 
-A file is read once in a process: what runs is what its hash says.
+A file is read once in a process: what runs is what its hash says (of this file alone, not of what it imports).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class File(NamedTuple):
@@ -64,12 +68,42 @@ def read(path: str) -> File:
     module = ModuleType(f"user_code_{digest}_{Path(path).stem}")
     module.__file__ = str(Path(path).absolute())
     sys.modules[module.__name__] = module  # dataclasses look themselves up there
+    sys.path.insert(0, str(Path(path).absolute().parent))  # as for a script: what lies beside it can be imported
     try:
         exec(compile(content, module.__file__, "exec"), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[module.__name__]
         raise ValueError(f"{path}{_line(error, module.__file__)} cannot be imported: {_in_words(error)}") from error
+    finally:
+        sys.path.pop(0)
     return File(module, digest)
+
+
+def call(
+    text: str, function: Callable[..., Any], known: Mapping[str, Any], options: Mapping[str, Any] = NOTHING
+) -> Any:
+    """What a user's function makes, given what it asks for by name; whatever goes wrong there said in one line.
+
+    Args:
+      text: ``FILE.py:FUNCTION``.
+      function: of that file.
+      known: what it may ask for.
+      options: what it is given besides.
+
+    Raises:
+      ValueError: it asks for something else, or it fails.
+    """
+    parameters = inspect.signature(function).parameters
+    named = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    given = {**{k: x for k, x in known.items() if k in named}, **options}
+    if unknown := [k for k, p in named.items() if p.default is p.empty and k not in given]:
+        raise ValueError(f"nothing gives it {unknown[0]}: a default would, and there are {', '.join(sorted(known))}")
+    try:
+        return function(**given)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(failed(error, text.partition(":")[0])) from error
 
 
 def failed(error: Exception, path: str) -> str:

@@ -6,9 +6,9 @@ Shanker and Sethi, 2026, arXiv 2606.06154.
 
 The paper's architecture and objective are not public; ``fedlora_jax/hyper`` holds our design. With all of the server
 written as one map ``Phi(theta, uploads of the last round, z) -> {x_c}``, its parts learn by one rule, whatever is
-known of how the starts should have been different (a *meta-gradient*, ``fedlora_jax/meta.py``):
+known of how the starts should have been different (a *meta-gradient* g_c, ``fedlora_jax/meta.py``):
 
-    theta <- theta - Adam( (d Phi / d theta)^T {p_c slope_c} )
+    theta <- theta - Adam( (d Phi / d theta)^T {p_c g_c} )
 
 so aggregation is judged by the next round, which starts from it. A client of a smaller rank starts from the best
 approximation of x_c of that rank. ``displacement`` asks nothing of a client but its
