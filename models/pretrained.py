@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedlora_jax.lora import Adapter, Params, variables
+from fedlora_jax.lora import Adapter, Params, flatten, variables
 from models import facts, files, huggingface, timm
 from models.backbone import Backbone, Stem
 from models.parts import split_blocks
@@ -124,6 +124,40 @@ def backbone(pretrained: Pretrained, targets: Mapping[str, Sequence[str]] = TARG
         return Stem(before, tokens), backbone(pretrained._replace(model=last, params=rest), targets)
 
     return Backbone(pretrained.name, pretrained.params, apply, targets, pretrained.facts(), model.depth, cut)
+
+
+def to_timm(params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Our parameters under timm's names and in PyTorch's layouts: the inverse of ``load_vit``."""
+    p = {name: np.asarray(value, np.float32) for name, value in flatten(params).items()}
+    patch = round((p["embed/kernel"].shape[0] / 3) ** 0.5)
+    # [row * column * channel, out] -> (out, channel, row, column)
+    arrays = {
+        "patch_embed.proj.weight": p["embed/kernel"].reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1),
+        "patch_embed.proj.bias": p["embed/bias"],
+        "cls_token": p["cls"][None],
+        "pos_embed": p["pos"][None],
+        "norm.weight": p["norm/scale"],
+        "norm.bias": p["norm/bias"],
+        "head.weight": p["head/kernel"].T,
+        "head.bias": p["head/bias"],
+    }
+    for kind in ("kernel", "bias"):
+        p[f"blocks/attn/qkv/{kind}"] = np.concatenate(
+            [p[f"blocks/attn/{part}/{kind}"] for part in ("query", "key", "value")], -1
+        )
+    for i in range(len(p["blocks/norm1/scale"])):
+        for norm in ("norm1", "norm2"):
+            arrays[f"blocks.{i}.{norm}.weight"] = p[f"blocks/{norm}/scale"][i]
+            arrays[f"blocks.{i}.{norm}.bias"] = p[f"blocks/{norm}/bias"][i]
+        for theirs, ours in {
+            "attn.qkv": "attn/qkv",
+            "attn.proj": "attn/out",
+            "mlp.fc1": "mlp/fc1",
+            "mlp.fc2": "mlp/fc2",
+        }.items():
+            arrays[f"blocks.{i}.{theirs}.weight"] = p[f"blocks/{ours}/kernel"][i].T
+            arrays[f"blocks.{i}.{theirs}.bias"] = p[f"blocks/{ours}/bias"][i]
+    return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
 
 
 def start_of_head(

@@ -12,8 +12,7 @@ from experiments.commands import budget
 from experiments.config import Config
 from experiments.results.folder import Folder
 from experiments.setup import backbone
-from experiments.setup.pretrain import to_timm
-from models.pretrained import load_vit
+from models.pretrained import load_vit, to_timm
 from models.vit import ViT, normalise
 
 NORMAL = {key: FACTS[key] for key in ("mean", "std")}

@@ -22,7 +22,6 @@ import matplotlib
 import numpy as np
 import optax
 import optax.contrib
-from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.scipy.ndimage import map_coordinates
 from matplotlib.ft2font import FT2Font
@@ -30,6 +29,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from experiments.setup.digits import SIDE, digits
+from models.pretrained import to_timm
 from models.vit import normalise, vit
 
 OUT = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
@@ -46,7 +46,6 @@ GRID = 48  # side of a glyph's distance field
 BOX = 36  # height of the glyph in it
 MEAN = STD = np.full(3, 0.5, np.float32)
 STEPS, BATCH, PEAK, DECAY = 6000, 64, 1e-2, 0.1
-DENSE = {"attn.qkv": "attn/qkv", "attn.proj": "attn/out", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}  # timm's, ours
 SCAN = 200  # steps in one call of the compiled program
 
 
@@ -174,40 +173,6 @@ def positions(tokens: int, width: int) -> Array:
     place = jnp.mgrid[: round(tokens**0.5), : round(tokens**0.5)].reshape(2, -1, 1)
     angle = 2 * place / 100.0 ** (jnp.arange(width // 4) / (width // 4))
     return 0.5 * jnp.concatenate([*jnp.sin(angle), *jnp.cos(angle)], -1)
-
-
-def to_timm(params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameters under timm's names and in PyTorch's layouts: the inverse of ``models.pretrained.load_vit``."""
-    p = {name: np.asarray(value, np.float32) for name, value in flatten_dict(params, sep="/").items()}
-    patch = round((p["embed/kernel"].shape[0] / 3) ** 0.5)
-    # [row * column * channel, out] -> (out, channel, row, column)
-    arrays = {
-        "patch_embed.proj.weight": p["embed/kernel"].reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1),
-        "patch_embed.proj.bias": p["embed/bias"],
-        "cls_token": p["cls"][None],
-        "pos_embed": p["pos"][None],
-        "norm.weight": p["norm/scale"],
-        "norm.bias": p["norm/bias"],
-        "head.weight": p["head/kernel"].T,
-        "head.bias": p["head/bias"],
-    }
-    for kind in ("kernel", "bias"):
-        p[f"blocks/attn/qkv/{kind}"] = np.concatenate(
-            [p[f"blocks/attn/{part}/{kind}"] for part in ("query", "key", "value")], -1
-        )
-    for i in range(len(p["blocks/norm1/scale"])):
-        for norm in ("norm1", "norm2"):
-            arrays[f"blocks.{i}.{norm}.weight"] = p[f"blocks/{norm}/scale"][i]
-            arrays[f"blocks.{i}.{norm}.bias"] = p[f"blocks/{norm}/bias"][i]
-        for theirs, ours in {
-            "attn.qkv": "attn/qkv",
-            "attn.proj": "attn/out",
-            "mlp.fc1": "mlp/fc1",
-            "mlp.fc2": "mlp/fc2",
-        }.items():
-            arrays[f"blocks.{i}.{theirs}.weight"] = p[f"blocks/{ours}/kernel"][i].T
-            arrays[f"blocks.{i}.{theirs}.bias"] = p[f"blocks/{ours}/bias"][i]
-    return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
 
 
 def save(path: Path, params: dict[str, Any]) -> None:
