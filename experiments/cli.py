@@ -12,11 +12,12 @@ from typing import Any, NoReturn
 
 import fedlora_jax
 from experiments.bench import options as bench
-from experiments.config import MANY, SPEED, Config
+from experiments.config import MANY, SPEED, Config, Export
 from experiments.results.folder import asked, program
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
 
+OWN = {"bench": bench.Options, "export": Export}  # commands with options of their own
 LONGEST = 1200  # letters of an error
 
 
@@ -35,7 +36,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.Options]:
+def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.Options | Export]:
     """The command and its options."""
     parser = _Parser(
         prog=" ".join(program()),
@@ -58,6 +59,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
         ("meta", "learn a method's theta by differentiating through whole rounds, for --theta of other runs"),
     ):
         add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
+    _add_export(commands)
     _add_benches(commands)
     text = "tables of methods and wrappers: paper, what is trained, sent and kept, sizes, tests"
     add_options(commands.add_parser("methods", help=text, description=text, allow_abbrev=False), "methods")
@@ -69,9 +71,11 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
         commands.choices[command].set_defaults(**_held(given["out"], given.keys()))
         given = vars(parser.parse_args(arguments))
         del given["command"]
+    if command in OWN:
+        return command, OWN[command](**given)
     if "method" in given:
         given["methods"] = (given.pop("method"),)
-    return command, bench.Options(**given) if command == "bench" else Config(**given)
+    return command, Config(**given)
 
 
 def _held(out: str, names: Collection[str]) -> dict[str, Any]:
@@ -109,6 +113,17 @@ _LEFT_OUT = {
     "meta": (_TUNED - _META) | _RECORDED | {"devices", "seeds_at_once"},
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }
+
+
+def _add_export(commands: Any) -> None:
+    text = "what a finished run has learned, as weights or as an adapter"
+    parser = commands.add_parser("export", help=text, description=text, allow_abbrev=False)
+    hints = typing.get_type_hints(Export)
+    for field in dataclasses.fields(Export):
+        if field.name == "run":
+            parser.add_argument("run", metavar="RUN", help=field.metadata["help"])
+        else:
+            _add_option(parser, field, hints[field.name], field.default)
 
 
 def _add_benches(commands: Any) -> None:

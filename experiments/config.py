@@ -41,6 +41,7 @@ PREFIXES = ("auto", "stored", "anew")
 SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid")
+FORMS = ("merged", "npz")  # of what is exported
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 BUDGETS = (1, 2, 5, 10)
 MANY = 10_000  # runs of one program: seeds, or values of a sweep
@@ -220,6 +221,27 @@ class Config:
     def rounds_between_checkpoints(self) -> int:
         """As set, or the smallest multiple of ``eval_every`` that is not below ``CHECKPOINTS``."""
         return self.checkpoint_every or -(-CHECKPOINTS // self.eval_every) * self.eval_every
+
+
+@dataclass(frozen=True)
+class Export:
+    """Which models of a finished run are written, and as what."""
+
+    run: str = option("", "the folder of a finished compare or run")
+    method: str | None = option(None, "the method, as it was named in the run (default: the run's only one)")
+    model: str = option(
+        "global",
+        "global; client:ID, the model of one client as it was last served, ID from 0, unseen clients after those that "
+        "trained; or all",
+    )
+    to: str = option(
+        "merged",
+        "merged, weights with everything folded in that --weights reads again (.safetensors); or npz, the adapter's "
+        "own arrays",
+        among=FORMS,
+    )
+    seed: int | None = option(None, "the seed (default: the run's first)", INT32)
+    out: str | None = option(None, "folder to write (default: runs/ and the time)", decides=RECORD)
 
 
 def check(config: Config) -> None:

@@ -62,6 +62,11 @@ def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any
 
             text = list_methods.table(options)
             return None, lambda: print(text)
+        case "export":
+            from experiments.commands import export
+
+            plan = export.Plan(options)
+            return plan.folder, plan.execute
         case "bounds":
             from experiments.commands import bounds
 

@@ -46,6 +46,13 @@ class Stem(NamedTuple):
     apply: Callable[[Params, Array], Array]  # uint8 images -> tokens [n, ...], what the rest of the model begins with
 
 
+class Published(NamedTuple):
+    """What goes into a weight file."""
+
+    arrays: dict[str, np.ndarray]  # under the names by which the family reads them
+    said: dict[str, Any]  # what the arrays do not say, for the file's metadata
+
+
 class Backbone(NamedTuple):
     """A frozen model that adapters are put into.
 
@@ -59,6 +66,8 @@ class Backbone(NamedTuple):
       depth: blocks that it has; 0 where there is nothing to count.
       cut: ``(blocks) -> (stem, rest)``, the model in two before its last ``blocks``, fewer than all of them; ``None``:
         it cannot be.
+      publish: ``(params) -> Published``, parameters like its own as its family reads them again, of the whole model
+        where it was cut; ``None``: they have no other names than here.
     """
 
     name: str
@@ -68,6 +77,7 @@ class Backbone(NamedTuple):
     facts: Mapping[str, str] = MappingProxyType({})
     depth: int = 0
     cut: Callable[[int], tuple[Stem, Backbone]] | None = None
+    publish: Callable[[Params], Published] | None = None
 
     def patterns(self, targets: Sequence[str]) -> tuple[str, ...]:
         """Regular expressions of kernels, for names of this model's sets or expressions of one's own.

@@ -151,3 +151,9 @@ def split_blocks(model: Any, params: Any, top: int) -> tuple[tuple[Any, Any], tu
     rest = {name: params[name] for name in ("norm", "head")} | {"blocks": last}
     stem = {name: x for name, x in params.items() if name not in rest} | {"blocks": first}
     return (model.clone(depth=model.depth - top, part="stem"), stem), (model.clone(depth=top, part="top"), rest)
+
+
+def join_blocks(stem: Any, rest: Any) -> Any:
+    """The parameters of the whole model, of those of its two parts; the inverse of ``split_blocks``."""
+    blocks = jax.tree.map(lambda *parts: jnp.concatenate(parts), stem["blocks"], rest["blocks"])
+    return {**stem, **rest, "blocks": blocks}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ from jax import Array
 
 from fedlora_jax.lora import Adapter, Params, flatten, variables
 from models import facts, files, huggingface, timm
-from models.backbone import Backbone, Stem
-from models.parts import split_blocks
+from models.backbone import Backbone, Published, Stem
+from models.parts import join_blocks, split_blocks
 from models.vit import TARGETS, ViT, normalise
 
 
@@ -38,6 +38,12 @@ class Pretrained(NamedTuple):
         values |= {fact: getattr(self.model, fact) for fact in ("heads", "epsilon") if hasattr(self.model, fact)}
         said = {fact: f"{facts.shown(value)} ({self.origins.get(fact, 'given')})" for fact, value in values.items()}
         return {**said, "head": self.origins.get("head", "given")}
+
+    def said(self) -> dict[str, Any]:
+        """What a weight file says beside its arrays, so that nothing of it is guessed (``models.facts``)."""
+        own = {"heads": "heads", "epsilon": "ln_eps"}
+        told = {name: getattr(self.model, fact) for fact, name in own.items() if hasattr(self.model, fact)}
+        return {"mean": self.mean.tolist(), "std": self.std.tolist(), **told}
 
 
 def load_vit(
@@ -101,14 +107,23 @@ def vit_backbone(
 ) -> Backbone:
     """The ``Backbone`` of a file; arguments and errors as for ``load_vit``."""
     given = {"epsilon": epsilon, "mean": mean, "std": std, "keep_head": keep_head}
-    return backbone(load_vit(weights, classes, image_size, heads, **given))
+    return backbone(load_vit(weights, classes, image_size, heads, **given), TARGETS, to_timm)
 
 
-def backbone(pretrained: Pretrained, targets: Mapping[str, Sequence[str]] = TARGETS) -> Backbone:
+def backbone(
+    pretrained: Pretrained,
+    targets: Mapping[str, Sequence[str]] = TARGETS,
+    names: Callable[[Params], dict[str, np.ndarray]] | None = None,
+) -> Backbone:
     """A model with its parameters and its sets of kernels, as experiments see it.
 
     In training the blocks are unrolled, which is faster to differentiate, and only that: a loop over blocks compiles
     faster.
+
+    Args:
+      pretrained: the model.
+      targets: sets of kernels by name.
+      names: ``(params) -> arrays`` of the whole model under published names, in their layouts.
     """
     model, mean, std = pretrained.model, pretrained.mean, pretrained.std
     forms = {training: model.clone(unroll=training) for training in (True, False)}
@@ -121,9 +136,11 @@ def backbone(pretrained: Pretrained, targets: Mapping[str, Sequence[str]] = TARG
     def cut(blocks: int) -> tuple[Stem, Backbone]:
         (first, before), (last, rest) = split_blocks(model, pretrained.params, blocks)
         tokens = lambda params, x: first.apply({"params": params}, normalise(x, mean, std))[0]  # type: ignore[index]
-        return Stem(before, tokens), backbone(pretrained._replace(model=last, params=rest), targets)
+        whole = names and (lambda params: names(join_blocks(before, params)))  # type: ignore[misc]
+        return Stem(before, tokens), backbone(pretrained._replace(model=last, params=rest), targets, whole)
 
-    return Backbone(pretrained.name, pretrained.params, apply, targets, pretrained.facts(), model.depth, cut)
+    publish = names and (lambda params: Published(names(params), pretrained.said()))
+    return Backbone(pretrained.name, pretrained.params, apply, targets, pretrained.facts(), model.depth, cut, publish)
 
 
 def to_timm(params: dict[str, Any]) -> dict[str, np.ndarray]:

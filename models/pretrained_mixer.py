@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedlora_jax.lora import Params
 from models import facts, files, tables
 from models.backbone import Backbone
 from models.mixer import TARGETS, Mixer
@@ -67,7 +68,7 @@ def load_mixer(
         head to keep; the images have another size.
     """
     source, path = Path(path), files.located(path)
-    table = ORIGINAL if any(name.startswith("MixerBlock_") for name in files.names_in(path)) else TIMM
+    table = _table(path)
     wanted = lambda found: tables.check_names(path, table, found, "an MLP-Mixer")
     arrays, inside = files.read(path, wanted, lambda arrays: _check_shapes(path, table, arrays))
     params = tables.read_params(table, arrays)
@@ -94,7 +95,17 @@ def mixer_backbone(
 ) -> Backbone:
     """The ``Backbone`` of a file; arguments and errors as for ``load_mixer``."""
     given = {"epsilon": epsilon, "mean": mean, "std": std, "keep_head": keep_head}
-    return backbone(load_mixer(weights, classes, image_size, **given), TARGETS)
+    mixer, table = load_mixer(weights, classes, image_size, **given), _table(files.located(Path(weights)))
+
+    def names(params: Params) -> dict[str, np.ndarray]:
+        arrays = tables.write_params(table, params, mixer.model.patch)
+        return {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
+
+    return backbone(mixer, TARGETS, names)
+
+
+def _table(path: Path) -> Table:
+    return ORIGINAL if any(name.startswith("MixerBlock_") for name in files.names_in(path)) else TIMM
 
 
 def _model(table: Table, arrays: dict[str, np.ndarray]) -> tuple[Mixer, int]:

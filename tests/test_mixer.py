@@ -16,7 +16,7 @@ from fedlora_jax.lora import flatten
 from models import tables
 from models.mixer import Mixer, mixer
 from models.parts import split_blocks
-from models.pretrained_mixer import ORIGINAL, TIMM, load_mixer
+from models.pretrained_mixer import ORIGINAL, TIMM, load_mixer, mixer_backbone
 
 SIDE, PATCH, CLASSES = 16, 4, 3
 MODEL = Mixer(CLASSES, PATCH, width=12, depth=3, tokens_width=10, channels_width=20)
@@ -152,3 +152,21 @@ def test_it_is_federated_like_any_other_model(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     said = refused(["run", "--method", "fedit", *options[:-1], "no", "--model", "vit"], capsys, monkeypatch)
     assert "not a ViT with timm names" in said
+
+
+@pytest.mark.parametrize("table", [TIMM, ORIGINAL], ids=["timm", "original"])
+@pytest.mark.parametrize("last", [3, 2])
+def test_a_mixer_goes_out_as_it_came(table, last, tmp_path):
+    """Cut or not, under the names of its file."""
+    path = save(tmp_path / "mixer.npz", {**written(table), "meta": json.dumps(FACTS)})
+    whole = mixer_backbone(path)
+    top = whole if last == whole.depth else whole.cut(last)[1]
+    published = top.publish(top.params)
+    assert published.arrays.keys() == written(table).keys()
+    for name, x in written(table).items():
+        np.testing.assert_array_equal(published.arrays[name], x)
+    assert published.said == {
+        "mean": pytest.approx(FACTS["mean"]),
+        "std": pytest.approx(FACTS["std"]),
+        "ln_eps": FACTS["epsilon"],
+    }

@@ -18,6 +18,7 @@ from experiments.engine.trial import Trial
 from experiments.results import checkpoints, record, report, summary
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.folder import CONFIG, digest, file_name, say, write_json
+from experiments.setup.problem import Problem
 
 GROWS = ("methods", "seeds", "rounds")  # what a run may have more of when it goes on
 
@@ -81,11 +82,9 @@ class Plan:
 
     def _parts(self, trial: Trial, folder: Path, rows: list[dict[str, Any]]) -> list[Part]:
         """A method by the seeds that began together, and how far they are; a line where something is damaged."""
-        path, parts = folder / "checkpoints" / file_name(trial.name), []
-        for span in checkpoints.spans(path, len(self.config.seeds)):
+        parts = []
+        for span, store in stores(self.config, self.problem, folder, trial.name).items():
             own = trial.of_seeds(*span)
-            about = {"run": self._identity(), "method": own.name, "seeds": own.config.seeds}
-            store = Checkpoints(path / "{}-{}".format(*span), about)
             whole, wrong = store.whole()
             complete = record.complete(rows, own.name, own.config.seeds)
             wrong += [f"rows after round {complete} are damaged or missing"] * (complete < max(whole, default=0))
@@ -97,11 +96,6 @@ class Plan:
                 say(f"{own.name} {then}: {'; '.join(wrong[:3])}")
             parts.append(Part(own, store, whole))
         return parts
-
-    def _identity(self) -> str:
-        """Of all that a checkpoint depends on besides its method, seeds and rounds."""
-        config = {key: x for key, x in self.config.deciding(RESULTS).items() if key not in GROWS}
-        return digest(json.dumps([config, {**self.problem.record, "partition_hash": None}]).encode())
 
     def _refuse_stages_of_other_rounds(self) -> None:
         before, now = self.folder.held("config"), self.config.rounds
@@ -150,6 +144,18 @@ class Plan:
         print(f"\n{summary.table(result)}\n\n{summary.meaning(result['config'])}")
         print(f"\nreport: {path}")
         return path
+
+
+def stores(config: Config, problem: Problem, folder: Path, method: str) -> dict[tuple[int, int], Checkpoints]:
+    """The checkpoints of a method, by the seeds that began together: the first, and the one after the last."""
+    deciding = {key: x for key, x in config.deciding(RESULTS).items() if key not in GROWS}
+    # of all that a checkpoint depends on besides its method, seeds and rounds
+    identity = digest(json.dumps([deciding, {**problem.record, "partition_hash": None}]).encode())
+    path, found = folder / "checkpoints" / file_name(method), {}
+    for start, stop in checkpoints.spans(path, len(config.seeds)):
+        about = {"run": identity, "method": method, "seeds": config.seeds[start:stop]}
+        found[start, stop] = Checkpoints(path / f"{start}-{stop}", about)
+    return found
 
 
 def _timings(parts: list[Part], name: str) -> dict[str, float | None]:

@@ -25,7 +25,9 @@ from typing import Any, TextIO
 from urllib.parse import quote
 
 CONFIG, LOCK = "config.json", ".lock"
-BESIDE = re.compile(r"\.[^.].*\.(json|jsonl|png|html|npz)\.\d+")  # what ``write_atomically`` leaves when killed
+BESIDE = re.compile(
+    r"\.[^.].*\.(json|jsonl|png|html|npz|safetensors)\.\d+"
+)  # what ``write_atomically`` leaves when killed
 
 
 def write_atomically(path: Path, content: bytes) -> None:

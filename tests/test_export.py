@@ -1,0 +1,193 @@
+"""What leaves a run computes what was evaluated in it: read by the door for weights alone, in another program."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from input_helpers import change, refused
+
+from experiments.cli import parse
+from experiments.commands.compare import Plan
+from experiments.commands.export import Plan as Export
+from experiments.commands.export import restored
+from experiments.engine import chunking, evaluation
+from experiments.setup.backbone import NANO, cut
+from experiments.setup.problem import make_optimizer
+from fedlora_jax import lora, rounds
+from fedlora_jax.lora import LoRA
+from fedlora_jax.method import average_client
+from models.backbone import NO_ADAPTER
+from models.families import find
+from models.pretrained import vit_backbone
+
+CLIENTS, UNSEEN, ROUNDS, SEED = 4, 1, 3, 1
+OPTIONS = f"--clients {CLIENTS} --holdout-clients {UNSEEN} --minimum 2 --rounds {ROUNDS} --eval-every {ROUNDS}".split()
+OPTIONS += "--seeds 2 --local-steps 2 --batch 4 --data data.npz --out run".split()
+QUICK = ("ditto",)  # a second model that each client keeps
+SLOW = (
+    "fedex_lora",  # a residual in the base
+    "fedit+signature_bias",  # a bias made for each client
+    "flora",  # a base with everything merged
+    "hilora:root=0.3:cluster=0.3:tau=0",  # three tiers, one a round
+    "hyperlora",  # each client's start is generated
+    "fed_sb",  # factors of its own
+)
+
+
+def run_of(methods, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        change()(folder / "data.npz")
+        Plan(*parse(["compare", "--methods", ",".join(methods), *OPTIONS])).execute()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return run_of(QUICK, tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    return run_of(SLOW, tmp_path_factory.mktemp("slow"))
+
+
+def export(out, *options):
+    plan = Export(parse(["export", "run", "--out", str(out), "--seed", str(SEED), *options])[1])
+    plan.execute()
+    return plan
+
+
+def evaluated(plan, name, x):
+    """Logits of the global model and of every client's on images, as the library evaluates the run's state."""
+    config, problem, n = plan.config, plan.problem, plan.config.clients
+    method, seed, run = restored(config, problem, name, SEED)
+    chunk = chunking.choose(config, problem)[0]
+    serving = evaluation.make_serving(config, problem, method, make_optimizer(config), chunk)
+    score = jax.jit(rounds.make_evaluate(method, lambda base, adapter, x: problem.backbone.apply(base, adapter, x)[0]))
+
+    def logits(cohort):
+        shown = jnp.broadcast_to(x, (len(cohort.ids), *x.shape))
+        return score(problem.base, run.state, cohort, shown, seed.key).before
+
+    nobody = average_client(seed.clients.training(n).cohort(jnp.arange(n), run.memory))
+    memory = jax.jit(serving.onboard)(problem.arrays(), seed, run)
+    everyone = seed.clients.population.cohort(jnp.arange(n + UNSEEN), memory)
+    rows = {f"client-{i}": row for i, row in enumerate(logits(everyone))}
+    return {"global": logits(nobody)[0], **rows}, seed.clients
+
+
+def holds_what_was_evaluated(name, out):
+    """Logits are the evaluation's, and right answers as many as the run's own rows say."""
+    plan = export(out, "--method", name, "--model", "all")
+    (x, y), classes = plan.problem.test[:2], plan.problem.images.classes
+    expected, clients = evaluated(plan, name, x)
+    assert {path.stem for path in out.iterdir()} == expected.keys()
+    right = {}
+    for key in expected:
+        path = out / f"{key}.safetensors"
+        read = find(None, path)(path, classes, x.shape[1])
+        assert read.facts["head"] == "kept, for these classes"
+        assert "guess" not in str(read.facts)
+        logits = read.apply(read.params, NO_ADAPTER, x)[0]
+        np.testing.assert_allclose(logits, expected[key], atol=2e-5)
+        right[key] = np.asarray(logits.argmax(-1) == y)
+    frozen = plan.problem.backbone.apply(plan.problem.base, NO_ADAPTER, x)[0]
+    assert np.abs(expected["global"] - frozen).max() > 1e-3
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    (last,) = (row for row in rows if (row["method"], row["seed"], row["round"]) == (name, SEED, ROUNDS))
+    assert right["global"].mean() == pytest.approx(last["pooled_accuracy"])
+    own = [right[f"client-{i}"][clients.test_rows[i, : clients.test_counts[i]]].mean() for i in range(CLIENTS + UNSEEN)]
+    assert own[:CLIENTS] == pytest.approx(last["client_accuracies"])
+    assert own[CLIENTS] == pytest.approx(last["unseen_accuracy"])
+
+
+def test_weights_compute_what_was_evaluated(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(quick)
+    holds_what_was_evaluated("ditto", tmp_path / "out")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SLOW)
+def test_weights_compute_what_was_evaluated_whatever_the_server_holds(name, slow, tmp_path, monkeypatch):
+    monkeypatch.chdir(slow)
+    holds_what_was_evaluated(name, tmp_path / "out")
+
+
+def test_an_adapter_is_its_arrays(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(quick)
+    plan = export(tmp_path / "out", "--method", "ditto", "--model", "client:2", "--to", "npz")
+    with np.load(tmp_path / "out" / "client-2.npz") as file:
+        arrays = dict(file)
+    meta = json.loads(arrays.pop("meta").item())
+    assert meta["weights_hash"] == plan.problem.record["weights_hash"]
+    factors = {name: (arrays.pop(f"{name}/a"), arrays.pop(f"{name}/b")) for name in meta["scale"]}
+    assert arrays.keys() == {"head/kernel", "head/bias"}
+    assert {name: a.shape[-1] for name, (a, _) in factors.items()} == meta["rank"]
+    low_rank = {name: LoRA(jnp.asarray(a), jnp.asarray(b), meta["scale"][name]) for name, (a, b) in factors.items()}
+    x = plan.problem.test[0]
+    logits = plan.problem.backbone.apply(plan.problem.base, lora.unflatten({**arrays, **low_rank}), x)[0]
+    np.testing.assert_allclose(logits, evaluated(plan, "ditto", x)[0]["client-2"], atol=1e-5)
+
+
+@pytest.mark.long
+def test_what_is_more_than_an_adapter_is_written_merged(slow, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(slow)
+    export(tmp_path / "out", "--method", "fedex_lora", "--to", "npz")
+    assert "global of fedex_lora is more than an adapter" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["global.safetensors"]
+
+
+@pytest.mark.parametrize("last", [None, 1])
+def test_a_vit_goes_out_as_it_came(last):
+    """Cut or not, every array of the file is there again, and nothing else."""
+    whole = vit_backbone(NANO)
+    stem, top = cut(whole, last)
+    assert (stem is None) == (last is None)
+    published = top.publish(top.params)
+    with np.load(NANO) as file:
+        assert published.arrays.keys() == set(file) - {"meta"}
+        for name, x in published.arrays.items():
+            np.testing.assert_array_equal(x, np.float32(file[name]))
+        meta = json.loads(file["meta"].item())
+    assert published.said == {key: meta[key] for key in ("mean", "std", "heads", "ln_eps")}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("nowhere", "no run in nowhere: expected a folder that compare or run has written"),
+        ("run --method fedit", "is a run of ditto: got --method fedit"),
+        ("run --method ditto --seed 7", "the run has the seeds 0,1: got --seed 7"),
+        ("run --method ditto --model client:5", "--model must be global, all or client:ID with ID from 0 to 4"),
+        ("run --method ditto --model mine", "client:ID with ID from 0 to 4; got mine"),
+        ("run --method ditto --to onnx", "--to must be one of merged, npz; got onnx"),
+        ("run --method ditto --out run", "run exists and is not empty: use another --out"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(options, said, quick, capsys, monkeypatch):
+    monkeypatch.chdir(quick)
+    assert said in refused(["export", *options.split()], capsys, monkeypatch)
+    assert not (quick / "runs").exists()
+
+
+def test_other_data_and_missing_rounds_are_refused(quick, capsys, monkeypatch):
+    monkeypatch.chdir(quick)
+    data, original = Path("data.npz"), Path("data.npz").read_bytes()
+    last = Path("run/checkpoints/ditto/0-2") / str(ROUNDS)
+    try:
+        change(y=np.arange(96)[::-1] % 3)(data)
+        said = refused(["export", "run", "--method", "ditto"], capsys, monkeypatch)
+        assert "cannot export what was computed with other data, weights or code" in said
+        assert "data_hash was" in said
+        data.write_bytes(original)
+        last.rename("away")
+        said = refused(["export", "run", "--method", "ditto"], capsys, monkeypatch)
+        assert f"ditto is not finished on seed 0: it has no whole checkpoint of {ROUNDS}; go on with --out run" in said
+    finally:
+        data.write_bytes(original)
+        if Path("away").exists():
+            Path("away").rename(last)
