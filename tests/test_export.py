@@ -29,11 +29,8 @@ OPTIONS += "--seeds 2 --local-steps 2 --batch 4 --data data.npz --out run".split
 QUICK = ("ditto",)  # a second model that each client keeps
 SLOW = (
     "fedex_lora",  # a residual in the base
-    "fedit+signature_bias",  # a bias made for each client
     "flora",  # a base with everything merged
     "hilora:root=0.3:cluster=0.3:tau=0",  # three tiers, one a round
-    "hyperlora",  # each client's start is generated
-    "fed_sb",  # factors of its own
 )
 
 
