@@ -104,7 +104,6 @@ def checked(made: Any, origin: str) -> Backbone:
         raise ValueError(
             f"{origin} returned {type(made).__name__}: expected models.backbone.Backbone(name, params, apply)"
         )
-
     if not isinstance(made.targets, Mapping) or any(
         isinstance(x, str) or not all(isinstance(pattern, str) for pattern in x) for x in made.targets.values()
     ):

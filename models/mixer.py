@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.lora import Dense
-from models.parts import LayerNorm, Mlp, patches, switched
+from models.parts import LayerNorm, Mlp, patches, stacked, switched
 
 SIZES = {  # width, depth, width of the token MLPs, of the channel MLPs: table 1; nano is ours
     "nano": (64, 4, 32, 128),
@@ -77,14 +77,8 @@ class Mixer(nn.Module):
         x = images
         if self.part != "top":
             x = Dense(self.width, name="embed")(patches(images.astype(self.dtype), self.patch))
-        blocks = nn.scan(
-            lambda block, x, _: (block(x), None),
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            length=self.depth,
-            unroll=self.depth if self.unroll else 1,
-        )
-        x, _ = blocks(Block(self.tokens_width, self.channels_width, self.epsilon, name="blocks"), x, None)
+        block = Block(self.tokens_width, self.channels_width, self.epsilon, name="blocks")
+        x = stacked(block, x, self.depth, self.unroll)
         if self.part == "stem":
             return x, {}
         features = LayerNorm(self.epsilon, name="norm")(x).mean(-2).astype(jnp.float32)

@@ -119,6 +119,18 @@ def switched(block: nn.Module, x: Array, h: Array) -> Array:
     return x + block.get_variable("lora", "gate").astype(x.dtype) * (h - x)
 
 
+def stacked(block: nn.Module, x: Array, depth: int, unroll: bool) -> Array:
+    """``depth`` blocks after one another, all of whose parameters (and adapters) are one stack; a loop, or unrolled."""
+    blocks = nn.scan(
+        lambda block, x, _: (block(x), None),
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True},
+        length=depth,
+        unroll=depth if unroll else 1,
+    )
+    return blocks(block, x, None)[0]
+
+
 def patches(images: Array, p: int) -> Array:
     """``[.., height, width, channels] -> [.., patches, p * p * channels]``, each row by row.
 

@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fedlora_jax.lora import Dense
-from models.parts import LayerNorm, Mlp, attend, patches, switched
+from models.parts import LayerNorm, Mlp, attend, patches, stacked, switched
 
 # variant: (width, depth, heads, mlp width)
 SIZES = {
@@ -101,14 +101,7 @@ class ViT(nn.Module):
     def __call__(self, images: Array) -> tuple[Array, dict[str, Array]]:
         x = images if self.part == "top" else self._embedded(images)
         body = nn.remat(Block, prevent_cse=self.unroll) if self.remat else Block
-        blocks = nn.scan(
-            lambda block, x, _: (block(x), None),
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            length=self.depth,
-            unroll=self.depth if self.unroll else 1,
-        )
-        x, _ = blocks(body(self.heads, self.mlp_width, self.epsilon, name="blocks"), x, None)
+        x = stacked(body(self.heads, self.mlp_width, self.epsilon, name="blocks"), x, self.depth, self.unroll)
         if self.part == "stem":
             return x, {}
         x = LayerNorm(self.epsilon, name="norm")(x)

@@ -200,7 +200,7 @@ def test_the_middle_of_a_wide_image_is_kept(tmp_path):
 
 
 def test_odd_images_are_read_as_a_viewer_shows_them(tmp_path):
-    """A class that is a link, a photo that was held upright, a folder val beside test."""
+    """A class that is a link, a link back up, a photo that was held upright, a folder val beside test."""
     colours = np.zeros((4, 4, 3), np.uint8)
     colours[0] = 255
     turned = Image.Exif()
@@ -212,6 +212,7 @@ def test_odd_images_are_read_as_a_viewer_shows_them(tmp_path):
         Image.fromarray(colours).save(tmp_path / split / "b" / "1.png")
     (tmp_path / "train" / "c").symlink_to(tmp_path / "train" / "a")
     (tmp_path / "test" / "c").symlink_to(tmp_path / "test" / "a")
+    (tmp_path / "train" / "a" / "up").symlink_to(tmp_path / "train")
     images = data.load(str(tmp_path))
     assert images.classes == ("a", "b", "c")
     assert images.test.tolist() == [True] * 3 + [False] * 3  # val is neither

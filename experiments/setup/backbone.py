@@ -47,7 +47,8 @@ def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     known = {"classes": classes, "image_size": side} | optional
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        made = user_code.call(chosen, function, known) if own else _of_family(function, known)
+        given = {name: value for name, value in known.items() if name in asked}
+        made = user_code.call(chosen, function, known) if own else function(**given)
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     backbone = checked(made, chosen)
@@ -57,10 +58,6 @@ def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         facts = "; ".join(f"{fact} {value}" for fact, value in backbone.facts.items())
         print(f"weights {backbone.name}: {facts}", file=sys.stderr)
     return backbone
-
-
-def _of_family(function: Callable[..., Backbone], known: dict[str, Any]) -> Backbone:
-    return function(**{name: value for name, value in known.items() if name in inspect.signature(function).parameters})
 
 
 def cut(backbone: Backbone, last: int | None) -> tuple[Stem | None, Backbone]:
@@ -76,7 +73,7 @@ def refuse_too_large(backbone: Backbone, classes: int, count: int, side: int) ->
     """Refuse a model that does not fit the data, or whose largest array, of ``count`` images, memory cannot hold."""
     image = image_of(side)
     batch = jax.ShapeDtypeStruct((min(FORWARD, count), *image.shape), image.dtype)
-    apply = lambda params, x: backbone.apply(params, NO_ADAPTER, x, training=True)
+    apply = lambda params, x: backbone.apply(params, NO_ADAPTER, x, training=False)
     try:
         logits, features = jax.eval_shape(apply, backbone.params, batch)
     except (TypeError, KeyError, AttributeError) as error:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,7 @@ def read(source: str, side: int | None) -> dict[str, np.ndarray]:
       ValueError: no images, folders of different depth, a file that is no image, or several sizes and no side.
     """
     root = Path(source)
-    found = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    paths = sorted(p for p in found if p.suffix.lower() in SUFFIXES and _is_shown(p.relative_to(root)))
+    paths = sorted(p for p in _files(root) if p.suffix.lower() in SUFFIXES and _is_shown(p.relative_to(root)))
     if not paths:
         raise ValueError(f"{source} holds no images ({', '.join(SUFFIXES)}): expected FOLDER/CLASS/IMAGE")
     places = [path.relative_to(root).parts[:-1] for path in paths]
@@ -53,6 +53,14 @@ def read(source: str, side: int | None) -> dict[str, np.ndarray]:
     if depths == {2}:
         arrays["domains"], arrays["domain"] = np.unique([place[0] for place in named], return_inverse=True)
     return arrays
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """All files below, also behind links; not those of a link that leads back up, which would have no end."""
+    for folder, folders, names in os.walk(root, followlinks=True):
+        here = Path(folder).resolve()
+        folders[:] = [name for name in folders if not here.is_relative_to(Path(folder, name).resolve())]
+        yield from (Path(folder, name) for name in names)
 
 
 def _is_shown(path: Path) -> bool:
