@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 
 import fedlora_jax
 from experiments.bench import options as bench
-from experiments.config import MANY, SPEED, Config, Export
+from experiments.config import MANY, SPEED, Config, Export, Models
 from experiments.results.folder import asked, program
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
 
-OWN = {"bench": bench.Options, "export": Export}  # commands with options of their own
+OWN = {"bench": bench.Options, "export": Export, "models": Models}  # commands with options of their own
 LONGEST = 1200  # letters of an error
 
 
@@ -36,7 +36,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.Options | Export]:
+def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.Options | Export | Models]:
     """The command and its options."""
     parser = _Parser(
         prog=" ".join(program()),
@@ -59,10 +59,13 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
         ("meta", "learn a method's theta by differentiating through whole rounds, for --theta of other runs"),
     ):
         add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
-    _add_export(commands)
+    text = "what a finished run has learned, as weights or as an adapter"
+    _add_own(commands, "export", text, Export, "run")
     _add_benches(commands)
     text = "tables of methods and wrappers: paper, what is trained, sent and kept, sizes, tests"
     add_options(commands.add_parser("methods", help=text, description=text, allow_abbrev=False), "methods")
+    text = "families of models, their sizes and what an adapter of them holds; or what a weight file is"
+    _add_own(commands, "models", text, Models, "file")
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
     if nothing := [name for name, value in given.items() if value == []]:  # what argparse makes of --data=--
@@ -115,13 +118,14 @@ _LEFT_OUT = {
 }
 
 
-def _add_export(commands: Any) -> None:
-    text = "what a finished run has learned, as weights or as an adapter"
-    parser = commands.add_parser("export", help=text, description=text, allow_abbrev=False)
-    hints = typing.get_type_hints(Export)
-    for field in dataclasses.fields(Export):
-        if field.name == "run":
-            parser.add_argument("run", metavar="RUN", help=field.metadata["help"])
+def _add_own(commands: Any, command: str, text: str, options: type, what: str) -> None:
+    """A command with options of its own, of which one is positional; it may be left out where it has a default."""
+    parser = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if field.name == what:
+            optional = {"nargs": "?"} if field.default is None else {}
+            parser.add_argument(what, metavar=what.upper(), help=field.metadata["help"], **optional)
         else:
             _add_option(parser, field, hints[field.name], field.default)
 

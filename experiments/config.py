@@ -244,6 +244,19 @@ class Export:
     out: str | None = option(None, "folder to write (default: runs/ and the time)", decides=RECORD)
 
 
+@dataclass(frozen=True)
+class Models:
+    """What there is to be adapted: all families of models, or one model."""
+
+    file: str | None = option(None, "a weight file, or a folder of Hugging Face: what it is (default: all families)")
+    model: str | None = option(None, "the family, or FILE.py:FUNCTION of your own (default: as the names in FILE tell)")
+    image_size: int | None = option(None, "side of the images to come (default: as the weights have it)", "[1, 16384]")
+    targets: tuple[str, ...] = option(
+        (), "sets of kernels or regular expressions, comma-separated, as in compare (default: all sets)", empty=True
+    )
+    rank: int = option(4, "rank of the adapters", "[1, 100000]")
+
+
 def check(config: Config) -> None:
     """Refuse what can be seen to be wrong without looking at data or weights."""
     check_fields(config)

@@ -62,6 +62,11 @@ def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any
 
             text = list_methods.table(options)
             return None, lambda: print(text)
+        case "models":
+            from experiments.commands import list_models
+
+            listing = list_models.table(options)
+            return None, lambda: print(listing)
         case "export":
             from experiments.commands import export
 

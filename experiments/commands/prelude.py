@@ -11,9 +11,10 @@ from experiments.config import RESULTS, SPEED, Config, check
 from experiments.engine import methods
 from experiments.engine.chunking import mesh_of
 from experiments.engine.facts import acceptable, describe
-from experiments.results.folder import Folder
+from experiments.results.folder import Folder, say
 from experiments.setup import problem
 from experiments.setup.problem import Problem
+from fedlora_jax import lora
 from models.backbone import Backbone
 
 FILES = "method_files"  # in the record: the content of files that methods are from
@@ -42,7 +43,22 @@ def opened(command: str, config: Config, grows: Iterable[str] = (), free: Collec
 
 def built(config: Config, backbone: Backbone | None = None) -> Problem:
     """The problem, if the methods accept it."""
-    return problem.build(config, partial(acceptable, config), backbone)
+    made = problem.build(config, partial(acceptable, config), backbone)
+    if config.targets != Config().targets:
+        for line in found(config, made):
+            say(line)
+    return made
+
+
+def found(config: Config, problem: Problem) -> list[str]:
+    """What each of ``--targets`` finds, a line for each."""
+    adapters, said = lora.flatten(problem.adapters), []
+    for target in config.targets:
+        names = lora.adapted(problem.base, problem.backbone.patterns((target,)))
+        sizes = {name: adapters[name].a.size + adapters[name].b.size for name in names if name in adapters}
+        count = sum(sizes.values()) // len(config.seeds)
+        said.append(f"--targets {target}: {', '.join(sizes)}, {count:,} parameters at rank {max(config.rank)}")
+    return said
 
 
 def about(command: str, config: Config, problem: Problem) -> dict[str, Any]:

@@ -19,10 +19,13 @@ from experiments.setup import memory, user_code
 from fedlora_jax.lora import Params
 from models import families
 from models.backbone import NO_ADAPTER, Backbone, Stem, checked
+from models.families import FAMILIES
 
 FORWARD = 256  # images that a frozen model sees at once
 KEPT = 0.25  # of the memory there is, at most, for what the stem makes of all images
 NANO = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
+BUILT_IN_NAME = "nano"
+BUILT_IN = {"vit": NANO}  # by family
 
 
 def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
@@ -31,8 +34,30 @@ def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     Raises:
       ValueError: the weights cannot be read, or an own function does not return a backbone.
     """
-    built_in, own = config.weights == "nano", user_code.is_own(config.model or "")
-    weights = NANO if built_in else config.weights
+    backbone = read(config, classes, side)
+    if config.weights != BUILT_IN_NAME and not user_code.is_own(config.model or ""):
+        facts = "; ".join(f"{fact} {value}" for fact, value in backbone.facts.items())
+        print(f"weights {backbone.name}: {facts}", file=sys.stderr)
+    return backbone
+
+
+def weights_of(config: Config) -> str | Path:
+    """The weight file, which of a family can be built in.
+
+    Raises:
+      ValueError: none is built in for it.
+    """
+    if config.weights != BUILT_IN_NAME or user_code.is_own(config.model or ""):
+        return config.weights
+    if config.model in FAMILIES and config.model not in BUILT_IN:
+        raise ValueError(f"no weights are built in for --model {config.model}: give --weights")
+    return BUILT_IN.get(config.model or "vit", NANO)
+
+
+def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
+    """As ``load``, which also says what is used; here stderr has warnings alone."""
+    built_in, own = config.weights == BUILT_IN_NAME, user_code.is_own(config.model or "")
+    weights = weights_of(config)
     chosen = config.model or str(weights)
     if own:
         function, digest = user_code.load(chosen, "a model")
@@ -54,9 +79,6 @@ def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     backbone = checked(made, chosen)
     if own:
         return backbone._replace(facts={**backbone.facts, "model": f"{config.model} ({digest})"})
-    if not built_in:
-        facts = "; ".join(f"{fact} {value}" for fact, value in backbone.facts.items())
-        print(f"weights {backbone.name}: {facts}", file=sys.stderr)
     return backbone
 
 
