@@ -70,7 +70,10 @@ class Config:
         "the family of the weights, vit or mixer (default: as their names tell); or FILE.py:FUNCTION of your own that "
         "returns a models.backbone.Backbone",
     )
-    weights: str = option("nano", "'nano' (built in), a .npz or .safetensors file, or a folder of Hugging Face")
+    weights: str = option(
+        "nano",
+        "'nano' (built in: a vit, with --model mixer a mixer), a .npz or .safetensors file, or a Hugging Face folder",
+    )
     mean: tuple[float, ...] | None = option(
         None,
         "mean of the images that the weights were trained on, per channel, of x / 255 (default: as the weight file or "

@@ -25,7 +25,7 @@ FORWARD = 256  # images that a frozen model sees at once
 KEPT = 0.25  # of the memory there is, at most, for what the stem makes of all images
 NANO = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
 BUILT_IN_NAME = "nano"
-BUILT_IN = {"vit": NANO}  # by family
+BUILT_IN = {"vit": NANO, "mixer": NANO.with_name("nano_mixer.npz")}  # by family; made by ``setup.pretrain``
 
 
 def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:

@@ -1,10 +1,10 @@
-"""Make ``experiments/data/nano_glyphs.npz``: a nano ViT that can read printed digits, and has seen no handwriting.
+"""Make the built-in weights: a nano ViT and a nano MLP-Mixer that can read printed digits and have seen no handwriting.
 
-``python -m experiments.setup.pretrain [--out PATH]`` takes about four minutes on two CPU cores. The fonts are those
-that matplotlib ships (DejaVu: Bitstream Vera licence; STIX: STIX Font Licence; cm*: BaKoMa Fonts Licence); every
-training image is drawn inside the jitted program from a glyph's signed distance field, in which stroke weight is an
-offset. Letters are learnt along with the digits, half of the images, and their outputs dropped in the end: features
-tune better so.
+``python -m experiments.setup.pretrain [--model NAME] [--out FOLDER]`` takes about four minutes for each on two CPU
+cores, and writes ``nano_glyphs.npz`` (ViT) and ``nano_mixer.npz``. The fonts are those that matplotlib ships (DejaVu:
+Bitstream Vera licence; STIX: STIX Font Licence; cm*: BaKoMa Fonts Licence); every training image is drawn inside the
+jitted program from a glyph's signed distance field, in which stroke weight is an offset. Letters are learnt along with
+the digits, half of the images, and their outputs dropped in the end: features tune better so.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +29,15 @@ from matplotlib.ft2font import FT2Font
 from scipy import ndimage
 from tqdm import tqdm
 
+from experiments.setup.backbone import BUILT_IN
 from experiments.setup.digits import SIDE, digits
+from models import tables
+from models.mixer import mixer
 from models.pretrained import to_timm
+from models.pretrained_mixer import TIMM
 from models.vit import normalise, vit
 
-OUT = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
+PATCH = 4
 HELD_OUT = ("DejaVuSerif-BoldItalic", "STIXGeneralBol", "cmss10")
 # Fonts of matplotlib without digits, or (cmex, cmsy, LastResort) with other signs in their places.
 NO_DIGITS = ("cmex", "cmsy", "LastResort", "STIXNonUni", "STIXSiz", "DejaVuSansDisplay", "DejaVuSerifDisplay")
@@ -49,17 +54,41 @@ STEPS, BATCH, PEAK, DECAY = 6000, 64, 1e-2, 0.1
 SCAN = 200  # steps in one call of the compiled program
 
 
+class Nano(NamedTuple):
+    """A model that is made small and in here.
+
+    Attributes:
+      make: ``(classes) -> module`` of flax.
+      names: ``(params) -> arrays`` under timm's names.
+    """
+
+    make: Callable[[int], Any]
+    names: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+MODELS = {
+    "vit": Nano(lambda classes: vit(f"nano/{PATCH}", classes), to_timm),
+    "mixer": Nano(
+        lambda classes: mixer(f"nano/{PATCH}", classes), lambda params: tables.write_params(TIMM, params, PATCH)
+    ),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.setup.pretrain", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--out", type=Path, default=OUT, help="file to write (default: %(default)s)")
+    parser.add_argument("--model", choices=MODELS, help="which (default: all)")
+    parser.add_argument(
+        "--out", type=Path, default=BUILT_IN["vit"].parent, help="folder to write (default: %(default)s)"
+    )
     options = parser.parse_args()
     train, held_out = fields()
-    params = pretrain(train)
-    save(options.out, params)
-    print(f"wrote {options.out} ({options.out.stat().st_size / 2**20:.2f} MB)")
-    report(params, held_out)
+    for name in [options.model] if options.model else MODELS:
+        params, path = pretrain(MODELS[name], train), options.out / BUILT_IN[name].name
+        save(path, MODELS[name], params)
+        print(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MB)")
+        report(MODELS[name].make(len(DIGITS)), params, held_out)
 
 
 def fields() -> tuple[np.ndarray, np.ndarray]:
@@ -122,15 +151,16 @@ def batch(key: Array, glyphs: Array, size: int) -> tuple[Array, Array]:
     return normalise(255 * images, MEAN, STD), label
 
 
-def pretrain(glyphs: np.ndarray, steps: int = STEPS) -> dict[str, Any]:
-    """The nano ViT, all of it trained with a warm-up and a cosine; ``steps`` a multiple of ``SCAN``.
+def pretrain(nano: Nano, glyphs: np.ndarray, steps: int = STEPS) -> dict[str, Any]:
+    """The parameters of a nano model, all of it trained with a warm-up and a cosine; ``steps`` a multiple of ``SCAN``.
 
     Matrices inside the blocks learn by Muon, everything else by Adam: a third of the steps that Adam alone would take.
     """
-    model = vit("nano/4", len(CHARACTERS))
+    model = nano.make(len(CHARACTERS))
     init_key, data_key = jax.random.split(jax.random.key(0))
     params: dict[str, Any] = dict(model.init(init_key, jnp.zeros((1, SIDE, SIDE, 3)))["params"])
-    params["pos"] = params["pos"].at[1:].set(positions(*params["pos"][1:].shape))
+    if "pos" in params:
+        params["pos"] = params["pos"].at[1:].set(positions(*params["pos"][1:].shape))
     rate = optax.warmup_cosine_decay_schedule(0.0, PEAK, steps // 20, steps)
     optimizer = optax.contrib.muon(
         rate,
@@ -175,16 +205,17 @@ def positions(tokens: int, width: int) -> Array:
     return 0.5 * jnp.concatenate([*jnp.sin(angle), *jnp.cos(angle)], -1)
 
 
-def save(path: Path, params: dict[str, Any]) -> None:
+def save(path: Path, nano: Nano, params: dict[str, Any]) -> None:
     """Write the weights and where they come from; the file is there whole or not at all."""
+    model = nano.make(len(DIGITS))
     meta = {
         "source": "glyphs (digits, letters) of the fonts bundled with matplotlib; no handwriting",
         "licence": "Apache-2.0",
         "command": "python -m experiments.setup.pretrain",
-        "patch": 4,
+        "patch": PATCH,
         "img": SIDE,
-        "heads": vit("nano/4", 10).heads,
-        "ln_eps": 1e-6,
+        **({"heads": model.heads} if hasattr(model, "heads") else {}),
+        "ln_eps": model.epsilon,
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
         "classes": list(DIGITS),
@@ -194,7 +225,7 @@ def save(path: Path, params: dict[str, Any]) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            np.savez_compressed(file, meta=json.dumps(meta), **to_timm(params))  # type: ignore[arg-type]
+            np.savez_compressed(file, meta=json.dumps(meta), **nano.names(params))  # type: ignore[arg-type]
         os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
         os.replace(temporary, path)
     except BaseException:
@@ -202,9 +233,8 @@ def save(path: Path, params: dict[str, Any]) -> None:
         raise
 
 
-def report(params: dict[str, Any], held_out: np.ndarray) -> None:
+def report(model: Any, params: dict[str, Any], held_out: np.ndarray) -> None:
     """Print accuracy on fonts left out of training and, without any tuning, on the digits' training split."""
-    model = vit("nano/4", 10)
     right = jax.jit(lambda x, y: model.apply({"params": params}, x)[0].argmax(-1) == y)
     x, y = jax.jit(lambda key: batch(key, jnp.asarray(held_out, jnp.float32), 2000))(jax.random.key(1))
     print(f"held-out fonts ({', '.join(HELD_OUT)}): {100 * right(x, y).mean():.1f} %")

@@ -1,0 +1,56 @@
+"""The weights that come along are what their command makes, small, and of models that have learned to read."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.config import Config
+from experiments.setup import pretrain
+from experiments.setup.backbone import BUILT_IN, load
+from experiments.setup.digits import SIDE, digits
+from fedlora_jax.lora import flatten
+from models import families
+from models.backbone import NO_ADAPTER
+
+OPTIONS = (
+    "--clients 6 --holdout-clients 0 --rounds 2 --seeds 1 --local-steps 2 --batch 8 --rank 2 --prefix anew".split()
+)
+
+
+def test_every_model_that_is_pretrained_comes_along():
+    assert pretrain.MODELS.keys() == BUILT_IN.keys()
+    assert all(path.stat().st_size < 600_000 for path in BUILT_IN.values())
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_file_is_written_as_the_one_that_comes_along(name, tmp_path):
+    """The same arrays and the same words beside them, and what is read is what was written."""
+    nano = pretrain.MODELS[name]
+    params = nano.make(len(pretrain.DIGITS)).init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)))["params"]
+    pretrain.save(tmp_path / "own.npz", nano, params)
+    with np.load(tmp_path / "own.npz") as own, np.load(BUILT_IN[name]) as theirs:
+        assert {key: x.shape for key, x in own.items()} == {key: x.shape for key, x in theirs.items()}
+        said, expected = (json.loads(x["meta"].item()) for x in (own, theirs))
+        assert said == expected | {"command": "python -m experiments.setup.pretrain"}
+    read = flatten(families.find(None, tmp_path / "own.npz")(tmp_path / "own.npz").params)
+    for key, x in flatten(params).items():
+        np.testing.assert_array_equal(read[key], x)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_they_read_half_of_the_handwriting_that_they_have_never_seen(name):
+    data = digits()
+    model = load(Config(model=name), tuple(data["classes"]), SIDE)
+    logits = jax.jit(lambda x: model.apply(model.params, NO_ADAPTER, x)[0])(data["x"][data["split"] == 0])
+    assert np.mean(np.asarray(logits).argmax(-1) == data["y"][data["split"] == 0]) > 0.5  # by chance 0.1
+
+
+def test_a_family_is_chosen_by_its_name(monkeypatch):
+    named = lambda model: load(Config(model=model), pretrain.DIGITS, SIDE).name
+    assert [named(model) for model in (None, "vit", "mixer")] == ["nano_glyphs", "nano_glyphs", "nano_mixer"]
+    monkeypatch.setitem(families.FAMILIES, "large", families.FAMILIES["vit"])
+    with pytest.raises(ValueError, match="no weights are built in for --model large: give --weights"):
+        named("large")
