@@ -103,7 +103,18 @@ _RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
 _META = {"unroll", "meta_lr"}
 _TUNED = {"budgets", "lrs", "tuning_seeds", "vary"} | _META
 _WEIGHTS = {"weights", "mean", "std", "heads", "epsilon", "keep_head"}
-_MODEL = _WEIGHTS | {"model", "data", "image_size", "targets", "adapt_last", "prefix", "full", "rank", "scale"}
+_MODEL = _WEIGHTS | {
+    "model",
+    "data",
+    "skip_damaged",
+    "image_size",
+    "targets",
+    "adapt_last",
+    "prefix",
+    "full",
+    "rank",
+    "scale",
+}
 _LEFT_OUT = {
     "compare": _TUNED,
     "run": _TUNED,

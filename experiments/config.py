@@ -62,7 +62,11 @@ class Config:
     )
     data: str = option(
         "digits",
-        "'digits' (built in), the path of a .npz file, or a folder of images, [train|test/][DOMAIN/]CLASS/IMAGE",
+        "'digits' (built in), the path of a .npz file, a folder of images, [train|test/][DOMAIN/]CLASS/IMAGE, "
+        "tfds:NAME[/CONFIG,...][:VERSION] of TensorFlow Datasets, hf:NAME[:CONFIG] or a saved folder of Hugging Face",
+    )
+    skip_damaged: bool = option(
+        False, "leave out images that cannot be read; they are named and counted (else: they are refused)"
     )
     image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
     model: str | None = option(

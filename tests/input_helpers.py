@@ -45,6 +45,6 @@ def refused(arguments: list[str], capsys, monkeypatch) -> str:
     assert stop.value.code == 2
     output = capsys.readouterr()
     assert not output.out
-    assert output.err.startswith("error: ")
+    assert output.err.startswith("error: "), output.err
     assert output.err.count("\n") == 1
     return output.err

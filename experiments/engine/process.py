@@ -17,7 +17,8 @@ import importlib.util
 import os
 import platform
 import sys
-from pathlib import Path
+
+from experiments.setup.caches import caches
 
 TUNABLES = {
     "mmap_max": 0,  # no block of its own for a large array, which would be unmapped when freed,
@@ -59,9 +60,8 @@ def keep_compiled() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     settings = {
-        "jax_compilation_cache_dir": str(caches / "fedlora-jax"),
+        "jax_compilation_cache_dir": str(caches() / "fedlora-jax"),
         "jax_compilation_cache_max_size": 2**30,  # bytes; the longest unused goes first
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }

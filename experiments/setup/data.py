@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from experiments.setup import hugging_face_data, image_folder, tfds
 from models import archive
 
 CONTRACT = ("x", "y", "classes", "domain", "domains", "split", "superclass")
@@ -64,7 +65,8 @@ class Images(NamedTuple):
         """A hash of everything in it."""
         digest = hashlib.sha256()
         for array in (self.x, self.y, self.domain, self.test):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            for start in range(0, len(array), 1024):  # x may be larger than memory
+                digest.update(np.ascontiguousarray(array[start : start + 1024]).tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -73,32 +75,30 @@ class Source(NamedTuple):
 
     form: str  # of what is written, for messages
     claims: Callable[[str], bool]  # is this text one of its own?
-    read: Callable[[str, int | None], dict[str, np.ndarray]]  # (text, side of the images or None) -> arrays of the
-    #   contract above; the side is a wish: what is of another size is resized later
+    read: Callable[[str, int | None, bool], dict[str, np.ndarray]]  # (text, side of the images or None, whether to
+    #   leave out what cannot be read) -> arrays of the contract; the side is a wish: other sizes are resized later
 
 
-def _digits(source: str, side: int | None) -> dict[str, np.ndarray]:
-    from experiments.setup.digits import digits
+def _digits() -> dict[str, np.ndarray]:
+    from experiments.setup.digits import digits  # scikit-learn takes a second
 
     return digits()
 
 
-def _folder(source: str, side: int | None) -> dict[str, np.ndarray]:
-    from experiments.setup import image_folder
-
-    return image_folder.read(source, side)
-
-
 SOURCES = {
-    "digits": Source("'digits'", lambda source: source == "digits", _digits),
-    "folder": Source("a folder of images", lambda source: Path(source).is_dir(), _folder),
+    "digits": Source("'digits'", lambda source: source == "digits", lambda source, side, skip: _digits()),
+    "tfds": Source("tfds:NAME[/CONFIG,...][:VERSION]", lambda source: source.startswith(tfds.PREFIX), tfds.read),
+    "hugging face": Source(
+        "hf:NAME[:CONFIG] or a folder that datasets has saved", hugging_face_data.claims, hugging_face_data.read
+    ),
+    "folder": Source("a folder of images", lambda source: Path(source).is_dir(), image_folder.read),
     "file": Source(
-        "the path of a .npz file", lambda source: Path(source).is_file(), lambda source, side: _read(source)
+        "the path of a .npz file", lambda source: Path(source).is_file(), lambda source, side, skip: _read(source)
     ),
 }
 
 
-def load(source: str, side: int | None = None, test_share: float = 0.2) -> Images:
+def load(source: str, side: int | None = None, test_share: float = 0.2, skip: bool = False) -> Images:
     """The images of one of the ``SOURCES``.
 
     Args:
@@ -106,13 +106,15 @@ def load(source: str, side: int | None = None, test_share: float = 0.2) -> Image
       side: of the images, where they should be of another size than they are.
       test_share: where the file has no split, this share of each class (and domain) is set apart for testing, drawn
         with a fixed seed.
+      skip: leave out images that cannot be read.
 
     Raises:
       ValueError: the file is missing, damaged, or breaks the contract; the message says where.
     """
     for own in SOURCES.values():
         if own.claims(source):
-            return _checked(Path(source).stem or source, own.read(source, side), test_share)
+            name = Path(source).stem if Path(source).exists() else source
+            return _checked(name or source, own.read(source, side, skip), test_share)
     *most, last = (own.form for own in SOURCES.values())
     raise ValueError(f"no data {source!r}: expected {', '.join(most)} or {last}")
 

@@ -1,58 +1,139 @@
 """Images in folders: ``FOLDER/CLASS/IMAGE`` or ``FOLDER/DOMAIN/CLASS/IMAGE``, with ``train`` and ``test`` (or ``val``,
-where there is no ``test``; else it is left out) above that where the folder is split.
+where there is no ``test``; else it is left out) above that where the folder is split, or between domain and class.
+
+So are PACS, Office-Home, VLCS, TerraIncognita and NICO++ laid out. Where lists ``DOMAIN_train.txt`` and
+``DOMAIN_test.txt`` lie in the folder, as DomainNet and NICO++ are published, they say which images there are, of which
+class, and how they are split.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import warnings
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+
+from experiments.setup.decoding import Listing, decoded
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 SPLITS = {"train": 0, "training": 0, "test": 1, "val": 1, "valid": 1, "validation": 1}
-DEEP = ("I", "F")  # Pillow's modes of more than 8 bits begin so; making RGB of them cuts off what is above 255
+LIST = re.compile(r"(?P<domain>.+)_(?P<split>train|test)\.txt")
 
 
-def read(source: str, side: int | None) -> dict[str, np.ndarray]:
-    """The arrays of the contract (``data.py``). Classes and domains are in the order of their names.
+class Found(NamedTuple):
+    """Images and what their places, or lists, say of them."""
+
+    paths: list[Path]
+    classes: list[str]  # of each image
+    domains: list[str] | None
+    splits: list[int] | None  # 0 train, 1 test
+
+
+def read(source: str, side: int | None, skip: bool = False) -> dict[str, np.ndarray]:
+    """The arrays of the contract (``data.py``). Classes and domains are in the order of their names, those of lists in
+    that of their numbers.
 
     Args:
       source: the folder.
-      side: every image is resized so that its shorter side has so many pixels, bicubic, and cut to its middle;
-        ``None``: all must be of one size.
+      side, skip: see ``decoded``.
 
     Raises:
-      ValueError: no images, folders of different depth, a file that is no image, or several sizes and no side.
+      ValueError: no images, folders of different depth, lists that do not fit, or as for ``decoded``.
     """
     root = Path(source)
+    lists = sorted(path for path in root.glob("*.txt") if LIST.fullmatch(path.name))
+    found, order = _listed(root, lists) if lists else (_placed(root), None)
+    names = [str(path.relative_to(root)) for path in found.paths]
+
+    def arrays() -> dict[str, np.ndarray]:
+        classes = order or sorted(set(found.classes))
+        number = {name: i for i, name in enumerate(classes)}
+        own = {"y": np.array([number[name] for name in found.classes]), "classes": np.array(classes)}
+        if found.domains is not None:
+            own["domains"], own["domain"] = np.unique(found.domains, return_inverse=True)
+        return own if found.splits is None else {**own, "split": np.array(found.splits)}
+
+    digest = hashlib.sha256(repr((order, found.classes, found.domains, found.splits)).encode())
+    for name, path in zip(names, found.paths, strict=True):
+        about = path.stat()
+        digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode("utf8", "surrogateescape"))
+    identity = f"{root.resolve()} {digest.hexdigest()}"
+    return decoded(Listing(str(source), identity, names, found.paths.__getitem__, arrays), side, skip)
+
+
+def _placed(root: Path) -> Found:
+    """What the folders say that images lie in.
+
+    Raises:
+      ValueError: there are no images, or they lie at different depths.
+    """
     paths = sorted(p for p in _files(root) if p.suffix.lower() in SUFFIXES and _is_shown(p.relative_to(root)))
     if not paths:
-        raise ValueError(f"{source} holds no images ({', '.join(SUFFIXES)}): expected FOLDER/CLASS/IMAGE")
+        raise ValueError(f"{root} holds no images ({', '.join(SUFFIXES)}): expected FOLDER/CLASS/IMAGE")
     places = [path.relative_to(root).parts[:-1] for path in paths]
-    tops = {place[0].lower() for place in places if place}
-    is_split = tops <= SPLITS.keys() and all(places)
-    if is_split and "test" in tops:
-        kept = [i for i, place in enumerate(places) if not place[0].lower().startswith("val")]
-        paths, places = [paths[i] for i in kept], [places[i] for i in kept]
-    named = [place[1:] for place in places] if is_split else places
+    at = next((i for i in (0, 1) if _is_split(places, i)), None)
+    splits = None if at is None else [place[at].lower() for place in places]
+    if splits and "test" in splits:
+        kept = [i for i, split in enumerate(splits) if not split.startswith("val")]
+        paths, places, splits = [paths[i] for i in kept], [places[i] for i in kept], [splits[i] for i in kept]
+    named = places if at is None else [(*place[:at], *place[at + 1 :]) for place in places]
     depths = {len(place) for place in named}
     if depths not in ({1}, {2}):
         shallow, deep = (paths[[len(p) for p in named].index(f(depths))] for f in (min, max))
         raise ValueError(
-            f"{source}: {shallow.relative_to(root)} and {deep.relative_to(root)} lie {min(depths)} and {max(depths)} "
+            f"{root}: {shallow.relative_to(root)} and {deep.relative_to(root)} lie {min(depths)} and {max(depths)} "
             "folders deep: expected all of them in CLASS, or all in DOMAIN/CLASS"
         )
-    classes, y = np.unique([place[-1] for place in named], return_inverse=True)
-    arrays = {"x": _stacked(paths, root, side), "y": y, "classes": classes}
-    if is_split:
-        arrays["split"] = np.array([SPLITS[place[0].lower()] for place in places])
-    if depths == {2}:
-        arrays["domains"], arrays["domain"] = np.unique([place[0] for place in named], return_inverse=True)
-    return arrays
+    domains = [place[0] for place in named] if depths == {2} else None
+    of_split = None if splits is None else [SPLITS[split] for split in splits]
+    return Found(paths, [place[-1] for place in named], domains, of_split)
+
+
+def _is_split(places: list[tuple[str, ...]], at: int) -> bool:
+    """Do folders of a depth say what is for training and what for testing? A class's own folder does not."""
+    return all(len(place) > at + 1 for place in places) and {place[at].lower() for place in places} <= SPLITS.keys()
+
+
+def _listed(root: Path, lists: list[Path]) -> tuple[Found, list[str]]:
+    """What lists of ``PATH NUMBER`` say, a path from the folder; and the classes in the order of their numbers, by the
+    name of the folder that their images lie in.
+
+    Raises:
+      ValueError: a list cannot be read, an image is not there, or numbers and folders do not agree.
+    """
+    rows, names = [], {}
+    for path in lists:
+        match = LIST.fullmatch(path.name)
+        assert match is not None
+        for line, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            place, _, number = text.strip().rpartition(" ")
+            if not text.strip():
+                continue
+            image = root / place
+            if not place or not re.fullmatch(r"\d{1,9}", number):
+                raise ValueError(f"{path}, line {line}: expected PATH NUMBER, got {text[:80]!r}")
+            if not image.is_file():
+                raise ValueError(
+                    f"{path}, line {line}: there is no {place} in {root}: fetch it, or move the list away to use all "
+                    "images that are there"
+                )
+            if names.setdefault(int(number), image.parent.name) != image.parent.name:
+                raise ValueError(
+                    f"{path}, line {line}: class {number} is {image.parent.name} here and {names[int(number)]} before"
+                )
+            rows.append((image, int(number), match["domain"], SPLITS[match["split"]]))
+    if not rows:
+        raise ValueError(f"{lists[0]} and the other lists beside it name no images")
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"the lists in {root} give two numbers to images in folders of one name")
+    paths, numbers, domains, splits = map(list, zip(*rows, strict=True))
+    order = [names[number] for number in sorted(names)]
+    several = len(set(domains)) > 1
+    return Found(paths, [names[number] for number in numbers], domains if several else None, splits), order
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -65,41 +146,3 @@ def _files(root: Path) -> Iterator[Path]:
 
 def _is_shown(path: Path) -> bool:
     return not any(part.startswith((".", "__")) for part in path.parts)
-
-
-def _stacked(paths: list[Path], root: Path, side: int | None) -> np.ndarray:
-    first = _opened(paths[0], side)
-    x = np.zeros((len(paths), *first.shape), np.uint8)
-    for i, path in enumerate(paths):
-        image = _opened(path, side)
-        if image.shape != first.shape:
-            (h, w), (height, width) = first.shape[:2], image.shape[:2]
-            raise ValueError(
-                f"{root}: {paths[0].relative_to(root)} has {h} x {w} pixels and {path.relative_to(root)} {height} x "
-                f"{width}: use --image-size to make them alike"
-            )
-        x[i] = image
-    return x
-
-
-def _opened(path: Path, side: int | None) -> np.ndarray:
-    """One image, uint8 ``[H, W, 3]``; what is transparent lies on white."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                if file.mode.startswith(DEEP):
-                    raise ValueError(f"it has more than 8 bits a pixel (mode {file.mode}): convert it to 8")
-                image = ImageOps.exif_transpose(file)  # reads it
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{path} is no image that can be read: {error}") from None
-    if side is not None and image.size != (side, side):
-        scale = side / min(image.size)
-        width, height = (max(side, round(scale * n)) for n in image.size)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
-    return np.asarray(image)

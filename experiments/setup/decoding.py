@@ -1,0 +1,227 @@
+"""Images of a source, decoded once: kept as bytes in a file that later runs map into memory.
+
+Where ``$XDG_CACHE_HOME`` (else ``~/.cache``) says, in ``fedlora-jax-images/KEY``: ``x`` (uint8, image after image), the
+other arrays and ``about.json`` with checksums of both. The key is made of what the source says that its images are, so
+that a changed file makes another. Such a folder appears whole or not at all, whoever is killed, and is made by one
+process while others wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from experiments.setup.caches import caches
+
+FORMAT = 1  # of what is kept, and of how images are decoded: a change of either is another number
+DEEP = ("I", "F")  # Pillow's modes of more than 8 bits begin so; making RGB of them cuts off what is above 255
+SHOWN = 3  # damaged images that are named
+PART = 2**24  # bytes read at once
+
+
+class Listing(NamedTuple):
+    """The images of a source that are still to be decoded.
+
+    Attributes:
+      name: of the source, for messages.
+      identity: text that differs where images, their order or what is said of them do.
+      names: what each image is called.
+      encoded: ``(i) -> an image file``, its path or what is in it.
+      arrays: ``() -> the arrays of the contract (``data.py``) but for x``; asked for once, when images are decoded.
+    """
+
+    name: str
+    identity: str
+    names: list[str]
+    encoded: Callable[[int], Path | bytes]
+    arrays: Callable[[], dict[str, np.ndarray]]
+
+
+def decoded(listing: Listing, side: int | None, skip: bool = False) -> dict[str, np.ndarray]:
+    """The arrays of the contract, ``x`` mapped from a file.
+
+    Args:
+      listing: the images.
+      side: every image is resized so that its shorter side has so many pixels, bicubic and antialiased, and cut to its
+        middle; ``None``: all must be of one size.
+      skip: leave out images that cannot be read, and say how many; else they are refused.
+
+    Raises:
+      ValueError: images that cannot be read, or of several sizes and no side; there is no room to keep them.
+    """
+    key = hashlib.sha256(json.dumps([FORMAT, listing.identity, side, skip]).encode()).hexdigest()[:32]
+    kept = caches() / "fedlora-jax-images" / key
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(kept.with_suffix(".lock")):  # let go of by the kernel, whatever ends its owner
+            arrays = _whole(kept)
+            if arrays is None:
+                _make(kept, listing, side, skip)
+                arrays = _whole(kept)
+    except OSError as error:
+        raise ValueError(
+            f"cannot keep the decoded images of {listing.name} in {kept.parent}: {error.strerror}; set XDG_CACHE_HOME "
+            "to a folder with room for them"
+        ) from None
+    if arrays is None:
+        raise ValueError(f"{kept} changed while it was read: delete it and start again")
+    return arrays
+
+
+def _whole(kept: Path) -> dict[str, np.ndarray] | None:
+    """What is kept, if it is what was written."""
+    try:
+        about = json.loads((kept / "about.json").read_bytes())
+        if about["sums"] != {name: _sum(kept / name) for name in ("x", "rest.npz")}:
+            return None
+        with np.load(kept / "rest.npz") as file:
+            rest = dict(file)
+        return {"x": np.memmap(kept / "x", np.uint8, "r", shape=tuple(about["shape"])), **rest}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _make(kept: Path, listing: Listing, side: int | None, skip: bool) -> None:
+    """Decode into a folder beside, and give it its name when it is whole. Called by the owner of the lock alone."""
+    part = kept.with_suffix(".part")
+    for left in (part, kept):  # of a process that was killed; damaged
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir()
+    try:
+        shape, good = _decode(part / "x", listing, side, skip)
+        arrays, count = listing.arrays(), len(listing.names)
+        own = {name: x[good] if name in ("y", "domain", "split") else x for name, x in arrays.items()}
+        np.savez(part / "rest.npz", **own)  # type: ignore[arg-type]
+        sums = {name: _sum(part / name) for name in ("x", "rest.npz")}
+        about = {"shape": shape, "source": listing.name, "left_out": count - len(good), "sums": sums}
+        (part / "about.json").write_text(json.dumps(about, indent=1))
+        for path in part.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        part.rename(kept)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _decode(path: Path, listing: Listing, side: int | None, skip: bool) -> tuple[list[int], np.ndarray]:
+    """Write all images that can be read; the shape of what was written, and which images they are.
+
+    Raises:
+      ValueError: see ``decoded``.
+    """
+    count, bad = len(listing.names), {}
+    first, pixels = _first(listing, side)
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):  # writing to a map of a file that finds no room ends the process
+            os.posix_fallocate(file.fileno(), 0, count * int(np.prod(pixels)))
+        file.truncate(count * int(np.prod(pixels)))
+    x = np.memmap(path, np.uint8, "r+", shape=(count, *pixels))
+
+    def one(i: int) -> str:
+        """What is wrong with an image; nothing, where it was written."""
+        try:
+            image = opened(listing.encoded(i), side)
+        except ValueError as error:
+            return str(error)
+        if image.shape != pixels:
+            (h, w), (height, width) = pixels[:2], image.shape[:2]
+            raise ValueError(
+                f"{listing.name}: {listing.names[first]} has {h} x {w} pixels and {listing.names[i]} {height} x "
+                f"{width}: use --image-size to make them alike"
+            )
+        x[i] = image
+        return ""
+
+    for i, wrong in enumerate(_in_parallel(one, count, f"decoding {listing.name}")):
+        if wrong:
+            bad[i] = wrong
+    if bad:
+        some = "; ".join(f"{listing.names[i]} {wrong}" for i, wrong in list(bad.items())[:SHOWN])
+        said = f"{len(bad)} of {count} images cannot be used ({some}{'; ...' * (len(bad) > SHOWN)})"
+        if not skip or len(bad) == count:
+            raise ValueError(f"{listing.name}: {said}: mend them, or leave them out with --skip-damaged")
+        print(f"note: {listing.name}: left out, {said}", file=sys.stderr, flush=True)
+    good = np.setdiff1d(np.arange(count), list(bad))
+    for place, i in enumerate(good):  # close the gaps, from the front
+        if place != i:
+            x[place] = x[i]
+    x.flush()
+    os.truncate(path, len(good) * int(np.prod(pixels)))
+    return [len(good), *pixels], good
+
+
+def _in_parallel(one: Callable[[int], Any], count: int, what: str) -> Iterator[Any]:
+    """``one(i)`` for all ``i``, in order; Pillow lets threads work side by side."""
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=count, desc=what, unit=" images", leave=False, delay=1, dynamic_ncols=True) as bar,
+    ):
+        for start in range(0, count, 1024):  # no more at once than an interrupt can wait for
+            for result in pool.map(one, range(start, min(count, start + 1024))):
+                bar.update()
+                yield result
+
+
+def _first(listing: Listing, side: int | None) -> tuple[int, tuple[int, ...]]:
+    """The shape of all images: as wished, or that of the first that can be read, and which that is."""
+    if side is not None:
+        return 0, (side, side, 3)
+    wrong = ""
+    for i in range(len(listing.names)):
+        try:
+            return i, opened(listing.encoded(i), None).shape
+        except ValueError as error:
+            wrong = wrong or f"{listing.names[i]} {error}"
+    raise ValueError(f"{listing.name} holds no image that can be read ({wrong})")
+
+
+def opened(encoded: Path | bytes, side: int | None) -> np.ndarray:
+    """One image, uint8 ``[H, W, 3]``, as a viewer shows it; what is transparent lies on white.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as file:
+                if file.mode.startswith(DEEP):
+                    raise ValueError(f"it has more than 8 bits a pixel (mode {file.mode}): convert it to 8")
+                image = ImageOps.exif_transpose(file)  # reads it
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError("is no image that can be read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"cannot be read: {error}") from None
+    if side is not None and image.size != (side, side):
+        scale = side / min(image.size)
+        width, height = (max(side, round(scale * n)) for n in image.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    return np.asarray(image)
+
+
+def _sum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(PART):
+            digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,343 @@
+"""Where images come from: folders, split lists, TensorFlow Datasets, Hugging Face; each decoded once and then kept."""
+
+import io
+import json
+import multiprocessing
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from input_helpers import SMALL, refused
+from PIL import Image
+
+from experiments.setup import data, decoding, image_folder, tfds
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test sees what another kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fedlora-jax-images"
+
+
+def pixels(i: int, side: int = 6) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, (side, side, 3), np.uint8)
+
+
+def png(i: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(i)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def put(path: Path, i: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(i))
+
+
+def folder(root: Path, each: int = 3) -> Path:
+    """Two classes of so many images; image i is ``pixels(i)``."""
+    for i in range(2 * each):
+        put(root / "ab"[i // each] / f"{i}.png", i)
+    return root
+
+
+def test_images_are_decoded_once(tmp_path, own_cache, monkeypatch, capsys):
+    root = folder(tmp_path / "images")
+    first = data.load(str(root), test_share=0.34)
+    np.testing.assert_array_equal(first.x, np.stack([pixels(i) for i in range(6)]))
+    assert isinstance(first.x, np.memmap)
+    monkeypatch.setattr(decoding, "opened", lambda *args: pytest.fail("decoded again"))
+    again = data.load(str(root), test_share=0.34)
+    assert again.fingerprint() == first.fingerprint()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache.parent))
+    put(root / "a" / "0.png", 99)  # another image under the same name
+    changed = data.load(str(root), test_share=0.34)
+    np.testing.assert_array_equal(changed.x[0], pixels(99))
+    assert sorted(path.suffix for path in own_cache.iterdir()) == ["", "", ".lock", ".lock"]
+
+
+def test_what_is_kept_is_made_again_where_it_is_damaged(tmp_path, own_cache):
+    root = folder(tmp_path / "images")
+    good = data.load(str(root), test_share=0.34).fingerprint()
+    kept = next(path for path in own_cache.iterdir() if path.is_dir())
+    for name in ("x", "rest.npz", "about.json"):
+        content = bytearray((kept / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (kept / name).write_bytes(content)
+        assert data.load(str(root), test_share=0.34).fingerprint() == good
+    (kept / "x").write_bytes(b"")
+    assert data.load(str(root), test_share=0.34).fingerprint() == good
+
+
+def test_images_that_cannot_be_read_are_named_and_counted(tmp_path, own_cache, capsys, monkeypatch):
+    root = folder(tmp_path / "images", each=20)
+    for i in range(5):
+        path = root / "a" / f"{i}.png"
+        path.write_bytes(path.read_bytes()[: 40 + i])  # the header is whole
+    says = refused(["compare", "--data", str(root), *SMALL], capsys, monkeypatch)
+    assert "5 of 40 images cannot be used (a/0.png " in says
+    assert "a/10.png" not in says
+    assert "--skip-damaged" in says
+    assert not [path for path in own_cache.iterdir() if path.suffix != ".lock"]
+    images = data.load(str(root), skip=True)
+    assert "left out, 5 of 40" in capsys.readouterr().err
+    assert len(images.x) == len(images.y) == 35
+    left = [i for i in sorted(range(20), key=str) if i >= 5] + list(range(20, 40))
+    np.testing.assert_array_equal(images.x, np.stack([pixels(i) for i in left]))
+    assert np.bincount(images.y).tolist() == [15, 20]
+
+
+def load_in_a_process(root, cache, results):
+    os.environ["XDG_CACHE_HOME"] = cache
+    results.put(data.load(root, test_share=0.34).fingerprint())
+
+
+def test_two_processes_may_decode_at_once(tmp_path, own_cache):
+    root = str(folder(tmp_path / "images", each=30))
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    both = [context.Process(target=load_in_a_process, args=(root, str(own_cache.parent), results)) for _ in range(2)]
+    for process in both:
+        process.start()
+    found = {results.get(timeout=60) for _ in both}
+    for process in both:
+        process.join()
+    assert found == {data.load(root, test_share=0.34).fingerprint()}
+
+
+KILLED = """
+import os, signal, sys
+from experiments.setup import data, decoding
+decode, seen = decoding.opened, []
+def opened(*args):
+    seen.append(args)
+    if len(seen) > 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode(*args)
+decoding.opened = opened
+data.load(sys.argv[1])
+"""
+
+
+def test_a_killed_process_leaves_nothing_that_counts(tmp_path, own_cache):
+    root = folder(tmp_path / "images", each=30)
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(root)], cwd=Path(__file__).parents[1], timeout=100)
+    assert ended.returncode == -9
+    assert {path.suffix for path in own_cache.iterdir()} == {".lock", ".part"}
+    assert len(data.load(str(root)).x) == 60
+    assert {path.suffix for path in own_cache.iterdir()} == {".lock", ""}
+
+
+def test_no_room_is_one_line(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"cannot keep the decoded images of .*: No space left on device; set XDG"):
+        data.load(str(folder(tmp_path / "images")))
+
+
+def test_split_lists_say_what_is_used(tmp_path):
+    """As DomainNet is published: lists of path and number, of several domains; images of no list are not used."""
+    names, i = ["zebra", "ant", "bee"], 0
+    for domain in ("real", "sketch"):
+        for split in ("train", "test"):
+            lines = []
+            for number, name in enumerate(names):
+                for _ in range(2):
+                    put(tmp_path / domain / name / f"{i}.png", i)
+                    lines.append(f"{domain}/{name}/{i}.png {number}")
+                    i += 1
+            (tmp_path / f"{domain}_{split}.txt").write_text("\n".join(lines) + "\n")
+    put(tmp_path / "real" / "cat" / "1.png", 0)
+    images = data.load(str(tmp_path))
+    assert images.classes == ("zebra", "ant", "bee")  # by number, not by name
+    assert images.domains == ("real", "sketch")
+    assert len(images.x) == 24
+    for x, y, domain, test in zip(images.x, images.y, images.domain, images.test, strict=True):
+        i = next(i for i in range(24) if (pixels(i) == x).all())
+        assert (y, domain, test) == (i // 2 % 3, i // 12, i // 6 % 2 == 1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("a/0.png 0\na/9.png 0\n", r"line 2: there is no a/9.png in"),
+        ("a/0.png\n", r"line 1: expected PATH NUMBER, got 'a/0.png'"),
+        ("a/0.png -1\n", r"line 1: expected PATH NUMBER"),
+        ("a/0.png 0\nb/3.png 0\n", r"line 2: class 0 is b here and a before"),
+        ("a/0.png 0\na/1.png 1\n", r"two numbers to images in folders of one name"),
+        ("\n", r"name no images"),
+    ],
+)
+def test_wrong_split_lists_are_refused(lines, said, tmp_path):
+    folder(tmp_path)
+    (tmp_path / "own_train.txt").write_text(lines)
+    with pytest.raises(ValueError, match=said):
+        data.load(str(tmp_path))
+
+
+def test_a_split_may_lie_below_its_domain(tmp_path):
+    """As VLCS is published."""
+    for d, domain in enumerate(("CALTECH", "SUN")):
+        for s, split in enumerate(("train", "test")):
+            for c, name in enumerate("01"):
+                put(tmp_path / domain / split / name / "1.png", 4 * d + 2 * s + c)
+    images = data.load(str(tmp_path))
+    assert (images.domains, images.classes) == (("CALTECH", "SUN"), ("0", "1"))
+    place = [next(i for i in range(8) if (pixels(i) == x).all()) for x in images.x]
+    np.testing.assert_array_equal(images.domain, np.array(place) // 4)
+    np.testing.assert_array_equal(images.test, np.array(place) // 2 % 2 == 1)
+    np.testing.assert_array_equal(images.y, np.array(place) % 2)
+
+
+def builder(library, root: Path, name: str, config: str, first: int):
+    """A data set to be prepared: 12 training and 4 test images, ``pixels(i)`` from the first on."""
+    features = {"image": library.features.Image(), "label": library.features.ClassLabel(names=["cat", "dog"])}
+
+    class Own(library.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = library.core.Version("1.0.0")
+        BUILDER_CONFIGS = [library.core.BuilderConfig(name=config)] if config else []
+        pkg_dir_path = root
+
+        def _info(self):
+            of_both = library.features.FeaturesDict(features)
+            return library.core.DatasetInfo(builder=self, features=of_both, supervised_keys=("image", "label"))
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples(12, first), "test": self._generate_examples(4, first + 12)}
+
+        def _generate_examples(self, count, first):
+            for i in range(first, first + count):
+                put(root / "files" / f"{i}.png", i)
+                yield i, {"image": str(root / "files" / f"{i}.png"), "label": i % 2}
+
+    Own.name = name
+    return Own(data_dir=str(root), file_format="array_record", **({"config": config} if config else {}))
+
+
+def prepared(monkeypatch, root: Path, kind: str = "array_record", **configs: int) -> None:
+    """A data set ``own`` as TensorFlow Datasets writes it, with the first image of each of its configs."""
+    library = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(root))
+    for config, first in (configs or {"": 0}).items():
+        builder(library, root, "own", config, first).download_and_prepare()
+    if kind == "tfrecord":
+        as_tfrecords(root)
+
+
+def as_tfrecords(root: Path) -> None:
+    """The same records between lengths and checksums, which nobody here computes."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    for path in sorted(root.rglob("*.array_record-*")):
+        source = ArrayRecordDataSource(str(path))
+        records = [source[i] for i in range(len(source))]
+        framed = (struct.pack("<Q", len(record)) + bytes(4) + record + bytes(4) for record in records)
+        path.with_name(path.name.replace("array_record", "tfrecord")).write_bytes(b"".join(framed))
+        path.unlink()
+    for path in root.rglob("dataset_info.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fileFormat": "tfrecord"}))
+
+
+def check(images, count, classes):
+    assert images.classes == classes
+    seen = [next(i for i in range(64) if (pixels(i) == x).all()) for x in images.x]
+    assert sorted(seen) == list(range(count))
+    np.testing.assert_array_equal(images.y, np.array(seen) % len(classes))
+    return np.array(seen)
+
+
+@pytest.mark.parametrize("kind", ["array_record", "tfrecord"])
+def test_prepared_data_sets_are_read_without_tensorflow(kind, tmp_path, monkeypatch):
+    prepared(monkeypatch, tmp_path / "sets", kind)
+    images = data.load("tfds:own")
+    seen = check(images, 16, ("cat", "dog"))
+    np.testing.assert_array_equal(images.test, seen >= 12)
+    assert images.name == "tfds:own"
+    assert not images.has_domains
+    assert "tensorflow" not in sys.modules
+    assert data.load("tfds:own:1.0.0").fingerprint() == images.fingerprint()
+
+
+def test_configs_are_domains(tmp_path, monkeypatch):
+    prepared(monkeypatch, tmp_path / "sets", real=0, sketch=16)
+    images = data.load("tfds:own/real,sketch")
+    seen = check(images, 32, ("cat", "dog"))
+    assert images.domains == ("real", "sketch")
+    np.testing.assert_array_equal(images.domain, seen // 16)
+    np.testing.assert_array_equal(images.test, seen % 16 >= 12)
+
+
+def test_what_is_not_prepared_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    prepared(monkeypatch, tmp_path / "sets", "tfrecord")
+    capsys.readouterr()
+    for source, said in (
+        ("tfds:no_such_set", "cannot load no_such_set"),
+        ("tfds:own:2.0.0", "cannot load own:2.0.0"),
+        ("tfds:mnist", "has not prepared mnist"),
+        ("tfds:own/", "expected tfds:NAME"),
+    ):
+        assert said in refused(["compare", "--data", source, *SMALL], capsys, monkeypatch)
+    path = next((tmp_path / "sets").rglob("*train.tfrecord*"))
+    path.write_bytes(path.read_bytes()[:-7])
+    assert "truncated" in refused(["compare", "--data", "tfds:own", *SMALL], capsys, monkeypatch)
+
+
+def test_an_extra_that_is_missing_is_named(monkeypatch):
+    def absent(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(tfds.importlib, "import_module", absent)
+    with pytest.raises(ValueError, match=r"pip install 'fedlora-jax\[tfds\]'"):
+        data.load("tfds:cifar100")
+    with pytest.raises(ValueError, match=r"pip install 'fedlora-jax\[hf\]'"):
+        data.load("hf:cifar100")
+
+
+def saved(root: Path, **columns):
+    datasets = pytest.importorskip("datasets")
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    features |= {name: datasets.Value("string") for name in columns}
+    make = lambda rows: datasets.Dataset.from_dict(
+        {
+            "image": [{"bytes": png(i), "path": None} for i in rows],
+            "label": [i % 2 for i in rows],
+            **{name: [value(i) for i in rows] for name, value in columns.items()},
+        },
+        features=datasets.Features(features),
+    )
+    datasets.DatasetDict({"train": make(range(12)), "test": make(range(12, 16))}).save_to_disk(str(root))
+
+
+def test_a_folder_that_datasets_saved(tmp_path):
+    saved(tmp_path / "set", domain=lambda i: "pq"[i // 2 % 2])
+    images = data.load(str(tmp_path / "set"))
+    seen = check(images, 16, ("cat", "dog"))
+    np.testing.assert_array_equal(images.test, seen >= 12)
+    assert images.domains == ("p", "q")
+    np.testing.assert_array_equal(images.domain, seen // 2 % 2)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+
+    def offline(*args):
+        raise ConnectionError("Couldn't reach 'own/set' on the Hub (LocalEntryNotFoundError)\nand much more")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    says = refused(["compare", "--data", "hf:own/set", *SMALL], capsys, monkeypatch)
+    assert "Couldn't reach" in says
+    assert "save_to_disk" in says
+
+
+def test_images_are_listed_in_the_order_of_their_names(tmp_path):
+    arrays = image_folder.read(str(folder(tmp_path / "images")), None)
+    assert arrays["classes"].tolist() == ["a", "b"]
+    assert arrays["y"].tolist() == [0, 0, 0, 1, 1, 1]
