@@ -100,7 +100,7 @@ def checked(made: Any, origin: str) -> Backbone:
     Raises:
       ValueError: it is something else, or its parameters are not nested dicts of finite arrays.
     """
-    if not isinstance(made, Backbone):
+    if getattr(made, "_fields", None) != Backbone._fields:  # it may come from here under either of its names
         raise ValueError(
             f"{origin} returned {type(made).__name__}: expected models.backbone.Backbone(name, params, apply)"
         )

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.vit import SIZES
+from .vit import SIZES
 
 # fact: the names it goes by, in our files, timm's and transformers'
 NAMES = {

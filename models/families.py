@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax.lora import Params
-from models import files, mixer, pretrained_mixer, vit
-from models.backbone import Backbone
-from models.pretrained import vit_backbone
-from models.pretrained_mixer import mixer_backbone
+
+from . import files, mixer, pretrained_mixer, vit
+from .backbone import Backbone
+from .pretrained import vit_backbone
+from .pretrained_mixer import mixer_backbone
 
 
 class Family(NamedTuple):

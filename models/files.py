@@ -14,9 +14,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from models.archive import members, read_npz
+from .archive import members, read_npz
 
 LABELS = ("classes", "synsets")  # arrays of a .npz file that name the classes which the head tells apart
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in a folder as they are published
@@ -96,6 +95,10 @@ def _is_safetensors(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    try:
+        from safetensors import SafetensorError, safe_open  # not needed for a .npz file, nor to import this
+    except ImportError:
+        raise ValueError(f"reading {path} needs the package safetensors: pip install safetensors") from None
     try:
         with safe_open(path, framework="numpy") as file:  # checks all sizes against the file's
             yield file

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import files, tables
-from models.tables import Table
-from models.vit import ViT
+from . import files, tables
+from .tables import Table
+from .vit import ViT
 
 _PARTS = ("query", "key", "value")
 _OUTSIDE = {"embed": "embeddings.patch_embeddings.projection", "norm": "layernorm"}

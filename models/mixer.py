@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax.lora import Dense
-from models.parts import LayerNorm, Mlp, patches, stacked, switched
+
+from .parts import LayerNorm, Mlp, patches, stacked, switched
 
 SIZES = {  # width, depth, width of the token MLPs, of the channel MLPs: table 1; nano is ours
     "nano": (64, 4, 32, 128),

@@ -13,10 +13,11 @@ import numpy as np
 from jax import Array
 
 from fedlora_jax.lora import Adapter, Params, flatten, variables
-from models import facts, files, huggingface, timm
-from models.backbone import Backbone, Published, Stem
-from models.parts import join_blocks, split_blocks
-from models.vit import TARGETS, ViT, normalise
+
+from . import facts, files, huggingface, timm
+from .backbone import Backbone, Published, Stem
+from .parts import join_blocks, split_blocks
+from .vit import TARGETS, ViT, normalise
 
 
 class Pretrained(NamedTuple):

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlora_jax.lora import Params
-from models import facts, files, tables
-from models.backbone import Backbone
-from models.mixer import TARGETS, Mixer
-from models.pretrained import Pretrained, backbone, start_of_head
-from models.tables import Table
+
+from . import facts, files, tables
+from .backbone import Backbone
+from .mixer import TARGETS, Mixer
+from .pretrained import Pretrained, backbone, start_of_head
+from .tables import Table
 
 _LAYERS = ("norm1", "mlp_tokens/fc1", "mlp_tokens/fc2", "norm2", "mlp_channels/fc1", "mlp_channels/fc2")
 TIMM = Table(

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from fedlora_jax.lora import unflatten
-from models import files
+
+from . import files
 
 CONV = "patch_embed.proj.weight"
 TOP = (CONV, "patch_embed.proj.bias", "cls_token", "pos_embed", "norm.weight", "norm.bias")

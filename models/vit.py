@@ -19,7 +19,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fedlora_jax.lora import Dense
-from models.parts import LayerNorm, Mlp, attend, patches, stacked, switched
+
+from .parts import LayerNorm, Mlp, attend, patches, stacked, switched
 
 # variant: (width, depth, heads, mlp width)
 SIZES = {

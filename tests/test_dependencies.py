@@ -36,13 +36,28 @@ def imported(package):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.partition(".")[0])
     return found - set(sys.stdlib_module_names) - OWN
 
 
 def test_the_library_depends_on_what_it_imports():
     assert imported("fedlora_jax") == declared(PROJECT["dependencies"])
+
+
+def test_models_are_imported_with_the_librarys_dependencies_alone():
+    """What reads files is imported when a file is read."""
+    found = set()
+    for path in (ROOT / "models").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(str(node.module).partition(".")[0])
+    assert found - set(sys.stdlib_module_names) - OWN <= declared(PROJECT["dependencies"])
+    assert imported("models") - declared(PROJECT["dependencies"]) == declared(
+        PROJECT["optional-dependencies"]["weights"]
+    )
 
 
 def test_the_command_line_needs_what_it_imports_beside_the_library():

@@ -34,9 +34,11 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = {alias: f"{node.module}.{alias.name}" for alias in node.names}
-            names |= {full if is_module(full) else node.module for full in inside.values()}
+        elif isinstance(node, ast.ImportFrom):
+            above = path.relative_to(ROOT).parent.parts if node.level else ()
+            module = ".".join([*above[: len(above) + 1 - node.level], *filter(None, [node.module])])
+            inside = {alias: f"{module}.{alias.name}" for alias in node.names}
+            names |= {full if is_module(full) else module for full in inside.values()}
     return names
 
 
@@ -66,6 +68,14 @@ def test_every_room_of_experiments_imports_only_from_below():
             if mine != theirs and FLOOR[theirs] <= FLOOR[mine]:
                 up.append(f"{name} imports {other}")
     assert not up
+
+
+def test_models_import_one_another_by_what_lies_beside_them():
+    """In the wheel they are ``fedlora_jax.models``, and ``models`` is whatever its user calls so."""
+    for name, path in modules("models").items():
+        tree = ast.walk(ast.parse(path.read_text()))
+        absolute = [node.module or "" for node in tree if isinstance(node, ast.ImportFrom) and not node.level]
+        assert not [x for x in absolute if x.split(".")[0] == "models"], f"{name}: write from . import, from .x import"
 
 
 @pytest.mark.parametrize("package", ["fedlora_jax", "models", "experiments"])

@@ -1,15 +1,48 @@
-"""The wheel alone, in an environment with nothing else, federates a model of its user's own."""
+"""The wheel alone, in an environment with nothing else, federates its own models and one of its user's."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text().split("\n## The library in 25 lines\n")[1]
+EXAMPLE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+
+
+def own_models(folder, example):
+    """A project with a ``models`` of its own, and an example in it."""
+    (folder / "models").mkdir()
+    (folder / "models" / "__init__.py").write_text("mine = True\n")
+    code = "import sys\nimport fedlora_jax\nassert 'fedlora_jax.models' not in sys.modules\n"
+    code += "import models\nassert models.mine\n" + example
+    code += "assert 'safetensors' not in sys.modules\nassert not hasattr(models, 'vit')\n"
+    (folder / "example.py").write_text(code)
+    return folder / "example.py"
+
+
+def test_in_a_clone_models_have_a_name_that_no_project_takes(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    begins = EXAMPLE.split("\n\n\n")[0] + "\nprint(sorted(base))\n"
+    command = [sys.executable, "-W", "error", own_models(tmp_path, begins)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("['blocks', 'cls',")
+
+
+def test_a_backbone_may_come_under_either_name():
+    from fedlora_jax.models.backbone import Backbone
+
+    from models.backbone import checked
+
+    made = Backbone("mine", {"kernel": np.zeros((2, 2))}, lambda params, adapter, images: (images, images))
+    assert checked(made, "here") is made
 
 
 @pytest.mark.long
@@ -28,6 +61,8 @@ def test_the_wheel_alone_is_enough(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fedlora_jax"}
     assert "fedlora_jax/py.typed" in names
+    own = {f"fedlora_jax/models/{path.name}" for path in (ROOT / "models").glob("*.py")}
+    assert own == {name for name in names if name.startswith("fedlora_jax/models")}
 
     call(sys.executable, "-m", "venv", tmp_path / "bare")
     python = tmp_path / "bare" / "bin" / "python"
@@ -40,6 +75,13 @@ def test_the_wheel_alone_is_enough(tmp_path):
     printed = call(python, "-W", "error", tmp_path / "own_model.py").stdout
     before, after = ([float(word) for word in line.split() if "." in word] for line in printed.splitlines())
     assert min(after) > max(before) + 0.2
+
+    assert call(python, "-W", "error", own_models(tmp_path, EXAMPLE)).stdout.startswith("loss")
+    shutil.copy(ROOT / "experiments" / "data" / "nano_glyphs.npz", tmp_path / "nano.npz")
+    (tmp_path / "nano.safetensors").write_bytes(b"anything")
+    load = "import sys; from fedlora_jax.models.pretrained import load_vit; print(load_vit(sys.argv[1], 3).facts())"
+    assert "'heads': '4 (nano.npz)'" in call(python, "-c", load, "nano.npz").stdout
+    assert "pip install safetensors" in call(python, "-c", load, "nano.safetensors", code=1).stderr
 
     refused = call(python.parent / "fedlora", "compare", code=2).stderr
     assert "runs from a clone" in refused
