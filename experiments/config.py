@@ -76,7 +76,8 @@ class Config:
     )
     weights: str = option(
         "nano",
-        "'nano' (built in: a vit, with --model mixer a mixer), a .npz or .safetensors file, or a Hugging Face folder",
+        "'nano' (built in: a vit, with --model mixer a mixer), a .npz or .safetensors file, a Hugging Face folder, or "
+        "hf:OWNER/NAME, with @REVISION if need be, for a repository on its hub (pip install huggingface_hub)",
     )
     mean: tuple[float, ...] | None = option(
         None,
@@ -255,7 +256,7 @@ class Export:
 class Models:
     """What there is to be adapted: all families of models, or one model."""
 
-    file: str | None = option(None, "a weight file, or a folder of Hugging Face: what it is (default: all families)")
+    file: str | None = option(None, "weights, as for --weights of compare: what they are (default: all families)")
     model: str | None = option(None, "the family, or FILE.py:FUNCTION of your own (default: as the names in FILE tell)")
     image_size: int | None = option(None, "side of the images to come (default: as the weights have it)", "[1, 16384]")
     targets: tuple[str, ...] = option(

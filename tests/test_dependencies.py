@@ -55,16 +55,15 @@ def test_models_are_imported_with_the_librarys_dependencies_alone():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 found.add(str(node.module).partition(".")[0])
     assert found - set(sys.stdlib_module_names) - OWN <= declared(PROJECT["dependencies"])
-    assert imported("models") - declared(PROJECT["dependencies"]) == declared(
-        PROJECT["optional-dependencies"]["weights"]
-    )
+    extras = PROJECT["optional-dependencies"]
+    assert imported("models") - declared(PROJECT["dependencies"]) == declared([*extras["weights"], *extras["hub"]])
 
 
 def test_the_command_line_needs_what_it_imports_beside_the_library():
     extras = PROJECT["optional-dependencies"]
     by_jax = {"filelock"}  # which imports it to limit its cache
     needs = imported("experiments") | imported("models") | by_jax
-    assert needs - declared(extras["bench"]) == set(NEEDS)
+    assert needs - declared(extras["bench"]) - declared(extras["hub"]) == set(NEEDS)
     assert set(NEEDS) - declared(PROJECT["dependencies"]) == declared(extras["experiments"])
 
 

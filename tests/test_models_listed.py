@@ -8,8 +8,7 @@ from input_helpers import SMALL, change, refused
 from weight_helpers import timm_arrays, write
 
 from experiments.cli import parse
-from experiments.commands import list_models
-from experiments.commands.compare import Plan
+from experiments.commands import list_models, prelude
 from experiments.config import Models
 from models.families import FAMILIES
 
@@ -128,9 +127,9 @@ def test_a_run_says_what_each_of_its_targets_finds(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     change()(tmp_path / "data.npz")
     options = ["run", "--method", "fedit", *SMALL, "--data", "data.npz", "--out", "out", "--rank", "2,3"]
-    Plan(*parse(options))
+    prelude.built(parse(options)[1])
     assert "--targets" not in capsys.readouterr().err
-    Plan(*parse([*options, "--targets", "mlp/fc1,qv", "--adapt-last", "3", "--seeds", "2"]))
+    prelude.built(parse([*options, "--targets", "mlp/fc1,qv", "--adapt-last", "3", "--seeds", "2"])[1])
     said = capsys.readouterr().err.splitlines()
     qv = 3 * 3 * 2 * (64 + 64)
     assert said == [

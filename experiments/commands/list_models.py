@@ -54,7 +54,7 @@ def _model(options: Models) -> str:
     config = Config(model=options.model, weights=options.file or Config.weights)
     own = user_code.is_own(options.model or "")
     backbone = backbones.read(config, DIGITS, options.image_size or (SIDE if own else None))
-    family = options.model or families.of(backbones.weights_of(config))
+    family = options.model or families.of(backbones.weights_of(config)[0])
     size = None if own else families.size_of(family, backbone.params) or "of a size of its own"
     body, rows = _count(_body(backbone.params)), []
     for name, patterns in _sets(backbone.targets, options.targets).items():

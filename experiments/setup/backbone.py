@@ -17,7 +17,7 @@ from jax import Array
 from experiments.config import Config
 from experiments.setup import memory, user_code
 from fedlora_jax.lora import Params
-from models import families
+from models import families, hub
 from models.backbone import NO_ADAPTER, Backbone, Stem, checked
 from models.families import FAMILIES
 
@@ -41,23 +41,25 @@ def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     return backbone
 
 
-def weights_of(config: Config) -> str | Path:
-    """The weight file, which of a family can be built in.
+def weights_of(config: Config) -> tuple[str | Path, str]:
+    """The weight file, or a folder with it: as it is given, built in for a family, or fetched; then its name for good.
 
     Raises:
-      ValueError: none is built in for it.
+      ValueError: none is built in for the family, or it cannot be fetched.
     """
+    if hub.is_name(config.weights):
+        return hub.fetched(config.weights)
     if config.weights != BUILT_IN_NAME or user_code.is_own(config.model or ""):
-        return config.weights
+        return config.weights, ""
     if config.model in FAMILIES and config.model not in BUILT_IN:
         raise ValueError(f"no weights are built in for --model {config.model}: give --weights")
-    return BUILT_IN.get(config.model or "vit", NANO)
+    return BUILT_IN.get(config.model or "vit", NANO), ""
 
 
 def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     """As ``load``, which also says what is used; here stderr has warnings alone."""
     built_in, own = config.weights == BUILT_IN_NAME, user_code.is_own(config.model or "")
-    weights = weights_of(config)
+    weights, on_hub = weights_of(config)
     chosen = config.model or str(weights)
     if own:
         function, digest = user_code.load(chosen, "a model")
@@ -78,7 +80,10 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         print(f"warning: {warning.message}", file=sys.stderr)
     backbone = checked(made, chosen)
     if own:
-        return backbone._replace(facts={**backbone.facts, "model": f"{config.model} ({digest})"})
+        backbone = backbone._replace(facts={**backbone.facts, "model": f"{config.model} ({digest})"})
+    if on_hub:
+        name = backbone.name if own else on_hub.partition("@")[0].rpartition("/")[2]
+        backbone = backbone._replace(name=name, facts={**backbone.facts, "hub": on_hub})
     return backbone
 
 
