@@ -121,7 +121,7 @@ _LEFT_OUT = {
     "bounds": _TUNED
     | _RECORDED
     | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
-    | {"signature", "theta"},
+    | {"signature", "theta", "schedule", "local_schedule"},
     "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META,
     "budget": {"checkpoint_every", "dry_run", "local_steps", "lr", "validation", "vary"} | _META,
     "meta": (_TUNED - _META) | _RECORDED | {"devices", "seeds_at_once"},

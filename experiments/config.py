@@ -42,6 +42,7 @@ SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid")
 FORMS = ("merged", "npz")  # of what is exported
+SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 BUDGETS = (1, 2, 5, 10)
 MANY = 10_000  # runs of one program: seeds, or values of a sweep
@@ -150,7 +151,22 @@ class Config:
     optimizer: str = option(
         "sgd", "local optimizer: sgd, momentum (0.9), adam or adamw; fresh each round", among=OPTIMIZERS
     )
-    lr: float = option(0.1, "local learning rate", "(0, inf)")
+    lr: float = option(0.1, "local learning rate, of the first step", "(0, inf)")
+    schedule: str = option(
+        "constant", "it over rounds: constant, linear or cosine (down towards 0), or exponential:G (times G each round)"
+    )
+    local_schedule: str = option(
+        "constant", "it over the local steps of each round: constant, linear or cosine", among=SCHEDULES
+    )
+    momentum: float | None = option(None, "of --optimizer momentum (default: 0.9)", "[0, 1)")
+    weight_decay: float | None = option(
+        None,
+        "pulls what is trained to where it began (0 of adapters, the weights of what is trained in full): added to the "
+        "gradient, of adamw apart from it (default: none, of adamw 0.0001)",
+        "[0, 1]",
+    )
+    clip_norm: float | None = option(None, "longest gradient of a local step; longer ones are shortened", "(0, inf)")
+    label_smoothing: float = option(0.0, "share of each label that goes to all classes alike, while training", "[0, 1)")
     seeds: tuple[int, ...] = option(
         (0, 1, 2, 3, 4),
         "seeds: a count (5 means 0 to 4), a range (0:5 means the same) or a list (3,7; 42, is the seed 42 alone)",

@@ -15,7 +15,7 @@ from experiments.commands.export import Plan as Export
 from experiments.commands.export import restored
 from experiments.engine import chunking, evaluation
 from experiments.setup.backbone import NANO, cut
-from experiments.setup.problem import make_optimizer
+from experiments.setup.local_training import make_optimizer
 from fedlora_jax import lora, rounds
 from fedlora_jax.lora import LoRA
 from fedlora_jax.method import average_client

@@ -194,6 +194,12 @@ def test_stages_that_are_shares_of_the_rounds_are_not_those_of_more_rounds(small
         plan(tmp_path, "--resume", "--rounds", "20")
 
 
+def test_rates_that_go_down_to_the_last_round_are_not_those_of_more_rounds(small, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(plan(tmp_path, *small, "--schedule", "cosine").about))
+    with pytest.raises(ValueError, match="--schedule cosine knows the last round"):
+        plan(tmp_path, "--resume", "--rounds", "20")
+
+
 def test_seeds_that_would_change_the_draws_of_others_are_refused(small, tmp_path):
     """Batches are permutations of lists as long as the largest client of any seed, so that a larger one changes all."""
     split = ("--partition", "dirichlet:1.0", "--methods", "fedit")

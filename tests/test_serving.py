@@ -13,7 +13,7 @@ from experiments.commands import budget, sweep
 from experiments.engine import evaluation, facts, methods, trial
 from experiments.results import client_map
 from experiments.setup import memory, problem
-from experiments.setup.problem import make_optimizer
+from experiments.setup.local_training import make_optimizer
 from fedlora_jax import rounds
 
 OPTIONS = (

@@ -15,15 +15,11 @@ from tqdm import tqdm
 
 from experiments.config import Config, check
 from experiments.results import metrics, summary
-from experiments.setup import problem
+from experiments.setup import local_training, problem
 from experiments.setup.backbone import frozen_features
+from experiments.setup.local_training import make_optimizer
 from experiments.setup.memory import refuse_draws
-from experiments.setup.problem import (
-    Clients,
-    Problem,
-    make_optimizer,
-    own_accuracy,
-)
+from experiments.setup.problem import Clients, Problem, own_accuracy
 from fedlora_jax import rounds
 from fedlora_jax.clients import Population, padded, sample_batches
 from fedlora_jax.methods.fedit import FedITState, fedit
@@ -36,6 +32,7 @@ class Plan:
 
     def __init__(self, config: Config):
         check(config)
+        local_training.check(config)
         self.config, self.problem = config, problem.build(config)
         steps, cohort = config.rounds * config.local_steps, config.cohort
         for clients, alone in ((config.clients, steps), (1, steps * cohort)):  # each for itself, and all as one

@@ -99,11 +99,15 @@ class Plan:
 
     def _refuse_stages_of_other_rounds(self) -> None:
         before, now = self.folder.held("config"), self.config.rounds
-        staged = [name for name in before["methods"] if methods.asks(name, "rounds")]
+        staged = [
+            f"{name} divides its rounds into stages" for name in before["methods"] if methods.asks(name, "rounds")
+        ]
+        if self.config.schedule != "constant":
+            staged.append(f"--schedule {self.config.schedule} knows the last round")
         if staged and before["rounds"] != now:
             raise ValueError(
-                f"{staged[0]} divides its rounds into stages, so that {now} rounds do not begin as {before['rounds']} "
-                "do: use another --out, or the same --rounds"
+                f"{staged[0]}, so that {now} rounds do not begin as {before['rounds']} do: use another --out, or the "
+                "same --rounds"
             )
 
     def _refuse_other_draws(self) -> None:

@@ -27,7 +27,8 @@ from experiments.engine.evaluation import make_serving
 from experiments.engine.facts import facts_of
 from experiments.results.folder import CONFIG, Folder, read_json, say, write_atomically
 from experiments.setup import backbone as backbones
-from experiments.setup.problem import Problem, Seed, make_optimizer
+from experiments.setup.local_training import make_optimizer
+from experiments.setup.problem import Problem, Seed
 from experiments.setup.task import STEM
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, Params

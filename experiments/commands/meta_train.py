@@ -27,7 +27,8 @@ from experiments.engine.chunking import choose
 from experiments.engine.facts import facts_of
 from experiments.results import record
 from experiments.results.folder import Folder, write_json
-from experiments.setup.problem import Problem, Seed, make_optimizer
+from experiments.setup.local_training import make_optimizer
+from experiments.setup.problem import Problem, Seed
 from fedlora_jax import meta, rounds
 from fedlora_jax.clients import sample_ids, sample_rounds, sample_views
 from fedlora_jax.keys import purpose

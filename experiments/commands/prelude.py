@@ -12,7 +12,7 @@ from experiments.engine import methods
 from experiments.engine.chunking import mesh_of
 from experiments.engine.facts import acceptable, describe
 from experiments.results.folder import Folder, say
-from experiments.setup import problem
+from experiments.setup import local_training, problem
 from experiments.setup.problem import Problem
 from fedlora_jax import lora
 from models.backbone import Backbone
@@ -23,6 +23,7 @@ FILES = "method_files"  # in the record: the content of files that methods are f
 def checked(config: Config) -> None:
     """Refuse what can be seen to be wrong before anything is read."""
     check(config)
+    local_training.check(config)
     for name in config.methods:
         methods.check(name)
     mesh_of(config.devices)  # refuses more devices than there are

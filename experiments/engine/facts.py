@@ -11,7 +11,7 @@ import jax
 from experiments.config import Config
 from experiments.engine import methods
 from experiments.results import record
-from experiments.setup import memory
+from experiments.setup import local_training, memory
 from fedlora_jax import rounds
 from fedlora_jax.lora import Adapter
 from fedlora_jax.signatures import Signature
@@ -35,8 +35,11 @@ def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
         method = methods.build(name, **facts_of(config, signature))
         if method.query and config.minimum < 2:
             raise ValueError(f"{name} keeps examples of every client apart: --minimum must be at least 2, got 1")
-        if "scaffold" in method.stack and config.optimizer != "sgd":
-            raise ValueError(f"{name} needs local steps of plain SGD: --optimizer must be sgd, got {config.optimizer}")
+        if "scaffold" in method.stack and not local_training.is_plain_sgd(config):
+            raise ValueError(
+                f"{name} needs local steps of plain SGD: leave --optimizer, --schedule, --local-schedule, "
+                "--weight-decay and --clip-norm out"
+            )
         if "fedlc" in method.stack and config.task != "softmax":
             raise ValueError(f"{name}: FedLC calibrates a softmax, --task must be softmax, got {config.task}")
         if "noise" in method.stack and config.weights_of_clients != "uniform":

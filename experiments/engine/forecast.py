@@ -25,7 +25,8 @@ from experiments.engine import chunking, evaluation, traffic
 from experiments.engine.trial import Trial
 from experiments.results import summary
 from experiments.setup import memory
-from experiments.setup.problem import Problem, make_optimizer
+from experiments.setup.local_training import make_optimizer
+from experiments.setup.problem import Problem
 from fedlora_jax import rounds, training
 from fedlora_jax.method import Method
 from fedlora_jax.methods.fedit import fedit

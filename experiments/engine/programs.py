@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments.config import Config
 from experiments.engine.chunking import choose, mesh_of
 from experiments.engine.evaluation import Scores, make_scores
+from experiments.setup.local_training import make_optimizer
 from experiments.setup.memory import refuse_draws
-from experiments.setup.problem import Arrays, Clients, Problem, Seed, make_optimizer
+from experiments.setup.problem import Arrays, Clients, Problem, Seed
 from fedlora_jax import rounds, training
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method, no_learning

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from experiments.config import Config
@@ -112,7 +111,7 @@ def build(
     elif stem is not None:
         base = {**base, STEM: stem.params}
     base = jax.device_put(base)
-    loss_fn, correct_fn = objectives(TASKS[config.task], top, stem)
+    loss_fn, correct_fn = objectives(TASKS[config.task], top, stem, config.label_smoothing)
     features = backbones.frozen_features(backbone, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
@@ -179,17 +178,6 @@ def domain_accuracies(problem: Problem, correct: np.ndarray) -> dict[str, float]
     """Share of right answers in each domain, of ``correct [n_test]``."""
     domain = np.asarray(problem.test[2])
     return {name: float(np.mean(correct[domain == j])) for j, name in enumerate(problem.images.domains)}
-
-
-def make_optimizer(config: Config, lr: float | Array | None = None) -> optax.GradientTransformation:
-    """The local optimizer, at the configured learning rate or at another (which may be traced)."""
-    makers = {
-        "sgd": optax.sgd,
-        "momentum": lambda lr: optax.sgd(lr, momentum=0.9),
-        "adam": optax.adam,
-        "adamw": optax.adamw,
-    }
-    return makers[config.optimizer](config.lr if lr is None else lr)
 
 
 def _side(images: Images) -> int:

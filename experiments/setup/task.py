@@ -22,14 +22,25 @@ STEM = "stem"  # the name under which a base holds the blocks that come before t
 class Task(NamedTuple):
     """For logits ``[n, classes]`` and labels ``[n]``."""
 
-    loss: Callable[[Array, Array], Array]  # -> [n]
+    loss: Callable[[Array, Array], Array]  # -> [n]; of shares of classes [n, classes] as well
     right: Callable[[Array, Array], Array]  # -> [n] 1 where a prediction is right, 0 where it is not
     meaning: str
 
 
 def one_vs_rest(logits: Array, y: Array) -> Array:
     """Binary cross-entropy of every class, summed: each output says yes or no on its own."""
-    return optax.sigmoid_binary_cross_entropy(logits, jax.nn.one_hot(y, logits.shape[-1])).sum(-1)
+    return optax.sigmoid_binary_cross_entropy(logits, shares(logits, y)).sum(-1)
+
+
+def shares(logits: Array, y: Array) -> Array:
+    """Labels ``[n]``, or shares of classes ``[n, classes]``, as shares."""
+    return jax.nn.one_hot(y, logits.shape[-1]) if y.ndim < logits.ndim else y
+
+
+def cross_entropy(logits: Array, y: Array) -> Array:
+    """Of labels ``[n]``, or of shares of classes ``[n, classes]``."""
+    of = optax.softmax_cross_entropy_with_integer_labels if y.ndim < logits.ndim else optax.softmax_cross_entropy
+    return of(logits, y)
 
 
 def most_likely(logits: Array, y: Array) -> Array:
@@ -37,21 +48,23 @@ def most_likely(logits: Array, y: Array) -> Array:
 
 
 TASKS = {
-    "softmax": Task(
-        optax.softmax_cross_entropy_with_integer_labels, most_likely, "cross-entropy of one distribution over classes"
-    ),
+    "softmax": Task(cross_entropy, most_likely, "cross-entropy of one distribution over classes"),
     # Wightman et al., ResNet strikes back, 2021, arXiv 2110.00476: the loss DeiT III is trained with.
     "sigmoid": Task(one_vs_rest, most_likely, "binary cross-entropy of each class on its own, summed"),
 }
 
 
-def objectives(task: Task, backbone: Backbone, stem: Stem | None = None) -> tuple[Callable, Callable]:
+def objectives(
+    task: Task, backbone: Backbone, stem: Stem | None = None, smoothing: float = 0.0
+) -> tuple[Callable, Callable]:
     """Mean loss of a batch, and which predictions are right, for images as uint8 (or tokens of a stem).
 
     Args:
       task: what is minimised and counted.
       backbone: the model that is trained.
       stem: what comes before it and is computed anew each time; its parameters are ``base[STEM]``.
+      smoothing: share of each label that goes to all classes alike, in the loss (Szegedy et al., 2016, arXiv
+        1512.00567, section 7).
     """
 
     def logits(base: Params, adapter: Adapter, x: Array, training: bool) -> Array:
@@ -62,7 +75,8 @@ def objectives(task: Task, backbone: Backbone, stem: Stem | None = None) -> tupl
 
     def loss_fn(base, adapter, batch, key):
         x, y = batch
-        return task.loss(logits(base, adapter, x, True), y).mean()
+        out = logits(base, adapter, x, True)
+        return task.loss(out, optax.smooth_labels(shares(out, y), smoothing) if smoothing else y).mean()
 
     def correct_fn(base, adapter, examples):
         one = lambda xy: task.right(logits(base, adapter, xy[0][None], False), xy[1][None])[0]
