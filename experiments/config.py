@@ -151,6 +151,12 @@ class Config:
     optimizer: str = option(
         "sgd", "local optimizer: sgd, momentum (0.9), adam or adamw; fresh each round", among=OPTIMIZERS
     )
+    augment: tuple[str, ...] = option(
+        (),
+        "how training images are varied in every local step, comma-separated, one after another: flip, crop:PIXELS, "
+        "resized_crop:SMALLEST (share of the area), mixup:ALPHA (default: not at all)",
+        empty=True,
+    )
     lr: float = option(0.1, "local learning rate, of the first step", "(0, inf)")
     schedule: str = option(
         "constant", "it over rounds: constant, linear or cosine (down towards 0), or exponential:G (times G each round)"
@@ -306,6 +312,8 @@ def check(config: Config) -> None:
         )
     if config.rounds_between_checkpoints() % config.eval_every:
         raise ValueError(f"--checkpoint-every {config.checkpoint_every} is no multiple of --eval-every")
+    if config.augment and config.prefix == "stored":
+        raise ValueError("--augment makes other images in every step, and --prefix stored keeps what one makes of each")
     if config.seeds_at_once is not None and len(config.seeds) % config.seeds_at_once:
         raise ValueError(f"--seeds-at-once {config.seeds_at_once} does not divide {len(config.seeds)} seeds")
 

@@ -126,7 +126,7 @@ def image_of(side: int) -> jax.ShapeDtypeStruct:
 
 def is_stored(config: Config, stem: Stem, x: np.ndarray) -> bool:
     """Is what the stem makes of all images ``x [n, H, W, 3]`` computed once and kept?"""
-    if config.prefix != "auto":
+    if config.prefix != "auto" or config.augment:
         return config.prefix == "stored"
     tokens = jax.eval_shape(stem.apply, stem.params, jax.ShapeDtypeStruct(x.shape, x.dtype))
     have = memory.available()

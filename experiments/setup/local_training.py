@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from experiments.config import Config
+from experiments.setup.augment import augmentation
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.training import Optimizer
 
@@ -81,6 +82,7 @@ def shape(schedule: str) -> Shape:
 def check(config: Config) -> None:
     """Refuse options of local training that do not go together."""
     shape(config.schedule)
+    augmentation(config.augment)
     if config.momentum is not None and config.optimizer != "momentum":
         raise ValueError(f"--momentum is of --optimizer momentum, got --optimizer {config.optimizer}")
 

@@ -111,7 +111,7 @@ def build(
     elif stem is not None:
         base = {**base, STEM: stem.params}
     base = jax.device_put(base)
-    loss_fn, correct_fn = objectives(TASKS[config.task], top, stem, config.label_smoothing)
+    loss_fn, correct_fn = objectives(TASKS[config.task], top, stem, config.label_smoothing, config.augment)
     features = backbones.frozen_features(backbone, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))

@@ -5,7 +5,7 @@ A new task is one entry of ``TASKS``, and its name in ``config.TASKS`` (a test h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from experiments.setup.augment import augmentation
+from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, Params
 from models.backbone import Backbone, Stem
 
@@ -55,7 +57,7 @@ TASKS = {
 
 
 def objectives(
-    task: Task, backbone: Backbone, stem: Stem | None = None, smoothing: float = 0.0
+    task: Task, backbone: Backbone, stem: Stem | None = None, smoothing: float = 0.0, augment: Sequence[str] = ()
 ) -> tuple[Callable, Callable]:
     """Mean loss of a batch, and which predictions are right, for images as uint8 (or tokens of a stem).
 
@@ -65,7 +67,9 @@ def objectives(
       stem: what comes before it and is computed anew each time; its parameters are ``base[STEM]``.
       smoothing: share of each label that goes to all classes alike, in the loss (Szegedy et al., 2016, arXiv
         1512.00567, section 7).
+      augment: how images are varied before they are trained on (``augment.WAYS``).
     """
+    vary = augmentation(augment)
 
     def logits(base: Params, adapter: Adapter, x: Array, training: bool) -> Array:
         if stem is not None:
@@ -75,6 +79,9 @@ def objectives(
 
     def loss_fn(base, adapter, batch, key):
         x, y = batch
+        if augment:
+            classes = jax.eval_shape(lambda: logits(base, adapter, x, True)).shape[-1]
+            x, y = vary(purpose(key, "augmentation"), batch, classes)
         out = logits(base, adapter, x, True)
         return task.loss(out, optax.smooth_labels(shares(out, y), smoothing) if smoothing else y).mean()
 
