@@ -74,6 +74,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
         commands.choices[command].set_defaults(**_held(given["out"], given.keys()))
         given = vars(parser.parse_args(arguments))
         del given["command"]
+    if "method" in given and given["method"] is None:
+        commands.choices[command].error("the following arguments are required: --method")
     if command in OWN:
         return command, OWN[command](**given)
     if "method" in given:
@@ -86,6 +88,8 @@ def _held(out: str, names: Collection[str]) -> dict[str, Any]:
     hints, found = typing.get_type_hints(Config), {}
     for name, value in asked(out).items():
         value = tuple(value) if isinstance(value, list) else value
+        if name == "methods" and "method" in names and _is_a(value, hints[name]) and len(value) == 1:
+            found["method"] = value[0]
         if name in names and _is_a(value, hints[name]):
             found[name] = value
     return found
@@ -165,9 +169,9 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         if field.name == "methods" and command in ("run", "meta"):
             parser.add_argument(
                 "--method",
-                required=True,
                 metavar="NAME",
-                help="the method, by file name, with options and wrappers as in compare --methods",
+                help="the method, by file name, with options and wrappers as in compare --methods"
+                + "; it may be left out with --resume" * (command == "run"),
             )
         else:
             _add_option(parser, field, hints[field.name], field.default)

@@ -123,6 +123,18 @@ def test_options_that_are_not_given_stay_as_they_were(tmp_path):
     assert config == dataclasses.replace(before, chunk=2, resume=True, out=str(tmp_path))
 
 
+def test_the_one_method_of_a_run_stays_as_it_was(tmp_path, capsys):
+    goes_on, path = ["run", "--resume", "--out", str(tmp_path)], tmp_path / "config.json"
+    path.write_text(json.dumps({"config": Config(methods=("flora+clip:bound=2",)).deciding(RESULTS)}))
+    assert parse(goes_on)[1] == Config(methods=("flora+clip:bound=2",), resume=True, out=str(tmp_path))
+    assert parse([*goes_on, "--method", "fedit"])[1].methods == ("fedit",)
+    path.write_text(json.dumps({"config": Config(methods=("flora", "fedit")).deciding(RESULTS)}))
+    for options in (goes_on, ["run"], ["run", "--out", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            parse(options)
+        assert "arguments are required: --method" in capsys.readouterr().err
+
+
 def test_a_seal_shows_any_change():
     value = {"method": "fedit", "loss": 0.1, "list": [1, None, {"a": "\u00e9"}]}
     text = json.dumps(sealed(value)).encode()
