@@ -41,6 +41,7 @@ PREFIXES = ("auto", "stored", "anew")
 SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid")
+DTYPES = ("float32", "bfloat16")
 FORMS = ("merged", "npz")  # of what is exported
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
@@ -91,6 +92,14 @@ class Config:
     epsilon: float | None = option(None, "epsilon of the weights' layer norms (default: as for --mean)", "(0, 0.1)")
     keep_head: bool = option(
         False, "begin with the weights' head although nothing says that it is for the data's classes (else: a new one)"
+    )
+    dtype: str = option(
+        "float32",
+        "in which the model computes activations; adapters, head, norms and losses stay float32",
+        among=DTYPES,
+    )
+    base_dtype: str = option(
+        "float32", "in which the frozen weights are kept, but for what is trained in full", among=DTYPES
     )
     targets: tuple[str, ...] = option(
         ("default",),

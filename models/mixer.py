@@ -75,9 +75,9 @@ class Mixer(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> tuple[Array, dict[str, Array]]:
-        x = images
+        x = images.astype(self.dtype)
         if self.part != "top":
-            x = Dense(self.width, name="embed")(patches(images.astype(self.dtype), self.patch))
+            x = Dense(self.width, name="embed")(patches(x, self.patch))
         block = Block(self.tokens_width, self.channels_width, self.epsilon, name="blocks")
         x = stacked(block, x, self.depth, self.unroll)
         if self.part == "stem":

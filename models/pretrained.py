@@ -105,9 +105,10 @@ def vit_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     keep_head: bool = False,
+    dtype: str = "float32",
 ) -> Backbone:
     """The ``Backbone`` of a file; arguments and errors as for ``load_vit``."""
-    given = {"epsilon": epsilon, "mean": mean, "std": std, "keep_head": keep_head}
+    given = {"epsilon": epsilon, "mean": mean, "std": std, "keep_head": keep_head, "dtype": getattr(jnp, dtype)}
     return backbone(load_vit(weights, classes, image_size, heads, **given), TARGETS, to_timm)
 
 

@@ -93,9 +93,10 @@ def mixer_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     keep_head: bool = False,
+    dtype: str = "float32",
 ) -> Backbone:
     """The ``Backbone`` of a file; arguments and errors as for ``load_mixer``."""
-    given = {"epsilon": epsilon, "mean": mean, "std": std, "keep_head": keep_head}
+    given = {"epsilon": epsilon, "mean": mean, "std": std, "keep_head": keep_head, "dtype": getattr(jnp, dtype)}
     mixer, table = load_mixer(weights, classes, image_size, **given), _table(files.located(Path(weights)))
 
     def names(params: Params) -> dict[str, np.ndarray]:

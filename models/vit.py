@@ -100,7 +100,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> tuple[Array, dict[str, Array]]:
-        x = images if self.part == "top" else self._embedded(images)
+        x = images.astype(self.dtype) if self.part == "top" else self._embedded(images)
         body = nn.remat(Block, prevent_cse=self.unroll) if self.remat else Block
         x = stacked(body(self.heads, self.mlp_width, self.epsilon, name="blocks"), x, self.depth, self.unroll)
         if self.part == "stem":

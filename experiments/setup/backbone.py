@@ -16,6 +16,7 @@ from jax import Array
 
 from experiments.config import Config
 from experiments.setup import memory, user_code
+from fedlora_jax import lora
 from fedlora_jax.lora import Params
 from models import families, hub
 from models.backbone import NO_ADAPTER, Backbone, Stem, checked
@@ -65,11 +66,11 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         function, digest = user_code.load(chosen, "a model")
     else:
         function, digest = families.find(config.model, weights), ""
-    optional = {name: getattr(config, name) for name in ("mean", "std", "heads", "epsilon", "keep_head")}
+    optional = {name: getattr(config, name) for name in ("mean", "std", "heads", "epsilon", "keep_head", "dtype")}
     optional |= {} if own and built_in else {"weights": weights}
     asked = inspect.signature(function).parameters
     for name, value in optional.items():
-        if name not in asked and value not in (None, False):
+        if name not in asked and value != getattr(Config, name):
             raise ValueError(f"{chosen} does not take --{name.replace('_', '-')}: leave it out, got {value}")
     known = {"classes": classes, "image_size": side} | optional
     with warnings.catch_warnings(record=True) as caught:
@@ -94,6 +95,16 @@ def cut(backbone: Backbone, last: int | None) -> tuple[Stem | None, Backbone]:
     if backbone.cut is None:
         raise ValueError(f"--adapt-last {last}: {backbone.name} has no blocks to count; leave it out")
     return backbone.cut(last)
+
+
+def kept_as(dtype: str, params: Params, full: Sequence[str]) -> Params:
+    """The frozen parameters in another precision; those that are trained in full stay as they are."""
+    if dtype == Config.base_dtype:
+        return params
+    trained = set(lora.select(params, full))
+    return lora.unflatten(
+        {name: x if name in trained else x.astype(jnp.dtype(dtype)) for name, x in lora.flatten(params).items()}
+    )
 
 
 def refuse_too_large(backbone: Backbone, classes: int, count: int, side: int) -> None:
@@ -149,7 +160,7 @@ def _applied(apply: Callable[[Params, Array], Array], params: Any, x: np.ndarray
     size = min(FORWARD, len(x))
     starts = [min(i, len(x) - size) for i in range(0, len(x), size)]
     parts = {i: np.asarray(apply(params, x[i : i + size])) for i in starts}
-    out = np.zeros((len(x), *parts[0].shape[1:]), np.float32)
+    out = np.zeros((len(x), *parts[0].shape[1:]), parts[0].dtype)
     for i, part in parts.items():
         out[i : i + size] = part
     return out

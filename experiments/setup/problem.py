@@ -104,12 +104,12 @@ def build(
     train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
     made = [_clients(config, images, train_rows, test_rows, seed) for seed in config.seeds]
 
-    images, base = data.resized(images, side), top.params
+    images, base = data.resized(images, side), backbones.kept_as(config.base_dtype, top.params, config.full)
     shown = images.x
     if stem is not None and backbones.is_stored(config, stem, images.x):
         stem, shown = None, backbones.tokens_of(stem, images.x)
     elif stem is not None:
-        base = {**base, STEM: stem.params}
+        base = {**base, STEM: backbones.kept_as(config.base_dtype, stem.params, ())}
     base = jax.device_put(base)
     loss_fn, correct_fn = objectives(TASKS[config.task], top, stem, config.label_smoothing, config.augment)
     features = backbones.frozen_features(backbone, images.x[train_rows])
