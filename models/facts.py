@@ -1,9 +1,10 @@
-"""What the arrays of a weight file do not say of their network: normalisation, heads, epsilon, the classes' names.
+"""What the arrays of a weight file do not say of their network: normalisation, heads, activation, the classes' names.
 
 Who publishes weights keeps these in one of several places. They are looked for in what the caller says, in the file
 itself (``meta`` of a ``.npz``, ``__metadata__`` of a ``.safetensors``), in ``config.json`` beside it (timm's or
-transformers'), in ``preprocessor_config.json``, and in the name of the architecture, in this order. What stands nowhere
-is guessed by timm's conventions, with a warning: a wrong normalisation costs accuracy and breaks nothing.
+transformers'), in ``preprocessor_config.json``, in the name of the architecture and in what the format implies, in
+this order. What stands nowhere is guessed by timm's conventions, with a warning: a wrong normalisation costs accuracy
+and breaks nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,28 +29,40 @@ NAMES = {
     "std": ("std", "image_std"),
     "heads": ("heads", "num_heads", "num_attention_heads"),
     "epsilon": ("ln_eps", "epsilon", "layer_norm_eps"),
+    "act": ("act", "act_layer", "hidden_act"),
+    "pool": ("pool", "global_pool"),
+}
+# what is said of these, and what it is here; an empty text says nothing
+WORDS = {
+    "act": {
+        "gelu": "gelu",
+        "gelu(erf)": "gelu",
+        "quick_gelu": "quick_gelu",
+        **dict.fromkeys(("gelu_tanh", "gelu_new", "gelu_pytorch_tanh"), "gelu_tanh"),
+    },
+    "pool": {"cls": "cls", "token": "cls", "avg": "mean", "mean": "mean", "norm_of_mean": "norm_of_mean"},
 }
 LABELS = ("classes", "label_names", "id2label")
 # what a file may say of its network only if it is the network of ``models.vit``
 ALIKE = {
-    ("act", "act_layer", "hidden_act"): ("gelu", "gelu(erf)"),
-    ("pool", "global_pool"): ("cls", "token", ""),
     ("prenorm",): (True,),
     ("post_norm",): (False,),
 }
 WIDTH = ("embed", "embed_dim", "num_features", "hidden_size")
-# timm's plain ViTs: what a name says of the size; CLIP's, DINOv2's and others have an epsilon or layers of their own
-ARCHITECTURE = re.compile(r"(?:vit|deit3?)_(tiny|small|base|large|huge)_patch\d+_\d+(?:\..*)?")
-GUESS = "guessed"
+# timm's plain ViTs and image towers of CLIP: what a name says of them; others have an epsilon or layers of their own
+ARCHITECTURE = re.compile(r"(?:vit|deit3?)_(tiny|small|base|large|huge)_patch\d+_(clip_(?:quickgelu_)?)?\d+(?:\..*)?")
+GUESS, IMPLIED = "guessed", "as its format implies"
 
 
 class Facts(NamedTuple):
-    """What the arrays do not say; ``origins`` has where the first four come from."""
+    """What the arrays do not say; ``origins`` has where all but the labels come from."""
 
     mean: np.ndarray  # [channels], of x / 255
     std: np.ndarray  # [channels]
     heads: int
     epsilon: float
+    act: str  # of models.parts.ACTIVATIONS
+    pool: str  # as models.vit.ViT has it
     labels: tuple[str, ...] | None  # the class of each output of the head
     origins: dict[str, str]
 
@@ -61,6 +75,7 @@ def find(
     channels: int,
     alike: Mapping[tuple[str, ...], tuple] = ALIKE,
     without: tuple[str, ...] = (),
+    implied: Mapping[str, Any] = MappingProxyType({}),
 ) -> Facts:
     """The facts of the network in a weight file.
 
@@ -71,20 +86,24 @@ def find(
       width, channels: of the network.
       alike: what a source may say, by its names, if it tells of this network.
       without: facts that such a network does not have; of them ``Facts`` has what means nothing.
+      implied: what its format implies, by the names of ``Facts``.
 
     Raises:
-      ValueError: a value is of the wrong kind; a file beside it is damaged, or tells of another network.
+      ValueError: a value is of the wrong kind; a file beside it is damaged, or tells of another network; nothing tells
+        the number of heads or the activation.
     """
-    sources = {"given": given, path.name: inside, **_beside(path.parent)}
+    sources = {"given": given, path.name: inside, **_beside(path.parent), IMPLIED: implied}
     for origin, source in sources.items():
         _check_alike(path, origin, source, width, alike)
-    found, origins = {"heads": 1} if "heads" in without else {}, {}
+    found, origins = {"heads": 1, "act": "gelu", "pool": "mean"}, {}
     for fact, names in NAMES.items():
         if fact in without:
             continue
         told = _first(sources, names)
         found[fact], origins[fact] = told or (_guess(path, fact, width, channels), GUESS)
         _check(f"{path.name}: {fact} ({origins[fact]})", fact, found[fact], width, channels)
+        if fact in WORDS:
+            found[fact] = WORDS[fact][found[fact]]
     if guessed := [fact for fact, origin in origins.items() if origin == GUESS]:
         said = ", ".join(f"{fact} {shown(found[fact])}" for fact in guessed)
         options = " ".join(f"--{fact}" for fact in guessed)
@@ -95,7 +114,8 @@ def find(
         )
     mean, std = (np.asarray(found[fact], np.float32) for fact in ("mean", "std"))
     labels, _ = _first(sources, LABELS) or (None, "")
-    return Facts(mean, std, int(found["heads"]), float(found["epsilon"]), _labels(labels), origins)
+    heads, epsilon = int(found["heads"]), float(found["epsilon"])
+    return Facts(mean, std, heads, epsilon, found["act"], found["pool"], _labels(labels), origins)
 
 
 def shown(value: Any) -> str:
@@ -106,7 +126,7 @@ def shown(value: Any) -> str:
 def _first(sources: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]) -> tuple[Any, str] | None:
     """The first that a source says under one of the names, and which source."""
     told = ((source[name], origin) for origin, source in sources.items() for name in names if name in source)
-    return next(((value, origin) for value, origin in told if value is not None), None)
+    return next(((value, origin) for value, origin in told if value is not None and value != ""), None)
 
 
 def _beside(folder: Path) -> dict[str, Mapping[str, Any]]:
@@ -155,7 +175,9 @@ def _implied(architecture: Any) -> dict[str, Any]:
         return {}
     size = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}[match[1]]
     width, _, heads, _ = SIZES[size]
-    return {"heads": heads, "epsilon": 1e-6, "embed_dim": width}
+    if not match[2]:
+        return {"heads": heads, "epsilon": 1e-6, "embed_dim": width}
+    return {"heads": heads, "epsilon": 1e-5, "embed_dim": width, "act": "quick_gelu" if "quick" in match[2] else "gelu"}
 
 
 def _check_alike(path: Path, origin: str, source: Mapping[str, Any], width: int, alike: Mapping) -> None:
@@ -170,6 +192,11 @@ def _check_alike(path: Path, origin: str, source: Mapping[str, Any], width: int,
 
 
 def _guess(path: Path, fact: str, width: int, channels: int) -> Any:
+    if fact == "act":
+        raise ValueError(
+            f"{path} does not say whether its activation is gelu or quick_gelu, and its arrays do not tell: put its "
+            "config.json beside it (or one of timm that names its architecture)"
+        )
     if fact == "heads" and width % 64:
         raise ValueError(
             f"{path} does not say how many attention heads its width of {width} is cut into, and timm's heads of 64 do "
@@ -180,6 +207,13 @@ def _guess(path: Path, fact: str, width: int, channels: int) -> Any:
 
 def _check(what: str, fact: str, value: Any, width: int, channels: int) -> None:
     numbers, x = _is_row(value, channels), float(value) if _is_number(value) else math.nan
+    if fact in WORDS:
+        if not isinstance(value, str) or value not in WORDS[fact]:
+            raise ValueError(
+                f"{what} is {_short(value)}, which would be another network: expected {' or '.join(WORDS[fact])}; if "
+                "the file with that entry is not of these weights, move it away"
+            )
+        return
     fine, expected = {
         "mean": (numbers and all(0 <= y <= 1 for y in value), f"{channels} numbers from 0 to 1, of x / 255"),
         "std": (numbers and all(0 < y <= 1 for y in value), f"{channels} numbers above 0, at most 1, of x / 255"),

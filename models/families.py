@@ -60,7 +60,7 @@ FAMILIES = {
     "vit": Family(
         vit_backbone,
         lambda names: True,  # the last: it says what is wrong with a file of nobody's
-        ("timm", "transformers' ViT, DeiT and DINOv2"),
+        ("timm", "transformers' ViT, DeiT and DINOv2", "the original .npz (vision_transformer, big_vision)"),
         {"nano/4": 16, "Ti/16": 224, "S/16": 224, "S/14": 224, "B/32": 224, "B/16": 224, "L/16": 224, "H/14": 224},
         _shapes(vit.vit),
         vit.TARGETS,

@@ -10,7 +10,9 @@ round (hence ``lora.written_out``). Accelerators fuse such things by themselves 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -83,18 +85,34 @@ def _phi(x: Array) -> Array:
     return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
 
 
-@jax.custom_vjp
-def attend(query: Array, key: Array, value: Array) -> Array:
-    """``softmax(Q K^T / sqrt(d)) V`` for ``[..., heads, tokens, d]`` (Vaswani et al., 2017, eq. 1)."""
-    return _attend(query, key, value)[0]
+def quick_gelu(x: Array) -> Array:
+    """``x sigmoid(1.702 x)`` (Hendrycks and Gimpel, 2016, section 2), which OpenAI's CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
 
 
-def _attend(query: Array, key: Array, value: Array):
-    p = jax.nn.softmax(query @ key.mT * query.shape[-1] ** -0.5)
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
+    {"gelu": gelu, "quick_gelu": quick_gelu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend(query: Array, key: Array, value: Array, causal: bool = False) -> Array:
+    """``softmax(Q K^T / sqrt(d)) V`` for ``[..., heads, tokens, d]`` (Vaswani et al., 2017, eq. 1).
+
+    ``causal``: a token sees those before it and itself.
+    """
+    return _attend(query, key, value, causal)[0]
+
+
+def _attend(query: Array, key: Array, value: Array, causal: bool):
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if causal:
+        scores = jnp.where(jnp.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf)
+    p = jax.nn.softmax(scores)
     return p @ value, (query, key, value, p)
 
 
-def _attend_vjp(residuals, ct: Array) -> tuple[Array, Array, Array]:
+def _attend_vjp(causal: bool, residuals, ct: Array) -> tuple[Array, Array, Array]:
     query, key, value, p = residuals
     dp = ct @ value.mT
     ds = p * (dp - jnp.sum(dp * p, -1, keepdims=True)) * query.shape[-1] ** -0.5
@@ -106,10 +124,11 @@ attend.defvjp(_attend, _attend_vjp)
 
 class Mlp(nn.Module):
     width: int
+    act: str = "gelu"  # of ACTIVATIONS
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return Dense(x.shape[-1], name="fc2")(gelu(Dense(self.width, name="fc1")(x)))
+        return Dense(x.shape[-1], name="fc2")(ACTIVATIONS[self.act](Dense(self.width, name="fc1")(x)))
 
 
 def switched(block: nn.Module, x: Array, h: Array) -> Array:
@@ -152,7 +171,8 @@ def split_blocks(model: Any, params: Any, top: int) -> tuple[tuple[Any, Any], tu
     per image and train the top on them. ``top(stem(x))`` is the model.
 
     Args:
-      model: of a family here, with a stack ``blocks`` of ``depth`` between what makes tokens and ``norm`` and ``head``.
+      model: of a family here, with a stack ``blocks`` of ``depth`` between what makes tokens and what reads them
+        (``norm``, ``projection``, ``head``).
       params: its parameters.
       top: how many blocks the second has.
     """
@@ -160,7 +180,7 @@ def split_blocks(model: Any, params: Any, top: int) -> tuple[tuple[Any, Any], tu
         raise ValueError(f"cannot keep the last {top} blocks of {model.depth}: choose 1 to {model.depth - 1}")
     first = jax.tree.map(lambda x: x[: model.depth - top], params["blocks"])
     last = jax.tree.map(lambda x: x[model.depth - top :], params["blocks"])
-    rest = {name: params[name] for name in ("norm", "head")} | {"blocks": last}
+    rest = {name: params[name] for name in ("norm", "projection", "head") if name in params} | {"blocks": last}
     stem = {name: x for name, x in params.items() if name not in rest} | {"blocks": first}
     return (model.clone(depth=model.depth - top, part="stem"), stem), (model.clone(depth=top, part="top"), rest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedlora_jax.lora import Adapter, Params, flatten, variables
+from fedlora_jax.lora import Adapter, Params, variables
 
-from . import facts, files, huggingface, timm
+from . import facts, files, tables, timm, vit_files
 from .backbone import Backbone, Published, Stem
 from .parts import join_blocks, split_blocks
 from .vit import TARGETS, ViT, normalise
@@ -38,13 +39,21 @@ class Pretrained(NamedTuple):
         values = {"mean": self.mean, "std": self.std}
         values |= {fact: getattr(self.model, fact) for fact in ("heads", "epsilon") if hasattr(self.model, fact)}
         said = {fact: f"{facts.shown(value)} ({self.origins.get(fact, 'given')})" for fact, value in values.items()}
+        said |= {fact: f"{value} ({self.origins.get(fact, 'given')})" for fact, value in self._unusual().items()}
         return {**said, "head": self.origins.get("head", "given")}
 
     def said(self) -> dict[str, Any]:
         """What a weight file says beside its arrays, so that nothing of it is guessed (``models.facts``)."""
         own = {"heads": "heads", "epsilon": "ln_eps"}
         told = {name: getattr(self.model, fact) for fact, name in own.items() if hasattr(self.model, fact)}
-        return {"mean": self.mean.tolist(), "std": self.std.tolist(), **told}
+        return {"mean": self.mean.tolist(), "std": self.std.tolist(), **told, **self._unusual()}
+
+    def _unusual(self) -> dict[str, str]:
+        """What of a ViT is not as in most, or where both are usual."""
+        if not isinstance(self.model, ViT):
+            return {}
+        usual = {"act": None if self.model.norm_pre else "gelu", "pool": "cls"}
+        return {fact: getattr(self.model, fact) for fact in usual if getattr(self.model, fact) != usual[fact]}
 
 
 def load_vit(
@@ -59,14 +68,14 @@ def load_vit(
     keep_head: bool = False,
     **options: Any,
 ) -> Pretrained:
-    """Load a ViT from arrays under the names of timm or of Hugging Face transformers; each is used, or refused by name.
+    """Load a ViT from arrays under names of timm, transformers or the original; each is used, or refused by name.
 
     Args:
       path: a ``.npz`` or ``.safetensors`` file, the ``.safetensors.index.json`` of several, or a folder as it was
         published, with ``model.safetensors`` or ``model.safetensors.index.json``. What arrays do not tell (heads,
-        epsilon, mean, std, the classes' names) is read from its ``meta`` (JSON) or metadata, or from ``config.json``
-        and ``preprocessor_config.json`` beside it; where nothing says it, it is guessed, with a warning
-        (``models.facts``).
+        epsilon, activation, pooling, mean, std, the classes' names) is read from its ``meta`` (JSON) or metadata, or
+        from ``config.json`` and ``preprocessor_config.json`` beside it; where nothing says it, it is guessed, with a
+        warning (``models.facts``).
       classes: the names of the classes to come, or how many there are. The file's head is kept where it is for the same
         names (in another order, if need be); else a new one starts at zero. ``None`` keeps it.
       image_size: side of the images to come; position embeddings are interpolated (bicubic) where it differs from the
@@ -80,20 +89,39 @@ def load_vit(
         wrong kind; there is no head to keep; the size is no multiple of the patch.
     """
     source, path = Path(path), files.located(path)
-    read = huggingface.read if huggingface.claims(files.names_in(path)) else timm.read
-    params, patch, inside = read(path)
-    (rows, width), blocks = params["embed"]["kernel"].shape, params["blocks"]
-    depth, mlp_width = blocks["mlp"]["fc1"]["bias"].shape
+    read = vit_files.read(path)
+    model, params = read.model, read.params
     given = {"mean": mean, "std": std, "heads": heads, "epsilon": epsilon}
-    sizes = {("num_hidden_layers",): (depth,), ("intermediate_size",): (mlp_width,)}
-    sizes |= {("patch_size",): (patch, [patch, patch])}
-    known = facts.find(path, inside, given, width, rows // patch**2, facts.ALIKE | sizes)
-    head, kept = start_of_head(path, params.pop("head", None), width, known.labels, classes, keep_head)
-    pos = resize_positions(params["pos"], _grid(image_size, patch))
-    params |= {"pos": pos, "head": head}
-    model = ViT(len(head["bias"]), patch, width, depth, known.heads, mlp_width, known.epsilon, **options)
-    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    alike = {**facts.ALIKE, **_sizes(read)}
+    channels = len(params["embed"]["kernel"]) // model.patch**2
+    known = facts.find(path, read.said, given, model.width, channels, alike, implied=read.implied)
+    head, kept = start_of_head(path, params.pop("head", None), model.width, known.labels, classes, keep_head)
+    pos = resize_positions(params["pos"], _grid(image_size, model.patch), int(model.class_token))
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), {**params, "pos": pos, "head": head})
+    of = {"classes": len(head["bias"]), "heads": known.heads, "epsilon": known.epsilon, "act": known.act}
+    model = model.clone(**of, pool=_pool(path, model, known), **options)
     return Pretrained(model, params, known.mean, known.std, files.name_of(source), {**known.origins, "head": kept})
+
+
+def _sizes(read: vit_files.Read) -> dict[tuple[str, ...], tuple]:
+    """What sources say of sizes that are known, if they are of this network."""
+    model = read.model
+    sizes = {("num_hidden_layers",): (model.depth,), ("intermediate_size",): (model.mlp_width,)}
+    sizes |= {("patch_size",): (model.patch, [model.patch, model.patch])}
+    sizes |= {("reg_tokens", "num_register_tokens"): (model.registers,)}
+    return sizes | ({facts.NAMES["heads"]: (model.heads,)} if "heads" in read.implied else {})
+
+
+def _pool(path: Path, model: ViT, known: facts.Facts) -> str:
+    """As it is said; of a norm whose name says so, the norm of the mean; of a class token only where there is one."""
+    if model.pool == "norm_of_mean" and known.pool == "mean":
+        return "norm_of_mean"
+    if (known.pool == "cls" and not model.class_token) or known.pool == "norm_of_mean" != model.pool:
+        raise ValueError(
+            f"{path} would be another network: its features are said to be {known.pool!r} ({known.origins['pool']}), "
+            "and it has " + ("no class token" if known.pool == "cls" else "no norm of the tokens' mean (fc_norm)")
+        )
+    return known.pool
 
 
 def vit_backbone(
@@ -109,7 +137,8 @@ def vit_backbone(
 ) -> Backbone:
     """The ``Backbone`` of a file; arguments and errors as for ``load_vit``."""
     given = {"epsilon": epsilon, "mean": mean, "std": std, "keep_head": keep_head, "dtype": getattr(jnp, dtype)}
-    return backbone(load_vit(weights, classes, image_size, heads, **given), TARGETS, to_timm)
+    vit = load_vit(weights, classes, image_size, heads, **given)
+    return backbone(vit, TARGETS, partial(to_timm, pool=vit.model.pool))
 
 
 def backbone(
@@ -145,38 +174,17 @@ def backbone(
     return Backbone(pretrained.name, pretrained.params, apply, targets, pretrained.facts(), model.depth, cut, publish)
 
 
-def to_timm(params: dict[str, Any]) -> dict[str, np.ndarray]:
+def to_timm(params: dict[str, Any], pool: str = "cls") -> dict[str, np.ndarray]:
     """Our parameters under timm's names and in PyTorch's layouts: the inverse of ``load_vit``."""
-    p = {name: np.asarray(value, np.float32) for name, value in flatten(params).items()}
-    patch = round((p["embed/kernel"].shape[0] / 3) ** 0.5)
-    # [row * column * channel, out] -> (out, channel, row, column)
-    arrays = {
-        "patch_embed.proj.weight": p["embed/kernel"].reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1),
-        "patch_embed.proj.bias": p["embed/bias"],
-        "cls_token": p["cls"][None],
-        "pos_embed": p["pos"][None],
-        "norm.weight": p["norm/scale"],
-        "norm.bias": p["norm/bias"],
-        "head.weight": p["head/kernel"].T,
-        "head.bias": p["head/bias"],
-    }
-    for kind in ("kernel", "bias"):
-        p[f"blocks/attn/qkv/{kind}"] = np.concatenate(
-            [p[f"blocks/attn/{part}/{kind}"] for part in ("query", "key", "value")], -1
-        )
-    for i in range(len(p["blocks/norm1/scale"])):
-        for norm in ("norm1", "norm2"):
-            arrays[f"blocks.{i}.{norm}.weight"] = p[f"blocks/{norm}/scale"][i]
-            arrays[f"blocks.{i}.{norm}.bias"] = p[f"blocks/{norm}/bias"][i]
-        for theirs, ours in {
-            "attn.qkv": "attn/qkv",
-            "attn.proj": "attn/out",
-            "mlp.fc1": "mlp/fc1",
-            "mlp.fc2": "mlp/fc2",
-        }.items():
-            arrays[f"blocks.{i}.{theirs}.weight"] = p[f"blocks/{ours}/kernel"][i].T
-            arrays[f"blocks.{i}.{theirs}.bias"] = p[f"blocks/{ours}/bias"][i]
-    return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    table = timm.TIMM_OF_MEAN if pool == "norm_of_mean" else timm.TIMM
+    if "norm_pre" in params and not np.any(params["embed"]["bias"]):
+        table = timm.TIMM_PRE
+    if "registers" in params and "cls" in params:  # there only patches have positions
+        params = {**params, "cls": params["cls"] + params["pos"][:1], "pos": params["pos"][1:]}
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    patch = round((len(params["embed"]["kernel"]) / 3) ** 0.5)
+    scaled = table._replace(scales={})
+    return {name: np.ascontiguousarray(x) for name, x in tables.write_params(scaled, params, patch).items()}
 
 
 def start_of_head(
@@ -231,13 +239,14 @@ def _grid(image_size: int | None, patch: int) -> int | None:
     return None if image_size is None else image_size // patch
 
 
-def resize_positions(positions: np.ndarray, grid: int | None) -> np.ndarray:
-    """Position embeddings ``[1 + g * g, width]`` (class token first) for a ``grid x grid`` of patches, bicubic."""
-    old = round((len(positions) - 1) ** 0.5)
-    if old * old != len(positions) - 1:
+def resize_positions(positions: np.ndarray, grid: int | None, first: int = 1) -> np.ndarray:
+    """Position embeddings ``[first + g * g, width]`` (class token first) for a ``grid x grid`` of patches, bicubic."""
+    own, patches = positions[:first], positions[first:]
+    old = round(len(patches) ** 0.5)
+    if old * old != len(patches):
         raise ValueError(f"{len(positions)} position embeddings are not a class token and a square grid")
     if grid is None or grid == old:
         return positions
-    square = jnp.asarray(positions[1:], jnp.float32).reshape(old, old, -1)
+    square = jnp.asarray(patches, jnp.float32).reshape(old, old, -1)
     resized = jax.image.resize(square, (grid, grid, square.shape[-1]), "bicubic")
-    return np.concatenate([positions[:1], np.asarray(resized).reshape(grid * grid, -1)])
+    return np.concatenate([own, np.asarray(resized).reshape(grid * grid, -1)])

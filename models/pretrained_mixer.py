@@ -69,7 +69,7 @@ def load_mixer(
         head to keep; the images have another size.
     """
     source, path = Path(path), files.located(path)
-    table = _table(path)
+    table = tables.fitted(_table(path), files.names_in(path))
     wanted = lambda found: tables.check_names(path, table, found, "an MLP-Mixer")
     arrays, inside = files.read(path, wanted, lambda arrays: _check_shapes(path, table, arrays))
     params = tables.read_params(table, arrays)
@@ -78,7 +78,7 @@ def load_mixer(
         raise ValueError(f"{path} mixes patches of images of side {side}: use --image-size {side}, got {image_size}")
     channels = params["embed"]["kernel"].shape[0] // model.patch**2
     given = {"epsilon": epsilon, "mean": mean, "std": std}
-    known = facts.find(path, inside, given, model.width, channels, ALIKE, without=("heads",))
+    known = facts.find(path, inside, given, model.width, channels, ALIKE, without=("heads", "act", "pool"))
     head, kept = start_of_head(path, params.pop("head", None), model.width, known.labels, classes, keep_head)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), {**params, "head": head})
     model = model.clone(classes=len(head["bias"]), epsilon=known.epsilon, **options)

@@ -2,7 +2,9 @@
 
 Dosovitskiy et al., *An Image is Worth 16x16 Words*, ICLR 2021, arXiv 2010.11929, table 1; Touvron et al., *Training
 data-efficient image transformers*, ICML 2021, arXiv 2012.12877, table 1 (Ti, S); ``nano`` is ours, for the embedded
-digits.
+digits. Variants of it: registers, Darcet et al., *Vision Transformers Need Registers*, ICLR 2024, arXiv 2309.16588;
+the mean of tokens, as in He et al., *Masked Autoencoders*, CVPR 2022, arXiv 2111.06377; the image tower of CLIP,
+Radford et al., ICML 2021, arXiv 2103.00020.
 
 Blocks are stacked: a parameter of all blocks is one array ``[depth, ...]``, so adapters, aggregation and compilation
 see one kernel per kind (``blocks/attn/query/kernel``), not one per block.
@@ -46,6 +48,7 @@ TARGETS = {  # sets of kernels by name
 
 class Attention(nn.Module):
     heads: int
+    causal: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -53,7 +56,7 @@ class Attention(nn.Module):
         # [.., tokens, width] -> [.., heads, tokens, width / heads]: the layout in which products are fast on CPU
         split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads).swapaxes(-3, -2)
         query, key, value = (split(Dense(width, name=name)(x)) for name in ("query", "key", "value"))
-        mixed = attend(query, key, value).swapaxes(-3, -2)
+        mixed = attend(query, key, value, self.causal).swapaxes(-3, -2)
         return Dense(width, name="out")(mixed.reshape(x.shape))
 
 
@@ -61,12 +64,14 @@ class Block(nn.Module):
     heads: int
     mlp_width: int
     epsilon: float
+    act: str = "gelu"
+    causal: bool = False  # a token sees those before it and itself: of text
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         norm = partial(LayerNorm, self.epsilon)
-        h = x + Attention(self.heads, name="attn")(norm(name="norm1")(x))
-        h = h + Mlp(self.mlp_width, name="mlp")(norm(name="norm2")(h))
+        h = x + Attention(self.heads, self.causal, name="attn")(norm(name="norm1")(x))
+        h = h + Mlp(self.mlp_width, self.act, name="mlp")(norm(name="norm2")(h))
         return switched(self, x, h)
 
 
@@ -76,7 +81,13 @@ class ViT(nn.Module):
     Attributes:
       classes, patch, width, depth, heads, mlp_width: sizes.
       epsilon: of the layer norms (timm's weights use 1e-6).
-      pool: ``cls``, the class token, or ``mean``, the mean of the patch tokens.
+      pool: what features are: ``cls``, the normalised class token; ``mean``, the mean of the normalised patch tokens;
+        or ``norm_of_mean``, the norm of the mean of the patch tokens (timm's ``fc_norm``).
+      class_token: is there one, before the tokens of patches?
+      registers: further tokens between them, without positions, that nothing reads in the end.
+      norm_pre: are tokens normalised before the blocks?
+      act: of the MLPs, one of ``parts.ACTIVATIONS``.
+      projection: width of a layer without bias behind the pooling, after which features have length 1; 0: none.
       unroll: write the blocks out one after another instead of ``lax.scan``, which would copy what the backward pass
         needs into stacks and out again. Same parameters, same results; compiles longer.
       remat: keep only the blocks' inputs for the backward pass. Same results, less memory, more arithmetic.
@@ -92,7 +103,12 @@ class ViT(nn.Module):
     heads: int
     mlp_width: int
     epsilon: float = 1e-6
-    pool: str = "cls"
+    pool: Literal["cls", "mean", "norm_of_mean"] = "cls"
+    class_token: bool = True
+    registers: int = 0
+    norm_pre: bool = False
+    act: str = "gelu"
+    projection: int = 0
     unroll: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
@@ -102,20 +118,36 @@ class ViT(nn.Module):
     def __call__(self, images: Array) -> tuple[Array, dict[str, Array]]:
         x = images.astype(self.dtype) if self.part == "top" else self._embedded(images)
         body = nn.remat(Block, prevent_cse=self.unroll) if self.remat else Block
-        x = stacked(body(self.heads, self.mlp_width, self.epsilon, name="blocks"), x, self.depth, self.unroll)
+        block = body(self.heads, self.mlp_width, self.epsilon, self.act, name="blocks")
+        x = stacked(block, x, self.depth, self.unroll)
         if self.part == "stem":
             return x, {}
-        x = LayerNorm(self.epsilon, name="norm")(x)
-        features = (x[..., 0, :] if self.pool == "cls" else x[..., 1:, :].mean(-2)).astype(jnp.float32)
+        features = self._pooled(x).astype(jnp.float32)
+        if self.projection:
+            features = Dense(self.projection, use_bias=False, name="projection")(features)
+            features = features / jnp.linalg.norm(features, axis=-1, keepdims=True)
         return Dense(self.classes, name="head")(features), {"features": features}
 
     def _embedded(self, images: Array) -> Array:
         x = patches(images.astype(self.dtype), self.patch)
         *lead, count, _ = x.shape
-        x = Dense(self.width, name="embed")(x)
-        cls = self.param("cls", nn.initializers.zeros, (1, self.width)).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(cls, (*lead, 1, self.width)), x], -2)
-        return x + self.param("pos", nn.initializers.normal(0.02), (1 + count, self.width)).astype(self.dtype)
+        x, first = Dense(self.width, name="embed")(x), int(self.class_token)
+        spread = lambda tokens: jnp.broadcast_to(tokens.astype(self.dtype), (*lead, *tokens.shape))
+        if self.class_token:
+            x = jnp.concatenate([spread(self.param("cls", nn.initializers.zeros, (1, self.width))), x], -2)
+        positions = self.param("pos", nn.initializers.normal(0.02), (first + count, self.width))
+        x = x + positions.astype(self.dtype)
+        if self.registers:
+            registers = self.param("registers", nn.initializers.normal(0.02), (self.registers, self.width))
+            x = jnp.concatenate([x[..., :first, :], spread(registers), x[..., first:, :]], -2)
+        return LayerNorm(self.epsilon, name="norm_pre")(x) if self.norm_pre else x
+
+    def _pooled(self, x: Array) -> Array:
+        norm, prefix = LayerNorm(self.epsilon, name="norm"), self.class_token + self.registers
+        if self.pool == "norm_of_mean":
+            return norm(x[..., prefix:, :].mean(-2))
+        x = norm(x)
+        return x[..., 0, :] if self.pool == "cls" else x[..., prefix:, :].mean(-2)
 
 
 def vit(variant: str, classes: int, **options: Any) -> ViT:

@@ -45,9 +45,7 @@ def test_what_folds_into_a_plain_network_gives_its_outputs(tmp_path, case):
 
 OTHERS = {
     "norms of queries": (in_blocks(attn_q__norm_weight=draw(size=4)), "blocks.0.attn.q_norm.weight", "normalised"),
-    "a norm before": ({"norm_pre.weight": draw(size=12)}, "norm_pre.weight", "before the blocks"),
-    "a norm of the mean": ({"fc_norm.weight": draw(size=12)}, "fc_norm.weight", "class token"),
-    "registers": ({"reg_token": draw(size=(1, 4, 12))}, "reg_token", "registers"),
+    "two norms": ({"fc_norm.weight": draw(size=12)}, "fc_norm.weight", "their mean once more"),
     "distillation": ({"dist_token": draw(size=(1, 1, 12))}, "dist_token", "distillation"),
     "a second head": ({"head_dist.weight": draw(size=(5, 12))}, "head_dist.weight", "distillation"),
     "a layer before the head": ({"pre_logits.fc.weight": draw(size=(12, 12))}, "pre_logits.fc.weight", "layer between"),
@@ -77,17 +75,17 @@ def test_many_other_arrays_are_counted(tmp_path):
 
 def test_names_of_another_model_of_transformers_are_refused_as_such(tmp_path):
     arrays = {"vision_model.embeddings.class_embedding": draw(size=12), "text_model.embeddings.x": draw(size=12)}
-    with pytest.raises(ValueError, match=r"lacks 'patch_embed\.proj\.weight' and has text_model.*transformers model"):
+    with pytest.raises(ValueError, match=r"lacks .* and has text_model.*transformers model"):
         load_vit(write(tmp_path / "a.npz", arrays))
 
 
 @pytest.mark.parametrize(
-    "lost", ["norm.bias", "blocks.1.ls2.gamma", "blocks.0.attn.qkv.bias", "cls_token", "head.bias"]
+    "lost", ["norm.bias", "blocks.1.ls2.gamma", "blocks.0.attn.qkv.bias", "pos_embed", "head.bias"]
 )
 def test_an_array_that_is_missing_is_named(tmp_path, lost):
     arrays = timm_arrays(**FOLDED["layer scale"])
     del arrays[lost]
-    with pytest.raises(ValueError, match=f"lacks '{lost}'"):
+    with pytest.raises(ValueError, match=f"lacks {lost}$"):
         load_vit(write(tmp_path / "a.npz", arrays))
 
 
@@ -97,11 +95,12 @@ KINDS = {
     "text": ({"norm.bias": np.array(["1.0"] * 12)}, "norm.bias is <U3"),
     "nan": ({"norm.bias": np.full(12, np.nan)}, "norm.bias holds numbers that are not finite"),
     "a head of other sizes": ({"head.bias": np.zeros(4)}, r"head.weight has the shape \[5, 12\], expected \[4, 12\]"),
-    "a flat convolution": ({"patch_embed.proj.weight": draw(size=(12, 12))}, "patch_embed.proj.weight has"),
+    "a flat convolution": ({"patch_embed.proj.weight": draw(size=(12, 12))}, r"embedded by an array \[12, 12\]"),
     "oblong patches": ({"patch_embed.proj.weight": draw(size=(12, 3, 2, 4))}, "patch_embed.proj.weight has"),
     "a block of another width": ({"blocks.1.mlp.fc1.weight": draw(size=(21, 12))}, "blocks.1.mlp.fc1.weight has"),
     "three tokens of a kind": ({"cls_token": draw(size=(1, 3, 12))}, "cls_token has"),
-    "an uneven grid": ({"pos_embed": draw(size=(1, 7, 12))}, "7 position embeddings"),
+    "an uneven grid": ({"pos_embed": draw(size=(1, 7, 12))}, "pos_embed holds 7 position embeddings"),
+    "no class token for its position": ({"cls_token": None}, "5 position embeddings.*as it has no class token"),
     "nothing in it": ({"norm.weight": np.zeros(0)}, "has the shape"),
 }
 
@@ -111,7 +110,7 @@ def test_arrays_of_a_wrong_kind_are_refused(tmp_path, case):
     changes, said = KINDS[case]
     with pytest.raises(ValueError, match=said) as refused:
         load_vit(write(tmp_path / "a.npz", timm_arrays(**changes)))
-    assert "a.npz" in str(refused.value) or "position" in said
+    assert "a.npz" in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float64])

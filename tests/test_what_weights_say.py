@@ -115,7 +115,10 @@ def test_a_known_architecture_says_heads_and_epsilon(tmp_path):
     with pytest.raises(ValueError, match=r"embed_dim is 384 .*expected 192"):
         load_vit(named_for(192, "vit_small_patch16_224", tmp_path / "c.safetensors"))
     with pytest.warns(UserWarning, match="heads 3, epsilon 1e-06 is a GUESS.* --heads --epsilon$"):
-        load_vit(named_for(192, "vit_tiny_patch14_clip_224", tmp_path / "d.safetensors"))
+        load_vit(named_for(192, "vit_tiny_patch14_xp_224", tmp_path / "d.safetensors"))
+    for name, act in (("clip", "gelu"), ("clip_quickgelu", "quick_gelu")):
+        clip = load_vit(named_for(768, f"vit_base_patch32_{name}_224.openai", tmp_path / "e.safetensors"))
+        assert (clip.model.heads, clip.model.epsilon, clip.model.act) == (12, 1e-5, act)
 
 
 def test_what_nothing_says_is_a_guess_aloud(tmp_path):
@@ -146,8 +149,9 @@ WRONG = {
     "no epsilon": ({"ln_eps": 0}, "epsilon .* is 0, expected a number above 0"),
     "epsilon as text": ({"ln_eps": "small"}, "epsilon"),
     "huge epsilon": ({"ln_eps": 10**400}, "epsilon"),
-    "another activation": ({"act": "quick_gelu"}, "another network: act is 'quick_gelu'"),
-    "another pooling": ({"pool": "avg"}, "another network: pool"),
+    "another activation": ({"act": "relu"}, "act .* is 'relu', which would be another network: expected gelu or"),
+    "another pooling": ({"pool": "map"}, "pool .* is 'map', which would be another network: expected cls or token"),
+    "a norm that is not there": ({"pool": "norm_of_mean"}, "no norm of the tokens' mean"),
     "norms behind": ({"prenorm": False}, "another network: prenorm"),
     "another width": ({"embed": 768}, "another network: embed is 768"),
 }

@@ -34,8 +34,8 @@ def timm_arrays(seed: int = 0, **changes: np.ndarray | None) -> dict[str, np.nda
 
 
 def reference_forward(arrays: dict[str, np.ndarray], image: np.ndarray, facts: dict[str, Any]) -> np.ndarray:
-    """Its logits in float64 NumPy for one uint8 image [4, 4, 3]; LayerScale, absent qkv biases and positions of patches
-    alone as timm's ``VisionTransformer`` has them."""
+    """Its logits in float64 NumPy for one uint8 image [4, 4, 3]; LayerScale, absent biases, registers, a norm before
+    the blocks, positions of patches alone and the mean of tokens as timm's ``VisionTransformer`` has them."""
     from scipy.special import erf
 
     w, heads = {name: x.astype(np.float64) for name, x in arrays.items()}, facts["heads"]
@@ -46,15 +46,24 @@ def reference_forward(arrays: dict[str, np.ndarray], image: np.ndarray, facts: d
         return x * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     dense = lambda x, name: x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+    act = {
+        "gelu": lambda x: x * 0.5 * (1 + erf(x / np.sqrt(2))),
+        "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+        "gelu_tanh": lambda x: x * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    }[facts.get("act", "gelu")]
     patches = []
     for row in range(2):
         for column in range(2):
             piece = image[2 * row : 2 * row + 2, 2 * column : 2 * column + 2].transpose(2, 0, 1)
-            patches.append(np.einsum("ocij,cij->o", w["patch_embed.proj.weight"], piece) + w["patch_embed.proj.bias"])
-    if w["pos_embed"].shape[1] == 5:
-        x = np.concatenate([w["cls_token"][0], np.stack(patches)]) + w["pos_embed"][0]
+            patches.append(np.einsum("ocij,cij->o", w["patch_embed.proj.weight"], piece))
+    patches = np.stack(patches) + w.get("patch_embed.proj.bias", 0)
+    before = [w[name][0] for name in ("cls_token", "reg_token") if name in w]
+    first = sum(map(len, before))
+    if len(w["pos_embed"][0]) == 4:
+        x = np.concatenate([*before, patches + w["pos_embed"][0]])
     else:
-        x = np.concatenate([w["cls_token"][0], np.stack(patches) + w["pos_embed"][0]])
+        x = np.concatenate([*before, patches]) + w["pos_embed"][0]
+    x = norm(x, "norm_pre") if "norm_pre.weight" in w else x
     for i in range(2):
         q, k, v = np.split(dense(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv"), 3, -1)
         out = []
@@ -64,9 +73,11 @@ def reference_forward(arrays: dict[str, np.ndarray], image: np.ndarray, facts: d
             out.append(scores / scores.sum(-1, keepdims=True) @ v[:, s])
         x = x + w.get(f"blocks.{i}.ls1.gamma", 1) * dense(np.concatenate(out, -1), f"blocks.{i}.attn.proj")
         hidden = dense(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
-        hidden = hidden * 0.5 * (1 + erf(hidden / np.sqrt(2)))
-        x = x + w.get(f"blocks.{i}.ls2.gamma", 1) * dense(hidden, f"blocks.{i}.mlp.fc2")
-    return dense(norm(x, "norm")[0], "head")
+        x = x + w.get(f"blocks.{i}.ls2.gamma", 1) * dense(act(hidden), f"blocks.{i}.mlp.fc2")
+    if "fc_norm.weight" in w:
+        return dense(norm(x[first:].mean(0), "fc_norm"), "head")
+    x = norm(x, "norm")
+    return dense(x[0] if facts.get("pool", "cls") == "cls" and "cls_token" in w else x[first:].mean(0), "head")
 
 
 def write(
