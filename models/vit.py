@@ -56,8 +56,8 @@ class Attention(nn.Module):
         # [.., tokens, width] -> [.., heads, tokens, width / heads]: the layout in which products are fast on CPU
         split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads).swapaxes(-3, -2)
         query, key, value = (split(Dense(width, name=name)(x)) for name in ("query", "key", "value"))
-        mixed = attend(query, key, value, self.causal).swapaxes(-3, -2)
-        return Dense(width, name="out")(mixed.reshape(x.shape))
+        mixed: Array = attend(query, key, value, self.causal)  # type: ignore[assignment]
+        return Dense(width, name="out")(mixed.swapaxes(-3, -2).reshape(x.shape))
 
 
 class Block(nn.Module):
