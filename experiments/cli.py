@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 
 import fedlora_jax
 from experiments.bench import options as bench
-from experiments.config import MANY, SPEED, Config, Export, Models
+from experiments.config import MANY, SPEED, Config, Data, Export, Models
 from experiments.results.folder import asked, program
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
 
-OWN = {"bench": bench.Options, "export": Export, "models": Models}  # commands with options of their own
+OWN = {"bench": bench.Options, "data": Data, "export": Export, "models": Models}  # commands with options of their own
 LONGEST = 1200  # letters of an error
 
 
@@ -36,7 +36,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.Options | Export | Models]:
+def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.Options | Data | Export | Models]:
     """The command and its options."""
     parser = _Parser(
         prog=" ".join(program()),
@@ -64,6 +64,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
     _add_benches(commands)
     text = "tables of methods and wrappers: paper, what is trained, sent and kept, sizes, tests"
     add_options(commands.add_parser("methods", help=text, description=text, allow_abbrev=False), "methods")
+    text = "what is in a source of images: classes, domains, sizes, duplicates; what a partition gives every client"
+    _add_own(commands, "data", text, Data, "source")
     text = "families of models, their sizes and what an adapter of them holds; or what a weight file is"
     _add_own(commands, "models", text, Models, "file")
     given = vars(parser.parse_args(arguments))
@@ -139,7 +141,7 @@ def _add_own(commands: Any, command: str, text: str, options: type, what: str) -
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         if field.name == what:
-            optional = {"nargs": "?"} if field.default is None else {}
+            optional = {"nargs": "?", "default": field.default} if field.default != "" else {}
             parser.add_argument(what, metavar=what.upper(), help=field.metadata["help"], **optional)
         else:
             _add_option(parser, field, hints[field.name], field.default)

@@ -128,7 +128,7 @@ class Config:
     holdout_clients: int = option(
         6, "further clients with data of their own that never train: the unseen ones", "[0, 1000000]"
     )
-    partition: str = option("domain_dirichlet:1.0", partition.FORMS)
+    partition: str = option("domain_dirichlet:1.0", f"{partition.FORMS}; file:PATH, as 'data' saves it")
     minimum: int = option(10, "training images of the smallest client, at least", COUNT)
     weights_of_clients: str = option(
         "counts",
@@ -281,6 +281,22 @@ class Export:
     )
     seed: int | None = option(None, "the seed (default: the run's first)", INT32)
     out: str | None = option(None, "folder to write (default: runs/ and the time)", decides=RECORD)
+
+
+@dataclass(frozen=True)
+class Data:
+    """One source of images, and what a partition would make of it."""
+
+    source: str = option("digits", "the data, as for --data of compare")
+    image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
+    skip_damaged: bool = option(False, "leave out images that cannot be read")
+    partition: str | None = option(None, f"also deal it out to clients: {partition.FORMS}, or file:PATH")
+    clients: int = option(12, "clients that train", COUNT)
+    holdout_clients: int = option(6, "further clients, the unseen ones", "[0, 1000000]")
+    minimum: int = option(10, "training images of the smallest client, at least", COUNT)
+    seed: int = option(0, "the seed that deals it out", INT32)
+    save: str | None = option(None, "a .npz to write: the partition, for --partition file:PATH of other commands")
+    sheet: str | None = option(None, "a .png to write: some images of every class and domain")
 
 
 @dataclass(frozen=True)

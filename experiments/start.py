@@ -62,6 +62,10 @@ def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any
 
             text = list_methods.table(options)
             return None, lambda: print(text)
+        case "data":
+            from experiments.commands import describe_data
+
+            return None, describe_data.Plan(options).execute
         case "models":
             from experiments.commands import list_models
 

@@ -15,7 +15,7 @@ from jax import Array
 
 from experiments.config import Config
 from experiments.setup import backbone as backbones
-from experiments.setup import data, descriptions, memory
+from experiments.setup import data, descriptions, memory, partition_file
 from experiments.setup.data import Images
 from experiments.setup.task import STEM, TASKS, objectives
 from fedlora_jax import lora, partition
@@ -102,7 +102,7 @@ def build(
     shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
     accept(descriptions.shapes_of_one(config.signature, len(images.classes)), shapes)
     train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
-    made = [_clients(config, images, train_rows, test_rows, seed) for seed in config.seeds]
+    made = [dealt(config, images, train_rows, test_rows, seed) for seed in config.seeds]
 
     images, base = data.resized(images, side), backbones.kept_as(config.base_dtype, top.params, config.full)
     shown = images.x
@@ -115,7 +115,6 @@ def build(
     features = backbones.frozen_features(backbone, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
-    partition_hash = lambda parts, tests: hashlib.sha256(b"".join(own.tobytes() for own in (*parts, *tests)))
     return Problem(
         images=images,
         backbone=backbone,
@@ -135,7 +134,7 @@ def build(
             "weights": backbone.name,
             "weights_hash": _hash_tree(backbone.params),
             **({} if config.theta is None else {"theta": _hash_file(config.theta)}),
-            "partition_hash": [partition_hash(parts, tests).hexdigest()[:16] for parts, tests, _ in made],  # by seed
+            "partition_hash": [partition_hash(parts, tests) for parts, tests, _ in made],  # by seed
             "largest": int(stacked.population.rows.shape[-1]),  # images of a client of any seed: draws depend on it
             "adapted": sorted(lora.adapted(top.params, targets)),
             "trained_in_full": sorted(lora.select(top.params, config.full)),
@@ -187,19 +186,28 @@ def _side(images: Images) -> int:
     return height
 
 
-def _clients(config: Config, images: Images, train: np.ndarray, test: np.ndarray, seed: int):
+def dealt(config: Config, images: Images, train: np.ndarray, test: np.ndarray, seed: int):
     """Rows (of the training and of the test images) and rank of every client of one seed."""
     rng = np.random.default_rng([seed, 1])
     total = config.clients + config.holdout_clients
     domains = images.domain[train] if images.has_domains else None
     groups = None if images.superclass is None else images.superclass[images.y[train]]
-    parts = partition.split(config.partition, images.y[train], domains, total, rng, config.minimum, groups)
+    if config.partition.startswith(partition_file.PREFIX):
+        path = config.partition.removeprefix(partition_file.PREFIX)
+        parts = partition_file.read(path, len(train), total, config.minimum, images.fingerprint())
+    else:
+        parts = partition.split(config.partition, images.y[train], domains, total, rng, config.minimum, groups)
     cell = images.domain * len(images.classes) + images.y
     tests = partition.matching_tests(parts, cell[train], cell[test], rng)
     if config.test_images is not None:
         tests = [np.sort(rng.permutation(own)[: config.test_images]) for own in tests]
     ranks = rng.permutation(np.resize(config.rank, total))
     return parts, tests, ranks
+
+
+def partition_hash(parts: list[np.ndarray], tests: list[np.ndarray]) -> str:
+    """Of which training and test images every client has."""
+    return hashlib.sha256(b"".join(own.tobytes() for own in (*parts, *tests))).hexdigest()[:16]
 
 
 def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray, classes: int) -> Clients:

@@ -1,0 +1,52 @@
+"""A split over clients in a file: whose each training image is. Natural ones too, by writer or hospital.
+
+``.npz`` with ``client`` integer ``[training images]``, in the order of the data (its test images left out): from 0, the
+unseen clients last, -1 of nobody; and ``images``, the fingerprint of the data, where it was saved here.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from models import archive
+
+PREFIX = "file:"
+
+
+def content(parts: list[np.ndarray], count: int, fingerprint: str) -> bytes:
+    """What a file says of ``count`` training images in these parts."""
+    client, buffer = np.full(count, -1, np.int32), io.BytesIO()
+    for i, part in enumerate(parts):
+        client[part] = i
+    np.savez_compressed(buffer, client=client, images=np.array(fingerprint))
+    return buffer.getvalue()
+
+
+def read(path: str | Path, count: int, clients: int, minimum: int, fingerprint: str) -> list[np.ndarray]:
+    """Rows of every client's training images.
+
+    Raises:
+      ValueError: the file cannot be read, is of other data, or does not give every client its share.
+    """
+    arrays = archive.read_npz(str(path), ("client", "images"))
+    client = arrays.get("client")
+    if client is None or client.shape != (count,) or client.dtype.kind not in "iu":
+        got = "no array client" if client is None else f"client is {client.dtype} {list(client.shape)}"
+        raise ValueError(f"--partition file:{path}: {got}, expected integers [{count}], one for each training image")
+    if "images" in arrays and str(arrays["images"]) != fingerprint:
+        raise ValueError(f"--partition file:{path} was saved for other images: save it anew for these")
+    if client.min() < -1 or client.max() != clients - 1:
+        raise ValueError(
+            f"--partition file:{path} names clients from {client.min()} to {client.max()}: expected 0 to {clients - 1} "
+            "(--clients and --holdout-clients together), and -1 for images of nobody"
+        )
+    parts = [np.flatnonzero(client == i) for i in range(clients)]
+    least = min(range(clients), key=lambda i: len(parts[i]))
+    if len(parts[least]) < minimum:
+        raise ValueError(
+            f"--partition file:{path} gives client {least} {len(parts[least])} training images; --minimum is {minimum}"
+        )
+    return parts

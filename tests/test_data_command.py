@@ -1,0 +1,121 @@
+"""What the data command says is what a run gets; a partition that it saves is dealt out again."""
+
+import numpy as np
+import pytest
+from input_helpers import SMALL, good_arrays, refused
+from PIL import Image
+
+from experiments.cli import parse
+from experiments.commands import describe_data
+from experiments.commands.describe_data import Plan
+from experiments.config import Config, Data
+from experiments.setup import data, partition_file, problem
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Two images twice: once in training and testing, once in two classes."""
+    arrays = good_arrays()
+    arrays["x"][0] = arrays["x"][10]  # of which the first is a test image
+    arrays["x"][2] = arrays["x"][1]
+    np.savez(tmp_path / "own.npz", **arrays)
+    return tmp_path / "own.npz", arrays
+
+
+def shown(plan, capsys):
+    plan.execute()
+    return capsys.readouterr().out
+
+
+def test_counts_and_duplicates_are_those_of_the_data(file, capsys):
+    path, arrays = file
+    text = shown(Plan(Data(source=str(path))), capsys)
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line[:1] in "abc" and " + " in line}
+    for j, name in enumerate("abc"):
+        counts = [[(arrays["y"] == j) & (arrays["split"] == s) for s in (0, 1)]]
+        counts += [
+            [(arrays["y"] == j) & (arrays["split"] == s) & (arrays["domain"] == d) for s in (0, 1)] for d in (0, 1)
+        ]
+        assert rows[name] == " ".join(f"{a.sum()} + {b.sum()}" for a, b in counts).split()
+    assert "more than once: 2" in text
+    assert "both for training and for testing: 1 (first: rows 0, 10)" in text
+    assert "more than one class: 1 (first: rows 1, 2)" in text
+    assert "no image is there twice" in shown(Plan(Data()), capsys)
+
+
+def test_a_partition_is_the_one_of_a_run_and_can_be_kept(file, tmp_path, capsys):
+    path, _ = file
+    options = {"partition": "dirichlet:1.0", "clients": 4, "holdout_clients": 2, "minimum": 2}
+    kept = tmp_path / "kept.npz"
+    text = shown(Plan(Data(source=str(path), save=str(kept), seed=3, **options)), capsys)
+    images = data.load(str(path))
+    train, test = np.flatnonzero(~images.test), np.flatnonzero(images.test)
+    parts, tests, _ = problem.dealt(Config(**options), images, train, test, 3)
+    assert problem.partition_hash(parts, tests) in text
+    again, _, _ = problem.dealt(Config(**options | {"partition": f"file:{kept}"}), images, train, test, 7)
+    for one, other in zip(parts, again, strict=True):
+        np.testing.assert_array_equal(np.sort(one), other)
+
+
+def test_natural_clients_come_from_any_column(file, tmp_path):
+    """Whose images they are, -1 of nobody; no fingerprint, as a user would write it."""
+    images = data.load(str(file[0]))
+    writer = np.random.default_rng(0).integers(-1, 5, (~images.test).sum())
+    np.savez(tmp_path / "writers.npz", client=writer)
+    config = Config(partition=f"file:{tmp_path / 'writers.npz'}", clients=4, holdout_clients=1, minimum=1)
+    parts, tests, _ = problem.dealt(config, images, np.flatnonzero(~images.test), np.flatnonzero(images.test), 0)
+    for i, part in enumerate(parts):
+        np.testing.assert_array_equal(part, np.flatnonzero(writer == i))
+    assert len(tests) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"client": np.zeros(3, int)}, "expected integers"),
+        ({"client": None}, "no array client"),
+        ({"images": np.array("other")}, "saved for other images"),
+        ({"clients": 5}, "expected 0 to 6"),
+        ({"minimum": 40}, "--minimum is 40"),
+    ],
+)
+def test_partition_files_that_do_not_fit_are_refused(change, said, file, tmp_path):
+    path, _ = file
+    images = data.load(str(path))
+    count = int((~images.test).sum())
+    arrays = {"client": np.arange(count) % 6, "images": np.array(images.fingerprint())}
+    arrays |= {name: x for name, x in change.items() if name in arrays}
+    np.savez(tmp_path / "p.npz", **{name: x for name, x in arrays.items() if x is not None})
+    clients, minimum = change.get("clients", 4) + 2, change.get("minimum", 2)
+    with pytest.raises(ValueError, match=said):
+        partition_file.read(tmp_path / "p.npz", count, clients, minimum, images.fingerprint())
+
+
+def test_a_picture_shows_every_class_and_domain(file):
+    images = data.load(str(file[0]))
+    assert describe_data.sheet(images).startswith(b"\x89PNG")
+    Image.open(
+        __import__("io").BytesIO(describe_data.sheet(images._replace(classes=("a", "\u4e2d", "x" * 99))))
+    ).verify()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--save x.npz", "--save writes a partition"),
+        ("--partition iid --save x.txt", "ends in .npz"),
+        ("--sheet no/where/x.png", "in an existing folder"),
+        ("--partition iid --minimum 0", "--minimum"),
+        ("nowhere.npz", "no data"),
+    ],
+)
+def test_what_means_nothing_is_refused(options, said, capsys, monkeypatch):
+    assert said in refused(["data", *options.split()], capsys, monkeypatch)
+
+
+def test_a_missing_partition_file_is_one_line(capsys, monkeypatch):
+    assert "nowhere.npz" in refused(["compare", *SMALL, "--partition", "file:nowhere.npz"], capsys, monkeypatch)
+
+
+def test_the_source_may_be_left_out():
+    assert parse(["data"])[1] == Data()
