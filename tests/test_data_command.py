@@ -16,7 +16,7 @@ from experiments.setup import data, partition_file, problem
 def file(tmp_path):
     """Two images twice: once in training and testing, once in two classes."""
     arrays = good_arrays()
-    arrays["x"][0] = arrays["x"][10]  # of which the first is a test image
+    arrays["x"][0] = arrays["x"][9]  # of which the first is a test image
     arrays["x"][2] = arrays["x"][1]
     np.savez(tmp_path / "own.npz", **arrays)
     return tmp_path / "own.npz", arrays
@@ -38,7 +38,7 @@ def test_counts_and_duplicates_are_those_of_the_data(file, capsys):
         ]
         assert rows[name] == " ".join(f"{a.sum()} + {b.sum()}" for a, b in counts).split()
     assert "more than once: 2" in text
-    assert "both for training and for testing: 1 (first: rows 0, 10)" in text
+    assert "both for training and for testing: 1 (first: rows 0, 9)" in text
     assert "more than one class: 1 (first: rows 1, 2)" in text
     assert "no image is there twice" in shown(Plan(Data()), capsys)
 
