@@ -26,6 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct, traverse_util
+from flax.core import FrozenDict
 from jax import Array
 
 from fedlora_jax.keys import stable_hash
@@ -125,9 +126,10 @@ def new(
       kernel: regular expression of the names of kernels. Shapes do not tell: stacked biases are ``[layers, out]``.
 
     Raises:
-      ValueError: an expression matches nothing (of ``targets``: no kernel), a parameter is adapted as well as trained
-        in full, a target is not a matrix, or the rank does not fit.
+      ValueError: ``params`` are no nested dicts, an expression matches nothing (of ``targets``: no kernel), a parameter
+        is adapted as well as trained in full, a target is not a matrix, or the rank does not fit.
     """
+    refuse_unnamed(params)
     flat = flatten(params)
     adapter: dict[str, Any] = {name: jnp.zeros_like(flat[name]) for name in select(params, full)}
     kernels = adapted(params, targets, kernel)
@@ -147,6 +149,39 @@ def new(
         *layers, n_in, n_out = shape
         adapter[name] = LoRA(jnp.zeros((*layers, n_in, rank)), jnp.zeros((*layers, rank, n_out)), scale)
     return restart(key, unflatten(adapter))
+
+
+def refuse_unnamed(params: Params, where: str = "params") -> None:
+    """Refuse parameters that are not nested dicts of arrays with string keys, with what to pass in their place.
+
+    Raises:
+      ValueError: says where, what is there, and what to do.
+    """
+    if any(base.__module__.startswith("flax.nnx") for base in type(params).__mro__):
+        raise ValueError(
+            f"{where} is {type(params).__name__} of NNX: expected nested dicts of arrays: pass "
+            "nnx.to_pure_dict(nnx.state(model, nnx.Param)), and nnx.merge(graphdef, params, rest) is the model again"
+        )
+    if isinstance(params, (list, tuple)):
+        raise ValueError(
+            f"{where} is a {type(params).__name__}: expected nested dicts of arrays: pass "
+            "{str(i): x for i, x in enumerate(layers)}"
+        )
+    if not isinstance(params, (dict, FrozenDict)):
+        if not hasattr(params, "shape") or not hasattr(params, "dtype") or where == "params":
+            raise ValueError(f"{where} is {type(params).__name__}: expected nested dicts of arrays")
+        return
+    for key, value in params.items():
+        if not isinstance(key, str):
+            raise ValueError(
+                f"{where} has the key {key!r}: expected nested dicts with string keys: pass {{{str(key)!r}: ...}} (of "
+                "an NNX model nnx.restore_int_paths(params) has integers again)"
+            )
+        if "/" in key:
+            raise ValueError(
+                f"{where} has the key {key!r}: a slash joins names, {key.split('/')[0]!r} should hold a dict"
+            )
+        refuse_unnamed(value, f"{where}/{key}")
 
 
 def restart(key: Array, adapter: Adapter) -> Adapter:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jax import Array
 
-from fedlora_jax.lora import Adapter, Params
+from fedlora_jax.lora import Adapter, Params, flatten, refuse_unnamed
 
 NO_ADAPTER: Adapter = {}
 
@@ -112,21 +112,13 @@ def checked(made: Any, origin: str) -> Backbone:
             '{"default": ["attn/query/kernel"]}'
         )
 
-    def walk(tree: Any, path: str) -> None:
-        if isinstance(tree, Mapping):
-            for key, value in tree.items():
-                if not isinstance(key, str):
-                    raise ValueError(
-                        f"{origin}: params{path} has the key {key!r}: expected nested dicts with string keys "
-                        "(of an NNX model nnx.to_pure_dict(state), of lists a dict of their positions as strings)"
-                    )
-                walk(value, f"{path}/{key}")
-        elif not hasattr(tree, "dtype") or not hasattr(tree, "shape"):
-            raise ValueError(f"{origin}: params{path} is {type(tree).__name__}: expected nested dicts of arrays")
-        elif not np.isfinite(np.asarray(tree, np.float32)).all():
-            raise ValueError(f"{origin}: params{path} holds NaN or infinite values")
-
-    walk(made.params, "")
+    try:
+        refuse_unnamed(made.params)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+    for name, x in flatten(made.params).items():
+        if not np.isfinite(np.asarray(x, np.float32)).all():
+            raise ValueError(f"{origin}: params/{name} holds NaN or infinite values")
     if not isinstance(made.name, str) or not callable(made.apply) or not isinstance(made.facts, Mapping):
         raise ValueError(
             f"{origin}: expected a name, a function apply and a dict of facts; got {made.name!r}, {made.apply!r} and "
