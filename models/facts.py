@@ -76,6 +76,7 @@ def find(
     alike: Mapping[tuple[str, ...], tuple] = ALIKE,
     without: tuple[str, ...] = (),
     implied: Mapping[str, Any] = MappingProxyType({}),
+    more: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Facts:
     """The facts of the network in a weight file.
 
@@ -87,15 +88,16 @@ def find(
       alike: what a source may say, by its names, if it tells of this network.
       without: facts that such a network does not have; of them ``Facts`` has what means nothing.
       implied: what its format implies, by the names of ``Facts``.
+      more: what else says something, more trusted than files beside this one, by where it stands.
 
     Raises:
       ValueError: a value is of the wrong kind; a file beside it is damaged, or tells of another network; nothing tells
         the number of heads or the activation.
     """
-    sources = {"given": given, path.name: inside, **_beside(path.parent), IMPLIED: implied}
+    sources = {"given": given, path.name: inside, **more, **_beside(path.parent), IMPLIED: implied}
     for origin, source in sources.items():
         _check_alike(path, origin, source, width, alike)
-    found, origins = {"heads": 1, "act": "gelu", "pool": "mean"}, {}
+    found, origins = {"mean": [0.0], "std": [1.0], "heads": 1, "act": "gelu", "pool": "mean"}, {}
     for fact, names in NAMES.items():
         if fact in without:
             continue
@@ -131,7 +133,7 @@ def _first(sources: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]) -> 
 
 def _beside(folder: Path) -> dict[str, Mapping[str, Any]]:
     """What files beside the weights say, most trusted first, by where it stands."""
-    config, processor = (_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
+    config, processor = (json_beside(folder / name) for name in ("config.json", "preprocessor_config.json"))
     for part in ("pretrained_cfg", "model_args"):  # timm's
         if isinstance(config.get(part), dict):
             config = config | config[part]
@@ -142,7 +144,12 @@ def _beside(folder: Path) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_beside(path: Path) -> dict[str, Any]:
+    """An object in a file beside the weights; empty where there is no such file.
+
+    Raises:
+      ValueError: it is damaged, or no object.
+    """
     if not path.is_file():
         return {}
     try:

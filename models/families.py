@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from fedlora_jax.lora import Params
 
-from . import files, mixer, pretrained_mixer, vit
+from . import clip, files, mixer, pretrained_clip, pretrained_mixer, vit
 from .backbone import Backbone
 from .pretrained import vit_backbone
+from .pretrained_clip import clip_backbone
 from .pretrained_mixer import mixer_backbone
 
 
@@ -49,6 +50,14 @@ def _shapes(factory: Callable[[str, int], Any]) -> Callable[[str, int], Params]:
 
 
 FAMILIES = {
+    "clip": Family(
+        clip_backbone,
+        pretrained_clip.claims,
+        ("transformers' CLIPModel", "OpenCLIP"),
+        dict.fromkeys(clip.SIZES, 224),
+        _shapes(clip.clip_image),
+        vit.TARGETS,
+    ),
     "mixer": Family(
         mixer_backbone,
         pretrained_mixer.claims,

@@ -19,6 +19,7 @@ from .archive import members, read_npz
 
 LABELS = ("classes", "synsets")  # arrays of a .npz file that name the classes which the head tells apart
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in a folder as they are published
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -78,7 +79,7 @@ def located(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    found = (path / name for name in (SINGLE, INDEX, *(f"pytorch_model{suffix}" for suffix in PICKLES)))
+    found = (path / name for name in (SINGLE, INDEX, *OPEN_CLIP, *(f"pytorch_model{suffix}" for suffix in PICKLES)))
     return next((file for file in found if file.is_file()), path)
 
 

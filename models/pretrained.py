@@ -24,7 +24,8 @@ from .vit import TARGETS, ViT, normalise
 class Pretrained(NamedTuple):
     """A model with its parameters (on the host) and the normalisation of its images (per channel, of x / 255).
 
-    ``origins`` says where ``mean``, ``std``, ``heads`` and ``epsilon`` come from, and what became of the ``head``.
+    ``origins`` says where ``mean``, ``std``, ``heads`` and ``epsilon`` come from, and what became of the ``head``;
+    ``also`` is what else a weight file has to say of it.
     """
 
     model: Any  # linen, of models.vit or models.mixer
@@ -33,6 +34,7 @@ class Pretrained(NamedTuple):
     std: np.ndarray
     name: str
     origins: Mapping[str, str] = MappingProxyType({})
+    also: Mapping[str, Any] = MappingProxyType({})
 
     def facts(self) -> dict[str, str]:
         """What is used beside the arrays, and where it comes from."""
@@ -46,7 +48,7 @@ class Pretrained(NamedTuple):
         """What a weight file says beside its arrays, so that nothing of it is guessed (``models.facts``)."""
         own = {"heads": "heads", "epsilon": "ln_eps"}
         told = {name: getattr(self.model, fact) for fact, name in own.items() if hasattr(self.model, fact)}
-        return {"mean": self.mean.tolist(), "std": self.std.tolist(), **told, **self._unusual()}
+        return {"mean": self.mean.tolist(), "std": self.std.tolist(), **told, **self._unusual(), **self.also}
 
     def _unusual(self) -> dict[str, str]:
         """What of a ViT is not as in most, or where both are usual."""
@@ -96,7 +98,7 @@ def load_vit(
     channels = len(params["embed"]["kernel"]) // model.patch**2
     known = facts.find(path, read.said, given, model.width, channels, alike, implied=read.implied)
     head, kept = start_of_head(path, params.pop("head", None), model.width, known.labels, classes, keep_head)
-    pos = resize_positions(params["pos"], _grid(image_size, model.patch), int(model.class_token))
+    pos = resize(params["pos"], image_size, model.patch, int(model.class_token))
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), {**params, "pos": pos, "head": head})
     of = {"classes": len(head["bias"]), "heads": known.heads, "epsilon": known.epsilon, "act": known.act}
     model = model.clone(**of, pool=_pool(path, model, known), **options)
@@ -231,12 +233,17 @@ def start_of_head(
     return new, "new, the file does not say for which classes its own is; --keep-head keeps it"
 
 
-def _grid(image_size: int | None, patch: int) -> int | None:
+def resize(positions: np.ndarray, image_size: int | None, patch: int, first: int = 1) -> np.ndarray:
+    """Position embeddings for images of that side (``None``: as they are), as ``resize_positions``.
+
+    Raises:
+      ValueError: images of that side cannot be cut into patches.
+    """
     if image_size is not None and image_size % patch:
         raise ValueError(
             f"images of side {image_size} cannot be cut into patches of {patch}: use a multiple of {patch}"
         )
-    return None if image_size is None else image_size // patch
+    return resize_positions(positions, None if image_size is None else image_size // patch, first)
 
 
 def resize_positions(positions: np.ndarray, grid: int | None, first: int = 1) -> np.ndarray:

@@ -33,6 +33,9 @@ MODELS = {
     "ViTForImageClassification": lambda: transformers.ViTForImageClassification(
         transformers.ViTConfig(**VIT, **LABELS, layer_norm_eps=1e-3)
     ),
+    "Dinov2WithRegistersModel": lambda: transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, num_register_tokens=3)
+    ),
     "Dinov2Model": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, mlp_ratio=2)),
 }
 
@@ -87,7 +90,12 @@ def test_names_of_a_state_dict_are_read_too(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [("ViTForImageClassification", huggingface.VIT), ("Dinov2Model", huggingface.TABLES[-2])]
+    ("name", "table"),
+    [
+        ("ViTForImageClassification", huggingface.VIT),
+        ("Dinov2Model", huggingface.TABLES[-2]),
+        ("Dinov2WithRegistersModel", huggingface.TABLES[-2]),
+    ],
 )
 def test_what_we_write_gives_our_outputs_there(name, table, tmp_path):
     made = model(name)

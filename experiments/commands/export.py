@@ -94,7 +94,7 @@ class Plan:
         params = {name: x for name, x in params.items() if name != STEM}
         publish = self.top.publish or (lambda params: Published(lora.flatten(params), {}))
         arrays, said = publish(params)
-        arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
+        arrays = {name: np.asarray(x, np.float32, order="C") for name, x in arrays.items()}
         return save(arrays, {name: json.dumps(x) for name, x in {**said, **self._said(model)}.items()})
 
     def arrays(self, model: Model) -> bytes:

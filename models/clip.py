@@ -1,0 +1,83 @@
+"""CLIP: Radford et al., *Learning Transferable Visual Models From Natural Language Supervision*, ICML 2021, arXiv
+2103.00020.
+
+    logits = exp(t) f g^T      f: features of an image, g: of texts, both of length 1      (figure 3)
+
+The image tower is a ``models.vit.ViT`` with a norm before the blocks and a projection; the text tower is of the same
+blocks, in which a token sees none behind it, and reads the token of the end. With ``g`` of prompts that name the
+classes ``exp(t) g^T`` is a linear head, the zero-shot one, to start from (Wortsman et al., *Robust fine-tuning of
+zero-shot models*, CVPR 2022, arXiv 2109.01903, section 2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fedlora_jax.lora import Dense
+
+from .bpe import Bpe
+from .parts import LayerNorm, stacked
+from .vit import Block, ViT, vit
+
+SIZES = {"B/32": 512, "B/16": 512, "L/14": 768, "H/14": 1024}  # width of the features: table 20; H is OpenCLIP's
+PROMPT = "a photo of a {}."
+TOGETHER = 64  # texts that the text tower sees at once
+
+
+def clip_image(variant: str, classes: int) -> ViT:
+    """The image tower by name, such as ``B/32``, with a linear head."""
+    return vit(variant, classes, norm_pre=True, act="quick_gelu", epsilon=1e-5, projection=SIZES[variant])
+
+
+class Text(nn.Module):
+    """``tokens [.., length], ends [..] -> features [.., projection]`` of length 1.
+
+    Attributes:
+      vocabulary, length, width, depth, heads, mlp_width, projection: sizes; ``length`` of the longest text.
+      epsilon, act: as in ``models.vit.ViT``.
+    """
+
+    vocabulary: int
+    length: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    projection: int
+    epsilon: float = 1e-5
+    act: str = "quick_gelu"
+
+    @nn.compact
+    def __call__(self, tokens: Array, ends: Array) -> Array:
+        table = self.param("tokens", nn.initializers.normal(0.02), (self.vocabulary, self.width))
+        positions = self.param("pos", nn.initializers.normal(0.01), (self.length, self.width))
+        x = table[tokens] + positions[: tokens.shape[-1]]
+        block = Block(self.heads, self.mlp_width, self.epsilon, self.act, causal=True, name="blocks")
+        x = LayerNorm(self.epsilon, name="norm")(stacked(block, x, self.depth, unroll=False))
+        x = jnp.take_along_axis(x, ends[..., None, None], -2)[..., 0, :]
+        x = Dense(self.projection, use_bias=False, name="projection")(x)
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def text_features(model: Text, params: Any, tokenizer: Bpe, texts: list[str]) -> np.ndarray:
+    """What the text tower makes of texts, ``[texts, projection]``."""
+    tokens, ends = tokenizer.encode_all(texts, model.length)
+
+    @jax.jit
+    def features(params: Any, *rows: Array) -> Array:
+        one = lambda row: model.apply({"params": params}, *row)
+        return jax.lax.map(one, rows, batch_size=TOGETHER)  # type: ignore[arg-type]
+
+    return np.asarray(features(params, tokens, ends))
+
+
+def zero_shot(features: np.ndarray, logit_scale: float) -> dict[str, np.ndarray]:
+    """The head that is the text features ``[classes, projection]`` of the classes, times ``exp(logit_scale)``."""
+    kernel = np.exp(np.float32(logit_scale)) * features.T
+    return {"kernel": kernel, "bias": np.zeros(len(features), np.float32)}

@@ -1,0 +1,205 @@
+"""CLIP: the network of the definition in both formats, a head of the classes' names, federated; or a refusal."""
+
+import json
+
+import numpy as np
+import pytest
+from clip_helpers import CONFIG, LENGTH, MERGES, NAMES, OPEN_CONFIG, arrays, as_open_clip, folder, reference, vocabulary
+from input_helpers import SMALL, change
+from weight_helpers import write
+
+from experiments.cli import parse
+from experiments.commands.compare import Plan
+from models import families
+from models.bpe import BYTES, END, START, Bpe, find, split
+from models.pretrained_clip import clip_backbone, load_clip
+
+IMAGES = np.random.default_rng(1).integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)
+BPE = Bpe(vocabulary(), {pair: i for i, pair in enumerate(MERGES)})
+
+
+def ids(*tokens):
+    return [vocabulary()[token] for token in tokens]
+
+
+# what a text is cut into, by hand
+WORDS = {
+    "a photo of a cat.": ["a", "photo", "of", "a", "cat", "."],
+    "It's 42!": ["it", "'s", "4", "2", "!"],
+    "  A\t b\n": ["a", "b"],
+    "x'll--y": ["x", "'ll", "--", "y"],
+    "Cafe\u0301 ½ 一 Ⅷ": ["café", "½", "一", "ⅷ"],
+    "a_b": ["a", "_", "b"],
+    "": [],
+}
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_a_text_is_cut_into_words(text):
+    assert list(split(text)) == WORDS[text]
+
+
+def test_words_become_tokens_by_the_order_of_merges():
+    """ph-o-t-o: ``phot`` and then no merge; ``cat`` by ``at</w>`` first; bytes of what is not ASCII."""
+    assert BPE.encode("photo cat") == ids(START, "phot", "o</w>", "cat</w>", END)
+    assert BPE.encode("eee") == ids(START, "ee", "e</w>", END)
+    first, second = (BYTES[byte] for byte in "é".encode())
+    assert BPE.encode("é") == ids(START, first, f"{second}</w>", END)
+    assert BPE.encode("") == ids(START, END)
+
+
+def test_texts_are_filled_up_and_cut_before_their_end():
+    tokens, ends = BPE.encode_all(["cat", "cat cat cat cat"], 5)
+    cat, end = ids("cat</w>", END)
+    assert tokens.tolist() == [[*ids(START), cat, end, end, end], [*ids(START), cat, cat, cat, end]]
+    assert ends.tolist() == [2, 4]
+
+
+def test_a_vocabulary_is_read_from_either_file(tmp_path):
+    assert find(tmp_path) is None
+    model = {"type": "BPE", "vocab": vocabulary(), "end_of_word_suffix": "</w>"}
+    for merges in (["a b", "b c"], [["a", "b"], ["b", "c"]]):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {**model, "merges": merges}}))
+        assert find(tmp_path).ranks == {("a", "b"): 0, ("b", "c"): 1}
+    for wrong, said in (({"type": "Unigram"}, "no tokenizer of CLIP"), ({"vocab": {"a": 0}}, "no vocabulary of CLIP")):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {**model, "merges": [], **wrong}}))
+        with pytest.raises(ValueError, match=said):
+            find(tmp_path)
+
+
+def expected(names, w, act="quick_gelu", epsilon=1e-3):
+    rows = [BPE.encode(f"a photo of a {name.replace('_', ' ')}.") for name in names]
+    rows = [row if len(row) <= LENGTH else [*row[: LENGTH - 1], row[-1]] for row in rows]
+    return reference(w, IMAGES, rows, epsilon, act)
+
+
+def logits(backbone):
+    return np.asarray(backbone.apply(backbone.params, {}, IMAGES)[0])
+
+
+def test_a_zero_shot_head_gives_the_logits_of_the_definition(tmp_path):
+    w = arrays()
+    made = clip_backbone(folder(tmp_path / "a", w), NAMES)
+    np.testing.assert_allclose(logits(made), expected(NAMES, w), rtol=1e-3, atol=1e-3)
+    assert made.facts["head"] == "zero-shot, 'a photo of a {}.' with the classes' names"
+    assert made.facts["act"] == "quick_gelu (vision_config in config.json)"
+    assert families.of(tmp_path / "a") == "clip"
+    other = clip_backbone(tmp_path / "a", NAMES, prompt="{}")
+    assert np.abs(logits(other) - logits(made)).max() > 1e-3
+    linear = clip_backbone(tmp_path / "a", NAMES, head="linear")
+    assert not logits(linear).any()
+    np.testing.assert_allclose(np.linalg.norm(linear.apply(linear.params, {}, IMAGES)[1], axis=-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_open_clip_is_the_same_under_other_names(quick, tmp_path):
+    w = arrays()
+    config = {**OPEN_CONFIG, "model_cfg": {**OPEN_CONFIG["model_cfg"], "quick_gelu": quick}}
+    path = folder(tmp_path / "a", as_open_clip(w), config, "open_clip_pytorch_model.safetensors")
+    made = clip_backbone(path, NAMES)
+    np.testing.assert_allclose(
+        logits(made), expected(NAMES, w, "quick_gelu" if quick else "gelu", 1e-5), rtol=1e-3, atol=1e-3
+    )
+    assert made.facts["mean"] == "0.1,0.2,0.3 (open_clip_config.json)"
+
+
+@pytest.mark.parametrize("form", ["transformers", "OpenCLIP"])
+def test_it_goes_out_as_it_came_and_is_read_again_with_its_head(form, tmp_path):
+    w = arrays() if form == "transformers" else as_open_clip(arrays())
+    config = CONFIG if form == "transformers" else OPEN_CONFIG
+    whole = clip_backbone(folder(tmp_path / "a", w, config), NAMES)
+    top = whole.cut(1)[1]
+    published = top.publish(top.params)
+    assert published.arrays.keys() == {*w, "classifier.weight", "classifier.bias"}
+    for name, x in w.items():
+        np.testing.assert_array_equal(published.arrays[name], x)
+    said = {**published.said, "classes": NAMES}
+    again = clip_backbone(write(tmp_path / "b.safetensors", published.arrays, said), NAMES[::-1])
+    assert again.facts["head"] == "kept, for these classes in another order"
+    np.testing.assert_allclose(logits(again)[:, ::-1], logits(whole), rtol=1e-5, atol=1e-5)
+
+
+def without(part):
+    return lambda w: {name: x for name, x in w.items() if part not in name}
+
+
+TEXT = "text_model.embeddings.token_embedding.weight"
+BAD = {
+    "half the layers of text": (without("text_model.encoder.layers.1"), r"num_hidden_layers is 2 .*expected 1"),
+    "half a block": (without("vision_model.encoder.layers.1.mlp"), r"lacks vision_model\.encoder\.layers\.1\.mlp\.fc1"),
+    "no text tower": (without("text_"), "is not the text tower of a CLIP"),
+    "no scale": (without("logit_scale"), "lacks logit_scale"),
+    "SigLIP": (lambda w: {**w, "logit_bias": np.float32([1])}, r"has logit_bias \(SigLIP: pooled by attention"),
+    "a ResNet": (lambda w: {**w, "visual.layer1.0.conv1.weight": w["logit_scale"]}, "image tower is a ResNet"),
+    "another width": (lambda w: {**w, TEXT: w[TEXT][:, :9]}, r"token_embedding\.weight has the shape \[521, 9\]"),
+    "a flat convolution": (
+        lambda w: {**w, "vision_model.embeddings.patch_embedding.weight": np.ones((12, 12), np.float32)},
+        r"is not a CLIP: it embeds patches by an array \[12, 12\]",
+    ),
+    "NaN": (lambda w: {**w, "logit_scale": np.float32(np.nan)}, "logit_scale holds numbers that are not finite"),
+    "int8": (lambda w: {**w, "logit_scale": np.int8(1)}, "logit_scale is int8, expected floats"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_clip_is_refused_by_name(case, tmp_path):
+    damage, said = BAD[case]
+    with pytest.raises(ValueError, match=said) as refused:
+        load_clip(folder(tmp_path / "a", damage(arrays())), NAMES)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_cut_short_is_refused(tmp_path):
+    path = folder(tmp_path / "a", arrays())
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        families.find("clip", path)(path, NAMES)
+
+
+def part(**changes):
+    return {**CONFIG, "vision_config": {**CONFIG["vision_config"], **changes}}
+
+
+CONFIGS = {
+    "nothing": ({}, {}, "how many attention heads"),
+    "another activation": (part(hidden_act="relu"), {}, r"act \(vision_config in config\.json\) is 'relu'"),
+    "another depth": (part(num_hidden_layers=3), {}, "num_hidden_layers is 3 .*expected 2"),
+    "another width": (part(hidden_size=24), {}, "hidden_size is 24 .*expected 12"),
+    "no vocabulary": (CONFIG, {"words": False}, r"no vocabulary beside it.*put vocab\.json and merges\.txt"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_what_says_nothing_or_something_else_is_refused(case, tmp_path):
+    config, options, said = CONFIGS[case]
+    with pytest.raises(ValueError, match=said) as refused:
+        load_clip(folder(tmp_path / "a", arrays(), config, **options), NAMES)
+    assert "\n" not in str(refused.value)
+
+
+def test_open_clip_says_what_it_is_or_is_refused(tmp_path):
+    model = OPEN_CONFIG["model_cfg"]
+    pooled = {**OPEN_CONFIG, "model_cfg": {**model, "vision_cfg": {**model["vision_cfg"], "attentional_pool": True}}}
+    with pytest.raises(ValueError, match="attentional_pool is True, which nothing computes"):
+        load_clip(folder(tmp_path / "a", as_open_clip(arrays()), pooled), NAMES)
+
+
+def test_a_zero_shot_head_needs_names(tmp_path):
+    with pytest.raises(ValueError, match=r"made of the classes' names, got 3"):
+        load_clip(folder(tmp_path / "a", arrays()), 3)
+    assert load_clip(tmp_path / "a", 3, head="linear").image.model.classes == 3
+
+
+def test_it_is_federated_like_any_other_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    change()(tmp_path / "data.npz")
+    folder(tmp_path / "tiny", arrays())
+    options = [*SMALL, "--data", "data.npz", "--weights", "tiny", "--rank", "2", "--adapt-last", "1", "--out", "out"]
+    plan = Plan(*parse(["compare", "--methods", "fedit", *options]))
+    assert "head zero-shot, 'a photo of a {}.' with the classes' names" in capsys.readouterr().err
+    assert plan.problem.record["adapted"] == ["blocks/attn/query/kernel", "blocks/attn/value/kernel"]
+    plan.execute()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(np.isfinite(row["loss"]) for row in rows)

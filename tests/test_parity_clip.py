@@ -1,0 +1,125 @@
+"""CLIP as transformers computes it, small and random, against ours in both directions; and its tokenizer."""
+
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clip_helpers import MERGES, vocabulary
+from safetensors.numpy import save_file
+
+from models import bpe
+from models.pretrained_clip import clip_backbone, load_clip
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SIDE, NAMES = 12, ["cat", "giant_panda", "eel of no great length at all"]
+PROMPTS = [f"a photo of a {name.replace('_', ' ')}." for name in NAMES]
+SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
+PROCESSOR = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "rescale_factor": 1 / 255}
+IMAGES = np.random.default_rng(1).integers(0, 256, (4, SIDE, SIDE, 3)).astype(np.uint8)
+
+
+def tokenizer():
+    """Trained on the text that is here, so that its merges are of real words."""
+    small = transformers.CLIPTokenizer(vocab=vocabulary(), merges=MERGES)
+    corpus = [path.read_text() for path in Path(__file__).parents[1].glob("*.md")]
+    return small.train_new_from_iterator([*corpus, *["naïve café, l'été; don't, we'll"] * 9], 1200)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A vocabulary; models are saved beside it."""
+    path = tmp_path_factory.mktemp("clip")
+    tokenizer().save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return path
+
+
+def model(act, **changes):
+    words = tokenizer()
+    text = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": words.eos_token_id}
+    both = {**SIZES, "hidden_act": act, **changes}
+    config = transformers.CLIPConfig(
+        vision_config={**both, "image_size": SIDE, "patch_size": 4},
+        text_config={**both, "hidden_size": 20, "num_attention_heads": 5, **text, "max_position_embeddings": 16},
+        projection_dim=14,
+    )
+    torch.manual_seed(0)
+    made = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for x in made.parameters():
+            x.copy_(0.3 * torch.randn_like(x))
+    return made
+
+
+def theirs(made):
+    words = tokenizer()(PROMPTS, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
+    x = (IMAGES / 255 - np.array(PROCESSOR["image_mean"])) / np.array(PROCESSOR["image_std"])
+    with torch.no_grad():
+        out = made(**words, pixel_values=torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float32))
+    return out.logits_per_image.numpy()
+
+
+def ours(backbone):
+    return np.asarray(backbone.apply(backbone.params, {}, IMAGES)[0])
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_a_folder_of_theirs_gives_their_logits_and_goes_back(act, folder):
+    made = model(act, layer_norm_eps=1e-3)
+    made.save_pretrained(folder)
+    backbone = clip_backbone(folder, NAMES)
+    assert backbone.facts["epsilon"] == "0.001 (vision_config in config.json)"
+    np.testing.assert_allclose(ours(backbone), theirs(made), atol=1e-4)
+    published = backbone.publish(backbone.params)
+    arrays = {name: x for name, x in published.arrays.items() if not name.startswith("classifier")}
+    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    again, info = transformers.CLIPModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    np.testing.assert_allclose(theirs(again.eval()), ours(backbone), atol=1e-4)
+
+
+def test_names_of_a_state_dict_and_short_floats_are_read_too(folder):
+    made = model("quick_gelu").to(torch.float16)
+    made.save_pretrained(folder)
+    save_file({name: x.numpy() for name, x in made.state_dict().items()}, folder / "model.safetensors")
+    np.testing.assert_allclose(ours(clip_backbone(folder, NAMES)), theirs(made.float()), atol=1e-4)
+
+
+def test_siglip_is_refused(tmp_path):
+    sizes = {**SIZES, "vocab_size": 99}
+    config = transformers.SiglipConfig(vision_config={**sizes, "image_size": SIDE, "patch_size": 4}, text_config=sizes)
+    transformers.SiglipModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"SigLIP: pooled by attention"):
+        load_clip(tmp_path, NAMES)
+
+
+ODD = [
+    "",
+    " ",
+    "It's 42, don't!! 'S",
+    "Ünïcödé ΣΑΣ İstanbul",
+    "e\u0301 ½ ² Ⅷ 一二 ﬁ",
+    "a\u00a0b\u3000c\x1cd\n\te",
+    "😀 emoji!!'s x_y__z can't'll",
+    "<|endoftext|> in it",
+    "words " * 40,
+]
+
+
+def test_text_is_cut_as_theirs_is(folder):
+    """Odd texts, and random ones over all of Unicode."""
+    rng, words, own = np.random.default_rng(0), tokenizer(), bpe.find(folder)
+    signs = [chr(i) for i in range(0x3000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    random = ["".join(rng.choice(signs, 30)) for _ in range(100)]
+    plain = ["".join(rng.choice(list("abc'dst 12.,\n-"), 30)) for _ in range(100)]
+    for text in (*ODD, *random, *plain):
+        assert own.encode(text) == words(text)["input_ids"], text
+    texts = [text for text in ODD if text.strip()]
+    tokens, _ = own.encode_all(texts, 16)
+    expected = words(texts, padding="max_length", truncation=True, max_length=16)["input_ids"]
+    assert tokens.tolist() == expected
