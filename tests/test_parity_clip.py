@@ -22,24 +22,24 @@ PROCESSOR = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resca
 IMAGES = np.random.default_rng(1).integers(0, 256, (4, SIDE, SIDE, 3)).astype(np.uint8)
 
 
-def tokenizer():
-    """Trained on the text that is here, so that its merges are of real words."""
+@pytest.fixture(scope="module")
+def words():
+    """Trained on the text that is here, so that its merges are of real words (and of no other words another time)."""
     small = transformers.CLIPTokenizer(vocab=vocabulary(), merges=MERGES)
     corpus = [path.read_text() for path in Path(__file__).parents[1].glob("*.md")]
     return small.train_new_from_iterator([*corpus, *["naïve café, l'été; don't, we'll"] * 9], 1200)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(words, tmp_path_factory):
     """A vocabulary; models are saved beside it."""
     path = tmp_path_factory.mktemp("clip")
-    tokenizer().save_pretrained(path)
+    words.save_pretrained(path)
     (path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     return path
 
 
-def model(act, **changes):
-    words = tokenizer()
+def model(words, act, **changes):
     text = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": words.eos_token_id}
     both = {**SIZES, "hidden_act": act, **changes}
     config = transformers.CLIPConfig(
@@ -55,11 +55,11 @@ def model(act, **changes):
     return made
 
 
-def theirs(made):
-    words = tokenizer()(PROMPTS, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
+def theirs(made, words):
+    tokens = words(PROMPTS, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
     x = (IMAGES / 255 - np.array(PROCESSOR["image_mean"])) / np.array(PROCESSOR["image_std"])
     with torch.no_grad():
-        out = made(**words, pixel_values=torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float32))
+        out = made(**tokens, pixel_values=torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float32))
     return out.logits_per_image.numpy()
 
 
@@ -68,26 +68,26 @@ def ours(backbone):
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
-def test_a_folder_of_theirs_gives_their_logits_and_goes_back(act, folder):
-    made = model(act, layer_norm_eps=1e-3)
+def test_a_folder_of_theirs_gives_their_logits_and_goes_back(act, words, folder):
+    made = model(words, act, layer_norm_eps=1e-3)
     made.save_pretrained(folder)
     backbone = clip_backbone(folder, NAMES)
     assert backbone.facts["epsilon"] == "0.001 (vision_config in config.json)"
-    np.testing.assert_allclose(ours(backbone), theirs(made), atol=1e-4)
+    np.testing.assert_allclose(ours(backbone), theirs(made, words), atol=1e-4)
     published = backbone.publish(backbone.params)
     arrays = {name: x for name, x in published.arrays.items() if not name.startswith("classifier")}
     save_file(arrays, folder / "model.safetensors", {"format": "pt"})
     again, info = transformers.CLIPModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    np.testing.assert_allclose(theirs(again.eval()), ours(backbone), atol=1e-4)
+    np.testing.assert_allclose(theirs(again.eval(), words), ours(backbone), atol=1e-4)
 
 
-def test_names_of_a_state_dict_and_short_floats_are_read_too(folder):
-    made = model("quick_gelu").to(torch.float16)
+def test_names_of_a_state_dict_and_short_floats_are_read_too(words, folder):
+    made = model(words, "quick_gelu").to(torch.float16)
     made.save_pretrained(folder)
     save_file({name: x.numpy() for name, x in made.state_dict().items()}, folder / "model.safetensors")
-    np.testing.assert_allclose(ours(clip_backbone(folder, NAMES)), theirs(made.float()), atol=1e-4)
+    np.testing.assert_allclose(ours(clip_backbone(folder, NAMES)), theirs(made.float(), words), atol=1e-4)
 
 
 def test_siglip_is_refused(tmp_path):
@@ -111,9 +111,9 @@ ODD = [
 ]
 
 
-def test_text_is_cut_as_theirs_is(folder):
+def test_text_is_cut_as_theirs_is(words, folder):
     """Odd texts, and random ones over all of Unicode."""
-    rng, words, own = np.random.default_rng(0), tokenizer(), bpe.find(folder)
+    rng, own = np.random.default_rng(0), bpe.find(folder)
     signs = [chr(i) for i in range(0x3000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
     random = ["".join(rng.choice(signs, 30)) for _ in range(100)]
     plain = ["".join(rng.choice(list("abc'dst 12.,\n-"), 30)) for _ in range(100)]
