@@ -73,8 +73,8 @@ class Config:
     image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
     model: str | None = option(
         None,
-        "the family of the weights, vit or mixer (default: as their names tell); or FILE.py:FUNCTION of your own that "
-        "returns a models.backbone.Backbone",
+        "the family of the weights, vit, mixer or clip (default: as their names tell); or FILE.py:FUNCTION of your own "
+        "that returns a models.backbone.Backbone",
     )
     weights: str = option(
         "nano",
@@ -103,9 +103,9 @@ class Config:
     )
     targets: tuple[str, ...] = option(
         ("default",),
-        "kernels that get low-rank adapters, comma-separated: sets of the model by name (of a vit qv, its default, and "
-        "qkv, qkvo, mlp, all, out_fc2; of a mixer out_fc2, its default, and tokens, channels, all), or regular "
-        "expressions such as attn/(query|value)/kernel",
+        "kernels that get low-rank adapters, comma-separated: sets of the model by name (of a vit or "
+        "clip qv, its default, and qkv, qkvo, mlp, all, out_fc2; of a mixer out_fc2, its default, and tokens, channels, "
+        "all), or regular expressions such as attn/(query|value)/kernel",
     )
     adapt_last: int | None = option(
         None,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fedlora_jax.lora import Params
 
-from . import clip, files, mixer, pretrained_clip, pretrained_mixer, vit
+from . import clip, clip_files, files, mixer, pretrained_mixer, vit
 from .backbone import Backbone
 from .pretrained import vit_backbone
 from .pretrained_clip import clip_backbone
@@ -52,7 +52,7 @@ def _shapes(factory: Callable[[str, int], Any]) -> Callable[[str, int], Params]:
 FAMILIES = {
     "clip": Family(
         clip_backbone,
-        pretrained_clip.claims,
+        clip_files.claims,
         ("transformers' CLIPModel", "OpenCLIP"),
         dict.fromkeys(clip.SIZES, 224),
         _shapes(clip.clip_image),

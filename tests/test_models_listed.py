@@ -53,6 +53,15 @@ def test_parameters_are_those_that_are_published(which, listed):
     assert number(listed[which]["parameters"]) + 1000 * (width + 1) == pytest.approx(1e6 * millions, abs=5001)
 
 
+# of the image tower with its projection, in millions (OpenCLIP's model_profile.csv)
+CLIP = {"B/32": 87.85, "B/16": 86.19, "L/14": 303.97, "H/14": 632.08}
+
+
+@pytest.mark.parametrize("size", CLIP)
+def test_image_towers_of_clip_are_as_large_as_published(size, listed):
+    assert number(listed["clip", size]["parameters"]) == pytest.approx(1e6 * CLIP[size], abs=7000)
+
+
 def test_adapters_have_a_column_of_a_and_a_row_of_b_for_each_rank(listed):
     vit, mixer = listed["vit", "B/16"], listed["mixer", "B/16"]
     assert number(vit["qv"]) == 12 * 8 * 2 * (768 + 768)
@@ -100,7 +109,7 @@ def test_a_published_size_is_known_by_its_name():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("half.npz", "lacks 'blocks.1.norm2.bias'"),
+        ("half.npz", "lacks blocks.1.norm2.bias"),
         ("more.npz", "it has blocks.0.gate"),
         ("nan.npz", "norm.bias holds numbers that are not finite"),
         ("int8.npz", "norm.bias is int8, expected floats"),
