@@ -1,8 +1,11 @@
 """Tests run on the CPU unless told otherwise; ``x64`` computes one test in float64."""
 
+import gc
+import itertools
 import os
-from importlib.metadata import version
 from pathlib import Path
+
+from quick import GIVEN, QUICK
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see experiments/__init__.py
@@ -10,12 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see experiments/__init__.p
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# Tiny problems run in no time, so programs are compiled quickly, to run slowly. (A later jaxlib may have one emitter
-# alone, and would stop at a flag that it does not know.)
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
-)
+os.environ.update(QUICK)
 
 import jax
 import pytest
@@ -23,11 +21,16 @@ from helpers import EVERY, float64, forget
 from xdist.scheduler import LoadScopeScheduling
 
 jax.local_devices()  # by now the environment has been read; processes that tests start compile as a user's
-del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-users, _, _ = os.environ.pop("XLA_FLAGS").partition(" --xla_cpu_use_fusion_emitters")
-os.environ |= {"XLA_FLAGS": users} if users else {}
+for name in QUICK:
+    del os.environ[name]
+os.environ |= GIVEN
+
+# Tracing leaves much behind that refers to itself; looking for it often takes a tenth of the time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 MAPPINGS = 30_000  # Linux allows a process 65,530; every compiled program takes some, and one too many aborts it
+TESTS = itertools.count(1)
 
 
 def group(nodeid: str) -> str:
@@ -60,17 +63,6 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module")
-def users_programs():
-    """Runs are compiled as a user has them: that numbers are the same to the byte is said of no other programs."""
-    compile = jax.stages.Lowered.compile
-    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-    options |= {"xla_cpu_use_fusion_emitters": True} if version("jaxlib").startswith("0.10.") else {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.stages.Lowered, "compile", lambda self: compile(self, compiler_options=options))
-        yield
-
-
 @pytest.fixture
 def compilations():
     """Counts what XLA compiles while the test runs."""
@@ -83,8 +75,8 @@ def compilations():
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Programs of tests that have run are forgotten before the process holds too many."""
+    """Programs of tests that have run are forgotten before the process holds too many; counting takes a while."""
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+    if next(TESTS) % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
         forget()

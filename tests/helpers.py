@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import contextmanager
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +148,17 @@ EVERY = METHODS | WRAPPED
 def float64():
     """A context in which arrays are float64."""
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+
+
+@contextmanager
+def users_programs():
+    """Programs are compiled as a user has them: that numbers are the same to the byte is said of no others."""
+    compile = jax.stages.Lowered.compile
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    options |= {"xla_cpu_use_fusion_emitters": True} if version("jaxlib").startswith("0.10.") else {}
+    slowly = lambda self: compile(self, compiler_options=options)
+    with mock.patch.object(jax.stages.Lowered, "compile", slowly):
+        yield
 
 
 HOOKS = ("penalty", "model", "objective", "mask_schedule")  # all of a method that local steps depend on
