@@ -3,6 +3,10 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+from input_helpers import SMALL, change
+from quick import QUICK
 
 RUN = """
 import atexit, sys
@@ -20,23 +24,29 @@ main()
 """
 
 
-def start(caches, out, **environment: str) -> tuple[int, int]:
-    """Programs that a small comparison compiled, and that it found compiled."""
+def call(code: str, caches: Path, *options: str, **environment: str) -> list[str]:
+    """What it prints, in words; it may not warn."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
-    options = "compare --methods fedit --rounds 1 --local-steps 1 --batch 4 --clients 6 --holdout-clients 6 --seeds 1"
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUN, *options.split(), "--out", str(out)],
-        env=env | {"XDG_CACHE_HOME": str(caches)} | environment, capture_output=True, text=True,
+        [sys.executable, "-W", "error", "-c", code, *options],
+        env=env | QUICK | {"XDG_CACHE_HOME": str(caches)} | environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "arning" not in done.stderr
-    *_, compiled, _, found = done.stdout.split()
+    return done.stdout.split()
+
+
+def start(caches: Path, out: str) -> tuple[int, int]:
+    """Programs that a small comparison compiled, and that it found compiled."""
+    change()(data := caches / "data.npz")
+    options = ["run", "--method", "fedit", *SMALL, "--partition", "iid", "--data", str(data), "--adapt-last", "1"]
+    *_, compiled, _, found = call(RUN, caches, *options, "--out", str(caches / out))
     return int(compiled), int(found)
 
 
 def test_a_second_start_compiles_nothing_and_none_warns(tmp_path):
-    compiled, _ = start(tmp_path, tmp_path / "first")
-    again, found = start(tmp_path, tmp_path / "second")
+    compiled, _ = start(tmp_path, "first")
+    again, found = start(tmp_path, "second")
     assert compiled > 0
     assert (again, found) == (0, compiled)
 
@@ -45,9 +55,10 @@ def test_a_folder_of_the_user_gets_no_limit_and_is_written_beside_what_others_le
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "jit_of_others-0-cache").write_bytes(b"x")  # without the time of its last use, as jax writes unlimited
-    compiled, _ = start(tmp_path, tmp_path / "run", JAX_COMPILATION_CACHE_DIR=str(theirs))
-    assert compiled > 0
-    assert any(theirs.glob("*train*-cache")), "the rounds' program is kept"
+    code = "from experiments.engine import process; process.settle(); import jax; jax.jit(lambda x: x + 1)(1.0)"
+    own = {"JAX_COMPILATION_CACHE_DIR": str(theirs), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    call(code, tmp_path, **own)
+    assert any(theirs.glob("*lambda*-cache")), "the program is kept"
     assert not list((tmp_path).glob("fedlora-jax"))
 
 
@@ -56,10 +67,10 @@ def test_programs_are_kept_where_the_process_does_not_start_again(tmp_path):
     code = "from experiments import start; start.settle(); import jax; print(jax.config.jax_compilation_cache_dir, "
     code += "jax.config.jax_compilation_cache_max_size, jax.config.jax_persistent_cache_min_compile_time_secs)"
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
-    call = lambda **own: subprocess.run(
+    said = lambda **own: subprocess.run(
         [sys.executable, "-c", code, "methods"],
         env=env | {"XDG_CACHE_HOME": str(tmp_path), "GLIBC_TUNABLES": ""} | own, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    assert call() == f"{tmp_path / 'fedlora-jax'} {2**30} 0.0\n"
-    assert call(JAX_COMPILATION_CACHE_MAX_SIZE="5") == f"{tmp_path / 'fedlora-jax'} 5 0.0\n"
-    assert call(JAX_COMPILATION_CACHE_DIR="theirs") == "theirs -1 1.0\n"
+    assert said() == f"{tmp_path / 'fedlora-jax'} {2**30} 0.0\n"
+    assert said(JAX_COMPILATION_CACHE_MAX_SIZE="5") == f"{tmp_path / 'fedlora-jax'} 5 0.0\n"
+    assert said(JAX_COMPILATION_CACHE_DIR="theirs") == "theirs -1 1.0\n"
