@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import CLIENTS, KEY, SIGNATURE, assert_near, begin, nudged
+from input_helpers import change
 
 from experiments.__main__ import main
 from experiments.results import record
@@ -15,12 +16,13 @@ from fedlora_jax.methods.hyperlora import hyperlora
 
 OPTIONS = (
     "--clients 6 --holdout-clients 2 --partition domain_dirichlet:2.0 --rounds 2 --seeds 2 --local-steps 2 --batch 4 "
-    "--rank 2,4 --minimum 5"
+    "--rank 2,4 --minimum 5 --out"
 ).split()
 
 
 def run(monkeypatch, out, *more: str) -> tuple[dict, list[dict]]:
-    monkeypatch.setattr(sys, "argv", ["experiments", *more, *OPTIONS, "--out", str(out)])
+    change()(data := out.parent / "data.npz")
+    monkeypatch.setattr(sys, "argv", ["experiments", *more, "--data", str(data), *OPTIONS, str(out)])
     main()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return json.loads((out / "summary.json").read_text()), rows
@@ -73,16 +75,16 @@ def test_methods_are_paired(compared):
 
 
 def test_bytes_are_those_of_the_arrays_that_move(compared):
-    """By hand: rank r on query and value of 4 blocks of width 64, and a head of 650 numbers, in float32."""
+    """By hand: rank r on query and value of 4 blocks of width 64, and a head of 195 numbers, in float32."""
     _, summary, rows = compared
-    adapter = lambda rank: 4 * (4 * 2 * rank * (64 + 64) + 650)
+    adapter = lambda rank: 4 * (4 * 2 * rank * (64 + 64) + 195)
     ups = {adapter(2) * k + adapter(4) * (4 - k) for k in range(5)}
     left = {}  # by flora's first round, of each seed: all who come to the second need it
     for row in rows:
         assert row["bytes_up"] in ups
-        stack = row["bytes_up"] - 4 * 4 * 650
+        stack = row["bytes_up"] - 4 * 4 * 195
         missed = left.get(row["seed"], 0)
-        assert row["bytes_down"] == (row["bytes_up"] if row["method"] == "fedit" else 4 * (missed + 4 * 650))
+        assert row["bytes_down"] == (row["bytes_up"] if row["method"] == "fedit" else 4 * (missed + 4 * 195))
         left |= {row["seed"]: stack} if row["method"] == "flora" else {}
     entry = summary["methods"]["fedit"]
     assert entry["bytes_up"]["total"] == sum(r["bytes_up"] for r in rows if r["method"] == "fedit" and r["seed"] == 0)
@@ -129,10 +131,9 @@ def test_bounds_start_from_the_frozen_model(monkeypatch, capsys):
 @pytest.mark.long
 def test_what_did_not_travel_is_not_counted_and_newcomers_have_a_trial(tmp_path, monkeypatch):
     """HiLoRA's leaf stage sends nothing; the lowest clients are told apart."""
-    more = ("--methods", "hilora:root=0.5:cluster=0.0", "--partition", "classes:3", "--seeds", "1")
-    monkeypatch.setattr(sys, "argv", ["experiments", "compare", *OPTIONS, *more, "--out", str(tmp_path / "out")])
-    main()
-    first, last = (json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    more = ("--methods", "hilora:root=0.5:cluster=0.0")
+    rows = run(monkeypatch, tmp_path / "out", "compare", *more)[1]
+    first, last = (row for row in rows if row["seed"] == 0)
     assert first["bytes_up"] > 0 == last["bytes_up"]
     assert last["bytes_down"] == first["bytes_down"]  # the root once more, as it is frozen
     assert last["bytes_behind"] == 0

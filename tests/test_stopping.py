@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_bad_input import change
 
+from experiments import start
 from experiments.__main__ import main
 from experiments.commands import compare
 from experiments.results import record
@@ -96,20 +97,34 @@ REFUSALS = {
 }
 
 
+@pytest.mark.parametrize(("number", "said"), REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_is_one_line_that_says_what_to_do(number, said, command, monkeypatch, capsys):
+    def execute():
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(start, "planned", lambda *_: (None, execute))
+    with pytest.raises(SystemExit) as stop:
+        command("run", "--method", "fedit")
+    assert stop.value.code == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: cannot write to the output: ")
+    assert said in line
+    assert "to go on: python -m experiments run --method fedit" in line
+    assert line.count("\n") == 1
+
+
 def test_a_disk_that_refuses_loses_nothing(small, command, tmp_path, monkeypatch, capsys):
     """One line, exit code 1, and the command in it goes on; in the end there are the bytes of a run left alone."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     command(*small, "--out", str(whole))
     arguments, real = [*small, "--out", str(out)], os.fsync
-    for at, (number, said) in enumerate(
-        REFUSALS.values()
-    ):  # the first write of the first try, the second of the second
+    for at in (0, 4):  # the first write of the first try, the fifth of the second
         left = [at]
 
-        def fsync(file: int, number: int = number, left: list[int] = left) -> None:
+        def fsync(file: int, left: list[int] = left) -> None:
             left[0] -= 1
             if left[0] == -1:
-                raise OSError(number, os.strerror(number))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             real(file)
 
         monkeypatch.setattr(os, "fsync", fsync)
@@ -118,7 +133,7 @@ def test_a_disk_that_refuses_loses_nothing(small, command, tmp_path, monkeypatch
         assert stop.value.code == 1
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith(f"error: cannot write to {out}"), line
-        assert said in line
+        assert "make room" in line
         assert not list(out.rglob(".*"))
         program, arguments = shlex.split(line.split("to go on: ")[1])[:3], shlex.split(line.split("to go on: ")[1])[3:]
         assert program == ["python", "-m", "experiments"]
