@@ -8,16 +8,24 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import fedlora_jax
 from experiments.bench import options as bench
-from experiments.config import MANY, SPEED, Config, Data, Export, Models
+from experiments.config import MANY, SPEED, Config, Data, Export, Models, Recipes
 from experiments.results.folder import asked, program
+from experiments.setup import option_files
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
 
-OWN = {"bench": bench.Options, "data": Data, "export": Export, "models": Models}  # commands with options of their own
+OWN = {
+    "bench": bench.Options,
+    "data": Data,
+    "export": Export,
+    "models": Models,
+    "recipes": Recipes,
+}  # commands with options of their own
 LONGEST = 1200  # letters of an error
 
 
@@ -36,8 +44,10 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.Options | Data | Export | Models]:
-    """The command and its options."""
+def parse(
+    arguments: Sequence[str] | None = None,
+) -> tuple[str, Any]:
+    """The command and its options, a ``Config`` or what it has in ``OWN``."""
     parser = _Parser(
         prog=" ".join(program()),
         description="Federated LoRA fine-tuning: run methods side by side, every round one compiled program.",
@@ -68,21 +78,72 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Config | bench.O
     _add_own(commands, "data", text, Data, "source")
     text = "families of models, their sizes and what an adapter of them holds; or what a weight file is"
     _add_own(commands, "models", text, Models, "file")
+    text = "published protocols that 'compare --recipe NAME' follows: what is published, what is ours, reported figures"
+    _add_own(commands, "recipes", text, Recipes, "name")
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
     if nothing := [name for name, value in given.items() if value == []]:  # what argparse makes of --data=--
         parser.error(f"argument --{nothing[0].replace('_', '-')}: expected one argument")
-    if given.get("resume") and given["out"]:
-        commands.choices[command].set_defaults(**_held(given["out"], given.keys()))
+    files = [given[name] for name in _FROM_FILES if given.get(name)]
+    if (given.get("resume") and given["out"]) or files:
+        own = commands.choices[command]
+        held = _held(given["out"], given.keys()) if given.get("resume") and given["out"] else {}
+        own.set_defaults(**held | _filed(own, given, {kind: given.get(kind) for kind in _FROM_FILES}))
         given = vars(parser.parse_args(arguments))
         del given["command"]
+    shows = given.pop("print_config", False)
+    given = {name: value for name, value in given.items() if name not in _FROM_FILES}
     if "method" in given and given["method"] is None:
         commands.choices[command].error("the following arguments are required: --method")
     if command in OWN:
         return command, OWN[command](**given)
     if "method" in given:
         given["methods"] = (given.pop("method"),)
+    if shows:
+        print(option_files.text(Config(**given)), end="")
+        sys.exit(0)
     return command, Config(**given)
+
+
+_FROM_FILES = ("recipe", "config")  # options that name a file of options; of two that say the same the last is right
+
+
+def _filed(parser: _Parser, given: Collection[str], paths: dict[str, str | None]) -> dict[str, Any]:
+    """The options in the files that are named, of those that the command takes."""
+    hints, found = typing.get_type_hints(Config), {}
+    for kind, name in paths.items():
+        if name is None:
+            continue
+        try:
+            values = option_files.read(option_files.recipe(name) if kind == "recipe" else name)
+            values.pop(option_files.ABOUT, None)
+            if unknown := sorted(values.keys() - hints.keys()):
+                near = get_close_matches(unknown[0], hints, 1)
+                raise ValueError(
+                    f"--{kind} {name} has the key {unknown[0]!r}, which is no option"
+                    + f"; did you mean {near[0]!r}?" * bool(near)
+                )
+            found |= {key: _from_file(f"--{kind} {name}", key, value, hints[key]) for key, value in values.items()}
+        except ValueError as error:
+            parser.error(str(error))
+    if "method" in given and len(found.get("methods", ())) == 1:
+        found["method"] = found["methods"][0]
+    return {name: value for name, value in found.items() if name in given}
+
+
+def _from_file(origin: str, name: str, value: Any, hint: Any) -> Any:
+    """A value as the option has it: a text is read as if it had been typed, a list may stand for several."""
+    if isinstance(value, str) and not _is_a(value, hint):
+        try:
+            return _converter(name, hint)[0](value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{origin}: {name} = {value!r}: {error}") from None
+    whole = tuple(value) if isinstance(value, list) else value
+    floats = lambda x: float(x) if type(x) is int else x
+    for own in (whole, tuple(map(floats, whole)) if isinstance(whole, tuple) else floats(whole)):
+        if _is_a(own, hint):
+            return own
+    raise ValueError(f"{origin}: {name} = {value!r} is not what --{name.replace('_', '-')} takes")
 
 
 def _held(out: str, names: Collection[str]) -> dict[str, Any]:
@@ -112,6 +173,7 @@ _WEIGHTS = {"weights", "mean", "std", "heads", "epsilon", "keep_head"}
 _MODEL = _WEIGHTS | {
     "model",
     "data",
+    "classes",
     "skip_damaged",
     "image_size",
     "targets",
@@ -165,6 +227,8 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     hints, fields = typing.get_type_hints(Config), dataclasses.fields(Config)
     fields = [field for field in fields if field.name not in _LEFT_OUT[command]]
     fast = [field for field in fields if field.metadata["decides"] == SPEED]
+    if command != "methods":
+        _add_files(parser)
     for field in fields:
         if field in fast:
             continue
@@ -181,6 +245,14 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         group = parser.add_argument_group("speed", "These decide speed and memory alone; results agree to rounding.")
         for field in fast:
             _add_option(group, field, hints[field.name], field.default)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    text = "a TOML file of options, a key for each, or the config.json of a run; what is typed goes before it"
+    parser.add_argument("--config", metavar="FILE", help=text)
+    text = "a published protocol ('python -m experiments recipes'); what is typed, or in --config, goes before it"
+    parser.add_argument("--recipe", metavar="NAME", help=text)
+    parser.add_argument("--print-config", action="store_true", help="print all options as such a file, and end")
 
 
 def _add_option(parser: argparse._ActionsContainer, field: dataclasses.Field, hint: Any, default: Any) -> None:

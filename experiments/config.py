@@ -70,6 +70,9 @@ class Config:
     skip_damaged: bool = option(
         False, "leave out images that cannot be read; they are named and counted (else: they are refused)"
     )
+    classes: tuple[str, ...] = option(
+        (), "these classes alone, by name, comma-separated, or the first N of them (default: all)", empty=True
+    )
     image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
     model: str | None = option(
         None,
@@ -288,6 +291,7 @@ class Data:
     """One source of images, and what a partition would make of it."""
 
     source: str = option("digits", "the data, as for --data of compare")
+    classes: tuple[str, ...] = option((), "these classes alone, or the first N (default: all)", empty=True)
     image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
     skip_damaged: bool = option(False, "leave out images that cannot be read")
     partition: str | None = option(None, f"also deal it out to clients: {partition.FORMS}, or file:PATH")
@@ -297,6 +301,13 @@ class Data:
     seed: int = option(0, "the seed that deals it out", INT32)
     save: str | None = option(None, "a .npz to write: the partition, for --partition file:PATH of other commands")
     sheet: str | None = option(None, "a .png to write: some images of every class and domain")
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """Published protocols, as files of options."""
+
+    name: str | None = option(None, "the recipe to show whole (default: all, a line each)")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from experiments.cli import fail, parse
 from experiments.config import SEEDS, check_fields
 from experiments.engine import process
 from experiments.results.folder import Folder, command
+from experiments.setup import option_files
 from experiments.stopping import stoppable
 
 # What the system may refuse while a folder is being written, and what to do about it
@@ -66,6 +67,9 @@ def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any
             from experiments.commands import describe_data
 
             return None, describe_data.Plan(options).execute
+        case "recipes":
+            text = option_files.listing(options.name)
+            return None, lambda: print(text)
         case "models":
             from experiments.commands import list_models
 

@@ -119,3 +119,21 @@ def test_a_missing_partition_file_is_one_line(capsys, monkeypatch):
 
 def test_the_source_may_be_left_out():
     assert parse(["data"])[1] == Data()
+
+
+def test_some_classes_alone(file):
+    images = data.load(str(file[0]), classes=("c", "a"))
+    whole = data.load(str(file[0]))
+    kept = np.flatnonzero(whole.y != 1)
+    assert images.classes == ("c", "a")
+    np.testing.assert_array_equal(images.x, whole.x[kept])
+    np.testing.assert_array_equal(images.y, np.where(whole.y[kept] == 2, 0, 1))
+    assert data.load(str(file[0]), classes=("2",)).classes == ("a", "b")
+    for wrong, said in (
+        (("a", "d"), "there is no d"),
+        (("a",), "at least two"),
+        (("4",), "no 4"),
+        (("a", "a"), "once"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            data.load(str(file[0]), classes=wrong)

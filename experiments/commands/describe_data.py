@@ -32,7 +32,7 @@ class Plan:
             if path and (Path(path).suffix != suffix or not Path(path).parent.is_dir()):
                 raise ValueError(f"cannot write {path}: expected a name that ends in {suffix}, in an existing folder")
         self.options = options
-        self.images = data.load(options.source, options.image_size, skip=options.skip_damaged)
+        self.images = data.load(options.source, options.image_size, skip=options.skip_damaged, classes=options.classes)
         self.train, self.test = np.flatnonzero(~self.images.test), np.flatnonzero(self.images.test)
         self.config = Config(
             partition=options.partition or "iid",

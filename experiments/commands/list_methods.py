@@ -71,7 +71,11 @@ def table(config: Config) -> str:
 
 def shapes(config: Config) -> tuple[Adapter, Signature]:
     """The shapes of one adapter of the configured model, and of one client's signature."""
-    images = None if config.data == "digits" else data.load(config.data, config.image_size, skip=config.skip_damaged)
+    images = (
+        None
+        if config.data == "digits"
+        else data.load(config.data, config.image_size, skip=config.skip_damaged, classes=config.classes)
+    )
     classes, side = (DIGITS, SIDE) if images is None else (images.classes, images.x.shape[1])
     _, top = backbone.cut(backbone.load(config, classes, config.image_size or side), config.adapt_last)
     adapter = jax.eval_shape(partial(new_adapter, config, top), jax.eval_shape(jax.random.key, 0))

@@ -8,7 +8,7 @@ integer ``[n_classes]`` (the one of each class; those of CIFAR-100 are known by 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +98,13 @@ SOURCES = {
 }
 
 
-def load(source: str, side: int | None = None, test_share: float = 0.2, skip: bool = False) -> Images:
+def load(
+    source: str,
+    side: int | None = None,
+    test_share: float = 0.2,
+    skip: bool = False,
+    classes: Sequence[str] = (),
+) -> Images:
     """The images of one of the ``SOURCES``.
 
     Args:
@@ -107,6 +113,7 @@ def load(source: str, side: int | None = None, test_share: float = 0.2, skip: bo
       test_share: where the file has no split, this share of each class (and domain) is set apart for testing, drawn
         with a fixed seed.
       skip: leave out images that cannot be read.
+      classes: use these alone, by name, in this order; or the first so many.
 
     Raises:
       ValueError: the file is missing, damaged, or breaks the contract; the message says where.
@@ -114,7 +121,7 @@ def load(source: str, side: int | None = None, test_share: float = 0.2, skip: bo
     for own in SOURCES.values():
         if own.claims(source):
             name = Path(source).stem if Path(source).exists() else source
-            return _checked(name or source, own.read(source, side, skip), test_share)
+            return of_classes(_checked(name or source, own.read(source, side, skip), test_share), classes)
     *most, last = (own.form for own in SOURCES.values())
     raise ValueError(f"no data {source!r}: expected {', '.join(most)} or {last}")
 
@@ -191,6 +198,33 @@ def _superclass(name: str, arrays: dict[str, np.ndarray], classes: tuple[str, ..
         return _numbers(name, "superclass", arrays["superclass"], len(classes), len(classes))
     of = {label: i for i, labels in enumerate(CIFAR100.values()) for label in labels.split()}
     return np.array([of[label] for label in classes], np.int32) if set(classes) == of.keys() else None
+
+
+def of_classes(images: Images, wanted: Sequence[str]) -> Images:
+    """The images of some classes, in the order that is asked for.
+
+    Raises:
+      ValueError: there is no such class, or fewer, or only one is left; a domain has none of them.
+    """
+    if not wanted:
+        return images
+    if len(wanted) == 1 and wanted[0].isdigit() and wanted[0] not in images.classes:
+        wanted = images.classes[: int(wanted[0])] if int(wanted[0]) <= len(images.classes) else wanted
+    missing = [name for name in wanted if name not in images.classes]
+    if missing or len(set(wanted)) < max(2, len(wanted)):
+        what = f"there is no {missing[0]}" if missing else "expected at least two, each once"
+        raise ValueError(f"--classes {','.join(wanted)}: {what} (of {images.name}'s {len(images.classes)} classes)")
+    number = np.full(len(images.classes), -1, np.int32)
+    order = [images.classes.index(name) for name in wanted]
+    number[order] = np.arange(len(order))
+    kept = np.flatnonzero(number[images.y] >= 0)
+    own = images._replace(
+        x=images.x[kept], y=number[images.y[kept]], domain=images.domain[kept], test=images.test[kept]
+    )
+    groups = None if images.superclass is None else images.superclass[order]
+    own = own._replace(classes=tuple(wanted), superclass=groups)
+    _check_parts(own, "use other --classes")
+    return own
 
 
 def validation(images: Images, share: float, seed: int = 1) -> Images:

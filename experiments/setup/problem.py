@@ -90,7 +90,7 @@ def build(
       backbone: the model, where it has been loaded before.
     """
     # Everything that can be refused is looked at on the host first; only then does anything compile.
-    images = data.load(config.data, config.image_size, skip=config.skip_damaged)
+    images = data.load(config.data, config.image_size, skip=config.skip_damaged, classes=config.classes)
     if config.validation:
         images = data.validation(images, config.validation)
     side = config.image_size or _side(images)

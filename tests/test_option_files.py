@@ -1,0 +1,143 @@
+"""Options from files: what is typed goes before them, what is in none stays; recipes resolve and run."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+from input_helpers import refused
+
+from experiments.__main__ import main
+from experiments.cli import parse
+from experiments.commands import prelude
+from experiments.commands.compare import Plan
+from experiments.config import Config
+from experiments.setup import data, option_files
+
+RECIPES = option_files.recipes()
+
+
+def written(tmp_path, text):
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_what_is_typed_goes_before_a_file_and_a_file_before_a_recipe(tmp_path):
+    path = written(tmp_path, 'lr = 1\nseeds = "0:3"\nrank = [4, 8]\nclip-norm = 2.5\n[about]\nwhy = "a test"\n')
+    _, config = parse(["compare", "--config", path, "--recipe", "hilora/cifar100_scdir", "--rank", "2"])
+    expected = Config(**{**_of_recipe("hilora/cifar100_scdir"), "lr": 1.0, "seeds": (0, 1, 2), "clip_norm": 2.5})
+    assert config == dataclasses.replace(expected, rank=(2,))
+
+
+def _of_recipe(name):
+    values = option_files.read(option_files.recipe(name))
+    del values["about"]
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def test_what_is_printed_repeats_a_run(tmp_path, capsys):
+    typed = "--methods fedit,hilora:k_min=1 --lr 0.3 --seeds 2 --mean 0.1,0.2,0.3 --keep-head --targets qv".split()
+    with pytest.raises(SystemExit):
+        parse(["compare", *typed, "--print-config"])
+    path = written(tmp_path, capsys.readouterr().out)
+    assert parse(["compare", "--config", path]) == parse(["compare", *typed])
+
+
+def test_a_run_repeats_another_by_its_config_json(tmp_path):
+    config = Config(methods=("fedit",), lr=0.3, rank=(4, 8), chunk=2)
+    about = {"config": config.deciding("results"), "speed": config.deciding("speed")}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert parse(["compare", "--config", str(tmp_path / "config.json")])[1] == config
+    assert parse(["run", "--config", str(tmp_path / "config.json")])[1] == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lrr = 0.1", "the key 'lrr', which is no option; did you mean 'lr'?"),
+        ('lr = "fast"', "lr = 'fast'"),
+        ("rounds = 1.5", "rounds = 1.5 is not what --rounds takes"),
+        ("rounds = [1]", "rounds = [1] is not what --rounds takes"),
+        ("resume = 1", "resume = 1 is not what --resume takes"),
+        ("lr = ", "is no TOML"),
+        ("rounds = 0", "--rounds"),
+    ],
+)
+def test_wrong_files_are_refused(text, said, tmp_path, capsys, monkeypatch):
+    assert said in refused(["compare", "--config", written(tmp_path, text)], capsys, monkeypatch)
+
+
+def test_files_and_recipes_that_are_not_there_are_refused(capsys, monkeypatch):
+    assert "cannot be read" in refused(["compare", "--config", "nowhere.toml"], capsys, monkeypatch)
+    says = refused(["compare", "--recipe", "hilora/cifar100"], capsys, monkeypatch)
+    assert "hilora/cifar100_scdir" in says
+    assert "no recipe" in refused(["recipes", "../../setup"], capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """100 classes in 20 superclasses, six domains: what every recipe can be tried on. Ten of them as DomainNet's."""
+    names = [
+        "bird",
+        "feather",
+        "headphones",
+        "ice_cream",
+        "teapot",
+        "tiger",
+        "whale",
+        "windmill",
+        "wine_glass",
+        "zebra",
+    ]
+    n, rng = 12_000, np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "synthetic.npz"
+    np.savez(
+        path,
+        x=rng.integers(0, 256, (n, 8, 8, 3), np.uint8),
+        y=np.arange(n) % 100,
+        domain=np.arange(n) // 100 % 6,
+        split=(np.arange(n) // 600 % 5 == 0).astype(int),
+        classes=np.array([*names, *(f"class {i}" for i in range(90))]),
+        domains=np.array(list("abcdef")),
+        superclass=np.arange(100) // 5,
+    )
+    return str(path)
+
+
+def tried(name, images, *more):
+    small = (
+        f"--data {images} --weights nano --image-size 16 --rounds 2 --eval-every 2 --local-steps 1 --batch 4 --seeds 1"
+    )
+    return parse(["compare", "--recipe", name, *small.split(), "--minimum", "4", "--test-images", "2", *more])[1]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_resolves_and_says_what_it_is(name, images):
+    about = option_files.read(option_files.recipe(name))["about"]
+    assert {"title", "source", "data", "weights", "published", "ours", "traps", "expected"} == about.keys()
+    config = tried(name, images)
+    assert set(about["expected"]) <= {method.partition(":")[0] for method in config.methods}
+    prelude.checked(config)
+    own = data.load(config.data, classes=config.classes)
+    assert len(own.classes) == (10 if name == "hilora/domainnet90" else 100)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name", ["fedhl/cifar100", "fedra/domainnet", "hilora/cifar100_scdir", "lora_fair/nico_feature_label"]
+)
+def test_recipes_of_each_kind_run(name, images, tmp_path):
+    """Ranks and a few clients a round; one client a domain; unseen clients; several clients a domain."""
+    config = tried(name, images, "--methods", "fedit", "--out", str(tmp_path / "out"))
+    Plan("compare", config).execute()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["methods"]
+
+
+def test_the_list_of_recipes_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments", "recipes"])
+    main()
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in RECIPES)
