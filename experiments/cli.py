@@ -182,6 +182,7 @@ _MODEL = _WEIGHTS | {
     "full",
     "rank",
     "scale",
+    "alpha",
 }
 _LEFT_OUT = {
     "compare": _TUNED,

@@ -152,6 +152,12 @@ class Config:
     scale: float = option(
         2.0, "factor s of every low-rank update, the same for all clients and ranks", "[-1000000, 1000000]"
     )
+    alpha: float | None = option(
+        None, "scale = alpha / rank, as PEFT has it, of the largest rank; in place of --scale", "(0, 1000000]"
+    )
+    dropout: float = option(
+        0.0, "share of the inputs of low-rank updates that are dropped in local steps (LoRA dropout)", "[0, 1)"
+    )
     validation: float = option(
         0.0,
         "set this share of the training images apart and score on it instead of the test images; to tune on",
@@ -255,6 +261,11 @@ class Config:
         """Clients of a round."""
         return self.clients_per_round or self.clients
 
+    @property
+    def factor(self) -> float:
+        """Of every low-rank update: ``scale``, or ``alpha`` over the largest rank."""
+        return self.scale if self.alpha is None else self.alpha / max(self.rank)
+
     def deciding(self, what: str) -> dict[str, Any]:
         """The options that decide the ``RESULTS``, which identify a run; or its ``SPEED``; or its ``RECORD``."""
         own = [entry.name for entry in dataclasses.fields(self) if entry.metadata["decides"] == what]
@@ -326,6 +337,8 @@ class Models:
 def check(config: Config) -> None:
     """Refuse what can be seen to be wrong without looking at data or weights."""
     check_fields(config)
+    if config.alpha is not None and config.scale != Config.scale:
+        raise ValueError(f"--alpha {config.alpha:g} and --scale {config.scale:g} both set the factor: give one of them")
     if config.scale == 0:
         raise ValueError("--scale must not be 0: nothing that adapters learn would count")
     for name in ("methods", "seeds", "lrs", "budgets", "tuning_seeds"):

@@ -68,8 +68,9 @@ class Dense(nn.Module):
         y = x @ kernel.astype(x.dtype)
         if self.has_variable("lora", "kernel"):
             lora = self.get_variable("lora", "kernel")
+            kept = self.get_variable("lora", "dropout")(x) if self.has_variable("lora", "dropout") else x
             # (x a) b, never x (a b): the kernel stays shared by all clients under vmap.
-            y += low_rank(x, lora.a.astype(x.dtype), lora.scale * lora.b.astype(x.dtype))
+            y += low_rank(kept, lora.a.astype(x.dtype), lora.scale * lora.b.astype(x.dtype))
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros_init(), (self.features,)).astype(x.dtype)
         return y

@@ -16,8 +16,8 @@ from jax import Array
 
 from experiments.config import Config
 from experiments.setup import memory, user_code
-from fedlora_jax import lora
-from fedlora_jax.lora import Params
+from fedlora_jax import dropout, lora
+from fedlora_jax.lora import Adapter, Params
 from models import families, hub
 from models.backbone import NO_ADAPTER, Backbone, Stem, checked
 from models.families import FAMILIES
@@ -129,6 +129,21 @@ def refuse_too_large(backbone: Backbone, classes: int, count: int, side: int) ->
         f"{backbone.name} on {batch.shape[0]} images of {side} x {side} makes an array that would",
         "use a smaller --image-size or model",
     )
+
+
+def refuse_without_dropout(backbone: Backbone, new: Callable[[Array], Adapter], side: int) -> None:
+    """Refuse a model whose layers do not look for dropout beside their adapters: it would be without effect."""
+
+    def logits(params: Params, key: Array, image: Array) -> Array:
+        return backbone.apply(params, dropout.switched_on(new(key), key, 0.5), image[None], training=True)[0]
+
+    drawn = lambda f, *arguments: str(jax.make_jaxpr(f)(*arguments)).count("random_bits")
+    key = jax.eval_shape(jax.random.key, 0)
+    if drawn(logits, backbone.params, key, image_of(side)) == drawn(new, key):
+        raise ValueError(
+            f"{backbone.name} has no layer that drops inputs of its adapter: leave --dropout out, or build the model "
+            "of fedlora_jax.Dense and compute with lora.variables(params, adapter)"
+        )
 
 
 def image_of(side: int) -> jax.ShapeDtypeStruct:

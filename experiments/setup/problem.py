@@ -98,6 +98,8 @@ def build(
     backbone = backbone or backbones.load(config, images.classes, side)
     backbones.refuse_too_large(backbone, len(images.classes), len(images.x), side)
     stem, top = backbones.cut(backbone, config.adapt_last)
+    if config.dropout:
+        backbones.refuse_without_dropout(backbone, partial(new_adapter, config, backbone), side)
     new, targets = partial(new_adapter, config, top), top.patterns(config.targets)
     shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
     accept(descriptions.shapes_of_one(config.signature, len(images.classes)), shapes)
@@ -111,7 +113,8 @@ def build(
     elif stem is not None:
         base = {**base, STEM: backbones.kept_as(config.base_dtype, stem.params, ())}
     base = jax.device_put(base)
-    loss_fn, correct_fn = objectives(TASKS[config.task], top, stem, config.label_smoothing, config.augment)
+    vary = config.label_smoothing, config.augment, config.dropout
+    loss_fn, correct_fn = objectives(TASKS[config.task], top, stem, *vary)
     features = backbones.frozen_features(backbone, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
@@ -145,7 +148,7 @@ def build(
 def new_adapter(config: Config, backbone: Backbone, key: Array) -> Adapter:
     """A fresh adapter of a model's parameters, as the options say."""
     targets = backbone.patterns(config.targets)
-    return lora.new(key, backbone.params, rank=max(config.rank), targets=targets, full=config.full, scale=config.scale)
+    return lora.new(key, backbone.params, rank=max(config.rank), targets=targets, full=config.full, scale=config.factor)
 
 
 def of_seeds(problem: Problem, start: int, stop: int) -> Problem:

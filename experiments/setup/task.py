@@ -14,6 +14,7 @@ import optax
 from jax import Array
 
 from experiments.setup.augment import augmentation
+from fedlora_jax import dropout
 from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, Params
 from models.backbone import Backbone, Stem
@@ -57,7 +58,12 @@ TASKS = {
 
 
 def objectives(
-    task: Task, backbone: Backbone, stem: Stem | None = None, smoothing: float = 0.0, augment: Sequence[str] = ()
+    task: Task,
+    backbone: Backbone,
+    stem: Stem | None = None,
+    smoothing: float = 0.0,
+    augment: Sequence[str] = (),
+    drop: float = 0.0,
 ) -> tuple[Callable, Callable]:
     """Mean loss of a batch, and which predictions are right, for images as uint8 (or tokens of a stem).
 
@@ -68,6 +74,7 @@ def objectives(
       smoothing: share of each label that goes to all classes alike, in the loss (Szegedy et al., 2016, arXiv
         1512.00567, section 7).
       augment: how images are varied before they are trained on (``augment.WAYS``).
+      drop: share of the inputs of low-rank updates that are dropped, in the loss (``fedlora_jax.dropout``).
     """
     vary = augmentation(augment)
 
@@ -82,6 +89,8 @@ def objectives(
         if augment:
             classes = jax.eval_shape(lambda: logits(base, adapter, x, True)).shape[-1]
             x, y = vary(purpose(key, "augmentation"), batch, classes)
+        if drop:
+            adapter = dropout.switched_on(adapter, purpose(key, "dropout of adapters"), drop)
         out = logits(base, adapter, x, True)
         return task.loss(out, optax.smooth_labels(shares(out, y), smoothing) if smoothing else y).mean()
 
