@@ -26,10 +26,12 @@ from helpers import (
     host,
     jit,
     loss_fn,
+    normalised,
     nudged,
     replaced,
     take,
 )
+from helpers import uploads as sent_back
 from hyperlora_helpers import (
     FORMS,
     KERNELS,
@@ -183,10 +185,11 @@ def test_memory_makes_a_part_of_the_last_move_again(x64):
 
 def test_a_round_remembers_the_round_before():
     method = hyperlora(CLIENTS, SIGNATURE, memory=0.7)
-    round_fn = jit(rounds.make_round(method, loss_fn, OPTIMIZER))
-    states = [begin(method.init, jax.random.key(1))]
+    aggregate, states = jit(method.aggregate), [begin(method.init, jax.random.key(1))]
     for t in range(3):
-        states.append(round_fn(BASE, states[-1], cohort(t), KEY)[0])
+        c = normalised(cohort(t))
+        sent = dispatched(method, states[-1], c)
+        states.append(aggregate(BASE, states[-1], c, sent, sent_back(sent, t)))
     for t, new in enumerate(states[1:]):
         old, older = states[t].adapter, states[max(t - 1, 0)].adapter
         push = lora.flatten(new.last.push)
