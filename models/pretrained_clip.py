@@ -111,6 +111,8 @@ def clip_backbone(
     made = load_clip(weights, classes, image_size, **given, dtype=getattr(jnp, dtype))
 
     def names(params: Params) -> dict[str, np.ndarray]:
+        if np.any(params["embed"]["bias"]):
+            raise ValueError("embed/bias was trained, and no CLIP has one: leave it out of --full")
         own = {**params, "cls": params["cls"][0], "logit_scale": made.logit_scale}
         table = made.format.image._replace(top={**made.format.image.top, **clip_files.HEAD})
         arrays = tables.write_params(table, own, made.image.model.patch)

@@ -119,6 +119,12 @@ def test_it_goes_out_as_it_came_and_is_read_again_with_its_head(form, tmp_path):
     np.testing.assert_allclose(logits(again)[:, ::-1], logits(whole), rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_that_no_file_can_hold_is_not_lost(tmp_path):
+    made = clip_backbone(folder(tmp_path / "a", arrays()), NAMES)
+    with pytest.raises(ValueError, match="embed/bias was trained"):
+        made.publish({**made.params, "embed": {**made.params["embed"], "bias": np.ones(12, np.float32)}})
+
+
 def without(part):
     return lambda w: {name: x for name, x in w.items() if part not in name}
 
