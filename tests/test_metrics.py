@@ -56,6 +56,7 @@ def test_every_number_is_what_its_name_says():
         "unseen_accuracy": OWN[N + 1 :].mean(),
     }
     assert found.keys() == expected.keys()
+    np.testing.assert_allclose(metrics.alike(DOMAIN) @ CORRECT, found["global_accuracy"], rtol=1e-6)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
     assert of_table(tuned=True)["unseen_accuracy_tuned"] == pytest.approx(float(TUNED[N + 1 :].mean()))

@@ -33,7 +33,7 @@ from experiments.engine import evaluation, methods, programs
 from experiments.engine.chunking import choose
 from experiments.engine.facts import facts_of
 from experiments.engine.programs import Point, Scoring
-from experiments.results import budget_claims, budget_figures, summary
+from experiments.results import budget_claims, budget_figures, metrics, summary
 from experiments.results.folder import CONFIG, read_json, say, sealed, unsealed, write_atomically, write_json
 from experiments.results.style import png
 from experiments.setup.problem import Arrays, Problem, Seed
@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
 
     clients: Array  # [seeds, taus, N + K] accuracy of each client after tau local steps
     personal: Array  # [seeds, blocks] mean over training clients, as sent, after each block of rounds
-    overall: Array  # [seeds, blocks] accuracy of the global model, mean over test images
+    overall: Array  # [seeds, blocks] accuracy of the global model, mean over domains as in compare
 
 
 class Plan:
@@ -138,13 +138,14 @@ def held_in(path: Path) -> list[dict[str, Any]]:
 def program(config: Config, p: Problem, method: Method, points: int) -> Callable[[tuple[float, ...]], Outcome]:
     """All rounds of all seeds and their scores as one jitted function of ``points`` learning rates: ``[P, ...]``."""
     n, (chunk, _) = config.clients, choose(config, p, points)
+    weights = jnp.asarray(metrics.alike(np.asarray(p.test[2])), jnp.float32)
 
     def scoring(method: Method, optimizer: Any) -> Scoring:
         serving = evaluation.make_serving(config, p, method, optimizer, chunk)
 
         def block(arrays: Arrays, seed: Seed, run: Run, info, end) -> tuple[Array, Array]:
             as_sent, _ = serving.score(arrays, seed, run, serving.onboard(arrays, seed, run), 0)
-            return jnp.nanmean(as_sent[:n]), serving.whole(arrays, seed, run).mean()
+            return jnp.nanmean(as_sent[:n]), weights @ serving.whole(arrays, seed, run)
 
         def end(arrays: Arrays, seed: Seed, run: Run) -> Array:
             memory = serving.onboard(arrays, seed, run)

@@ -46,6 +46,12 @@ def mean_over(groups: np.ndarray, correct: np.ndarray) -> float:
     return float(np.mean([float(np.mean(correct[groups == g])) for g in np.unique(groups)]))
 
 
+def alike(groups: np.ndarray) -> np.ndarray:
+    """Weights, adding up to 1, of which every group has as much: ``alike(groups) @ correct`` is ``mean_over``."""
+    _, own, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    return 1 / (len(counts) * counts[own])
+
+
 def known(values: np.ndarray) -> np.ndarray:
     """Without nan: clients without test images have no accuracy."""
     return values[np.isfinite(values)]
