@@ -171,6 +171,7 @@ _META = {"unroll", "meta_lr"}
 _TUNED = {"budgets", "lrs", "tuning_seeds", "vary"} | _META
 _WEIGHTS = {"weights", "mean", "std", "heads", "epsilon", "keep_head"}
 _MODEL = _WEIGHTS | {
+    "head",
     "model",
     "data",
     "classes",

@@ -42,6 +42,7 @@ SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid")
 DTYPES = ("float32", "bfloat16")
+HEADS = ("linear", "cosine", "zero_shot")
 FORMS = ("merged", "npz")  # of what is exported
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
@@ -95,6 +96,12 @@ class Config:
     epsilon: float | None = option(None, "epsilon of the weights' layer norms (default: as for --mean)", "(0, 0.1)")
     keep_head: bool = option(
         False, "begin with the weights' head although nothing says that it is for the data's classes (else: a new one)"
+    )
+    head: str | None = option(
+        None,
+        "what makes logits of features: linear; cosine, a temperature times cosines; or zero_shot, of the classes' "
+        "names, where a model reads text (default: as the model has it). --full says whether it is trained",
+        among=HEADS,
     )
     dtype: str = option(
         "float32",

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from experiments.config import Config
-from experiments.setup import memory, user_code
+from experiments.setup import head, memory, user_code
 from fedlora_jax import dropout, lora
 from fedlora_jax.lora import Adapter, Params
 from models import families, hub
@@ -68,6 +68,8 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         function, digest = families.find(config.model, weights), ""
     optional = {name: getattr(config, name) for name in ("mean", "std", "heads", "epsilon", "keep_head", "dtype")}
     optional |= {} if own and built_in else {"weights": weights}
+    if config.head == "zero_shot" or (config.head == "linear" and "head" in inspect.signature(function).parameters):
+        optional["head"] = config.head
     asked = inspect.signature(function).parameters
     for name, value in optional.items():
         if name not in asked and value != getattr(Config, name):
@@ -80,6 +82,8 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     backbone = checked(made, chosen)
+    if config.head == "cosine":
+        backbone = head.cosine(backbone)
     if own:
         backbone = backbone._replace(facts={**backbone.facts, "model": f"{config.model} ({digest})"})
     if on_hub:

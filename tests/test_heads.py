@@ -1,0 +1,82 @@
+"""``--head`` decides what makes logits of features; who trains it is said by other options."""
+
+import jax
+import numpy as np
+import pytest
+from input_helpers import SMALL, change, refused
+
+from experiments.cli import parse
+from experiments.config import Config
+from experiments.setup import problem
+from experiments.setup.backbone import load
+from experiments.setup.problem import new_adapter
+from fedlora_jax import lora
+from models.backbone import NO_ADAPTER
+from models.families import FAMILIES
+
+CLASSES = tuple("0123456789")
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+
+
+def unit(x, axis):
+    return x / np.linalg.norm(x, axis=axis, keepdims=True)
+
+
+@pytest.mark.parametrize("family", ["vit", "mixer"])
+def test_cosines_are_those_of_features_and_columns(family):
+    plain, cosine = (load(Config(model=family, head=head), CLASSES, 16) for head in (None, "cosine"))
+    _, features = plain.apply(plain.params, NO_ADAPTER, IMAGES)
+    kernel = np.float64(plain.params["head"]["kernel"])
+    expected = 10 * unit(np.float64(features), -1) @ unit(kernel, 0)
+    logits, same = cosine.apply(cosine.params, NO_ADAPTER, IMAGES)
+    np.testing.assert_allclose(same, features, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    assert cosine.facts["head"] == "kept, for these classes; cosines with it"
+
+
+def test_what_is_trained_of_it_moves_its_logits_and_a_cut_changes_nothing():
+    model = load(Config(head="cosine"), CLASSES, 16)
+    adapter = new_adapter(Config(), model, jax.random.key(0))
+    assert set(adapter["head"]) == {"kernel", "temperature"}
+    adapter = jax.tree.map(lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
+    logits, features = model.apply(model.params, adapter, IMAGES, training=True)
+    kernel = np.float64(model.params["head"]["kernel"]) + np.float64(adapter["head"]["kernel"])
+    temperature = 10 + float(adapter["head"]["temperature"][0])
+    expected = temperature * unit(np.float64(features), -1) @ unit(kernel, 0)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    stem, top = model.cut(2)
+    again, _ = top.apply(top.params, NO_ADAPTER, stem.apply(stem.params, IMAGES))
+    np.testing.assert_allclose(again, model.apply(model.params, NO_ADAPTER, IMAGES)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_head_begins_with_columns_that_have_directions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    change()(tmp_path / "data.npz")
+    options = ["run", "--method", "fedit", *SMALL, "--data", "data.npz", "--rank", "2", "--head", "cosine"]
+    made = problem.build(parse(options)[1])
+    assert made.record["head"] == "new, the file's is for 10 other classes; cosines with it"
+    assert made.record["trained_in_full"] == ["head/kernel", "head/temperature"]
+    adapter, batch = (jax.tree.map(lambda x: x[0], made.adapters), jax.tree.map(lambda x: x[:8], made.train))
+    gradient = jax.jit(jax.grad(made.loss_fn, 1))(made.base, adapter, batch, jax.random.key(0))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    assert np.linalg.norm(gradient["head"]["kernel"]) > 1e-3
+    low_rank = lora.low_rank_leaves(gradient)
+    assert all(np.linalg.norm(x.b) > 1e-6 for x in low_rank), "features are trained from the first step on"
+
+
+def test_a_head_of_names_is_the_models_that_reads_them(capsys, monkeypatch):
+    asked = []
+
+    def reads(weights, classes, image_size, head="other"):
+        asked.append(head)
+        return FAMILIES["vit"].make(weights, classes, image_size)
+
+    monkeypatch.setitem(FAMILIES, "reads", FAMILIES["vit"]._replace(make=reads))
+    nano = str(load.__globals__["NANO"])
+    for head in ("zero_shot", "linear", None):
+        load(Config(model="reads", weights=nano, head=head), CLASSES, 16)
+    assert asked == ["zero_shot", "linear", "other"]
+    assert load(Config(head="linear"), CLASSES, 16).facts == load(Config(), CLASSES, 16).facts
+    capsys.readouterr()
+    said = refused(["run", "--method", "fedit", "--head", "zero_shot", "--model", "vit"], capsys, monkeypatch)
+    assert "vit does not take --head: leave it out, got zero_shot" in said
