@@ -104,7 +104,7 @@ def test_a_model_of_ones_own_is_compared_like_any_other(files):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--model cnn", "no family of models 'cnn': expected mixer, vit, or FILE.py:FUNCTION"),
+        ("--model cnn", "no family of models 'cnn': expected clip, mixer, vit, or FILE.py"),
         ("--model nowhere.py:cnn", "no file 'nowhere.py'"),
         ("--model own.py:cnns", "own.py has no function 'cnns' for a model: it has"),
         ("--model broken.py:cnn", "broken.py, line 3 cannot be imported: ZeroDivisionError"),
