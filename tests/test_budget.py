@@ -148,13 +148,14 @@ def test_a_budget_goes_on_where_it_was_cut_off_and_takes_more_methods(small, tmp
 
 
 @pytest.mark.long
-def test_a_small_experiment_from_the_command_line(tmp_path, monkeypatch, capsys):
+def test_a_small_experiment_from_the_command_line(small, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     options = (
-        "--methods hyperlora:mode=first_order --clients 4 --holdout-clients 2 --minimum 5 --rounds 2 --seeds 2 "
-        "--batch 4 --partition iid --budgets 1 --lrs 0.05,0.2 --tuning-seeds 7, --adapt-last 1 --eval-every 2"
+        "--methods hyperlora:mode=first_order:warmup=1 --clients 4 --holdout-clients 2 --minimum 5 --rounds 2 "
+        "--seeds 2 --batch 4 --partition iid --budgets 1 --lrs 0.05,0.2 --tuning-seeds 7, --adapt-last 1 --eval-every 2"
     )
-    monkeypatch.setattr(sys, "argv", ["experiments", "budget", *options.split(), "--out", str(out)])
+    monkeypatch.setattr(budget, "TAUS", (0, 1, 10))
+    monkeypatch.setattr(sys, "argv", ["experiments", "budget", *options.split(), "--data", small, "--out", str(out)])
     main()
     assert "clients never seen" in capsys.readouterr().out
     result = json.loads((out / "budget.json").read_text())

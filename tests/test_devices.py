@@ -11,7 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from input_helpers import SMALL, change, refused
 from quick import QUICK
+
+from experiments.__main__ import main
+from experiments.commands import compare
 
 HERE = Path(__file__).parent
 
@@ -117,32 +121,33 @@ assert_near(shared, results("flexlora", None), 1e-5)
 
 
 @pytest.mark.long
-def test_a_comparison_on_two_devices(tmp_path):
+def test_a_comparison_on_two_devices(tmp_path, monkeypatch, capsys):
     """The command line: the numbers of one device, and a word where there are too few; a run moves between them."""
-    command = "-m experiments run --method hyperlora --clients 6 --holdout-clients 0 --seeds 1 --adapt-last 1"
-    command += f" --devices 2 --checkpoint-every 1 --out {tmp_path}/"
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    call = lambda options, flags: subprocess.run(
-        [sys.executable, *(command + options).split()],
-        env=env | {"XLA_FLAGS": flags},
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-    )
-    refused = call("few", "--xla_force_host_platform_device_count=1")
-    assert refused.returncode == 2
-    assert "--devices 2: jax finds 1" in refused.stderr
-    for name, options in (
-        ("one", " --rounds 3 --devices 1"),
-        ("two", " --rounds 1"),
-        ("two", " --resume --rounds 2 --devices 1"),
-        ("two", " --resume --rounds 3 --devices 2 --chunk 1"),
-    ):
-        done = call(name + options, "")
+    change()(tmp_path / "data.npz")
+    command = ["run", "--method", "flexlora", *SMALL, "--partition", "iid", "--adapt-last", "1"]
+    command += ["--data", str(tmp_path / "data.npz"), "--checkpoint-every", "1"]
+    monkeypatch.setattr(compare.report, "write", lambda *_: "")
+    of = lambda name, options: [*command, "--out", str(tmp_path / name), *options.split()]
+    assert "--devices 2: jax finds 1" in refused(of("few", "--devices 2"), capsys, monkeypatch)
+
+    def here(name, options):
+        monkeypatch.setattr(sys, "argv", ["experiments", *of(name, options)])
+        main()
+        assert "note: " not in capsys.readouterr().err, "every checkpoint is gone on from"
+
+    def two(name, options):
+        call = [sys.executable, "-m", "experiments", *of(name, f"--devices 2 {options}")]
+        done = subprocess.run(call, env=os.environ | QUICK, cwd=HERE.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert "note: " not in done.stderr, "every checkpoint is gone on from"
+        assert "note: " not in done.stderr
+
+    here("one", "--rounds 3")
+    two("two", "--rounds 1")
+    here("two", "--resume --rounds 2 --devices 1")
+    two("two", "--resume --rounds 3 --chunk 1")
     read = lambda name: map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
     assert json.loads((tmp_path / "two" / "config.json").read_text())["speed"]["devices"] == 2
     for row, other in zip(read("two"), read("one"), strict=True):
         for key in ("loss", "update", "bias", "personal_accuracy", "worst_accuracy", "global_accuracy"):
-            assert row[key] == pytest.approx(other[key], abs=1e-5), key
+            rounding = 1e-4 if key == "bias" else 1e-5  # a difference of nearly equal products
+            assert row[key] == pytest.approx(other[key], abs=rounding), key

@@ -60,11 +60,17 @@ def states(method, theta, last):
     return state._replace(theta=theta, last=last, adapter=synthesize(theta, last), center=center())
 
 
+@functools.cache
+def learning_round(mode: str):
+    """One round in a mode; clients' learning rate is given, so that one program serves all."""
+    method = hyperlora(CLIENTS, SIGNATURE, mode, warmup=0, query=3)
+    return method, jit(lambda lr, *arguments: rounds.make_round(method, loss_fn, optax.sgd(lr))(*arguments))
+
+
 def learn_once(mode: str, lr: float, c, base, theta, last):
     """The meta-gradient of one round in a mode, through ``make_round``."""
-    method = hyperlora(CLIENTS, SIGNATURE, mode, warmup=0, query=3)
-    round_fn = rounds.make_round(method, loss_fn, optax.sgd(lr))
-    state, _, _ = jit(round_fn)(base, states(method, theta, last), c, KEY)
+    method, round_fn = learning_round(mode)
+    state, _, _ = round_fn(lr, base, states(method, theta, last), c, KEY)
     return meta_gradient(state.meta)
 
 
@@ -83,19 +89,23 @@ def cut(rows, ranks):
     return lora.tree_map(one, rows)
 
 
+@functools.partial(jit, static_argnums=0)
+def start_gradient(lr, base, theta, last, c):
+    def losses(adapters):
+        """Each client's loss at its start, on the batch and with the key of its only step."""
+        own = jax.vmap(lambda id_: jax.random.fold_in(jax.random.fold_in(KEY, id_), 0))(c.ids)
+        return jax.vmap(loss_fn, (None, 0, 0, 0))(base, adapters, jax.tree.map(lambda x: x[:, 0], c.batches), own)
+
+    return jax.grad(lambda theta: lr * c.weights @ losses(cut(phi(theta, last, c.signatures), c.ranks)))(theta)
+
+
 @pytest.mark.parametrize("ranks", [[2, 2, 2, 2], [1, 2, 2, 1]])
 def test_displacement_is_the_exact_gradient_for_one_step_of_sgd(x64, ranks):
     """d/dtheta of sum_c p_c L_c(start of c), in generator, synthesizer and corrector: from uploads alone."""
     lr, (base, theta, last, c) = 0.05, _problem64()
     c = c._replace(ranks=np.asarray(ranks))
     got = learn_once("displacement", lr, c, base, theta, last)
-
-    def losses(adapters):
-        """Each client's loss at its start, on the batch and with the key of its only step."""
-        own = jax.vmap(lambda id_: jax.random.fold_in(jax.random.fold_in(KEY, id_), 0))(c.ids)
-        return jax.vmap(loss_fn, (None, 0, 0, 0))(base, adapters, take(c.batches, (slice(None), 0)), own)
-
-    exact = jit(jax.grad(lambda theta: lr * c.weights @ losses(cut(phi(theta, last, c.signatures), ranks))))(theta)
+    exact = start_gradient(lr, base, theta, last, c)
     assert norm(flat(exact)) < 1  # else it would have been clipped
     for field in Theta._fields:
         x, y = flat(getattr(got, field)), flat(getattr(exact, field))
@@ -116,12 +126,15 @@ def unrolled(theta, lr, c, base, last):
     return c.weights @ jax.vmap(one)(phi(theta, last, c.signatures), c.batches, c.queries, c.ids)
 
 
+unrolled_gradient = jit(jax.grad(unrolled))
+
+
 def test_exact_is_the_gradient_of_the_unrolled_objective(x64):
     """In all three parts; of an objective scaled so that clipping shows as a common factor only."""
     lr, (base, theta, last, c) = 0.3, _problem64()
     c = normalised(cohort(1, steps=3))
     got = learn_once("exact", lr, c, base, theta, last)
-    exact = jit(jax.grad(unrolled), static_argnums=1)(theta, lr, c, base, last)
+    exact = unrolled_gradient(theta, lr, c, base, last)
     clip = min(1.0, 1 / norm(flat(exact)))
     for field in Theta._fields:
         assert_near(flat(getattr(got, field)), clip * flat(getattr(exact, field)), 1e-6)
@@ -129,9 +142,9 @@ def test_exact_is_the_gradient_of_the_unrolled_objective(x64):
 
 def test_the_unrolled_objective_agrees_with_finite_differences(x64):
     lr, (base, theta, last, _) = 0.3, _problem64()
-    c = normalised(cohort(1, steps=2))
-    objective = jit(unrolled, static_argnums=1)
-    grads = jit(jax.grad(unrolled), static_argnums=1)(theta, lr, c, base, last)
+    c = normalised(cohort(1, steps=3))
+    objective = jit(unrolled)
+    grads = unrolled_gradient(theta, lr, c, base, last)
     rng = np.random.default_rng(0)
     for field in Theta._fields:
         part = getattr(theta, field)

@@ -12,23 +12,30 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from input_helpers import change
+from quick import QUICK
 
+from experiments.__main__ import main
+from experiments.commands import compare
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.record import Metrics, complete
 
 ROOT = Path(__file__).parents[1]
 # flora carries a random key in its state, hyperlora an optimizer's moments and a round counter
 OPTIONS = (
-    "compare --methods flora,hyperlora --clients 6 --clients-per-round 3 --holdout-clients 2 --partition iid "
-    "--rounds 6 --checkpoint-every 2 --seeds 2 --local-steps 2 --batch 4 --eval-every 1 --rank 2"
+    "compare --methods flora,hyperlora --clients 4 --clients-per-round 2 --holdout-clients 1 --partition iid "
+    "--minimum 4 --rounds 6 --checkpoint-every 2 --seeds 2 --local-steps 1 --batch 4 --rank 2 --adapt-last 1"
 ).split()
 
 
+def options(out: Path, *more: str) -> list[str]:
+    return [*OPTIONS, "--data", str(out.parent / "data.npz"), "--out", str(out), *more]
+
+
 def start(out: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments", *OPTIONS, "--out", str(out), *more]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-m", "experiments", *options(out, *more)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | cache, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=os.environ | QUICK, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -54,9 +61,15 @@ def state(folder: Path, method: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_kill_nine_then_resume_gives_the_same_bytes(tmp_path):
+def test_kill_nine_then_resume_gives_the_same_bytes(tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(whole))  # first, so that the others find everything compiled
+    change()(tmp_path / "data.npz")
+    with monkeypatch.context() as patch:  # under the flags of the others, who then find everything compiled
+        for name, value in QUICK.items():
+            patch.setenv(name, value)
+        patch.setattr(compare.report, "write", lambda *_: "")
+        patch.setattr(sys, "argv", ["experiments", *options(whole)])
+        main()
     metrics = killed / "metrics.jsonl"
     lines = lambda: metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     kill_when(start(killed), lambda: lines() >= 5)  # in round 3 of flora: after one checkpoint, before the next
