@@ -79,7 +79,8 @@ def located(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    found = (path / name for name in (SINGLE, INDEX, *OPEN_CLIP, *(f"pytorch_model{suffix}" for suffix in PICKLES)))
+    pickles = (f"{stem}pytorch_model{suffix}" for stem in ("", "open_clip_") for suffix in PICKLES)
+    found = (path / name for name in (SINGLE, INDEX, *OPEN_CLIP, *pickles))
     return next((file for file in found if file.is_file()), path)
 
 
