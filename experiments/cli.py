@@ -15,7 +15,7 @@ import fedlora_jax
 from experiments.bench import options as bench
 from experiments.config import MANY, SPEED, Config, Data, Export, Models, Recipes
 from experiments.results.folder import asked, program
-from experiments.setup import option_files
+from experiments.setup import adapter, option_files
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
 
@@ -85,24 +85,33 @@ def parse(
     if nothing := [name for name, value in given.items() if value == []]:  # what argparse makes of --data=--
         parser.error(f"argument --{nothing[0].replace('_', '-')}: expected one argument")
     files = [given[name] for name in _FROM_FILES if given.get(name)]
-    if (given.get("resume") and given["out"]) or files:
+    if (given.get("resume") and given["out"]) or files or given.get("adapter"):
         own = commands.choices[command]
         held = _held(given["out"], given.keys()) if given.get("resume") and given["out"] else {}
-        own.set_defaults(**held | _filed(own, given, {kind: given.get(kind) for kind in _FROM_FILES}))
+        held |= _filed(own, given, {kind: given.get(kind) for kind in _FROM_FILES})
+        own.set_defaults(**_of_adapter(own, given.get("adapter") or held.get("adapter")) | held)
         given = vars(parser.parse_args(arguments))
         del given["command"]
     shows = given.pop("print_config", False)
     given = {name: value for name, value in given.items() if name not in _FROM_FILES}
-    if "method" in given and given["method"] is None:
-        commands.choices[command].error("the following arguments are required: --method")
     if command in OWN:
         return command, OWN[command](**given)
+    if "method" in given and given["method"] is None:
+        commands.choices[command].error("the following arguments are required: --method")
     if "method" in given:
         given["methods"] = (given.pop("method"),)
     if shows:
         print(option_files.text(Config(**given)), end="")
         sys.exit(0)
     return command, Config(**given)
+
+
+def _of_adapter(parser: _Parser, folder: str | None) -> dict[str, Any]:
+    """The options that an adapter decides where they are not given."""
+    try:
+        return {} if folder is None else adapter.options(folder)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 _FROM_FILES = ("recipe", "config")  # options that name a file of options; of two that say the same the last is right
@@ -191,10 +200,10 @@ _LEFT_OUT = {
     "bounds": _TUNED
     | _RECORDED
     | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
-    | {"signature", "theta", "schedule", "local_schedule"},
+    | {"signature", "theta", "schedule", "local_schedule", "adapter"},
     "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META,
     "budget": {"checkpoint_every", "dry_run", "local_steps", "lr", "validation", "vary"} | _META,
-    "meta": (_TUNED - _META) | _RECORDED | {"devices", "seeds_at_once"},
+    "meta": (_TUNED - _META) | _RECORDED | {"devices", "seeds_at_once", "adapter"},
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }
 

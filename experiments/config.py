@@ -43,7 +43,7 @@ WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid")
 DTYPES = ("float32", "bfloat16")
 HEADS = ("linear", "cosine", "zero_shot")
-FORMS = ("merged", "npz")  # of what is exported
+FORMS = ("merged", "peft", "npz")  # of what is exported
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 BUDGETS = (1, 2, 5, 10)
@@ -110,6 +110,12 @@ class Config:
     )
     base_dtype: str = option(
         "float32", "in which the frozen weights are kept, but for what is trained in full", among=DTYPES
+    )
+    adapter: str | None = option(
+        None,
+        "a folder of PEFT to start from, as peft or export --to peft writes it: its layers are --targets, --rank and "
+        "--scale are its own, and its head is taken where it is for the data's classes, or with --keep-head "
+        "(default: a fresh adapter)",
     )
     targets: tuple[str, ...] = option(
         ("default",),
@@ -296,9 +302,14 @@ class Export:
     )
     to: str = option(
         "merged",
-        "merged, weights with everything folded in that --weights reads again (.safetensors); or npz, the adapter's "
-        "own arrays",
+        "merged, weights with everything folded in that --weights reads again (.safetensors); peft, a folder for "
+        "peft.PeftModel.from_pretrained; or npz, the adapter's own arrays",
         among=FORMS,
+    )
+    layout: str | None = option(
+        None,
+        "whose names the modules of --to peft have: timm or, of weights in that form, transformers (version 5), "
+        "transformers4, or transformers-bare and transformers4-bare, those without a classifier (default: the first)",
     )
     seed: int | None = option(None, "the seed (default: the run's first)", INT32)
     out: str | None = option(None, "folder to write (default: runs/ and the time)", decides=RECORD)

@@ -53,6 +53,34 @@ class Published(NamedTuple):
     said: dict[str, Any]  # what the arrays do not say, for the file's metadata
 
 
+class Linear(NamedTuple):
+    """A linear layer of a published network, and where it is in ours.
+
+    Attributes:
+      kernels: ours, ``[in, out]`` or of all blocks ``[blocks, in, out]``, side by side along ``out``.
+      row: which of the blocks it is in; ``None``: in none.
+      gain: ``[out]``, what its output is multiplied by there and which is in our kernel; ``None``: nothing.
+      extra: inputs that it has there behind ours, and that do not count here.
+    """
+
+    kernels: tuple[str, ...]
+    row: int | None = None
+    gain: np.ndarray | None = None
+    extra: int = 0
+
+
+class Layout(NamedTuple):
+    """A published network as PyTorch sees it, for adapters that leave or come in (``models.peft``).
+
+    Attributes:
+      linears: its linear layers, by the names of their modules.
+      base: how it is made, as code with ``{classes}`` for their number.
+    """
+
+    linears: Mapping[str, Linear]
+    base: str
+
+
 class Backbone(NamedTuple):
     """A frozen model that adapters are put into.
 
@@ -68,6 +96,7 @@ class Backbone(NamedTuple):
         it cannot be.
       publish: ``(params) -> Published``, parameters like its own as its family reads them again, of the whole model
         where it was cut; ``None``: they have no other names than here.
+      layouts: the published network, by whose names; adapters leave under the first where nothing else is asked for.
     """
 
     name: str
@@ -78,6 +107,7 @@ class Backbone(NamedTuple):
     depth: int = 0
     cut: Callable[[int], tuple[Stem, Backbone]] | None = None
     publish: Callable[[Params], Published] | None = None
+    layouts: Mapping[str, Layout] = MappingProxyType({})
 
     def patterns(self, targets: Sequence[str]) -> tuple[str, ...]:
         """Regular expressions of kernels, for names of this model's sets or expressions of one's own.

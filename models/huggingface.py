@@ -6,6 +6,12 @@ are read, of a bare model or of one with a classifier.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+
+from . import tables
+from .backbone import Layout
 from .tables import Table
 
 _PARTS = ("query", "key", "value")
@@ -17,6 +23,8 @@ _NORMS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
 _MLP = {"mlp/fc1": "mlp.fc1", "mlp/fc2": "mlp.fc2"}
 _DINO = {"norm1": "norm1", "norm2": "norm2", **_MLP}
 _SCALES = {"attn/out": "layer_scale1.lambda1", "mlp/fc2": "layer_scale2.lambda1"}
+_CLASSES = {"vit": "ViT", "deit": "DeiT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
+_HEAD = "ForImageClassification.from_pretrained(MODEL, num_labels={classes}, ignore_mismatched_sizes=True)"
 _MAY = ("head", *(f"attn/{part}/bias" for part in _PARTS))
 # for what images do not have, and for a layer behind the features that no classifier reads
 UNUSED = r"(\w+\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)"
@@ -63,3 +71,27 @@ TABLES = (
     *_both("DINOv2", "dinov2_with_registers."),
     *_both("DINOv2", ""),
 )
+
+
+def layouts(table: Table, depth: int, gains: Mapping[str, np.ndarray]) -> dict[str, Layout]:
+    """A network as PyTorch sees it: with a classifier or bare, its modules named as by version 5 or 4.
+
+    Args:
+      table: with the names of its arrays, fitted to them.
+      depth: blocks.
+      gains: as for ``tables.linears``.
+    """
+    own = "DINOv2" if table.scales else "ViT"
+    prefix = table.top["embed"].partition("embeddings.")[0]
+    prefix = prefix or ("dinov2." if own == "DINOv2" else "vit.")
+    prefix = "dinov2_with_registers." if "registers" in table.tokens else prefix
+    name = f"transformers.{_CLASSES[prefix[:-1]]}"
+    # a classifier of DINOv2 also reads the mean of the patches, which ours does not
+    extra = len(gains["attn/out"][0]) if gains else 0
+    found = {}
+    for version, of in zip(("4", ""), _both(own, prefix), strict=True):
+        found[f"transformers{version}"] = Layout(tables.linears(of, depth, gains, extra), f"{name}{_HEAD}")
+    for version, of in zip(("4-bare", "-bare"), _both(own, ""), strict=True):
+        linears = {module: x for module, x in tables.linears(of, depth, gains).items() if module != of.top["head"]}
+        found[f"transformers{version}"] = Layout(linears, f"{name}Model.from_pretrained(MODEL)")
+    return {version: found[version] for version in ("transformers", *sorted(found.keys() - {"transformers"}))}

@@ -16,7 +16,7 @@ from jax import Array
 from fedlora_jax.lora import Adapter, Params, variables
 
 from . import facts, files, tables, timm, vit_files
-from .backbone import Backbone, Published, Stem
+from .backbone import Backbone, Layout, Published, Stem
 from .parts import join_blocks, split_blocks
 from .vit import TARGETS, ViT, normalise
 
@@ -25,7 +25,7 @@ class Pretrained(NamedTuple):
     """A model with its parameters (on the host) and the normalisation of its images (per channel, of x / 255).
 
     ``origins`` says where ``mean``, ``std``, ``heads`` and ``epsilon`` come from, and what became of the ``head``;
-    ``also`` is what else a weight file has to say of it.
+    ``also`` is what else a weight file has to say of it, ``layouts`` is as in ``Backbone``.
     """
 
     model: Any  # linen, of models.vit or models.mixer
@@ -35,6 +35,7 @@ class Pretrained(NamedTuple):
     name: str
     origins: Mapping[str, str] = MappingProxyType({})
     also: Mapping[str, Any] = MappingProxyType({})
+    layouts: Mapping[str, Layout] = MappingProxyType({})
 
     def facts(self) -> dict[str, str]:
         """What is used beside the arrays, and where it comes from."""
@@ -102,7 +103,8 @@ def load_vit(
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), {**params, "pos": pos, "head": head})
     of = {"classes": len(head["bias"]), "heads": known.heads, "epsilon": known.epsilon, "act": known.act}
     model = model.clone(**of, pool=_pool(path, model, known), **options)
-    return Pretrained(model, params, known.mean, known.std, files.name_of(source), {**known.origins, "head": kept})
+    origins = {**known.origins, "head": kept}
+    return Pretrained(model, params, known.mean, known.std, files.name_of(source), origins, layouts=read.layouts)
 
 
 def _sizes(read: vit_files.Read) -> dict[tuple[str, ...], tuple]:
@@ -170,10 +172,22 @@ def backbone(
         (first, before), (last, rest) = split_blocks(model, pretrained.params, blocks)
         tokens = lambda params, x: first.apply({"params": params}, normalise(x, mean, std))[0]  # type: ignore[index]
         whole = names and (lambda params: names(join_blocks(before, params)))  # type: ignore[misc]
-        return Stem(before, tokens), backbone(pretrained._replace(model=last, params=rest), targets, whole)
+        layouts = {name: tables.last_blocks(x, model.depth - blocks) for name, x in pretrained.layouts.items()}
+        top = pretrained._replace(model=last, params=rest, layouts=layouts)
+        return Stem(before, tokens), backbone(top, targets, whole)
 
     publish = names and (lambda params: Published(names(params), pretrained.said()))
-    return Backbone(pretrained.name, pretrained.params, apply, targets, pretrained.facts(), model.depth, cut, publish)
+    return Backbone(
+        pretrained.name,
+        pretrained.params,
+        apply,
+        targets,
+        pretrained.facts(),
+        model.depth,
+        cut,
+        publish,
+        pretrained.layouts,
+    )
 
 
 def to_timm(params: dict[str, Any], pool: str = "cls") -> dict[str, np.ndarray]:

@@ -13,8 +13,8 @@ import numpy as np
 
 from fedlora_jax.lora import Params
 
-from . import facts, files, tables
-from .backbone import Backbone
+from . import facts, files, tables, timm
+from .backbone import Backbone, Layout
 from .mixer import TARGETS, Mixer
 from .pretrained import Pretrained, backbone, start_of_head
 from .tables import Table
@@ -82,7 +82,9 @@ def load_mixer(
     head, kept = start_of_head(path, params.pop("head", None), model.width, known.labels, classes, keep_head)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), {**params, "head": head})
     model = model.clone(classes=len(head["bias"]), epsilon=known.epsilon, **options)
-    return Pretrained(model, params, known.mean, known.std, files.name_of(source), {**known.origins, "head": kept})
+    origins = {**known.origins, "head": kept}
+    layouts = _layouts(table, model.depth)
+    return Pretrained(model, params, known.mean, known.std, files.name_of(source), origins, layouts=layouts)
 
 
 def mixer_backbone(
@@ -104,6 +106,10 @@ def mixer_backbone(
         return {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
 
     return backbone(mixer, TARGETS, names)
+
+
+def _layouts(table: Table, depth: int) -> dict[str, Layout]:
+    return {"timm": Layout(tables.linears(table, depth), timm.BASE)} if table.torch else {}
 
 
 def _table(path: Path) -> Table:

@@ -13,6 +13,8 @@ import numpy as np
 
 from fedlora_jax.lora import flatten, unflatten
 
+from .backbone import Layout, Linear
+
 NONE: Mapping[str, Any] = MappingProxyType({})
 QKV = ("attn/query", "attn/key", "attn/value")
 BARE = ("projection",)  # our layers that have no bias anywhere
@@ -180,6 +182,32 @@ def _theirs(table: Table, layer: str, kind: str, x: Any, patch: int) -> Any:
     if table.heads and layer == "attn/out" and kind == "kernel":
         return jnp.reshape(x, (table.heads, -1, x.shape[-1]))
     return jnp.swapaxes(x, 0, 1) if kind == "kernel" and table.torch else x
+
+
+def linears(table: Table, depth: int, gains: Mapping[str, np.ndarray] = NONE, extra: int = 0) -> dict[str, Linear]:
+    """The linear layers of a network of so many blocks, by the names of their modules.
+
+    Args:
+      table: whose names these are.
+      depth: blocks.
+      gains: our layer in ``blocks`` -> ``[depth, out]``, what its output is multiplied by there.
+      extra: inputs that the head has there behind ours.
+    """
+    dense = lambda layers: [layer for layer in layers if "kernel" in table.kinds(layer) and layer != table.conv]
+    found = {table.top[layer]: Linear((f"{layer}/kernel",), extra=extra) for layer in dense(table.top)}
+    for i in range(depth):
+        for layer in dense(table.block):
+            kernels = tuple(f"blocks/{part}/kernel" for part in table.packed.get(layer, (layer,)))
+            gain = gains[layer][i] if layer in gains else None
+            found[table.block[layer].format(i=i)] = Linear(kernels, i, gain)
+    return found
+
+
+def last_blocks(layout: Layout, first: int) -> Layout:
+    """What a model that was cut before block ``first`` has of a layout."""
+    kept = {name: x for name, x in layout.linears.items() if x.row is None or x.row >= first}
+    moved = {name: x if x.row is None else x._replace(row=x.row - first) for name, x in kept.items()}
+    return layout._replace(linears=moved)
 
 
 def check_names(

@@ -27,6 +27,7 @@ TIMM = Table(
 TIMM_OF_MEAN = TIMM._replace(top={**TIMM.top, "norm": "fc_norm"})
 # without biases where tokens are normalised before the blocks
 TIMM_PRE = TIMM._replace(plain=("embed",), may=tuple(x for x in TIMM.may if x != "norm_pre"))
+BASE = "timm.create_model(MODEL, pretrained=True, num_classes={classes})"  # how such a model is made
 TABLES = (TIMM, TIMM_OF_MEAN, TIMM_PRE)
 # arrays of other networks, and what they do there
 OTHERS = {

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import files, huggingface, original, tables, timm
+from .backbone import Layout
 from .tables import Table
 from .vit import ViT
 
@@ -30,12 +31,14 @@ class Read(NamedTuple):
       params: its parameters; ``head`` where it has one.
       said: what the file says besides.
       implied: facts of ``models.facts`` that its format implies, where nothing says otherwise.
+      layouts: as in ``Backbone``.
     """
 
     model: ViT
     params: dict[str, Any]
     said: dict[str, Any]
     implied: Mapping[str, Any]
+    layouts: Mapping[str, Layout]
 
 
 def read(path: Path) -> Read:
@@ -55,7 +58,8 @@ def read(path: Path) -> Read:
     arrays, said = files.read(path, wanted, lambda arrays: made.append(_network(path, table, arrays)))
     table, model = made[0]
     params = tables.read_params(table, arrays)
-    return Read(model, _own_positions(params), said, _implied(format, model))
+    layouts = _layouts(format, table, model.depth, arrays)
+    return Read(model, _own_positions(params), said, _implied(format, model), layouts)
 
 
 def _network(path: Path, table: Table, arrays: Mapping[str, np.ndarray]) -> tuple[Table, ViT]:
@@ -116,6 +120,15 @@ def _own_positions(params: dict[str, Any]) -> dict[str, Any]:
         params = {**params, "registers": registers + pos[first : first + len(registers)]}
         pos = np.concatenate([pos[:first], pos[first + len(registers) :]])
     return {**params, "pos": pos}
+
+
+def _layouts(format: Table, table: Table, depth: int, arrays: Mapping[str, np.ndarray]) -> dict[str, Layout]:
+    """The network as PyTorch sees it, if it does."""
+    rows = lambda template: np.stack([arrays[template.format(i=i)] for i in range(depth)])
+    gains = {layer: rows(template) for layer, template in table.scales.items()}
+    if format in timm.TABLES:
+        return {"timm": Layout(tables.linears(format, depth, gains), timm.BASE)}  # with a head, if new
+    return huggingface.layouts(table, depth, gains) if format in huggingface.TABLES else {}
 
 
 def _implied(table: Table, model: ViT) -> dict[str, Any]:

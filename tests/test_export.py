@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from input_helpers import change, refused
+from peft_helpers import applied, random_adapter
 
 from experiments.cli import parse
 from experiments.commands.compare import Plan
+from experiments.commands.export import Model, as_adapter, restored
 from experiments.commands.export import Plan as Export
-from experiments.commands.export import restored
 from experiments.engine import chunking, evaluation
 from experiments.setup.backbone import NANO, cut
 from experiments.setup.local_training import make_optimizer
@@ -130,6 +131,45 @@ def test_an_adapter_is_its_arrays(quick, tmp_path, monkeypatch):
     np.testing.assert_allclose(logits, evaluated(plan, "ditto", x)[0]["client-2"], atol=1e-5)
 
 
+@pytest.mark.parametrize("receiver", ["global", "client:2"])
+def test_a_folder_of_peft_computes_what_was_evaluated(receiver, quick, tmp_path, monkeypatch, capsys):
+    """Put onto the published arrays, in their own layout."""
+    monkeypatch.chdir(quick)
+    plan = export(tmp_path / "out", "--method", "ditto", "--model", receiver, "--to", "peft")
+    name = receiver.replace(":", "-")
+    held, x = tmp_path / "out" / name, plan.problem.test[0]
+    assert "for timm.create_model(MODEL, pretrained=True, num_classes=3)" in capsys.readouterr().out
+    assert {path.name for path in held.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    with np.load(NANO) as file:
+        arrays = {name: file[name] for name in file if name not in ("meta", "head.weight", "head.bias")}
+        new = {"head.weight": np.zeros((3, 64)), "head.bias": np.zeros(3)}
+        merged = {name: np.float32(y) for name, y in applied(arrays | new, held).items()}
+        np.savez(tmp_path / "merged.npz", meta=file["meta"], **merged)
+    path = tmp_path / "merged.npz"
+    read = find(None, path)(path, 3, keep_head=True)
+    logits = read.apply(read.params, NO_ADAPTER, x)[0]
+    np.testing.assert_allclose(logits, evaluated(plan, "ditto", x)[0][name], atol=2e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["and an adapter", "alone"])
+def test_another_base_is_an_adapter_where_it_differs_by_a_low_rank(trained):
+    """In one layer an update of rank 5, in two blocks; together with what the adapter has, exactly."""
+    rng = np.random.default_rng(0)
+    base = {"blocks": {"fc": {"kernel": rng.normal(size=(2, 24, 32)).astype(np.float32)}}}
+    adapter = random_adapter(base, "fc", full=()) if trained else {}
+    update = np.matmul(rng.normal(size=(2, 24, 5)), rng.normal(size=(2, 5, 32)))
+    sent = {"blocks": {"fc": {"kernel": np.float32(base["blocks"]["fc"]["kernel"] + update)}}}
+    found, beyond = as_adapter(base, Model("global", sent, adapter))
+    assert not beyond
+    assert lora.max_rank(found) == 5 + 3 * trained
+    now, then = (lora.merge(*pair)["blocks"]["fc"]["kernel"] for pair in ((base, found), (sent, adapter)))
+    np.testing.assert_allclose(now, then, atol=2e-6)
+    dense = {
+        "blocks": {"fc": {"kernel": sent["blocks"]["fc"]["kernel"] + np.float32(1e-5 * rng.normal(size=(24, 32)))}}
+    }
+    assert as_adapter(base, Model("global", dense, adapter))[1] == ["blocks/fc/kernel"]
+
+
 @pytest.mark.long
 def test_what_is_more_than_an_adapter_is_written_merged(slow, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(slow)
@@ -161,7 +201,9 @@ def test_a_vit_goes_out_as_it_came(last):
         ("run --method ditto --seed 7", "the run has the seeds 0,1: got --seed 7"),
         ("run --method ditto --model client:5", "--model must be global, all or client:ID with ID from 0 to 4"),
         ("run --method ditto --model mine", "client:ID with ID from 0 to 4; got mine"),
-        ("run --method ditto --to onnx", "--to must be one of merged, npz; got onnx"),
+        ("run --method ditto --to onnx", "--to must be one of merged, peft, npz; got onnx"),
+        ("run --method ditto --to peft --layout jax", "--layout must be one of timm for these weights; got jax"),
+        ("run --method ditto --layout timm", "--layout timm is of --to peft: leave it out, or use --to peft"),
         ("run --method ditto --out run", "run exists and is not empty: use another --out"),
     ],
 )

@@ -1,12 +1,13 @@
-"""The models of a finished run, for other tools: weights with everything folded in, or the adapter's own arrays.
+"""The models of a finished run, for other tools: weights with everything folded in, or an adapter (PEFT, or arrays).
 
 A model is what the method last sends, base and adapter, as it is evaluated: the global one goes to nobody in particular
 (``method.average_client``), a client's own to that client with what it keeps. Folded into the weights it is exact for
-every method, whatever its server holds.
+every method, whatever its server holds; an adapter is exact too, or is not written.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import io
 import json
@@ -31,10 +32,11 @@ from experiments.setup.local_training import make_optimizer
 from experiments.setup.problem import Problem, Seed
 from experiments.setup.task import STEM
 from fedlora_jax import lora
-from fedlora_jax.lora import Adapter, Params
+from fedlora_jax.lora import Adapter, LoRA, Params
 from fedlora_jax.method import Method, average_client, models
 from fedlora_jax.rounds import Run
-from models.backbone import Published
+from models import peft
+from models.backbone import Backbone, Layout, Published
 
 
 class Model(NamedTuple):
@@ -50,6 +52,8 @@ class Plan:
 
     def __init__(self, options: Export):
         check_fields(options)
+        if options.layout is not None and options.to != "peft":
+            raise ValueError(f"--layout {options.layout} is of --to peft: leave it out, or use --to peft")
         command, config = recorded(Path(options.run))
         self.options, self.method = options, _chosen(options.method, config)
         self.seed = config.seeds[0] if options.seed is None else options.seed
@@ -65,28 +69,45 @@ class Plan:
                 f"{self.problem.backbone.name} was cut before its last {config.adapt_last} blocks, and what "
                 "that leaves does not say how the whole is published: give it a Backbone.publish"
             )
+        self.layout = _layout(options, self.top)
         method, own, run = restored(config, self.problem, self.method, self.seed)
         self.models = served(config, self.problem, method, own, run, ids)
 
     def execute(self) -> None:
-        """Write a file for each model, and say which."""
+        """Write a file or folder for each model, and say which."""
         with self.folder as folder:
             for model in self.models:
-                path = self._write(folder, model)
-                print(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MB)", flush=True)
+                files = self._files(model)
+                for name, content in files.items():
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    write_atomically(folder / name, content)
+                first, size = Path(next(iter(files))), sum(map(len, files.values())) / 2**20
+                path, peft = folder / first, len(files) > 1
+                use = f", for {self.layout.base.format(classes=len(self.problem.images.classes))}" if peft else ""
+                print(f"wrote {path.parent if peft else path} ({size:.2f} MB){use}", flush=True)
 
-    def _write(self, folder: Path, model: Model) -> Path:
-        to = self.options.to
-        if to != "merged" and (names := changed(self.problem.base, model.base)):
-            to = "merged"
+    def _files(self, model: Model) -> dict[str, bytes]:
+        """Contents by path in the folder, as asked for where that is exact, else the merged weights."""
+        whole = {f"{model.name}.safetensors": self.merged(model)}
+        if self.options.to == "merged":
+            return whole
+        about, (adapter, beyond) = f"{model.name} of {self.method} is", as_adapter(self.problem.base, model)
+        if beyond:
             say(
-                f"{model.name} of {self.method} is more than an adapter: what is sent has other weights in "
-                f"{', '.join(names[:2])}{' ...' * (len(names) > 2)}; it is written merged"
+                f"{about} more than an adapter: what is sent has other weights in {_some(beyond)}, and not of a low "
+                "rank; it is written merged"
             )
-        content = self.merged(model) if to == "merged" else self.arrays(model)
-        path = folder / f"{model.name}.{'safetensors' if to == 'merged' else to}"
-        write_atomically(path, content)
-        return path
+            return whole
+        if adapter is not model.adapter:
+            say(f"{about} more than its adapter, and exactly one of rank {lora.max_rank(adapter)}")
+        if self.options.to == "npz":
+            return {f"{model.name}.npz": self.arrays(model._replace(adapter=adapter))}
+        base = {name: x for name, x in self.problem.base.items() if name != STEM}
+        if names := peft.unheld(self.layout, base, adapter):
+            say(f"{about} more than PEFT holds, it trains {_some(names)} as well; it is written merged")
+            return whole
+        files = peft.files_of(self.layout, base, adapter, self._said(model))
+        return {f"{model.name}/{name}": content for name, content in files.items()}
 
     def merged(self, model: Model) -> bytes:
         """The whole model as a ``.safetensors`` that ``--weights`` reads: published names, facts as metadata."""
@@ -192,10 +213,72 @@ def served(config: Config, problem: Problem, method: Method, seed: Seed, run: Ru
     return made
 
 
+def as_adapter(base: Params, model: Model) -> tuple[Adapter, list[str]]:
+    """An adapter of ``base`` that is the model, and names of the arrays for which there is none.
+
+    What is sent in place of the base differs from it by a low-rank update only if that is so to the rounding of the
+    weights: nothing is left out of it that float32 tells from nothing.
+    """
+    flat, beyond = lora.flatten(model.adapter), []
+    before, now = lora.flatten(base), lora.flatten(model.base)
+    for name in (others := changed(base, model.base)):
+        difference = np.asarray(now[name], float) - np.asarray(before[name], float)
+        rounding = float(np.finfo(np.float32).eps * np.abs(now[name]).max())
+        if name in flat and not lora.is_lora(flat[name]):
+            flat[name] = flat[name] + jnp.asarray(difference, jnp.float32)
+        elif (found := _factors(difference, rounding)) is None:
+            beyond.append(name)
+        else:
+            flat[name] = _joined(flat.get(name), *found)
+    return (lora.unflatten(flat) if others else model.adapter), beyond
+
+
+def _joined(own: LoRA | None, a: np.ndarray, b: np.ndarray) -> LoRA:
+    """An update and one more, of the sum of their ranks."""
+    if own is None:
+        return LoRA(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+    a, b = np.concatenate([own.a, a / own.scale], -1), np.concatenate([own.b, b], -2)
+    return LoRA(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), own.scale)
+
+
+def _factors(x: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """``a [..., in, rank]`` and ``b [..., rank, out]`` whose product is ``x [..., in, out]``, of fewer numbers.
+
+    ``None``: no such rank leaves entries within ``tolerance`` of what they are.
+    """
+    if x.ndim < 2:
+        return None
+    u, s, v = np.linalg.svd(x, full_matrices=False)
+    most = min((x.shape[-2] * x.shape[-1] - 1) // (x.shape[-2] + x.shape[-1]), s.shape[-1])
+    factors = lambda rank: (u[..., :rank] * s[..., None, :rank], v[..., :rank, :])
+    close = lambda rank: bool(np.abs(np.matmul(*factors(rank)) - x).max() <= tolerance)
+    rank = 1 + bisect.bisect_left(range(1, most + 1), True, key=close)
+    return factors(rank) if rank <= most else None
+
+
 def changed(base: Params, sent: Params) -> list[str]:
     """Names of the arrays that differ."""
     before = lora.flatten(base)
     return [name for name, x in lora.flatten(sent).items() if x is not before[name] and (x != before[name]).any()]
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:2])}{' ...' * (len(names) > 2)}"
+
+
+def _layout(options: Export, backbone: Backbone) -> Layout:
+    """Whose names the modules have."""
+    name, known = options.layout, backbone.layouts
+    if options.to != "peft":
+        return Layout({}, "")
+    if not known:
+        raise ValueError(
+            f"{backbone.name} does not say by which names PyTorch knows its layers (Backbone.layouts), and PEFT goes "
+            "by them: use --to merged or npz"
+        )
+    if name is not None and name not in known:
+        raise ValueError(f"--layout must be one of {', '.join(known)} for these weights; got {name}")
+    return known[name or next(iter(known))]
 
 
 def _without_switches(name: str, base: Params, adapter: Adapter) -> Adapter:

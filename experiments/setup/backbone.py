@@ -18,7 +18,7 @@ from experiments.config import Config
 from experiments.setup import head, memory, user_code
 from fedlora_jax import dropout, lora
 from fedlora_jax.lora import Adapter, Params
-from models import families, hub
+from models import families, hub, peft_in
 from models.backbone import NO_ADAPTER, Backbone, Stem, checked
 from models.families import FAMILIES
 
@@ -67,6 +67,8 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     else:
         function, digest = families.find(config.model, weights), ""
     optional = {name: getattr(config, name) for name in ("mean", "std", "heads", "epsilon", "keep_head", "dtype")}
+    if config.adapter is not None and peft_in.summary(Path(config.adapter)).full:
+        optional["keep_head"] = False  # it is the adapter's head that is kept
     optional |= {} if own and built_in else {"weights": weights}
     if config.head == "zero_shot" or (config.head == "linear" and "head" in inspect.signature(function).parameters):
         optional["head"] = config.head

@@ -14,8 +14,8 @@ import numpy as np
 from jax import Array
 
 from experiments.config import Config
+from experiments.setup import adapter, data, descriptions, memory, partition_file
 from experiments.setup import backbone as backbones
-from experiments.setup import data, descriptions, memory, partition_file
 from experiments.setup.data import Images
 from experiments.setup.task import STEM, TASKS, objectives
 from fedlora_jax import lora, partition
@@ -98,9 +98,10 @@ def build(
     backbone = backbone or backbones.load(config, images.classes, side)
     backbones.refuse_too_large(backbone, len(images.classes), len(images.x), side)
     stem, top = backbones.cut(backbone, config.adapt_last)
+    config, top, start = adapter.begins(config, backbone, top, images.classes)
     if config.dropout:
         backbones.refuse_without_dropout(backbone, partial(new_adapter, config, backbone), side)
-    new, targets = partial(new_adapter, config, top), top.patterns(config.targets)
+    new, targets = lambda key: start.onto(new_adapter(config, top, key)), top.patterns(config.targets)
     shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
     accept(descriptions.shapes_of_one(config.signature, len(images.classes)), shapes)
     train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
@@ -137,6 +138,7 @@ def build(
             "weights": backbone.name,
             "weights_hash": _hash_tree(backbone.params),
             **({} if config.theta is None else {"theta": _hash_file(config.theta)}),
+            **start.record,
             "partition_hash": [partition_hash(parts, tests) for parts, tests, _ in made],  # by seed
             "largest": int(stacked.population.rows.shape[-1]),  # images of a client of any seed: draws depend on it
             "adapted": sorted(lora.adapted(top.params, targets)),

@@ -88,10 +88,13 @@ def projected(update: Adapter, bases: Adapter) -> Adapter:
 
 
 def nonzero(key: Array, adapter: Adapter) -> Adapter:
-    """The adapter with every ``b`` drawn at random too."""
-    flat = sorted(lora.flatten(adapter).items())
-    draw = lambda i, x: LoRA(x.a, jax.random.normal(jax.random.fold_in(key, i), x.b.shape, x.b.dtype), x.scale)
-    return lora.unflatten({name: draw(i, x) for i, (name, x) in enumerate(flat)})
+    """The adapter with every row of ``b`` that is zero drawn at random too."""
+
+    def draw(i: int, x: LoRA) -> LoRA:
+        b = jax.random.normal(jax.random.fold_in(key, i), x.b.shape, x.b.dtype)
+        return LoRA(x.a, jnp.where((x.b != 0).any(-1, keepdims=True), x.b, b), x.scale)
+
+    return lora.unflatten({name: draw(i, x) for i, (name, x) in enumerate(sorted(lora.flatten(adapter).items()))})
 
 
 def first_update(

@@ -60,7 +60,7 @@ def fedhl(weighting: Literal["2", "1", "data"] = "2", eps: float = 1e-6, tail_de
     refuse_outside("[0, 1]", tail_decay=tail_decay)
 
     def init(key, adapter):
-        return FedHLState(adapter, lora.zero_deltas(adapter))
+        return FedHLState(adapter, lora.tree_map(lora.delta, lora.split(adapter)[0]))
 
     def dispatch(base, state, cohort):
         sent = broadcast(base, state.adapter, cohort)

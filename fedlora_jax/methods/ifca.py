@@ -114,8 +114,9 @@ def _start(key: Array, adapter: Adapter, spread: float) -> Adapter:
     fresh, noise = jax.random.split(key)[0], purpose(key, "noise on b")
 
     def stirred(name: str, x: LoRA) -> LoRA:
-        own = jax.random.fold_in(noise, sorted(lora.flatten(adapter)).index(name))
-        return LoRA(x.a, spread * jax.random.normal(own, x.b.shape, x.b.dtype), x.scale)
+        own, start = jax.random.fold_in(noise, sorted(lora.flatten(adapter)).index(name)), lora.flatten(adapter)[name]
+        a = jnp.where((start.b != 0).any(), start.a, x.a)  # an adapter that has learned something is kept
+        return LoRA(a, start.b + spread * jax.random.normal(own, x.b.shape, x.b.dtype), x.scale)
 
     flat = lora.flatten(lora.restart(fresh, adapter))
     return lora.unflatten({name: stirred(name, x) if lora.is_lora(x) else x for name, x in flat.items()})

@@ -1,0 +1,186 @@
+"""Adapters out and in: what PEFT computes with a folder is what we do, of published models trained in two rounds."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from input_helpers import SMALL, change
+from safetensors.numpy import save_file
+
+import fedlora_jax as fl
+from experiments.cli import parse
+from experiments.commands.compare import Plan
+from experiments.commands.export import Plan as Export
+from fedlora_jax import Population, lora, make_round, make_step, rounds, scan_rounds
+from models import peft as ours
+from models.families import find
+from models.vit import TARGETS
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+# what peft asks transformers, which has another name for it now
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+SIDE, WIDTH, CLASSES = 16, 24, 3
+SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": SIDE, "patch_size": 4}
+FACTS = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "heads": 3, "ln_eps": 1e-6}
+PROCESSOR = {"image_mean": FACTS["mean"], "image_std": FACTS["std"], "rescale_factor": 1 / 255}
+IMAGES = np.random.default_rng(1).integers(0, 256, (4, SIDE, SIDE, 3)).astype(np.uint8)
+
+
+class Layers(torch.nn.Module):
+    """Modules by name, as timm nests them."""
+
+    def __init__(self, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
+class Block(Layers):
+    def __init__(self):
+        linear, norm = torch.nn.Linear, torch.nn.LayerNorm
+        attn = Layers(qkv=linear(WIDTH, 3 * WIDTH), proj=linear(WIDTH, WIDTH))
+        mlp = Layers(fc1=linear(WIDTH, 40), fc2=linear(40, WIDTH))
+        super().__init__(
+            norm1=norm(WIDTH, 1e-6), attn=attn, norm2=norm(WIDTH, 1e-6), mlp=mlp, ls1=Layers(), ls2=Layers()
+        )
+        for scale in (self.ls1, self.ls2):
+            scale.gamma = torch.nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (3, -1)).transpose(1, 2) for y in self.attn.qkv(self.norm1(x)).chunk(3, -1))
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.ls1.gamma * self.attn.proj(mixed)
+        return x + self.ls2.gamma * self.mlp.fc2(torch.nn.functional.gelu(self.mlp.fc1(self.norm2(x))))
+
+
+class Timm(Layers):
+    """The plain ViT of timm, by its names: queries, keys and values in one layer, and a LayerScale."""
+
+    def __init__(self):
+        super().__init__(
+            patch_embed=Layers(proj=torch.nn.Conv2d(3, WIDTH, 4, 4)),
+            blocks=torch.nn.ModuleList([Block(), Block()]),
+            norm=torch.nn.LayerNorm(WIDTH, 1e-6),
+            head=torch.nn.Linear(WIDTH, CLASSES),
+        )
+        self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.pos_embed = torch.nn.Parameter(torch.zeros(1, 1 + (SIDE // 4) ** 2, WIDTH))
+
+    def forward(self, images):
+        x = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+def vit_config():
+    return transformers.ViTConfig(**SIZES, intermediate_size=40, num_labels=CLASSES, layer_norm_eps=1e-6)
+
+
+def dino_config():
+    return transformers.Dinov2Config(**SIZES, mlp_ratio=2, num_labels=CLASSES)
+
+
+MODELS = {
+    "timm": Timm,
+    "ViT": lambda: transformers.ViTForImageClassification(vit_config()),
+    "DINOv2": lambda: transformers.Dinov2ForImageClassification(dino_config()),
+}
+
+
+def model(name):
+    """Every array random, so that none can be left out or mistaken for another."""
+    torch.manual_seed(0)
+    made = MODELS[name]().eval()
+    with torch.no_grad():
+        for x in made.parameters():
+            x.copy_(0.3 * torch.randn_like(x))
+    return made
+
+
+def published(made, path):
+    """As a folder; of DINOv2 without its classifier, which reads what ours does not."""
+    path.mkdir()
+    if isinstance(made, Timm):
+        facts = {name: json.dumps(x) for name, x in FACTS.items()}
+        save_file({name: x.numpy() for name, x in made.state_dict().items()}, path / "model.safetensors", facts)
+        return path
+    (made if hasattr(made, "vit") else made.dinov2).save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return path
+
+
+def logits(made, images=IMAGES):
+    x = (images / 255 - np.array(FACTS["mean"])) / np.array(FACTS["std"])
+    with torch.no_grad():
+        out = made(torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float32))
+    return (out.logits if hasattr(out, "logits") else out).numpy()
+
+
+def backbone_of(path):
+    return find(None, path)(path, CLASSES, SIDE)
+
+
+def federated(backbone, adapter):
+    """The server's adapter after two rounds of FedIT."""
+    x, y = (
+        jax.random.randint(jax.random.key(0), (32, SIDE, SIDE, 3), 0, 256).astype(jnp.uint8),
+        jnp.arange(32) % CLASSES,
+    )
+
+    def loss_fn(base, adapter, batch, key):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            backbone.apply(base, adapter, batch[0])[0], batch[1]
+        ).mean()
+
+    clients = Population(jnp.arange(32).reshape(2, 16), jnp.full(2, 16), jnp.full(2, lora.max_rank(adapter)))
+    step = make_step(make_round(fl.fedit(), loss_fn, optax.sgd(0.1)), participants=2, steps=2, batch=4, smallest=16)
+    run = rounds.start(fl.fedit(), jax.random.key(1), adapter, clients=2)
+    run, _ = jax.jit(scan_rounds(step, 2))(backbone.params, (x, y), clients, run, jax.random.key(2))
+    return run.state.adapter
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_published_model_trained_in_two_rounds_goes_back(name, tmp_path):
+    made = model(name)
+    backbone = backbone_of(published(made, tmp_path / "weights"))
+    start = lora.new(jax.random.key(0), backbone.params, 2, targets=TARGETS["all"], full="^head/", scale=1.5)
+    adapter = federated(backbone, start)
+    layout = next(iter(backbone.layouts.values()))
+    assert not ours.unheld(layout, backbone.params, adapter)
+    (tmp_path / "adapter").mkdir()
+    for file, content in ours.files_of(layout, backbone.params, adapter, {}).items():
+        (tmp_path / "adapter" / file).write_bytes(content)
+    before = logits(made)
+    whole = peft.PeftModel.from_pretrained(made, str(tmp_path / "adapter"))
+    expected = backbone.apply(backbone.params, adapter, IMAGES)[0]
+    np.testing.assert_allclose(logits(whole), expected, atol=1e-4)
+    assert np.abs(logits(whole) - before).max() > 0.1
+    np.testing.assert_allclose(logits(whole.merge_and_unload()), expected, atol=1e-4)
+
+
+def test_what_the_command_line_writes_is_loaded_as_it_says(tmp_path, monkeypatch, capsys):
+    """The last of its two blocks: the other is not named."""
+    published(model("ViT"), tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    change()(tmp_path / "data.npz")
+    run = ["compare", "--methods", "fedit", "--data", "data.npz", "--weights", "weights", "--adapt-last", "1"]
+    Plan(*parse([*run, "--targets", "all", "--out", "run", *SMALL])).execute()
+    plan = Export(parse(["export", "run", "--to", "peft", "--out", "out"])[1])
+    capsys.readouterr()
+    plan.execute()
+    _, _, said = capsys.readouterr().out.strip().partition(", for ")
+    made = eval(said, {"transformers": transformers, "MODEL": "weights"})
+    whole = peft.PeftModel.from_pretrained(made.eval(), "out/global")
+    (served,), images = plan.models, plan.problem.images.x[plan.problem.images.test]
+    stem, top = plan.problem.backbone.cut(1)
+    tokens = stem.apply(stem.params, images)
+    np.testing.assert_allclose(logits(whole, images), top.apply(served.base, served.adapter, tokens)[0], atol=1e-4)
+    assert len(whole.peft_config["default"].target_modules) == 6
