@@ -53,7 +53,7 @@ def _with(head: dict[str, np.ndarray], backbone: Backbone) -> Backbone:
         return stem, _with(head, rest)
 
     params = {**backbone.params, "head": head}
-    return backbone._replace(params=params, apply=apply, cut=backbone.cut and cut, publish=None)
+    return backbone._replace(params=params, apply=apply, cut=backbone.cut and cut, publish=None, layouts={})
 
 
 def _unit(x: Array, axis: int) -> Array:
