@@ -171,11 +171,15 @@ def test_another_base_is_an_adapter_where_it_differs_by_a_low_rank(trained):
 
 
 @pytest.mark.long
-def test_what_is_more_than_an_adapter_is_written_merged(slow, tmp_path, monkeypatch, capsys):
+def test_what_is_more_than_an_adapter_is_one_of_higher_rank_where_that_is_exact(slow, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(slow)
     export(tmp_path / "out", "--method", "fedex_lora", "--to", "npz")
-    assert "global of fedex_lora is more than an adapter" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["global.safetensors"]
+    assert "global of fedex_lora is more than its adapter, and exactly one of rank" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["global.npz"]
+    with np.load(tmp_path / "out" / "global.npz") as file:
+        ranks = json.loads(file["meta"].item())["rank"]
+    trained = json.loads((slow / "run" / "config.json").read_text())["config"]["rank"]
+    assert min(ranks.values()) > max(trained)
 
 
 @pytest.mark.parametrize("last", [None, 1])

@@ -210,6 +210,15 @@ def test_stages_that_are_shares_of_the_rounds_are_not_those_of_more_rounds(small
 
 
 @pytest.mark.usefixtures("untraced")
+def test_an_option_that_is_newer_than_a_run_is_as_by_default_there(small, tmp_path):
+    about = plan(tmp_path, *small, "--methods", "fedit").about
+    del about["config"]["clip_norm"]
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert plan(tmp_path, "--resume").config.clip_norm is None
+    with pytest.raises(ValueError, match=r"clip_norm was null, is 1\.0"):
+        plan(tmp_path, "--resume", "--clip-norm", "1")
+
+
 def test_rates_that_go_down_to_the_last_round_are_not_those_of_more_rounds(small, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(plan(tmp_path, *small, "--schedule", "cosine").about))
     with pytest.raises(ValueError, match="--schedule cosine knows the last round"):

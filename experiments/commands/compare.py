@@ -152,8 +152,9 @@ class Plan:
 
 def stores(config: Config, problem: Problem, folder: Path, method: str) -> dict[tuple[int, int], Checkpoints]:
     """The checkpoints of a method, by the seeds that began together: the first, and the one after the last."""
-    deciding = {key: x for key, x in config.deciding(RESULTS).items() if key not in GROWS}
-    # of all that a checkpoint depends on besides its method, seeds and rounds
+    default, deciding = Config(), config.deciding(RESULTS)
+    deciding = {key: x for key, x in deciding.items() if key not in GROWS and x != getattr(default, key)}
+    # of all that a checkpoint depends on besides its method, seeds and rounds; an option that is new changes nothing
     identity = digest(json.dumps([deciding, {**problem.record, "partition_hash": None}]).encode())
     path, found = folder / "checkpoints" / file_name(method), {}
     for start, stop in checkpoints.spans(path, len(config.seeds)):

@@ -32,13 +32,20 @@ def checked(config: Config) -> None:
 def opened(command: str, config: Config, grows: Iterable[str] = (), free: Collection[str] = ()) -> Folder:
     """The folder that a command which can go on writes.
 
+    What it does not say, because the option is newer, is as by default.
+
     Raises:
       ValueError: ``--resume``, and its configuration differs by something else than more of what ``grows``, or what is
         ``free``.
     """
     folder = Folder(command, config.out, config.resume)
     if config.resume:
-        folder.check_same("config", {k: v for k, v in config.deciding(RESULTS).items() if k not in free}, grows)
+        said, default = folder.held("config"), Config()
+        newer = {
+            name for name, x in config.deciding(RESULTS).items() if name not in said and x == getattr(default, name)
+        }
+        values = {name: x for name, x in config.deciding(RESULTS).items() if name not in newer.union(free)}
+        folder.check_same("config", values, grows)
     return folder
 
 
