@@ -41,10 +41,10 @@ def opened(command: str, config: Config, grows: Iterable[str] = (), free: Collec
     folder = Folder(command, config.out, config.resume)
     if config.resume:
         said, default = folder.held("config"), Config()
-        newer = {
-            name for name, x in config.deciding(RESULTS).items() if name not in said and x == getattr(default, name)
-        }
-        values = {name: x for name, x in config.deciding(RESULTS).items() if name not in newer.union(free)}
+        values = {name: x for name, x in config.deciding(RESULTS).items() if name not in free}
+        newer = [name for name, x in values.items() if name not in said and x == getattr(default, name)]
+        if "methods" in said:  # it is what a run writes
+            values = {name: x for name, x in values.items() if name not in newer}
         folder.check_same("config", values, grows)
     return folder
 
