@@ -44,10 +44,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def parse(
-    arguments: Sequence[str] | None = None,
-) -> tuple[str, Any]:
-    """The command and its options, a ``Config`` or what it has in ``OWN``."""
+def _parsers() -> tuple[_Parser, Any]:
+    """Of everything, and of each command."""
     parser = _Parser(
         prog=" ".join(program()),
         description="Federated LoRA fine-tuning: run methods side by side, every round one compiled program.",
@@ -80,16 +78,27 @@ def parse(
     _add_own(commands, "models", text, Models, "file")
     text = "published protocols that 'compare --recipe NAME' follows: what is published, what is ours, reported figures"
     _add_own(commands, "recipes", text, Recipes, "name")
+    return parser, commands
+
+
+def parse(
+    arguments: Sequence[str] | None = None,
+) -> tuple[str, Any]:
+    """The command and its options, a ``Config`` or what it has in ``OWN``."""
+    parser, commands = _parsers()
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
     if nothing := [name for name, value in given.items() if value == []]:  # what argparse makes of --data=--
         parser.error(f"argument --{nothing[0].replace('_', '-')}: expected one argument")
-    files = [given[name] for name in _FROM_FILES if given.get(name)]
+    files = [given[name] for name in _FROM_FILES if given.get(name) is not None]
     if (given.get("resume") and given["out"]) or files or given.get("adapter"):
         own = commands.choices[command]
         held = _held(given["out"], given.keys()) if given.get("resume") and given["out"] else {}
         held |= _filed(own, given, {kind: given.get(kind) for kind in _FROM_FILES})
-        own.set_defaults(**_of_adapter(own, given.get("adapter") or held.get("adapter")) | held)
+        of_adapter = _of_adapter(own, given.get("adapter") or held.get("adapter"))
+        if given.get("alpha", held.get("alpha")) is not None:
+            of_adapter.pop("scale", None)  # which alpha stands for
+        own.set_defaults(**of_adapter | held)
         given = vars(parser.parse_args(arguments))
         del given["command"]
     shows = given.pop("print_config", False)
@@ -127,11 +136,8 @@ def _filed(parser: _Parser, given: Collection[str], paths: dict[str, str | None]
             values = option_files.read(option_files.recipe(name) if kind == "recipe" else name)
             values.pop(option_files.ABOUT, None)
             if unknown := sorted(values.keys() - hints.keys()):
-                near = get_close_matches(unknown[0], hints, 1)
-                raise ValueError(
-                    f"--{kind} {name} has the key {unknown[0]!r}, which is no option"
-                    + f"; did you mean {near[0]!r}?" * bool(near)
-                )
+                near = "".join(f"; did you mean {own!r}?" for own in get_close_matches(unknown[0], hints, 1))
+                raise ValueError(f"--{kind} {name} has the key {unknown[0]!r}, which is no option{near}")
             found |= {key: _from_file(f"--{kind} {name}", key, value, hints[key]) for key, value in values.items()}
         except ValueError as error:
             parser.error(str(error))
@@ -142,12 +148,15 @@ def _filed(parser: _Parser, given: Collection[str], paths: dict[str, str | None]
 
 def _from_file(origin: str, name: str, value: Any, hint: Any) -> Any:
     """A value as the option has it: a text is read as if it had been typed, a list may stand for several."""
-    if isinstance(value, str) and not _is_a(value, hint):
+    if isinstance(value, str) and hint is not bool and not _is_a(value, hint):
         try:
             return _converter(name, hint)[0](value)
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"{origin}: {name} = {value!r}: {error}") from None
     whole = tuple(value) if isinstance(value, list) else value
+    several = any(typing.get_origin(part) is tuple for part in (hint, *typing.get_args(hint)))
+    if several and type(value) in (int, float):
+        return _from_file(origin, name, str(value), hint)  # one number for several
     floats = lambda x: float(x) if type(x) is int else x
     for own in (whole, tuple(map(floats, whole)) if isinstance(whole, tuple) else floats(whole)):
         if _is_a(own, hint):

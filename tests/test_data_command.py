@@ -106,6 +106,7 @@ def test_a_picture_shows_every_class_and_domain(file):
         ("--partition iid --save x.txt", "ends in .npz"),
         ("--sheet no/where/x.png", "in an existing folder"),
         ("--partition iid --minimum 0", "--minimum"),
+        ("--clients 3", "--clients is of a partition"),
         ("nowhere.npz", "no data"),
     ],
 )

@@ -37,6 +37,11 @@ def _of_recipe(name):
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
+def test_one_number_stands_for_several(tmp_path):
+    config = parse(["compare", "--config", written(tmp_path, "rank = 8\nseeds = 3\nmean = 0.5")])[1]
+    assert (config.rank, config.seeds, config.mean) == ((8,), (0, 1, 2), (0.5,))
+
+
 def test_what_is_printed_repeats_a_run(tmp_path, capsys):
     typed = "--methods fedit,hilora:k_min=1 --lr 0.3 --seeds 2 --mean 0.1,0.2,0.3 --keep-head --targets qv".split()
     with pytest.raises(SystemExit):
@@ -60,6 +65,8 @@ def test_a_run_repeats_another_by_its_config_json(tmp_path):
         ('lr = "fast"', "lr = 'fast'"),
         ("rounds = 1.5", "rounds = 1.5 is not what --rounds takes"),
         ("rounds = [1]", "rounds = [1] is not what --rounds takes"),
+        ('keep_head = "true"', "keep_head = 'true' is not what --keep-head takes"),
+        ("qqqqqq = 1", "the key 'qqqqqq', which is no option"),
         ("resume = 1", "resume = 1 is not what --resume takes"),
         ("lr = ", "is no TOML"),
         ("rounds = 0", "--rounds"),

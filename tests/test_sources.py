@@ -183,6 +183,33 @@ def test_wrong_split_lists_are_refused(lines, said, tmp_path):
         data.load(str(tmp_path))
 
 
+def test_what_lies_beside_splits_is_refused_and_an_image_has_one_split(tmp_path):
+    for split in ("train", "test", "unlabeled"):
+        for name in "ab":
+            put(tmp_path / split / name / "1.png", 0)
+    with pytest.raises(ValueError, match="unlabeled lies beside folders for training and testing"):
+        data.load(str(tmp_path))
+    folder(tmp_path / "lists")
+    for split in ("train", "test"):
+        (tmp_path / "lists" / f"own_{split}.txt").write_text("a/0.png 0\nb/3.png 1\n")
+    with pytest.raises(ValueError, match=r"a/0.png is in own_test.txt too"):
+        data.load(str(tmp_path / "lists"))
+    put(tmp_path / "flat" / "1.png", 0)
+    with pytest.raises(ValueError, match="lie in no folder of their class"):
+        data.load(str(tmp_path / "flat"))
+
+
+def test_an_image_much_longer_than_wide_takes_no_more_memory_than_its_middle(tmp_path):
+    long = np.zeros((4, 60_000, 3), np.uint8)
+    long[:, 29_990:30_010] = 255
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.fromarray(long).save(tmp_path / name / f"{i}.png")
+    images = data.load(str(tmp_path), 64, test_share=0.5)
+    assert (images.x == 255).all()
+
+
 def test_a_split_may_lie_below_its_domain(tmp_path):
     """As VLCS is published."""
     for d, domain in enumerate(("CALTECH", "SUN")):

@@ -28,6 +28,9 @@ class Plan:
         check_fields(options)
         if options.save and not options.partition:
             raise ValueError("--save writes a partition: say which with --partition")
+        given = ("clients", "holdout_clients", "minimum", "seed")
+        if unread := [x for x in given if getattr(options, x) != getattr(Data, x) and not options.partition]:
+            raise ValueError(f"--{unread[0].replace('_', '-')} is of a partition: say which with --partition")
         for path, suffix in ((options.save, ".npz"), (options.sheet, ".png")):
             if path and (Path(path).suffix != suffix or not Path(path).parent.is_dir()):
                 raise ValueError(f"cannot write {path}: expected a name that ends in {suffix}, in an existing folder")

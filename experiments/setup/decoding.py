@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from experiments.setup.caches import caches
 
-FORMAT = 1  # of what is kept, and of how images are decoded: a change of either is another number
+FORMAT = 2  # of what is kept, and of how images are decoded: a change of either is another number
 DEEP = ("I", "F")  # Pillow's modes of more than 8 bits begin so; making RGB of them cuts off what is above 255
 SHOWN = 3  # damaged images that are named
 PART = 2**24  # bytes read at once
@@ -212,11 +212,17 @@ def opened(encoded: Path | bytes, side: int | None) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"cannot be read: {error}") from None
     if side is not None and image.size != (side, side):
+        long = 4 * min(image.size)  # of what is much longer than wide only the middle is looked at
+        image = _middle(image, min(image.width, long), min(image.height, long))
         scale = side / min(image.size)
         width, height = (max(side, round(scale * n)) for n in image.size)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+        image = _middle(image.resize((width, height), Image.Resampling.BICUBIC), side, side)
     return np.asarray(image)
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _sum(path: Path) -> str:

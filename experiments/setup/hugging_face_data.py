@@ -54,7 +54,9 @@ def read(source: str, side: int | None, skip: bool = False) -> dict[str, np.ndar
         joined = lambda column: np.concatenate([np.asarray(splits[name][column]) for name in used])
         own: dict[str, Any] = {"y": joined(label), "classes": np.array(classes)}
         if "domain" in splits["train"].column_names:
-            own["domains"], own["domain"] = np.unique(joined("domain").astype(str), return_inverse=True)
+            kind, values = splits["train"].features["domain"], joined("domain")
+            values = np.asarray(kind.names)[values] if hasattr(kind, "names") else values.astype(str)
+            own["domains"], own["domain"] = np.unique(values, return_inverse=True)
         return own if test is None else {**own, "split": np.array([used[name] for name, _ in places])}
 
     identity = " ".join(splits[name]._fingerprint for name in used)

@@ -82,6 +82,8 @@ def _placed(root: Path) -> Found:
         paths, places, splits = [paths[i] for i in kept], [places[i] for i in kept], [splits[i] for i in kept]
     named = places if at is None else [(*place[:at], *place[at + 1 :]) for place in places]
     depths = {len(place) for place in named}
+    if depths == {0}:
+        raise ValueError(f"{root}: its images lie in no folder of their class: expected FOLDER/CLASS/IMAGE")
     if depths not in ({1}, {2}):
         shallow, deep = (paths[[len(p) for p in named].index(f(depths))] for f in (min, max))
         raise ValueError(
@@ -94,8 +96,20 @@ def _placed(root: Path) -> Found:
 
 
 def _is_split(places: list[tuple[str, ...]], at: int) -> bool:
-    """Do folders of a depth say what is for training and what for testing? A class's own folder does not."""
-    return all(len(place) > at + 1 for place in places) and {place[at].lower() for place in places} <= SPLITS.keys()
+    """Do folders of a depth say what is for training and what for testing? A class's own folder does not.
+
+    Raises:
+      ValueError: some do, and others beside them mean something else.
+    """
+    if not all(len(place) > at + 1 for place in places):
+        return False
+    named = {place[at].lower(): "/".join(place[: at + 1]) for place in places}
+    others = sorted(named.keys() - SPLITS.keys())
+    if others and {"train", "training"} & named.keys() and {"test", "val", "valid", "validation"} & named.keys():
+        raise ValueError(
+            f"{named[others[0]]} lies beside folders for training and testing: move it away, or into one of them"
+        )
+    return not others
 
 
 def _listed(root: Path, lists: list[Path]) -> tuple[Found, list[str]]:
@@ -105,7 +119,7 @@ def _listed(root: Path, lists: list[Path]) -> tuple[Found, list[str]]:
     Raises:
       ValueError: a list cannot be read, an image is not there, or numbers and folders do not agree.
     """
-    rows, names = [], {}
+    rows, names, seen = [], {}, {}
     for path in lists:
         match = LIST.fullmatch(path.name)
         assert match is not None
@@ -124,6 +138,10 @@ def _listed(root: Path, lists: list[Path]) -> tuple[Found, list[str]]:
             if names.setdefault(int(number), image.parent.name) != image.parent.name:
                 raise ValueError(
                     f"{path}, line {line}: class {number} is {image.parent.name} here and {names[int(number)]} before"
+                )
+            if seen.setdefault(place, path.name) != path.name:
+                raise ValueError(
+                    f"{path}, line {line}: {place} is in {seen[place]} too: an image has one domain and split"
                 )
             rows.append((image, int(number), match["domain"], SPLITS[match["split"]]))
     if not rows:
