@@ -100,7 +100,8 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
 
         if not many:
             return group(jnp.arange(total))
-        size = GROUP // own_chunk * own_chunk
+        groups = -(-total // (GROUP // own_chunk * own_chunk))
+        size = -(-total // (groups * own_chunk)) * own_chunk  # of equal groups: the fewest clients that only fill up
         ids = jnp.minimum(jnp.arange(-(-total // size) * size), total - 1).reshape(-1, size)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], jax.lax.map(group, ids))
 

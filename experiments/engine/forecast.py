@@ -32,6 +32,7 @@ from fedlora_jax.method import Method
 from fedlora_jax.methods.fedit import fedit
 
 REPEATS = 3
+STEPS = 5  # local steps timed in one call, as a client takes them: what a call allocates is no part of each
 
 
 class Need(NamedTuple):
@@ -148,18 +149,21 @@ def one_step(config: Config, problem: Problem) -> Step:
     """Time of a local step of as many clients as are trained at once: the best of a few calls; and its arithmetic."""
     clients, _ = chunking.choose(config, problem)
     local = training.make_local(fedit(), problem.loss_fn, make_optimizer(config))
-    batch = tuple(x[jnp.arange(config.batch) % len(x)][None] for x in problem.train)
     adapter = jax.tree.map(lambda x: x[0], problem.adapters)
     mask = jax.tree.map(jnp.ones_like, adapter)
 
-    def step(base, *one):
+    def train(base, *one):
         train = lambda *one: local(base, *one, jax.random.key(0))
         return train(*one) if clients == 1 else jax.vmap(train)(*one)
 
-    one = (adapter, mask, adapter, batch)
-    one = one if clients == 1 else jax.tree.map(lambda x: jnp.stack([x] * clients), one)
-    took, flops = _timed(step, problem.base, *one)
-    return Step(clients, took, flops)
+    def arguments(steps: int) -> tuple:
+        rows = jnp.tile(jnp.arange(config.batch), (steps, 1))
+        one = (adapter, mask, adapter, tuple(x[rows % len(x)] for x in problem.train))
+        return problem.base, *(one if clients == 1 else jax.tree.map(lambda x: jnp.stack([x] * clients), one))
+
+    steps = min(config.local_steps, STEPS)
+    flops = (jax.jit(train).lower(*arguments(1)).cost_analysis() or {}).get("flops", math.nan)
+    return Step(clients, _timed(train, *arguments(steps)) / steps, flops)
 
 
 def one_scoring(config: Config, problem: Problem) -> Scoring:
@@ -176,20 +180,19 @@ def one_scoring(config: Config, problem: Problem) -> Scoring:
         return jax.vmap(one)(many) if clients > 1 else one(jax.tree.map(lambda x: x[0], many))
 
     whole = lambda base, adapter, *test: problem.correct_fn(base, adapter, test)
-    took, _ = _timed(whole, problem.base, adapter, x, y)
-    return Scoring(took, _timed(own, problem.base, x, y, several, rows)[0] / clients)
+    took = _timed(whole, problem.base, adapter, x, y)
+    return Scoring(took, _timed(own, problem.base, x, y, several, rows) / clients)
 
 
-def _timed(function: Any, *arguments: Any) -> tuple[float, float]:
-    """Seconds of one call, compiled: the best of a few; and its arithmetic."""
-    lowered = jax.jit(function).lower(*arguments)
-    compiled, took = lowered.compile(), []
+def _timed(function: Any, *arguments: Any) -> float:
+    """Seconds of one call, compiled: the best of a few."""
+    compiled, took = jax.jit(function).lower(*arguments).compile(), []
     jax.block_until_ready(compiled(*arguments))  # the first call also allocates
     for _ in range(REPEATS):
         begin = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
         took.append(time.perf_counter() - begin)
-    return min(took), (lowered.cost_analysis() or {}).get("flops", math.nan)
+    return min(took)
 
 
 def seconds(config: Config, method: Method, step: Step, scoring: Scoring, passes: float) -> tuple[float, float]:
