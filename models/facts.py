@@ -40,7 +40,12 @@ WORDS = {
         "quick_gelu": "quick_gelu",
         **dict.fromkeys(("gelu_tanh", "gelu_new", "gelu_pytorch_tanh"), "gelu_tanh"),
     },
-    "pool": {"cls": "cls", "token": "cls", "avg": "mean", "mean": "mean", "norm_of_mean": "norm_of_mean"},
+    "pool": {
+        **dict.fromkeys(("cls", "token"), "cls"),
+        **dict.fromkeys(("avg", "mean"), "mean"),
+        "cls_mean": "cls_mean",
+        "norm_of_mean": "norm_of_mean",
+    },
 }
 LABELS = ("classes", "label_names", "id2label")
 # what a file may say of its network only if it is the network of ``models.vit``

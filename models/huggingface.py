@@ -73,21 +73,19 @@ TABLES = (
 )
 
 
-def layouts(table: Table, depth: int, gains: Mapping[str, np.ndarray]) -> dict[str, Layout]:
+def layouts(table: Table, depth: int, gains: Mapping[str, np.ndarray], extra: int) -> dict[str, Layout]:
     """A network as PyTorch sees it: with a classifier or bare, its modules named as by version 5 or 4.
 
     Args:
       table: with the names of its arrays, fitted to them.
       depth: blocks.
-      gains: as for ``tables.linears``.
+      gains, extra: as for ``tables.linears``.
     """
     own = "DINOv2" if table.scales else "ViT"
     prefix = table.top["embed"].partition("embeddings.")[0]
     prefix = prefix or ("dinov2." if own == "DINOv2" else "vit.")
     prefix = "dinov2_with_registers." if "registers" in table.tokens else prefix
     name = f"transformers.{_CLASSES[prefix[:-1]]}"
-    # a classifier of DINOv2 also reads the mean of the patches, which ours does not
-    extra = len(gains["attn/out"][0]) if gains else 0
     found = {}
     for version, of in zip(("4", ""), _both(own, prefix), strict=True):
         found[f"transformers{version}"] = Layout(tables.linears(of, depth, gains, extra), f"{name}{_HEAD}")

@@ -143,14 +143,22 @@ def _config(folder: Path) -> dict[str, Any]:
         got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path} is of another kind of adapter: peft_type is {got!r}, expected 'LORA'")
     r, alpha = config.get("r"), config.get("lora_alpha")
-    if not (isinstance(r, int) and r > 0 and isinstance(alpha, int | float) and alpha):
-        raise ValueError(f"{path}: r and lora_alpha are {r!r} and {alpha!r}: expected numbers, r above 0")
-    patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
-    if not all(isinstance(x, dict) and all(isinstance(n, int | float) for n in x.values()) for x in patterns):
-        raise ValueError(f"{path}: rank_pattern and alpha_pattern must be numbers by the names of modules")
+    if not (_is_rank(r) and _is_factor(alpha)):
+        raise ValueError(
+            f"{path}: r and lora_alpha are {r!r} and {alpha!r}: expected finite numbers, r above 0 and whole, "
+            "lora_alpha not 0"
+        )
+    for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_factor)):
+        said = config.get(name) or {}
+        if not isinstance(said, dict) or not all(map(fits, said.values())):
+            raise ValueError(
+                f"{path}: {name} is {json.dumps(said)[:60]}: rank_pattern and alpha_pattern must be finite numbers by "
+                "the names of modules, ranks above 0 and whole, factors not 0"
+            )
     if config.get("init_lora_weights", True) not in KEEPS_BASE:
         raise ValueError(
-            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the weights that it adapts: "
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the weights that it adapts "
+            "or is not known to keep them: "
             "convert it to a plain LoRA with peft (path_initial_model_for_weight_conversion of save_pretrained)"
         )
     plain = lambda name, x: x in (None, False, "none") or (hasattr(x, "__len__") and not len(x))
@@ -158,6 +166,14 @@ def _config(folder: Path) -> dict[str, Any]:
     if more := [name for name, x in config.items() if name not in known and not plain(name, x)]:
         raise ValueError(f"{path} sets {more[0]} to {json.dumps(config[more[0]])[:60]}: nothing here computes that")
     return config
+
+
+def _is_rank(x: Any) -> bool:
+    return type(x) is int and x > 0
+
+
+def _is_factor(x: Any) -> bool:
+    return type(x) in (int, float) and math.isfinite(x) and x != 0
 
 
 def _updates(folder: Path, config: Mapping[str, Any], modules: Mapping, said: Mapping[str, Any]) -> dict[str, Update]:

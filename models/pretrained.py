@@ -98,7 +98,7 @@ def load_vit(
     alike = {**facts.ALIKE, **_sizes(read)}
     channels = len(params["embed"]["kernel"]) // model.patch**2
     known = facts.find(path, read.said, given, model.width, channels, alike, implied=read.implied)
-    head, kept = start_of_head(path, params.pop("head", None), model.width, known.labels, classes, keep_head)
+    head, kept = start_of_head(path, params.pop("head", None), model.feature_width, known.labels, classes, keep_head)
     pos = resize(params["pos"], image_size, model.patch, int(model.class_token))
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), {**params, "pos": pos, "head": head})
     of = {"classes": len(head["bias"]), "heads": known.heads, "epsilon": known.epsilon, "act": known.act}
@@ -120,10 +120,16 @@ def _pool(path: Path, model: ViT, known: facts.Facts) -> str:
     """As it is said; of a norm whose name says so, the norm of the mean; of a class token only where there is one."""
     if model.pool == "norm_of_mean" and known.pool == "mean":
         return "norm_of_mean"
-    if (known.pool == "cls" and not model.class_token) or known.pool == "norm_of_mean" != model.pool:
+    wrong = {
+        "no class token": known.pool in ("cls", "cls_mean") and not model.class_token,
+        "no norm of the tokens' mean (fc_norm)": known.pool == "norm_of_mean" != model.pool,
+        "a head that reads the class token alone": known.pool == "cls_mean" != model.pool,
+        "a head that reads the class token and the mean": model.pool == "cls_mean" != known.pool,
+    }
+    if why := [has for has, is_so in wrong.items() if is_so]:
         raise ValueError(
             f"{path} would be another network: its features are said to be {known.pool!r} ({known.origins['pool']}), "
-            "and it has " + ("no class token" if known.pool == "cls" else "no norm of the tokens' mean (fc_norm)")
+            f"and it has {why[0]}"
         )
     return known.pool
 

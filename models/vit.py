@@ -82,7 +82,8 @@ class ViT(nn.Module):
       classes, patch, width, depth, heads, mlp_width: sizes.
       epsilon: of the layer norms (timm's weights use 1e-6).
       pool: what features are: ``cls``, the normalised class token; ``mean``, the mean of the normalised patch tokens;
-        or ``norm_of_mean``, the norm of the mean of the patch tokens (timm's ``fc_norm``).
+        ``cls_mean``, both, one after the other (classifiers of DINOv2); or ``norm_of_mean``, the norm of the mean of
+        the patch tokens (timm's ``fc_norm``).
       class_token: is there one, before the tokens of patches?
       registers: further tokens between them, without positions, that nothing reads in the end.
       norm_pre: are tokens normalised before the blocks?
@@ -103,7 +104,7 @@ class ViT(nn.Module):
     heads: int
     mlp_width: int
     epsilon: float = 1e-6
-    pool: Literal["cls", "mean", "norm_of_mean"] = "cls"
+    pool: Literal["cls", "mean", "cls_mean", "norm_of_mean"] = "cls"
     class_token: bool = True
     registers: int = 0
     norm_pre: bool = False
@@ -147,7 +148,14 @@ class ViT(nn.Module):
         if self.pool == "norm_of_mean":
             return norm(x[..., prefix:, :].mean(-2))
         x = norm(x)
-        return x[..., 0, :] if self.pool == "cls" else x[..., prefix:, :].mean(-2)
+        parts = {"cls": lambda: x[..., 0, :], "mean": lambda: x[..., prefix:, :].mean(-2)}
+        if self.pool == "cls_mean":
+            return jnp.concatenate([part() for part in parts.values()], -1)
+        return parts[self.pool]()
+
+    @property
+    def feature_width(self) -> int:
+        return self.projection or self.width * (2 if self.pool == "cls_mean" else 1)
 
 
 def vit(variant: str, classes: int, **options: Any) -> ViT:

@@ -58,7 +58,7 @@ def read(path: Path) -> Read:
     arrays, said = files.read(path, wanted, lambda arrays: made.append(_network(path, table, arrays)))
     table, model = made[0]
     params = tables.read_params(table, arrays)
-    layouts = _layouts(format, table, model.depth, arrays)
+    layouts = _layouts(format, table, model, arrays)
     return Read(model, _own_positions(params), said, _implied(format, model), layouts)
 
 
@@ -83,7 +83,7 @@ def _network(path: Path, table: Table, arrays: Mapping[str, np.ndarray]) -> tupl
         depth=table.depth(arrays),
         heads=table.heads or 1,
         mlp_width=arrays[table.theirs("mlp/fc1", "bias", 0)].size,
-        pool="norm_of_mean" if table.top["norm"] == "fc_norm" else "cls" if "cls" in table.tokens else "mean",
+        pool=_pool(table, arrays, width),
         class_token="cls" in table.tokens,
         registers=arrays[table.tokens["registers"]].shape[1] if "registers" in table.tokens else 0,
         norm_pre="norm_pre" in table.top,
@@ -97,6 +97,15 @@ def _network(path: Path, table: Table, arrays: Mapping[str, np.ndarray]) -> tupl
     expected = jax.eval_shape(whole) | {table.tokens["pos"]: jax.ShapeDtypeStruct((1, pos.shape[1], width), pos.dtype)}
     tables.check_shapes(path, arrays, expected, f"a ViT of width {width}")
     return table, model
+
+
+def _pool(table: Table, arrays: Mapping[str, np.ndarray], width: int) -> Any:
+    """What the head reads, as far as arrays tell."""
+    if table.top["norm"] == "fc_norm":
+        return "norm_of_mean"
+    if table.name == huggingface.DINOV2.name and "head" in table.top:
+        return "cls_mean" if arrays[table.theirs("head", "kernel")].shape[1:] == (2 * width,) else "cls"
+    return "cls" if "cls" in table.tokens else "mean"
 
 
 def _grid(path: Path, name: str, count: int, model: ViT) -> int:
@@ -122,13 +131,16 @@ def _own_positions(params: dict[str, Any]) -> dict[str, Any]:
     return {**params, "pos": pos}
 
 
-def _layouts(format: Table, table: Table, depth: int, arrays: Mapping[str, np.ndarray]) -> dict[str, Layout]:
+def _layouts(format: Table, table: Table, model: ViT, arrays: Mapping[str, np.ndarray]) -> dict[str, Layout]:
     """The network as PyTorch sees it, if it does."""
+    depth = model.depth
     rows = lambda template: np.stack([arrays[template.format(i=i)] for i in range(depth)])
     gains = {layer: rows(template) for layer, template in table.scales.items()}
     if format in timm.TABLES:
         return {"timm": Layout(tables.linears(format, depth, gains), timm.BASE)}  # with a head, if new
-    return huggingface.layouts(table, depth, gains) if format in huggingface.TABLES else {}
+    # a classifier of DINOv2 also reads the mean of the patches, which that of a bare model of ours does not
+    extra = model.width if gains and model.pool == "cls" else 0
+    return huggingface.layouts(table, depth, gains, extra) if format in huggingface.TABLES else {}
 
 
 def _implied(table: Table, model: ViT) -> dict[str, Any]:

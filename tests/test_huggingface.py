@@ -118,6 +118,22 @@ def test_a_layer_scale_multiplies_what_its_layer_puts_out(tmp_path):
     np.testing.assert_allclose(logits(load_vit(folder(tmp_path / "a", arrays))), expected, rtol=5e-4, atol=5e-4)
 
 
+def test_a_classifier_of_dinov2_reads_the_class_token_and_the_mean(tmp_path):
+    """A new head for other classes does, too; nothing beside the file may say otherwise."""
+    head, table = np.random.default_rng(4).normal(size=(5, 24)).astype(np.float32), huggingface.DINOV2
+    path = folder(tmp_path / "a", {**by_hand(table), "classifier.weight": head})
+    both = {**FACTS, "pool": "cls_mean"}
+    expected = [reference_forward(timm_arrays(**{"head.weight": head}), image, both) for image in IMAGES]
+    loaded = load_vit(path, NAMES)
+    np.testing.assert_allclose(logits(loaded), expected, rtol=5e-4, atol=5e-4)
+    assert loaded.facts()["pool"] == "cls_mean (as its format implies)"
+    assert load_vit(path, 2).params["head"]["kernel"].shape == (24, 2)
+    with pytest.raises(ValueError, match="a head that reads the class token and the mean"):
+        load_vit(folder(path, {**by_hand(table), "classifier.weight": head}, {**CONFIG, "global_pool": "token"}))
+    with pytest.raises(ValueError, match="a head that reads the class token alone"):
+        load_vit(folder(path, by_hand(table), {**CONFIG, "pool": "cls_mean"}))
+
+
 def test_a_bias_that_is_not_there_is_zero_and_a_pooler_is_not_read(tmp_path):
     arrays = by_hand(TABLES[0])
     zero = {

@@ -37,6 +37,12 @@ MODELS = {
         transformers.Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, num_register_tokens=3)
     ),
     "Dinov2Model": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, mlp_ratio=2)),
+    "Dinov2ForImageClassification": lambda: transformers.Dinov2ForImageClassification(
+        transformers.Dinov2Config(**SIZES, **LABELS, mlp_ratio=2)
+    ),
+    "Dinov2WithRegistersForImageClassification": lambda: transformers.Dinov2WithRegistersForImageClassification(
+        transformers.Dinov2WithRegistersConfig(**SIZES, **LABELS, mlp_ratio=2, num_register_tokens=3)
+    ),
 }
 
 

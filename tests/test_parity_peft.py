@@ -1,6 +1,7 @@
 """Adapters out and in: what PEFT computes with a folder is what we do, of published models trained in two rounds."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,10 @@ import fedlora_jax as fl
 from experiments.cli import parse
 from experiments.commands.compare import Plan
 from experiments.commands.export import Plan as Export
+from experiments.config import Config
+from experiments.setup import adapter as adapters
+from experiments.setup.backbone import cut
+from experiments.setup.problem import new_adapter
 from fedlora_jax import Population, lora, make_round, make_step, rounds, scan_rounds
 from models import peft as ours
 from models.families import find
@@ -105,14 +110,14 @@ def model(name):
     return made
 
 
-def published(made, path):
-    """As a folder; of DINOv2 without its classifier, which reads what ours does not."""
+def published(made, path, bare=False):
+    """As a folder; with "bare" a DINOv2 without its classifier, whose new head reads the class token alone."""
     path.mkdir()
     if isinstance(made, Timm):
         facts = {name: json.dumps(x) for name, x in FACTS.items()}
         save_file({name: x.numpy() for name, x in made.state_dict().items()}, path / "model.safetensors", facts)
         return path
-    (made if hasattr(made, "vit") else made.dinov2).save_pretrained(path)
+    (made.dinov2 if bare else made).save_pretrained(path)
     (path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     return path
 
@@ -147,10 +152,10 @@ def federated(backbone, adapter):
     return run.state.adapter
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_published_model_trained_in_two_rounds_goes_back(name, tmp_path):
+@pytest.mark.parametrize(("name", "bare"), [*((name, False) for name in MODELS), ("DINOv2", True)])
+def test_a_published_model_trained_in_two_rounds_goes_back(name, bare, tmp_path):
     made = model(name)
-    backbone = backbone_of(published(made, tmp_path / "weights"))
+    backbone = backbone_of(published(made, tmp_path / "weights", bare))
     start = lora.new(jax.random.key(0), backbone.params, 2, targets=TARGETS["all"], full="^head/", scale=1.5)
     adapter = federated(backbone, start)
     layout = next(iter(backbone.layouts.values()))
@@ -184,3 +189,84 @@ def test_what_the_command_line_writes_is_loaded_as_it_says(tmp_path, monkeypatch
     tokens = stem.apply(stem.params, images)
     np.testing.assert_allclose(logits(whole, images), top.apply(served.base, served.adapter, tokens)[0], atol=1e-4)
     assert len(whole.peft_config["default"].target_modules) == 6
+
+
+HF = {"timm": "head", "ViT": "classifier", "DINOv2": "classifier"}  # the layer that is the head
+COMING = {
+    "ViT, a list": ("ViT", {"target_modules": ["q_proj", "fc2", "o_proj"], "lora_alpha": 6}),
+    "ViT, an expression and sqrt(r)": (
+        "ViT",
+        {"target_modules": r".*\.layers\.\d+\.(attention\.[kv]_proj|mlp\.fc1)", "lora_alpha": 3, "use_rslora": True},
+    ),
+    "ViT, ranks and factors of its own": (
+        "ViT",
+        {
+            "target_modules": ["q_proj", "fc1"],
+            "lora_alpha": 5,
+            "rank_pattern": {"fc1": 2, r"layers\.0\.attention\.q_proj": 1},
+            "alpha_pattern": {"layers.1.mlp.fc1": 9, "q_proj": -4},
+        },
+    ),
+    "ViT, everything, orthogonal": (
+        "ViT",
+        {"target_modules": "all-linear", "lora_alpha": 4, "r": 2, "init_lora_weights": "orthogonal"},
+    ),
+    "ViT, a block alone": (
+        "ViT",
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    ),
+    "DINOv2": (
+        "DINOv2",
+        {"target_modules": ["v_proj", "fc1", "fc2"], "lora_alpha": 7, "rank_pattern": {"fc2": 1}, "use_rslora": True},
+    ),
+    "timm": ("timm", {"target_modules": r"blocks\.\d\.(attn\.qkv|mlp\.fc2)", "alpha_pattern": {"qkv": 3}}),
+}
+
+
+@pytest.mark.parametrize("case", COMING)
+def test_what_peft_has_written_comes_in_as_it_is_there(case, tmp_path):
+    name, options = COMING[case]
+    made = model(name)
+    weights, before = published(made, tmp_path / "weights"), logits(made)
+    saved = peft.LoraConfig(**{"r": 3, "modules_to_save": [HF[name]], "lora_dropout": 0.1, **options})
+    whole = peft.get_peft_model(made, saved).eval()
+    with torch.no_grad():
+        for x in (x for x in whole.parameters() if x.requires_grad):
+            x.copy_(0.3 * torch.randn_like(x))
+    whole.save_pretrained(tmp_path / "adapter")
+    assert np.abs(logits(whole) - before).max() > 0.1
+    blocks, path = 1 if "layers_to_transform" in options else None, str(tmp_path / "adapter")
+    config = Config(**{**adapters.options(path), "adapter": path, "keep_head": True, "adapt_last": blocks})
+    backbone = find(None, weights)(weights, CLASSES, SIDE)
+    stem, top = cut(backbone, blocks)
+    config, top, start = adapters.begins(config, backbone, top, tuple("abc"))
+    adapter = start.onto(new_adapter(config, top, jax.random.key(0)))
+    shown = IMAGES if stem is None else stem.apply(stem.params, IMAGES)
+    np.testing.assert_allclose(top.apply(top.params, adapter, shown)[0], logits(whole), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"use_dora": True}, "sets use_dora to true: nothing here computes that"),
+        ({"bias": "all"}, 'sets bias to "all": nothing here computes that'),
+        ({"bias": "lora_only"}, 'sets bias to "lora_only": nothing here computes that'),
+        ({"lora_bias": True}, "sets lora_bias to true: nothing here computes that"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the weights"),
+        ({"target_parameters": ["fc1.weight"]}, "sets target_parameters to"),
+        ({"trainable_token_indices": {"q_proj": [1]}}, "sets trainable_token_indices to"),
+        ({"fan_in_fan_out": True}, "sets fan_in_fan_out to true"),
+        ({"layer_replication": [(0, 1), (0, 1)]}, "sets layer_replication to"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changes the weights"),
+        (peft.IA3Config, "peft_type is 'IA3', expected 'LORA'"),
+        (peft.LoHaConfig, "peft_type is 'LOHA', expected 'LORA'"),
+    ],
+    ids=str,
+)
+def test_what_peft_has_written_and_nothing_here_computes_is_refused(options, said, tmp_path):
+    """Its configuration says so, whatever the arrays are."""
+    kind, more = (peft.LoraConfig, options) if isinstance(options, dict) else (options, {})
+    kind(target_modules=["q_proj"], **more).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^[^\n]*" + re.escape(said) + "[^\n]*$"):
+        adapters.options(str(tmp_path))

@@ -77,6 +77,8 @@ def reference_forward(arrays: dict[str, np.ndarray], image: np.ndarray, facts: d
     if "fc_norm.weight" in w:
         return dense(norm(x[first:].mean(0), "fc_norm"), "head")
     x = norm(x, "norm")
+    if facts.get("pool") == "cls_mean":
+        return dense(np.concatenate([x[0], x[first:].mean(0)]), "head")
     return dense(x[0] if facts.get("pool", "cls") == "cls" and "cls_token" in w else x[first:].mean(0), "head")
 
 
