@@ -327,12 +327,12 @@ def is_float(x: jax.Array) -> bool:
 
 def effective(method: Method, base: lora.Params, state: Any, c: Cohort) -> dict[str, np.ndarray]:
     """The weights of the server's model: what an average client would compute with, by name."""
-    base, model = _average((method.dispatch, method.model), base, state, c._replace(batches=(), queries=()))
+    base, model = average((method.dispatch, method.model), base, state, c._replace(batches=(), queries=()))
     return weights_of(base, take(model, 0))
 
 
 @functools.partial(jit, static_argnums=0)
-def _average(hooks: tuple, base: lora.Params, state: Any, c: Cohort) -> tuple[lora.Params, lora.Adapter]:
+def average(hooks: tuple, base: lora.Params, state: Any, c: Cohort) -> tuple[lora.Params, lora.Adapter]:
     dispatch, model = hooks
     sent = dispatch(base, state, average_client(c))
     return sent.base, jax.vmap(model)(sent.adapter, sent.context)

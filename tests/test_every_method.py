@@ -24,6 +24,7 @@ from helpers import (
     WRAPPED,
     aggregation,
     assert_near,
+    average,
     begin,
     built,
     cohort,
@@ -51,11 +52,14 @@ from helpers import (
 )
 
 import fedlora_jax.methods
+from experiments.commands import export
 from experiments.results.checkpoints import Checkpoints
 from fedlora_jax import lora, rounds
 from fedlora_jax.clients import sample_held_out
 from fedlora_jax.method import About, models
 from fedlora_jax.methods.fedit import fedit
+from models import peft, peft_in
+from models.backbone import Layout, Linear
 
 # Where a test does not apply, and why. Everything else must hold for every method and every stack of wrappers.
 _SERVER = "the server takes steps of its own, which a round of identical clients does not stop"
@@ -416,3 +420,56 @@ def test_a_checkpoint_restores_every_bit(name, tmp_path):
     again = store.restore(1, jax.tree.map(lambda x: x, run))
     assert jax.tree.structure(again) == jax.tree.structure(run)
     assert_near(again, run, 0)
+
+
+# A problem's layers as PyTorch would name them.
+LAYOUT = Layout(
+    {"blocks.0": Linear(("blocks/kernel",), 0), "blocks.1": Linear(("blocks/kernel",), 1)}
+    | {name: Linear((f"{name}/kernel",)) for name in ("mix", "head")},
+    "",
+)
+
+
+def read_again(folder, files):
+    """The weights that a folder of PEFT makes of the base."""
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    found, weights = peft_in.read(folder, {"": LAYOUT}, host(BASE)), host(lora.flatten(BASE))
+    for kernel, rows in found.updates.items():
+        weights[kernel] = weights[kernel].copy()
+        for row, (a, b, scale) in rows.items():
+            weights[kernel][... if row is None else row] += scale * a @ b
+    return weights | found.full
+
+
+def forward(w, x):
+    for layer in range(2):
+        h = np.tanh(x @ w["blocks/kernel"][layer] + w["blocks/bias"][layer])
+        x = x + h @ w["mix/kernel"]
+    return x @ w["head/kernel"] + w["head/bias"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_is_exported_computes_what_is_sent(name, tmp_path):
+    """As an adapter that PEFT holds, of a higher rank where there is more than one, and that is read; or merged."""
+    run, x = compiled(name), examples(count=8)["x"]
+    method, c = run.method, run.cohort()._replace(batches=(), queries=())
+    out = dispatched(method, run.state, run.cohort())
+    whole, nobody = average((method.dispatch, method.model), BASE, run.state, c)
+    served = [export.of_receivers(["global"], whole, nobody)[0]]
+    adapters = [take(nobody, 0), *(take(models_of(method, out), i) for i in range(CLIENTS))]
+    receive = lambda: export.of_receivers(list("abcd"), out.base, models_of(method, out))
+    if name == "fedra":
+        with pytest.raises(ValueError, match=r"model of \w leaves blocks out \(blocks/gate\), which no weights say: "):
+            receive()
+    else:
+        served += receive()
+    for model, sent in zip(served, adapters, strict=False):
+        expected = forward(weights_of(model.base, sent), x)
+        adapter, beyond = export.as_adapter(BASE, model)
+        merged = forward(host(lora.flatten(lora.merge(model.base, model.adapter))), x)
+        np.testing.assert_allclose(merged, expected, rtol=1e-4, atol=1e-4)
+        if not beyond:
+            assert not peft.unheld(LAYOUT, BASE, adapter)
+            again = forward(read_again(tmp_path, peft.files_of(LAYOUT, host(BASE), host(adapter), {})), x)
+            np.testing.assert_allclose(again, expected, rtol=1e-4, atol=1e-4)

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,11 +207,19 @@ def served(config: Config, problem: Problem, method: Method, seed: Seed, run: Ru
     made = []
     for names, cohort in cohorts:
         sent = method.dispatch(problem.base, run.state, cohort)
-        rows = jax.device_get(models(method, sent))
-        for i, name in enumerate(names):
-            adapter = _without_switches(name, sent.base, jax.tree.map(lambda x, i=i: x[i], rows))
-            made.append(Model(name, sent.base, adapter))
+        made += of_receivers(names, sent.base, models(method, sent))
     return made
+
+
+def of_receivers(names: Sequence[str], base: Params, adapters: Adapter) -> list[Model]:
+    """What each of these computes with, of what is sent to all and of their adapters ``[C, ...]``.
+
+    Raises:
+      ValueError: one of them is not its weights alone.
+    """
+    rows = jax.device_get(adapters)
+    row = lambda i: jax.tree.map(lambda x: x[i], rows)
+    return [Model(name, base, _without_switches(name, base, row(i))) for i, name in enumerate(names)]
 
 
 def as_adapter(base: Params, model: Model) -> tuple[Adapter, list[str]]:
