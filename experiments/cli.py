@@ -186,6 +186,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 _RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
 _META = {"unroll", "meta_lr"}
+_WORK = {"local_steps", "local_steps_from", "local_epochs"}
 _TUNED = {"budgets", "lrs", "tuning_seeds", "vary"} | _META
 _WEIGHTS = {"weights", "mean", "std", "heads", "epsilon", "keep_head"}
 _MODEL = _WEIGHTS | {
@@ -211,8 +212,8 @@ _LEFT_OUT = {
     | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
     | {"signature", "theta", "schedule", "local_schedule", "adapter"},
     "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META,
-    "budget": {"checkpoint_every", "dry_run", "local_steps", "lr", "validation", "vary"} | _META,
-    "meta": (_TUNED - _META) | _RECORDED | {"devices", "seeds_at_once", "adapter"},
+    "budget": {"checkpoint_every", "dry_run", "lr", "validation", "vary"} | _META | _WORK,
+    "meta": (_TUNED - _META) | _RECORDED | {"devices", "seeds_at_once", "adapter", "local_steps_from", "local_epochs"},
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }
 

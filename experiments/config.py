@@ -178,6 +178,17 @@ class Config:
     )
     rounds: int = option(10, "rounds", COUNT)
     local_steps: int = option(5, "local optimizer steps per round", COUNT)
+    local_steps_from: int | None = option(
+        None,
+        "clients take unequal numbers of local steps: each always its own, drawn from this one to --local-steps",
+        COUNT,
+    )
+    local_epochs: float | None = option(
+        None,
+        "how often a client goes through its training images in a round, in place of --local-steps: a client with n of "
+        "them takes ceil(this * n / batch) steps, of which the last has what is left",
+        "(0, 1000]",
+    )
     batch: int = option(16, "images per local step", COUNT)
     optimizer: str = option(
         "sgd", "local optimizer: sgd, momentum (0.9), adam or adamw; fresh each round", among=OPTIMIZERS
@@ -379,6 +390,12 @@ def check(config: Config) -> None:
         )
     if config.rounds_between_checkpoints() % config.eval_every:
         raise ValueError(f"--checkpoint-every {config.checkpoint_every} is no multiple of --eval-every")
+    if config.local_steps_from is not None and config.local_steps_from > config.local_steps:
+        raise ValueError(
+            f"--local-steps-from {config.local_steps_from} is more than --local-steps {config.local_steps}"
+        )
+    if config.local_steps_from is not None and config.local_epochs is not None:
+        raise ValueError("--local-epochs and --local-steps-from both say how much each client does: give one of them")
     if config.augment and config.prefix == "stored":
         raise ValueError("--augment makes other images in every step, and --prefix stored keeps what one makes of each")
     if config.seeds_at_once is not None and len(config.seeds) % config.seeds_at_once:

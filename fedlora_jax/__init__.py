@@ -4,6 +4,7 @@ Methods and wrappers are functions of this module: ``fedlora_jax.proximal(fedlor
 """
 
 from fedlora_jax import (
+    batches,
     clients,
     clustering,
     diagnostics,
@@ -20,6 +21,7 @@ from fedlora_jax import (
     training,
     wrappers,
 )
+from fedlora_jax.batches import Padded
 from fedlora_jax.clients import Population
 from fedlora_jax.lora import Dense, LoRA
 from fedlora_jax.method import About, Cohort, Dispatch, Method, Traffic
@@ -79,9 +81,11 @@ __all__ = [
     "LossFn",
     "Method",
     "MetricFn",
+    "Padded",
     "Population",
     "Signature",
     "Traffic",
+    "batches",
     "centralized",
     "clients",
     "clip",

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from fedlora_jax.batches import Padded
 from fedlora_jax.method import Cohort, Memory
 
 
@@ -24,6 +25,8 @@ class Population(NamedTuple):
     signatures: Any = ()  # a Signature [N, 1 + V, ...]: view 0 is of all of a client's data, the others of random parts
     weights: Any = ()  # [N] how much each client counts; (): by how many examples it holds
     shares: Any = ()  # [N] of ``members``: their parts of the weight of all clients they were taken from
+    examples: Any = ()  # [N] how many examples each goes through in a round, in batches that are then Padded: E epochs
+    #   are E n of them, K steps of B are K B; (): as many as the program's steps take
 
     def members(self, ids: Array | np.ndarray) -> Population:
         """The clients ``ids`` alone, in that order."""
@@ -95,7 +98,8 @@ def sample_batches(
     """``[C, steps, batch, ...]`` examples: each client passes through its own data epoch by epoch, freshly shuffled.
 
     A client's draw depends on ``key`` and its id alone, not on who else takes part. ``smallest`` is the number of
-    examples of the smallest client.
+    examples of the smallest client. Where the population says how many ``examples`` each goes through, what is beyond
+    them only fills up its batches (``batches.Padded``).
 
     Raises:
       ValueError: a client is smaller (where sizes are not traced).
@@ -126,6 +130,8 @@ def sample_rounds(
       batches ``[R, C, steps, batch, ...]``, in which a client that takes part again goes on with its epoch, and
       ``[C, query, ...]`` examples of the last round's clients.
     """
+    if not isinstance(population.examples, tuple):
+        raise ValueError("several rounds are drawn at once where all clients take the same steps: leave out examples")
     rounds = ids.shape[0]
     numbers = jnp.arange(jax.tree.leaves(data)[0].shape[0])
     # A client's draw depends on the key and its id alone: in every round it sets the same examples apart, and draws
@@ -159,7 +165,28 @@ def sample_members(
 
     batches, queries = jax.vmap(one)(ids, members.rows, members.sizes)
     examples = lambda rows: jax.tree.map(lambda x: x[rows], data)
-    return examples(batches), examples(queries) if query else ()
+    drawn = (
+        examples(batches) if isinstance(members.examples, tuple) else _filled_up(examples(batches), batches, members)
+    )
+    return drawn, examples(queries) if query else ()
+
+
+def _filled_up(drawn: Any, rows: Array, members: Population) -> Padded:
+    """Batches of ``rows [C, T, B]`` of which the first ``members.examples`` count.
+
+    Raises:
+      ValueError: they are more than there are, or none (where that is not traced).
+    """
+    clients, steps, batch = rows.shape
+    if not isinstance(members.examples, Tracer) and clients:
+        least, most = int(members.examples.min()), int(members.examples.max())
+        if least < 1 or most > steps * batch:
+            raise ValueError(
+                f"clients go through {least} to {most} examples in a round: expected 1 to {steps * batch}, which "
+                f"is what {steps} steps of {batch} make"
+            )
+    present = jnp.arange(steps * batch) < jnp.asarray(members.examples)[:, None]
+    return Padded(drawn, present.reshape(clients, steps, batch))
 
 
 def sample_rows(key: Array, rows: Array, size: Array, steps: int, batch: int) -> Array:

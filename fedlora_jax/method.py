@@ -29,7 +29,7 @@ class Cohort(NamedTuple):
     ranks: Array  # [C] columns of a (rows of b) each client may use
     signatures: Any  # [C, ...] what the server knows of each client's data (a Signature), or ()
     memory: Memory = ()  # [C, ...] what each client keeps between rounds
-    batches: Any = ()  # [C, T, B, ...] data of T local steps
+    batches: Any = ()  # [C, T, B, ...] data of T local steps; or batches.Padded, where some take fewer
     queries: Any = ()  # [C, Q, ...] data that a client keeps apart from them, to judge its model by
     shares: Any = ()  # [C] each client's part of the weight of the whole population; () where nobody knows
 

@@ -16,6 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from fedlora_jax import diagnostics
+from fedlora_jax.batches import mean_over_steps
 from fedlora_jax.checks import refuse_other_clients, refuse_unread, refuse_widened
 from fedlora_jax.clients import Population, sample_ids, sample_members, sample_views
 from fedlora_jax.diagnostics import Aggregation
@@ -92,7 +93,8 @@ def make_round(
 
     Args:
       method: what is sent and how it is put together again.
-      loss_fn: ``(base, adapter, batch, key) -> scalar`` mean task loss of one client's batch.
+      loss_fn: ``(base, adapter, batch, key) -> scalar`` mean task loss of one client's batch (``batches.Padded`` where
+        clients' steps are unequal in number).
       optimizer: any optax transformation; each client starts it afresh each round, so its schedules run over the local
         steps of one round. Or a function of the round's number (traced) that gives one, for what follows rounds:
         ``lambda round: optax.sgd(over_rounds(round))``, or over all local steps
@@ -128,7 +130,8 @@ def make_round(
             meta_gradient = meta_gradient if meta_gradient == () else masked(meta_gradient, own.mask)
             change = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, received, own.adapter))  # |0| has no derivative
             kept = method.remember(own.memory, own.context, own.adapter, received)
-            return received, kept, trace.loss.mean(), optax.tree.norm(change), meta_gradient
+            loss = mean_over_steps(own.batches, trace.loss)
+            return received, kept, loss, optax.tree.norm(change), meta_gradient
 
         rows = clients_of(cohort, sent, memory=cohort.memory, batches=cohort.batches, examples=cohort.queries)
         received, memory, loss, moved, meta_gradients = map_clients(client, rows, at_once, shared_by)
@@ -228,7 +231,8 @@ def make_step(round_fn: RoundFn, *, participants: int, steps: int, batch: int, s
     Args:
       round_fn: from ``make_round``.
       participants: clients per round.
-      steps, batch: local steps ``T`` and batch size ``B``.
+      steps, batch: local steps ``T`` and batch size ``B``; ``T`` the most that any client takes, where
+        ``Population.examples`` says how much each goes through.
       smallest: images of the smallest client; a method with queries keeps some of them apart, so it needs two.
       query: of the method. That many images are kept apart from the local steps, others each round.
     """

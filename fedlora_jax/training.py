@@ -12,6 +12,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from fedlora_jax.batches import Padded, steps_taken
 from fedlora_jax.gradient import forward_over_reverse
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method
@@ -20,7 +21,10 @@ Optimizer = optax.GradientTransformation | Callable[[Array], optax.GradientTrans
 
 
 class LossFn(Protocol):
-    """The mean task loss of one client's batch, a scalar; ``adapter`` is one client's, without client axis."""
+    """The mean task loss of one client's batch, a scalar; ``adapter`` is one client's, without client axis.
+
+    Where clients take unequal numbers of steps, or epochs, the batch is a ``batches.Padded`` one.
+    """
 
     def __call__(self, base: Params, adapter: Adapter, batch: Any, key: Array, /) -> Array: ...
 
@@ -33,14 +37,14 @@ class Client(NamedTuple):
     mask: Adapter
     context: Any
     memory: Memory = ()
-    batches: Any = ()  # [T, B, ...]
+    batches: Any = ()  # [T, B, ...], or Padded
     examples: Any = ()  # apart from its batches: queries, or what it is evaluated on
 
 
 class Trace(NamedTuple):
     """What one client's local steps leave behind."""
 
-    loss: Array  # [T] of each step's batch, before the step, without penalties
+    loss: Array  # [T] of each step's batch, before the step, without penalties; 0 of one that is not taken
     seen: Any  # [T, ...] what ``watch`` saw after each step
 
 
@@ -61,7 +65,9 @@ def make_local(
     It is one client's. The optimizer (of that round) starts afresh. The mask is put on gradients, so that clipping by
     norm sees what is trained, and on updates, so that weight decay and momentum cannot move what is frozen. Whoever
     differentiates several steps keeps one adapter (and optimizer state) per step, and what a step's gradient took is
-    computed again (``remat``).
+    computed again (``remat``). A step of ``Padded`` batches of which no example is there changes nothing, the
+    optimizer's state included; the optimizer is told how far the client is, ``progress`` from 0 to below 1, as an extra
+    argument of its update (``optax.GradientTransformationExtraArgs``).
     """
 
     def model_alone(task: Callable[[Adapter], Array], adapter: Adapter, context: Any) -> tuple[Array, Array]:
@@ -71,8 +77,8 @@ def make_local(
     objective = method.objective or model_alone
 
     def local(base: Params, adapter: Adapter, mask: Adapter, context: Any, batches: Any, key: Array, round=None):
-        tx = of_round(optimizer, round)
-        steps = jax.tree.leaves(batches)[0].shape[0]
+        tx = optax.with_extra_args_support(of_round(optimizer, round))
+        steps, taken = jax.tree.leaves(batches)[0].shape[0], steps_taken(batches)
         plain = partial(jax.grad, has_aux=True)
         gradient = forward_over_reverse if remat and steps > 1 else plain  # a single step has nothing to gain
 
@@ -85,13 +91,20 @@ def make_local(
                 loss, reported = objective(task, adapter, context)
                 return loss + method.penalty(adapter, context), reported
 
-            moves_now = method.mask_schedule(mask, t / steps)
+            progress = t / taken
+            moves_now = method.mask_schedule(mask, progress)
             grads, loss = gradient(minimised)(adapter)
-            updates, opt_state = tx.update(masked(grads, moves_now), opt_state, adapter)
+            updates, opt_state = tx.update(masked(grads, moves_now), opt_state, adapter, progress=progress)
             adapter = optax.apply_updates(adapter, masked(updates, moves_now))
             return (adapter, opt_state), Trace(loss, watch(base, adapter))
 
-        (adapter, _), trace = jax.lax.scan(step, (adapter, tx.init(adapter)), (jnp.arange(steps), batches))
+        def step_if_there(carry, inputs):
+            nothing = jnp.zeros_like(jax.eval_shape(step, carry, inputs)[1].loss)
+            stay = lambda: (carry, Trace(nothing, watch(base, carry[0])))  # alone (chunk 1) it costs nothing
+            return jax.lax.cond(inputs[1].present.any(), lambda: step(carry, inputs), stay)
+
+        one = step_if_there if isinstance(batches, Padded) else step
+        (adapter, _), trace = jax.lax.scan(one, (adapter, tx.init(adapter)), (jnp.arange(steps), batches))
         return adapter, trace
 
     return local

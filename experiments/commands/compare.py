@@ -21,6 +21,7 @@ from experiments.results.folder import CONFIG, digest, file_name, say, write_jso
 from experiments.setup.problem import Problem
 
 GROWS = ("methods", "seeds", "rounds")  # what a run may have more of when it goes on
+PER_SEED = ("partition_hash", "local_steps")  # of its record, what has an entry for each seed
 
 
 class Part(NamedTuple):
@@ -49,7 +50,7 @@ class Plan:
         self.about = prelude.about(command, config, self.problem)
         if config.resume:
             self._refuse_other_draws()
-            self.about = prelude.going_on(self.folder, self.about, ("partition_hash",))
+            self.about = prelude.going_on(self.folder, self.about, PER_SEED)
         self.trials = {name: Trial(config, self.problem, name) for name in config.methods}
 
     def forecast(self) -> None:
@@ -155,7 +156,8 @@ def stores(config: Config, problem: Problem, folder: Path, method: str) -> dict[
     default, deciding = Config(), config.deciding(RESULTS)
     deciding = {key: x for key, x in deciding.items() if key not in GROWS and x != getattr(default, key)}
     # of all that a checkpoint depends on besides its method, seeds and rounds; an option that is new changes nothing
-    identity = digest(json.dumps([deciding, {**problem.record, "partition_hash": None}]).encode())
+    of_all = {key: None if key in PER_SEED else x for key, x in problem.record.items()}
+    identity = digest(json.dumps([deciding, of_all]).encode())
     path, found = folder / "checkpoints" / file_name(method), {}
     for start, stop in checkpoints.spans(path, len(config.seeds)):
         about = {"run": identity, "method": method, "seeds": config.seeds[start:stop]}

@@ -15,6 +15,7 @@ from experiments.engine.chunking import divisor
 from experiments.results import client_map
 from experiments.setup.problem import Arrays, Clients, Problem, Seed, own_accuracy
 from fedlora_jax import clustering, lora, rounds
+from fedlora_jax.batches import Padded
 from fedlora_jax.clients import sample_batches
 from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter
@@ -53,17 +54,22 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
     a model at a time; images are looked up where they are used.
     """
     total, n = config.clients + config.holdout_clients, config.clients
+    longest = problem.longest or config.local_steps
     many, own_chunk = total > GROUP, scored_at_once(total, chunk)
     score_one = rounds.make_evaluate(method, problem.correct_fn)
     key_of = lambda seed, run: partial(purpose, purpose(jax.random.fold_in(seed.key, run.round), "evaluation"))
 
-    def drawn(arrays: Arrays, clients: Clients, ids: Array, key: Array, steps: int) -> Array:
-        """Rows of the training images of so many local steps, ``[C, steps, batch]``."""
+    def drawn(arrays: Arrays, clients: Clients, ids: Array, key: Array, steps: int) -> Any:
+        """Rows of the training images of so many local steps, ``[C, steps, batch]``; padded where some take fewer."""
         rows = jnp.arange(arrays.train[1].shape[0])
         return sample_batches(key, rows, clients.population, ids, steps, config.batch, problem.smallest)
 
     def loss_of(arrays: Arrays) -> Callable:
-        images = lambda rows: jax.tree.map(lambda x: x[rows], arrays.train)
+        def images(rows: Any) -> Any:
+            if isinstance(rows, Padded):
+                return rows._replace(examples=images(rows.examples))
+            return jax.tree.map(lambda x: x[rows], arrays.train)
+
         return lambda base, adapter, rows, key: problem.loss_fn(base, adapter, images(rows), key)
 
     def whole(arrays: Arrays, seed: Seed, run: Run) -> Array:
@@ -78,7 +84,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         if method.onboard is None or not config.holdout_clients:
             return memory
         unseen = jnp.arange(n, total)
-        trial = drawn(arrays, seed.clients, unseen, key("batches of trials"), config.local_steps)
+        trial = drawn(arrays, seed.clients, unseen, key("batches of trials"), longest)
         introduce = rounds.make_onboard(
             method, loss_of(arrays), optimizer, chunk=divisor(config.holdout_clients, chunk)
         )
@@ -119,7 +125,7 @@ def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any
 
         def tuned() -> tuple[Array, Array | None]:
             read = subspaces if mapped else lambda model: ()
-            accuracy, q = serving.score(arrays, seed, run, memory, config.local_steps, read)
+            accuracy, q = serving.score(arrays, seed, run, memory, problem.longest or config.local_steps, read)
             if not mapped:
                 return accuracy, None
             nowhere = jnp.full((total, total), jnp.nan)

@@ -10,6 +10,7 @@ setting up.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -100,11 +101,12 @@ def too_large(config: Config, problem: Problem, name: str, needed: Need | None) 
 
 def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
     """One line for each compiled method, and how its numbers were found."""
+    notes = unequal(problem)
+    config = dataclasses.replace(config, local_steps=problem.longest or config.local_steps)
     step, scoring, have = one_step(config, problem), one_scoring(config, problem), memory.available()
     frozen = _count(problem.base)
     rows = [["method", "frozen", "trained", "KiB up", "KiB down", "GFLOP/round", "peak memory", "compile s"]]
     rows[0] += ["rounds s", "scores s", "run s"]
-    notes = []
     for trial in trials:
         ranks = np.asarray(problem.clients.population.ranks)[0]
         cohort = tuple(int(r) for r in np.resize(ranks, config.cohort))
@@ -143,6 +145,17 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
             *notes,
         ]
     )
+
+
+def unequal(problem: Problem) -> list[str]:
+    """What is to be said where clients take unequal numbers of local steps."""
+    if problem.longest is None:
+        return []
+    fewest, mean, most = (np.array(column) for column in zip(*problem.record["local_steps"], strict=True))
+    return [
+        f"clients take {fewest.min()} to {most.max()} local steps, mean {mean.mean():.1f}; counted are "
+        f"{most.max()} for each, which is what clients side by side compute (--chunk 1 skips what is not taken)"
+    ]
 
 
 def one_step(config: Config, problem: Problem) -> Step:

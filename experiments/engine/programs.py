@@ -19,7 +19,7 @@ from experiments.setup.memory import refuse_draws
 from experiments.setup.problem import Arrays, Clients, Problem, Seed
 from fedlora_jax import rounds, training
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, no_learning
+from fedlora_jax.method import Cohort, Method, no_learning
 from fedlora_jax.rounds import Run
 
 
@@ -116,11 +116,13 @@ def make_block(config: Config, problem: Problem, method: Method, optimizer: Any,
     Raises:
       ValueError: the images that a cohort draws would not fit into memory.
     """
-    refuse_draws(problem.train[0][0], config.cohort, config.local_steps, config.batch, method.query)
+    steps = problem.longest or config.local_steps
+    refuse_draws(problem.train[0][0], config.cohort, steps, config.batch, method.query)
+    refuse_too_few_steps(config, problem, method)
     step = rounds.make_step(
         rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk, mesh=mesh_of(config.devices)),
         participants=config.cohort,
-        steps=config.local_steps,
+        steps=steps,
         batch=config.batch,
         smallest=problem.smallest,
         query=method.query,
@@ -132,3 +134,14 @@ def make_block(config: Config, problem: Problem, method: Method, optimizer: Any,
     # them (FedLC counts with them) is told of all of a client's data.
     whole = lambda population: population._replace(signatures=jax.tree.map(lambda x: x[:, :1], population.signatures))
     return lambda base, data, population, run, key: block(base, data, whole(population), run, key)
+
+
+def refuse_too_few_steps(config: Config, problem: Problem, method: Method) -> None:
+    """Show a method the batches of the client that takes the fewest steps, where their numbers differ.
+
+    Raises:
+      ValueError: the method cannot do with so few.
+    """
+    if problem.longest is not None:
+        fewest = -(-int(problem.clients.population.examples.min()) // config.batch)
+        method.pool(Cohort(jnp.zeros(1, int), jnp.ones(1), jnp.ones(1, int), (), batches=jnp.zeros((1, fewest, 1))))

@@ -92,10 +92,18 @@ def _sentence(config: dict[str, Any], holdings: dict[str, Any], names: list[str]
         f"{', '.join(names)} on {data} ({f'{domains} domains, ' if domains > 1 else ''}{classes} classes): "
         f"{_count(config['clients'], 'training client')}, {cohort or 'all'} of them in every round, and "
         f"{_count(unseen, 'unseen client')}; data split by {config['partition']}; "
-        f"{_count(config['rounds'], 'round')} of {_count(config['local_steps'], 'local step')}; "
+        f"{_count(config['rounds'], 'round')} of {_work(config)}; "
         f"{_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
         + ("; the same clients, starts and batches for every method." if len(names) > 1 else ".")
     )
+
+
+def _work(config: dict[str, Any]) -> str:
+    if config.get("local_epochs") is not None:
+        epochs = config["local_epochs"]
+        return f"{epochs:g} local epoch{'s' * (epochs != 1)}"
+    least = config.get("local_steps_from")
+    return f"{least} to " * (least is not None) + _count(config["local_steps"], "local step")
 
 
 def _statistics(summary: dict[str, Any]) -> str:

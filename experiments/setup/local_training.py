@@ -1,11 +1,15 @@
-"""The clients' optimizer, as the options say: its kind, what clips and decays, its rate over rounds and within one."""
+"""What clients do in a round, as the options say: how much, and with which optimizer: its kind, what clips and decays,
+its rate over rounds and within one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -23,10 +27,42 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+def are_unequal(config: Config) -> bool:
+    """Do clients take local steps of their own number?"""
+    return config.local_epochs is not None or config.local_steps_from is not None
+
+
+def examples_of_a_round(config: Config, sizes: np.ndarray, seed: int) -> np.ndarray:
+    """``[N]`` how many of its images each client goes through in a round, of clients that have ``sizes [N]``.
+
+    A client's number of steps is drawn once for a run (system heterogeneity as in FedProx, Li et al., 2020, arXiv
+    1812.06127, and FedNova, Wang et al., 2020, arXiv 2007.07481); an epoch follows the end of another within a batch.
+    """
+    if config.local_epochs is not None:
+        return np.ceil(config.local_epochs * sizes - 1e-9).astype(np.int32)
+    rng, least = np.random.default_rng([seed, 2]), config.local_steps_from or config.local_steps
+    return (config.batch * rng.integers(least, config.local_steps + 1, len(sizes))).astype(np.int32)
+
+
+def longest(config: Config, examples: Any) -> int | None:
+    """Local steps of the client that goes through the most of ``examples [S, N]``; ``None``: all take the same."""
+    return -(-int(np.max(examples)) // config.batch) if are_unequal(config) else None
+
+
+def record(config: Config, examples: Any) -> dict[str, Any]:
+    """What a run says of the numbers of local steps, where they differ."""
+    if not are_unequal(config):
+        return {}
+    steps = -(-np.asarray(examples) // config.batch)
+    by_seed = [[int(own.min()), round(float(own.mean()), 2), int(own.max())] for own in steps]  # fewest, mean, most
+    return {"longest": int(steps.max()), "local_steps": by_seed}
+
+
 def make_optimizer(config: Config, lr: float | Array | None = None) -> Optimizer:
     """The local optimizer, at the configured learning rate or at another (which may be traced).
 
-    Its rate is that of ``round`` and of the local step. After the last round clients go on at the rate of the last.
+    Its rate is that of ``round`` and of the local step, where their numbers differ of the client's progress. After the
+    last round clients go on at the rate of the last.
     """
     lr = config.lr if lr is None else lr
     over_rounds, within = shape(config.schedule), SHAPES[config.local_schedule]
@@ -35,11 +71,22 @@ def make_optimizer(config: Config, lr: float | Array | None = None) -> Optimizer
 
     def of_round(round: Array | int) -> optax.GradientTransformation:
         peak = lr * over_rounds(jnp.minimum(round, config.rounds - 1), config.rounds)
+        if are_unequal(config) and config.local_schedule != "constant":
+            return optax.chain(transformation(config, peak), _scaled_by_progress(within))
         last = config.local_steps - 1
         rate = lambda step: peak * within(jnp.minimum(step, last), config.local_steps)
         return transformation(config, peak if config.local_schedule == "constant" else rate)
 
     return of_round
+
+
+def _scaled_by_progress(factor: Shape) -> optax.GradientTransformationExtraArgs:
+    """Updates times the factor of how far a client is in its local steps (``training.make_local``)."""
+
+    def update(updates, state, params=None, *, progress, **_):
+        return jax.tree.map(lambda u: factor(progress, 1) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)  # type: ignore[arg-type]
 
 
 def transformation(config: Config, rate: float | Array | optax.Schedule) -> optax.GradientTransformation:

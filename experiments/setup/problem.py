@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from experiments.config import Config
-from experiments.setup import adapter, data, descriptions, memory, partition_file
+from experiments.setup import adapter, data, descriptions, local_training, memory, partition_file
 from experiments.setup import backbone as backbones
 from experiments.setup.data import Images
 from experiments.setup.task import STEM, TASKS, objectives
@@ -65,6 +65,7 @@ class Problem(NamedTuple):
     keys: Array  # [seeds]
     signature: Signature  # the shapes of one client's
     smallest: int  # training images of the smallest client over all seeds
+    longest: int | None  # local steps of the client that takes the most; None: all take those of the options
     loss_fn: Callable
     correct_fn: Callable  # (base, adapter, (x, y)) -> 1 where the prediction is right, [n]
     record: dict[str, Any]  # what identifies it, for config.json
@@ -130,6 +131,7 @@ def build(
         keys=keys,
         signature=descriptions.shapes_of_one(config.signature, len(images.classes)),
         smallest=min(len(part) for parts, _, _ in made for part in parts),
+        longest=local_training.longest(config, stacked.population.examples),
         loss_fn=loss_fn,
         correct_fn=correct_fn,
         record={
@@ -140,11 +142,16 @@ def build(
             **({} if config.theta is None else {"theta": _hash_file(config.theta)}),
             **start.record,
             "partition_hash": [partition_hash(parts, tests) for parts, tests, _ in made],  # by seed
-            "largest": int(stacked.population.rows.shape[-1]),  # images of a client of any seed: draws depend on it
+            **_draws(config, stacked.population),
             "adapted": sorted(lora.adapted(top.params, targets)),
             "trained_in_full": sorted(lora.select(top.params, config.full)),
         },
     )
+
+
+def _draws(config: Config, population: Population) -> dict[str, Any]:
+    """What draws depend on: how many images the largest client of any seed has, and how much each goes through."""
+    return {"largest": int(population.rows.shape[-1]), **local_training.record(config, population.examples)}
 
 
 def new_adapter(config: Config, backbone: Backbone, key: Array) -> Adapter:
@@ -167,7 +174,8 @@ def _refuse_too_many(config: Config, images: Images, side: int) -> None:
         f"{len(images.x)} images of {side} x {side}",
         "use a smaller --image-size or fewer images",
     )
-    memory.refuse_draws(backbones.image_of(side), config.cohort, config.local_steps, config.batch)
+    steps = 1 if config.local_epochs else config.local_steps  # epochs: when it is known how much each client has
+    memory.refuse_draws(backbones.image_of(side), config.cohort, steps, config.batch)
 
 
 def own_accuracy(correct: Array, counts: Array) -> Array:
@@ -229,6 +237,10 @@ def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray,
     signatures = jax.vmap(describe)(rows, sizes, keys)
     alike = jnp.ones(sizes.shape) if config.weights_of_clients == "uniform" else ()
     population = Population(jnp.asarray(rows), jnp.asarray(sizes), jnp.asarray(ranks), signatures, alike)
+    if local_training.are_unequal(config):
+        own = zip(sizes, config.seeds, strict=True)
+        work = np.stack([local_training.examples_of_a_round(config, *one) for one in own])
+        population = population._replace(examples=jnp.asarray(work))
     return Clients(population, jnp.asarray(tests), jnp.asarray(counts))
 
 

@@ -15,6 +15,7 @@ from jax import Array
 
 from experiments.setup.augment import augmentation
 from fedlora_jax import dropout
+from fedlora_jax.batches import Padded
 from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, Params
 from models.backbone import Backbone, Stem
@@ -85,14 +86,15 @@ def objectives(
         return backbone.apply(base, adapter, x, training=training)[0]
 
     def loss_fn(base, adapter, batch, key):
-        x, y = batch
+        x, y = examples = batch.examples if isinstance(batch, Padded) else batch
         if augment:
             classes = jax.eval_shape(lambda: logits(base, adapter, x, True)).shape[-1]
-            x, y = vary(purpose(key, "augmentation"), batch, classes)
+            x, y = vary(purpose(key, "augmentation"), examples, classes)
         if drop:
             adapter = dropout.switched_on(adapter, purpose(key, "dropout of adapters"), drop)
         out = logits(base, adapter, x, True)
-        return task.loss(out, optax.smooth_labels(shares(out, y), smoothing) if smoothing else y).mean()
+        losses = task.loss(out, optax.smooth_labels(shares(out, y), smoothing) if smoothing else y)
+        return batch.mean(losses) if isinstance(batch, Padded) else losses.mean()
 
     def correct_fn(base, adapter, examples):
         one = lambda xy: task.right(logits(base, adapter, xy[0][None], False), xy[1][None])[0]

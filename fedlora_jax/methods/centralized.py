@@ -11,8 +11,8 @@ With one client it is FedIT.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
+from fedlora_jax import batches
 from fedlora_jax.method import About, Cohort, Method, Traffic, average_client
 from fedlora_jax.methods.fedit import fedit
 
@@ -27,14 +27,9 @@ def centralized() -> Method:
 
 def pooled(cohort: Cohort) -> Cohort:
     """One client that holds the batches ``[1, C T, B, ...]`` (and queries) of all, step by step over all clients."""
-
-    def mixed(x):
-        clients, steps, batch = x.shape[:3]
-        return jnp.moveaxis(x, 0, 2).reshape(1, steps * clients, batch, *x.shape[3:])
-
     return average_client(cohort)._replace(
         ids=cohort.ids[:1],
         ranks=cohort.ranks.max(keepdims=True),
-        batches=jax.tree.map(mixed, cohort.batches),
+        batches=batches.pooled(cohort.batches),
         queries=jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), cohort.queries),
     )

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax import lora, product
+from fedlora_jax.batches import mean_over_steps
 from fedlora_jax.lora import Adapter, LoRA, Params
 from fedlora_jax.method import About, Dispatch, Method, Traffic, mean
 
@@ -116,7 +117,7 @@ def first_update(
 
     def client(own: Any) -> Adapter:
         one = lambda kernels, batch: loss_fn(lora.add(base, kernels), adapter, batch, key)
-        mean_loss = lambda kernels: jax.lax.map(lambda batch: one(kernels, batch), own).mean()
+        mean_loss = lambda kernels: mean_over_steps(own, jax.lax.map(lambda batch: one(kernels, batch), own))
         return jax.tree.map(best, jax.grad(mean_loss)(lora.zero_deltas(adapter)), low_rank)
 
     uploads = jax.lax.map(client, batches)  # one after another: a dense gradient is as large as the kernels

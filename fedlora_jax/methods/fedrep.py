@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedlora_jax import lora, personal
+from fedlora_jax.batches import steps_taken
 from fedlora_jax.checks import is_concrete, refuse_outside
 from fedlora_jax.method import About, Method
 from fedlora_jax.methods.fedper import fedper
@@ -40,8 +42,11 @@ def fedrep(share: float = 0.5) -> Method:
         return lora.join(only(body, jnp.logical_not(first)), only(head, first))
 
     def with_both_phases(cohort):
-        steps = jax.tree.leaves(cohort.batches)[0].shape[1]
-        if is_concrete(share) and personal.within((steps - 1) / steps, share):
+        steps = steps_taken(cohort.batches, 1)
+        if not is_concrete(share, steps):
+            return cohort
+        steps = int(np.min(steps))  # of the client that takes the fewest
+        if personal.within((steps - 1) / steps, share):
             raise ValueError(
                 f"a share of {share} of {steps} local steps for the head leaves none for the low-rank factors: "
                 f"expected at most {steps - 1} of {steps}, lower the share or take more steps"

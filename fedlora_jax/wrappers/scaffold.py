@@ -1,7 +1,7 @@
 """SCAFFOLD: *SCAFFOLD: Stochastic Controlled Averaging for Federated Learning*, Karimireddy et al., ICML 2020, arXiv
 1910.06378, eq. 3 to 5 (option II).
 
-    y <- y - eta (g(y) + c - c_i)        K steps from x        c_i+ = c_i - c + (x - y) / (K eta)
+    y <- y - eta (g(y) + c - c_i)        K steps from x        c_i+ = c_i - c + (x - y) / (K eta)      K: client i's
     c <- c + sum_S q_i (c_i+ - c_i)                            all controls start at zero, so that c = sum_i q_i c_i
 
 The correction is the gradient of the penalty ``<w, c - c_i>``. ``(x - y) / (K eta)`` is a mean gradient under plain SGD
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedlora_jax.batches import steps_taken
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Method, mean, per_client
@@ -63,8 +64,8 @@ def scaffold(
 
     def client_context(c, cohort, sent):
         same_structure("scaffold", c, sent.adapter, cohort.memory)
-        batches = jax.tree.leaves(cohort.batches)
-        steps = batches[0].shape[1] if batches else 1  # without batches nobody trains: any number does
+        trains = len(jax.tree.leaves(cohort.batches)) > 0
+        steps = steps_taken(cohort.batches, 1) if trains else 1  # where nobody trains any number does
         shift = jax.tree.map(lambda c, ci, m: (c - ci) * m, c, cohort.memory, sent.mask)
         own = jax.tree.map(lambda c, x, m: jnp.broadcast_to(c, x.shape) * m, c, sent.adapter, sent.mask)
         return Context(own, shift, sent.mask, jnp.full(len(cohort.ids), steps * local_lr))
