@@ -55,25 +55,34 @@ def test_a_comparison_a_budget_and_a_sweep_give_every_client_the_same_accuracy(n
 
 @pytest.mark.parametrize("name", ["hilora:root=0.4:cluster=0.6", "fedit"])
 def test_clients_served_in_groups_have_the_accuracies_of_all_at_once(name, options, monkeypatch):
-    """Six clients in groups of four: the last group is filled up, and no group sees another's clients."""
+    """Six clients in groups of four: the last group is filled up, and no group sees another's clients.
+
+    What an unseen client's trial finds, it keeps: of HiLoRA the cluster in which it is served.
+    """
     config = parse(["run", "--method", name, *options])[1]
     p = problem.build(config, partial(facts.acceptable, config))
     method = methods.build(name, **facts.facts_of(config, p.signature))
     seed = jax.tree.map(lambda x: x[0], p.everyone())
     run = rounds.start(method, seed.key, seed.adapter, config.clients)
     moved = jax.tree.map(lambda x: x + 0.3 * np.ones(x.shape, x.dtype), seed.adapter)
-    part = "root" if name.startswith("hilora") else "adapter"
-    run = run._replace(state=run.state._replace(**{part: moved}))
+    tiers = name.startswith("hilora")
+    moved = {"root": moved, "stage": np.int32(1)} if tiers else {"adapter": moved}
+    run = run._replace(state=run.state._replace(**moved))
     found = []
     for most in (256, 4):
         monkeypatch.setattr(evaluation, "GROUP", most)
         serving = evaluation.make_serving(config, p, method, make_optimizer(config), 2)
 
         def served(arrays, seed, run, serving=serving):
-            return serving.score(arrays, seed, run, serving.onboard(arrays, seed, run), 2, evaluation.subspaces)
+            own = serving.onboard(arrays, seed, run)
+            return serving.score(arrays, seed, run, own, 2, evaluation.subspaces), own
 
         found.append(jax.jit(served)(p.arrays(), seed, run))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), *found)
+    if tiers:
+        own = found[0][1].cluster
+        assert (own[: config.clients] == -1).all()
+        assert (own[config.clients :] >= 0).all()
 
 
 def test_scoring_holds_no_images_of_more_than_one_group(options, monkeypatch):
