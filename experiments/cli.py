@@ -191,6 +191,8 @@ _TUNED = {"budgets", "lrs", "tuning_seeds", "vary"} | _META
 _WEIGHTS = {"weights", "mean", "std", "heads", "epsilon", "keep_head"}
 _MODEL = _WEIGHTS | {
     "head",
+    "prompts",
+    "class_names",
     "model",
     "data",
     "classes",

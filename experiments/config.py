@@ -103,6 +103,16 @@ class Config:
         "names, where a model reads text (default: as the model has it). --full says whether it is trained",
         among=HEADS,
     )
+    prompts: str | None = option(
+        None,
+        "what a zero-shot head is made of, with {} for the name of a class; several, with | between them, are averaged "
+        "(default: 'a photo of a {}.')",
+    )
+    class_names: tuple[str, ...] = option(
+        (),
+        "what these prompts call the classes, comma-separated, in the data's order (default: as the data does)",
+        empty=True,
+    )
     dtype: str = option(
         "float32",
         "in which the model computes activations; adapters, head, norms and losses stay float32",

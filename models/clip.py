@@ -26,7 +26,7 @@ from .parts import LayerNorm, stacked
 from .vit import Block, ViT, vit
 
 SIZES = {"B/32": 512, "B/16": 512, "L/14": 768, "H/14": 1024}  # width of the features: table 20; H is OpenCLIP's
-PROMPT = "a photo of a {}."
+PROMPT = "a photo of a {}."  # section 3.1.4
 TOGETHER = 64  # texts that the text tower sees at once
 
 
@@ -78,6 +78,14 @@ def text_features(model: Text, params: Any, tokenizer: Bpe, texts: list[str]) ->
 
 
 def zero_shot(features: np.ndarray, logit_scale: float) -> dict[str, np.ndarray]:
-    """The head that is the text features ``[classes, projection]`` of the classes, times ``exp(logit_scale)``."""
-    kernel = np.exp(np.float32(logit_scale)) * features.T
-    return {"kernel": kernel, "bias": np.zeros(len(features), np.float32)}
+    """The head that is the text features of the classes, times ``exp(logit_scale)``.
+
+    Args:
+      features: ``[prompts, classes, projection]``; those of several prompts are averaged (section 3.1.4).
+      logit_scale: t.
+    """
+    if len(features) > 1:
+        mean = features.mean(0)
+        features = mean[None] / np.linalg.norm(mean, axis=-1, keepdims=True)
+    kernel = np.exp(np.float32(logit_scale)) * features[0].T
+    return {"kernel": kernel, "bias": np.zeros(kernel.shape[1], np.float32)}

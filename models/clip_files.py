@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import files, tables
+from .backbone import Layout
 from .clip import Text
 from .tables import QKV, Table
 from .vit import ViT
@@ -97,6 +98,17 @@ OTHERS = {
     r"visual\.trunk\.": "its image tower is timm's",
     r"text\.": "its text tower is of another kind",
 }
+
+
+BASE = "transformers.CLIPModel.from_pretrained(MODEL)"
+
+
+def layouts(format: Format, depth: int) -> dict[str, Layout]:
+    """The image tower as PyTorch sees it, without a head, which nobody there has; OpenCLIP packs its attention."""
+    if format.image.name != HUGGING_FACE.image.name:
+        return {}
+    bare = format.image._replace(top={ours: x for ours, x in format.image.top.items() if ours != "head"})
+    return {"transformers": Layout(tables.linears(bare, depth), BASE)}
 
 
 def claims(names: Iterable[str]) -> bool:

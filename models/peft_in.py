@@ -254,6 +254,10 @@ def _whole(what: str, linear: Linear, kinds: Mapping[str, np.ndarray], flat: Map
         raise ValueError(f"{what} has the weight {list(weight.T.shape)}, expected [classes, {n_in + linear.extra}]")
     if weight[n_in:].any():
         raise ValueError(f"{what} reads what the model here does not, the last {linear.extra} of its inputs")
+    if bias_of(kernel) not in flat:
+        if "bias" in kinds:
+            raise ValueError(f"{what} has a bias, which that of the model has not")
+        return {kernel: weight[:n_in]}
     bias = kinds.get("bias", np.zeros(weight.shape[1], np.float32))
     if bias.shape != weight.shape[1:]:
         raise ValueError(f"{what} has a bias {list(bias.shape)}, expected [{weight.shape[1]}]")

@@ -49,7 +49,8 @@ def load_clip(
     std: Sequence[float] | None = None,
     keep_head: bool = False,
     head: Literal["zero_shot", "linear"] = "zero_shot",
-    prompt: str = PROMPT,
+    prompts: Sequence[str] = (),
+    class_names: Sequence[str] = (),
     **options: Any,
 ) -> Clip:
     """Load a CLIP from arrays under names of transformers or of OpenCLIP; each is used, or refused by name.
@@ -61,12 +62,13 @@ def load_clip(
       classes, image_size, mean, std, keep_head: as for ``load_vit``; a head is in files of our own alone.
       head: where the file has none for these classes: ``zero_shot``, that of prompts with their names; or ``linear``,
         zero, to be learned.
-      prompt: with ``{}`` for the name of a class, in which ``_`` is a space.
+      prompts: with ``{}`` for the name of a class; features of several are averaged. None: ``clip.PROMPT``.
+      class_names: what prompts call the classes, in their order. None: as they are called, with a space for ``_``.
       **options: of ``ViT`` (``unroll``, ``remat``, ``dtype``).
 
     Raises:
       ValueError: the file is missing, damaged, or does not hold such a model; nothing says heads or activation; a
-        zero-shot head is asked for without names or without a vocabulary.
+        zero-shot head is asked for without names or without a vocabulary, or prompts where no such head is made.
     """
     source, path = Path(path), files.located(path)
     format, model, text, arrays, inside = clip_files.read(path)
@@ -82,8 +84,15 @@ def load_clip(
     text = text.clone(**told)
     kernels, kept = start_of_head(path, params.pop("head", None), model.projection, known.labels, classes, keep_head)
     if head == "zero_shot" and not kept.startswith("kept"):
-        kernels = _zero_shot(path, classes, prompt, text, text_params, scale)
-        kept = f"zero-shot, {prompt!r} with the classes' names"
+        kernels = _zero_shot(path, _texts(classes, prompts or (PROMPT,), class_names), text, text_params, scale)
+        kept = f"zero-shot, {', '.join(map(repr, prompts or (PROMPT,)))} with "
+        kept += f"{', '.join(class_names)}" if class_names else "the classes' names"
+    elif prompts or class_names:
+        raise ValueError(
+            "--prompts and --class-names are of a zero-shot head, and the head is "
+            + ("linear" if head == "linear" else kept)
+            + ": leave them out"
+        )
     params = {**params, "cls": params["cls"][None], "head": kernels}
     params["pos"] = resize(params["pos"], image_size, model.patch)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
@@ -91,7 +100,8 @@ def load_clip(
     model = model.clone(**of, **options)
     about = {"text": {"heads": text.heads, "ln_eps": text.epsilon, "act": text.act}}
     origins = {**known.origins, "head": kept}
-    image = Pretrained(model, params, known.mean, known.std, files.name_of(source), origins, about)
+    layouts = clip_files.layouts(format, model.depth)
+    image = Pretrained(model, params, known.mean, known.std, files.name_of(source), origins, about, layouts)
     return Clip(image, text, text_params, scale, format)
 
 
@@ -103,11 +113,13 @@ def clip_backbone(
     std: Sequence[float] | None = None,
     keep_head: bool = False,
     head: Literal["zero_shot", "linear"] = "zero_shot",
-    prompt: str = PROMPT,
+    prompts: Sequence[str] = (),
+    class_names: Sequence[str] = (),
     dtype: str = "float32",
 ) -> Backbone:
     """The ``Backbone`` of a file, its image tower with a head; arguments and errors as for ``load_clip``."""
-    given = {"mean": mean, "std": std, "keep_head": keep_head, "head": head, "prompt": prompt}
+    given = {"mean": mean, "std": std, "keep_head": keep_head, "head": head}
+    given |= {"prompts": prompts, "class_names": class_names}
     made = load_clip(weights, classes, image_size, **given, dtype=getattr(jnp, dtype))
 
     def names(params: Params) -> dict[str, np.ndarray]:
@@ -167,13 +179,22 @@ def _part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return part if isinstance(part, dict) else {}
 
 
-def _zero_shot(
-    path: Path, classes: int | Sequence[str] | None, prompt: str, text: Text, params: Any, scale: np.ndarray
-) -> dict[str, np.ndarray]:
+def _texts(classes: int | Sequence[str] | None, prompts: Sequence[str], class_names: Sequence[str]) -> list[list[str]]:
+    """Of every prompt, one for each class."""
     if classes is None or isinstance(classes, int):
         raise ValueError(f"a zero-shot head is made of the classes' names, got {classes}: give them, or head='linear'")
-    if "{}" not in prompt:
-        raise ValueError(f"the prompt {prompt!r} has no {{}} for the name of a class")
+    if wrong := [prompt for prompt in prompts if "{}" not in prompt]:
+        raise ValueError(f"the prompt {wrong[0]!r} has no {{}} for the name of a class")
+    if class_names and len(class_names) != len(classes):
+        raise ValueError(
+            f"--class-names are {len(class_names)}, the data has {len(classes)} classes: name each in its order "
+            f"({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})"
+        )
+    names = class_names or [name.replace("_", " ") for name in classes]
+    return [[prompt.replace("{}", name) for name in names] for prompt in prompts]
+
+
+def _zero_shot(path: Path, texts: list[list[str]], text: Text, params: Any, scale: np.ndarray) -> dict[str, np.ndarray]:
     tokenizer = bpe.find(path.parent)
     if tokenizer is None:
         raise ValueError(
@@ -185,5 +206,5 @@ def _zero_shot(
             f"the vocabulary beside {path} has {len(tokenizer.ids)} tokens, its text tower {text.vocabulary}: they are "
             "not of one model"
         )
-    texts = [prompt.replace("{}", name.replace("_", " ")) for name in classes]
-    return clip.zero_shot(clip.text_features(text, params, tokenizer, texts), float(scale))
+    features = clip.text_features(text, params, tokenizer, [text for own in texts for text in own])
+    return clip.zero_shot(features.reshape(len(texts), len(texts[0]), -1), float(scale))

@@ -4,10 +4,13 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from safetensors.numpy import load_file
 
-from fedlora_jax import lora
+import fedlora_jax as fl
+from fedlora_jax import Population, lora, make_round, make_step, rounds, scan_rounds
 
 PREFIX = "base_model.model."
 
@@ -49,3 +52,22 @@ def random_adapter(params, targets, full=("^head/",), rank=3, scale=1.5, seed=0)
     rng = np.random.default_rng(seed)
     adapter = lora.new(jax.random.key(0), params, rank, targets=targets, full=full, scale=scale)
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.3, adapter)
+
+
+def federated(backbone, adapter, side, classes):
+    """The server's adapter after two rounds of FedIT."""
+    x, y = (
+        jax.random.randint(jax.random.key(0), (32, side, side, 3), 0, 256).astype(jnp.uint8),
+        jnp.arange(32) % classes,
+    )
+
+    def loss_fn(base, adapter, batch, key):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            backbone.apply(base, adapter, batch[0])[0], batch[1]
+        ).mean()
+
+    clients = Population(jnp.arange(32).reshape(2, 16), jnp.full(2, 16), jnp.full(2, lora.max_rank(adapter)))
+    step = make_step(make_round(fl.fedit(), loss_fn, optax.sgd(0.1)), participants=2, steps=2, batch=4, smallest=16)
+    run = rounds.start(fl.fedit(), jax.random.key(1), adapter, clients=2)
+    run, _ = jax.jit(scan_rounds(step, 2))(backbone.params, (x, y), clients, run, jax.random.key(2))
+    return run.state.adapter

@@ -1,6 +1,7 @@
 """CLIP: the network of the definition in both formats, a head of the classes' names, federated; or a refusal."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from weight_helpers import write
 
 from experiments.cli import parse
 from experiments.commands.compare import Plan
+from experiments.config import Config
+from experiments.setup import backbone as backbones
 from models import families
 from models.bpe import BYTES, END, START, Bpe, find, split
 from models.pretrained_clip import clip_backbone, load_clip
@@ -84,11 +87,47 @@ def test_a_zero_shot_head_gives_the_logits_of_the_definition(tmp_path):
     assert made.facts["head"] == "zero-shot, 'a photo of a {}.' with the classes' names"
     assert made.facts["act"] == "quick_gelu (vision_config in config.json)"
     assert families.of(tmp_path / "a") == "clip"
-    other = clip_backbone(tmp_path / "a", NAMES, prompt="{}")
+    other = clip_backbone(tmp_path / "a", NAMES, prompts=("{}",))
     assert np.abs(logits(other) - logits(made)).max() > 1e-3
     linear = clip_backbone(tmp_path / "a", NAMES, head="linear")
     assert not logits(linear).any()
     np.testing.assert_allclose(np.linalg.norm(linear.apply(linear.params, {}, IMAGES)[1], axis=-1), 1, rtol=1e-5)
+
+
+def test_prompts_are_averaged_and_call_the_classes_as_asked(tmp_path):
+    path = folder(tmp_path / "a", arrays())
+    config = Config(weights=str(path), prompts="a photo of a {}.|{}", class_names=("cat", "eel", "a photo"))
+    made = backbones.read(config, ("0", "1", "2"), 4)
+    assert made.facts["head"] == "zero-shot, 'a photo of a {}.', '{}' with cat, eel, a photo"
+    parts = [
+        clip_backbone(path, config.class_names, prompts=(p,)).params["head"]["kernel"]
+        for p in config.prompts.split("|")
+    ]
+    mean = sum(np.float64(kernel) / np.linalg.norm(kernel, axis=0) for kernel in parts)
+    expected = np.exp(0.7) * mean / np.linalg.norm(mean, axis=0)
+    np.testing.assert_allclose(made.params["head"]["kernel"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prompts": "a photo"}, "the prompt 'a photo' has no {} for the name of a class"),
+        ({"prompts": "{}|"}, "the prompt '' has no {} for the name of a class"),
+        (
+            {"class_names": ("a", "b")},
+            "--class-names are 2, the data has 3 classes: name each in its order (cat, giant_",
+        ),
+        (
+            {"prompts": "{}", "head": "linear"},
+            "--prompts and --class-names are of a zero-shot head, and the head is lin",
+        ),
+        ({"prompts": "{}", "model": "vit", "weights": "nano"}, "vit does not take --prompts: leave it out"),
+    ],
+)
+def test_prompts_that_make_no_head_are_refused(options, said, tmp_path):
+    path = str(folder(tmp_path / "a", arrays()))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        backbones.read(Config(**{"weights": path, **options}), NAMES, 4 if "model" not in options else 16)
 
 
 @pytest.mark.parametrize("quick", [True, False])

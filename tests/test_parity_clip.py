@@ -4,13 +4,20 @@ import json
 import unicodedata
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from clip_helpers import MERGES, vocabulary
+from peft_helpers import federated, random_adapter
 from safetensors.numpy import save_file
 
+from experiments.config import Config
+from experiments.setup import adapter as adapters
+from experiments.setup.problem import new_adapter
 from models import bpe
+from models import peft as ours_peft
 from models.pretrained_clip import clip_backbone, load_clip
+from models.vit import TARGETS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -123,3 +130,36 @@ def test_text_is_cut_as_theirs_is(words, folder):
     tokens, _ = own.encode_all(texts, 16)
     expected = words(texts, padding="max_length", truncation=True, max_length=16)["input_ids"]
     assert tokens.tolist() == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what peft asks of transformers
+def test_an_adapter_of_its_image_tower_goes_out_and_comes_in(words, folder, tmp_path):
+    """Two rounds, then their logits of images and texts; and what peft has written of it, read here."""
+    peft = pytest.importorskip("peft")
+    made = model(words, "quick_gelu")
+    made.save_pretrained(folder)
+    backbone = clip_backbone(folder, NAMES)
+    start = random_adapter(backbone.params, (*TARGETS["all"], "projection"), full=())
+    adapter = federated(backbone, start, SIDE, len(NAMES))
+    layout, before = backbone.layouts["transformers"], theirs(made, words)
+    assert not ours_peft.unheld(layout, backbone.params, adapter)
+    (tmp_path / "out").mkdir()
+    for file, content in ours_peft.files_of(layout, backbone.params, adapter, {}).items():
+        (tmp_path / "out" / file).write_bytes(content)
+    assert layout.base == "transformers.CLIPModel.from_pretrained(MODEL)"
+    whole = peft.PeftModel.from_pretrained(transformers.CLIPModel.from_pretrained(folder), str(tmp_path / "out")).eval()
+    expected = backbone.apply(backbone.params, adapter, IMAGES)[0]
+    np.testing.assert_allclose(theirs(whole, words), expected, atol=1e-4)
+    assert np.abs(theirs(whole, words) - before).max() > 0.1
+    saved = peft.LoraConfig(
+        r=3, target_modules=r"vision_model\..*\.(q_proj|fc2)", modules_to_save=["visual_projection"], use_rslora=True
+    )
+    whole = peft.get_peft_model(made, saved).eval()
+    with torch.no_grad():
+        for x in (x for x in whole.parameters() if x.requires_grad):
+            x.copy_(0.3 * torch.randn_like(x))
+    whole.save_pretrained(tmp_path / "in")
+    config = Config(**{**adapters.options(str(tmp_path / "in")), "adapter": str(tmp_path / "in"), "full": ()})
+    config, top, begin = adapters.begins(config, backbone, backbone, tuple(NAMES))
+    adapter = begin.onto(new_adapter(config, top, jax.random.key(0)))
+    np.testing.assert_allclose(top.apply(top.params, adapter, IMAGES)[0], theirs(whole, words), atol=1e-4)

@@ -4,14 +4,12 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from input_helpers import SMALL, change
+from peft_helpers import federated
 from safetensors.numpy import save_file
 
-import fedlora_jax as fl
 from experiments.cli import parse
 from experiments.commands.compare import Plan
 from experiments.commands.export import Plan as Export
@@ -19,7 +17,7 @@ from experiments.config import Config
 from experiments.setup import adapter as adapters
 from experiments.setup.backbone import cut
 from experiments.setup.problem import new_adapter
-from fedlora_jax import Population, lora, make_round, make_step, rounds, scan_rounds
+from fedlora_jax import lora
 from models import peft as ours
 from models.families import find
 from models.vit import TARGETS
@@ -133,31 +131,12 @@ def backbone_of(path):
     return find(None, path)(path, CLASSES, SIDE)
 
 
-def federated(backbone, adapter):
-    """The server's adapter after two rounds of FedIT."""
-    x, y = (
-        jax.random.randint(jax.random.key(0), (32, SIDE, SIDE, 3), 0, 256).astype(jnp.uint8),
-        jnp.arange(32) % CLASSES,
-    )
-
-    def loss_fn(base, adapter, batch, key):
-        return optax.softmax_cross_entropy_with_integer_labels(
-            backbone.apply(base, adapter, batch[0])[0], batch[1]
-        ).mean()
-
-    clients = Population(jnp.arange(32).reshape(2, 16), jnp.full(2, 16), jnp.full(2, lora.max_rank(adapter)))
-    step = make_step(make_round(fl.fedit(), loss_fn, optax.sgd(0.1)), participants=2, steps=2, batch=4, smallest=16)
-    run = rounds.start(fl.fedit(), jax.random.key(1), adapter, clients=2)
-    run, _ = jax.jit(scan_rounds(step, 2))(backbone.params, (x, y), clients, run, jax.random.key(2))
-    return run.state.adapter
-
-
 @pytest.mark.parametrize(("name", "bare"), [*((name, False) for name in MODELS), ("DINOv2", True)])
 def test_a_published_model_trained_in_two_rounds_goes_back(name, bare, tmp_path):
     made = model(name)
     backbone = backbone_of(published(made, tmp_path / "weights", bare))
     start = lora.new(jax.random.key(0), backbone.params, 2, targets=TARGETS["all"], full="^head/", scale=1.5)
-    adapter = federated(backbone, start)
+    adapter = federated(backbone, start, SIDE, CLASSES)
     layout = next(iter(backbone.layouts.values()))
     assert not ours.unheld(layout, backbone.params, adapter)
     (tmp_path / "adapter").mkdir()

@@ -72,6 +72,10 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     optional |= {} if own and built_in else {"weights": weights}
     if config.head == "zero_shot" or (config.head == "linear" and "head" in inspect.signature(function).parameters):
         optional["head"] = config.head
+    if config.prompts is not None:
+        optional["prompts"] = tuple(config.prompts.split("|"))
+    if config.class_names:
+        optional["class_names"] = config.class_names
     asked = inspect.signature(function).parameters
     for name, value in optional.items():
         if name not in asked and value != getattr(Config, name):
