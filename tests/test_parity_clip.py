@@ -149,8 +149,8 @@ def test_an_adapter_of_its_image_tower_goes_out_and_comes_in(words, folder, tmp_
     assert layout.base == "transformers.CLIPModel.from_pretrained(MODEL)"
     whole = peft.PeftModel.from_pretrained(transformers.CLIPModel.from_pretrained(folder), str(tmp_path / "out")).eval()
     expected = backbone.apply(backbone.params, adapter, IMAGES)[0]
-    np.testing.assert_allclose(theirs(whole, words), expected, atol=1e-4)
-    assert np.abs(theirs(whole, words) - before).max() > 0.1
+    np.testing.assert_allclose(theirs(whole, words), expected, atol=1e-5)
+    assert np.abs(theirs(whole, words) - before).max() > 0.01
     saved = peft.LoraConfig(
         r=3, target_modules=r"vision_model\..*\.(q_proj|fc2)", modules_to_save=["visual_projection"], use_rslora=True
     )
@@ -162,4 +162,4 @@ def test_an_adapter_of_its_image_tower_goes_out_and_comes_in(words, folder, tmp_
     config = Config(**{**adapters.options(str(tmp_path / "in")), "adapter": str(tmp_path / "in"), "full": ()})
     config, top, begin = adapters.begins(config, backbone, backbone, tuple(NAMES))
     adapter = begin.onto(new_adapter(config, top, jax.random.key(0)))
-    np.testing.assert_allclose(top.apply(top.params, adapter, IMAGES)[0], theirs(whole, words), atol=1e-4)
+    np.testing.assert_allclose(top.apply(top.params, adapter, IMAGES)[0], theirs(whole, words), atol=1e-5)
