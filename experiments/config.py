@@ -206,7 +206,8 @@ class Config:
     augment: tuple[str, ...] = option(
         (),
         "how training images are varied in every local step, comma-separated, one after another: flip, crop:PIXELS, "
-        "resized_crop:SMALLEST (share of the area), mixup:ALPHA (default: not at all)",
+        "resized_crop:SMALLEST (share of the area), jitter:STRENGTH (brightness, contrast, saturation), hue:SHARE (of "
+        "the colour circle), randaugment:COUNT:STRENGTH (of 10), mixup:ALPHA, cutmix:ALPHA (default: not at all)",
         empty=True,
     )
     lr: float = option(0.1, "local learning rate, of the first step", "(0, inf)")

@@ -1,13 +1,15 @@
 """Varied images are what the ways say, inside a run too; keys make them, so that a run can be repeated."""
 
+import colorsys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from input_helpers import SMALL, refused
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
-from experiments.setup import augment, task
+from experiments.setup import augment, operations, task
 from experiments.setup.augment import augmentation
 
 RNG = np.random.default_rng(0)
@@ -82,8 +84,122 @@ def test_mixed_labels_have_the_shares_of_the_images():
     assert len(set(others)) > 40
 
 
+@pytest.fixture(scope="module")
+def photographs():
+    """Smooth ones, one of few values, one of a single value."""
+    coarse = [Image.fromarray(RNG.integers(0, 256, (5, 5, 3), np.uint8)) for _ in range(3)]
+    smooth = [np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) for image in coarse]
+    return np.stack([*smooth, smooth[0] // 64 * 40, np.full((32, 32, 3), 90, np.uint8)])
+
+
+ENHANCERS = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "colour": ImageEnhance.Color,
+    "sharpness": ImageEnhance.Sharpness,
+}
+
+
+@pytest.mark.parametrize("name", ENHANCERS)
+def test_colours_change_as_in_pillow(name, photographs):
+    function = jax.jit(jax.vmap(getattr(operations, name), (0, None)))
+    for factor in (0.0, 0.3, 1.0, 1.7):
+        expected = [np.asarray(ENHANCERS[name](Image.fromarray(x)).enhance(factor), int) for x in photographs]
+        assert np.abs(np.asarray(function(photographs, factor), int) - expected).max() <= 1  # float32 in another order
+        assert (np.asarray(function(photographs, factor), int) != expected).mean() < 0.01
+
+
+def test_hues_turn_about_the_circle_of_colours(photographs):
+    function = jax.jit(jax.vmap(operations.hue, (0, None)))
+    for turn in (-0.3, 0.0, 0.11, 0.5):
+
+        def pixel(rgb, turn=turn):
+            h, s, v = colorsys.rgb_to_hsv(*rgb / 255)
+            return 255 * np.array(colorsys.hsv_to_rgb((h + turn) % 1, s, v))
+
+        expected = np.apply_along_axis(pixel, -1, np.float64(photographs))
+        assert np.abs(np.asarray(function(photographs, turn)) - expected).max() <= 0.51
+
+
+def by_pillow(name, m, sign):
+    """RandAugment's operations in Pillow's words, at ``m`` from 0 to 1."""
+    moved = lambda *matrix: lambda x: x.transform(x.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+    factor, pixels = 1 + 0.9 * m * sign, int(150 / 331 * 32 * m) * sign
+    return {
+        "identity": lambda x: x,
+        "rotate": lambda x: x.rotate(30 * m * sign, Image.Resampling.NEAREST),
+        "shear_x": moved(1, 0.3 * m * sign, 0, 0, 1, 0),
+        "shear_y": moved(1, 0, 0, 0.3 * m * sign, 1, 0),
+        "translate_x": moved(1, 0, pixels, 0, 1, 0),
+        "translate_y": moved(1, 0, 0, 0, 1, pixels),
+        "autocontrast": ImageOps.autocontrast,
+        "equalize": ImageOps.equalize,
+        "solarize": lambda x: ImageOps.solarize(x, 255 * (1 - m)),
+        "posterize": lambda x: ImageOps.posterize(x, 8 - round(4 * m)),
+        **{name: lambda x, own=own: own(x).enhance(factor) for name, own in ENHANCERS.items()},
+    }[name]
+
+
+def test_randaugment_does_what_pillow_does(photographs):
+    names = operations.RANDAUGMENT
+    function = jax.jit(jax.vmap(operations.randaugmented, (0, None, None, None)))
+    for m, sign in ((0.9, 1), (0.35, -1)):
+        for which, name in enumerate(names):
+            own = by_pillow(name, m, sign)
+            expected = np.stack([np.asarray(own(Image.fromarray(x)), int) for x in photographs])
+            off = np.abs(np.asarray(function(photographs, which, m, sign), int) - expected)
+            assert (off > 1).mean() < (0.01 if name in ("rotate", "shear_x", "shear_y") else 1e-9), (
+                name
+            )  # ties of places
+
+
+def test_randaugment_draws_its_operations_and_their_ways(photographs):
+    many = np.repeat(photographs[:1], 200, 0)
+    x, y = augment.randaugment(KEY, (jnp.asarray(many), jnp.arange(200)), 4, 1, 5.0)
+    possible = jax.jit(jax.vmap(operations.randaugmented, (None, 0, None, 0)))
+    which, sign = np.divmod(np.arange(28), 2)
+    outcomes = np.asarray(possible(many[0], which, 0.5, 2.0 * sign - 1))
+    found = (outcomes[:, None] == np.asarray(x)).mean((2, 3, 4)) > 0.99  # another program rounds otherwise
+    assert found.any(0).all()
+    assert {operations.RANDAUGMENT[w] for w in which[found.any(1)]} == set(operations.RANDAUGMENT)
+    np.testing.assert_array_equal(y, np.arange(200))
+    twice = augment.randaugment(KEY, (jnp.asarray(many), jnp.arange(200)), 4, 2, 5.0)[0]
+    assert len(np.unique(np.asarray(twice).reshape(200, -1), axis=0)) > 60
+
+
+def test_jittered_colours_stay_within_their_strength(photographs):
+    """Of a grey image contrast and saturation change nothing: what is left is its brightness."""
+    plain = jnp.full((400, 4, 4, 3), 100, jnp.uint8)
+    x, _ = augment.jitter(KEY, (plain, jnp.zeros(400, int)), 4, 0.4)
+    values = np.asarray(x)[:, 0, 0, 0].astype(int)
+    assert (np.asarray(x) == values[:, None, None, None]).all()
+    assert 59 <= values.min() <= 63
+    assert 137 <= values.max() <= 140
+    x, _ = augment.jitter(KEY, (jnp.asarray(photographs), jnp.zeros(5, int)), 4, 0.4)
+    assert (np.asarray(x)[:4] != photographs[:4]).any((1, 2, 3)).all()
+
+
+def test_boxes_come_from_another_image_and_so_does_their_share_of_the_label():
+    shares = []
+    for seed in range(40):
+        x, y = varied("cutmix:1", key=jax.random.key(seed))
+        np.testing.assert_allclose(y.sum(-1), 1, rtol=1e-6)
+        kept = (x == X).all(-1)  # [n, 12, 12]
+        n = int(kept.reshape(64, -1).sum(1).argmin())
+        box = ~kept[n]
+        rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+        part = len(rows) * len(columns) / 144
+        assert box.sum() == round(144 * part)
+        if part:
+            other = next(m for m in range(64) if (X[m][box] == x[n][box]).all())
+            np.testing.assert_allclose(y[n], (1 - part) * np.eye(4)[Y[n]] + part * np.eye(4)[Y[other]], atol=1e-6)
+        shares.append(part)
+    assert min(shares) < 0.1
+    assert max(shares) > 0.4
+
+
 def test_a_key_is_a_picture():
-    ways = ("flip", "crop:1", "resized_crop:0.5", "mixup:1")
+    ways = ("flip", "crop:1", "resized_crop:0.5", "jitter:0.4", "hue:0.1", "randaugment:1:5", "mixup:1", "cutmix:1")
     np.testing.assert_array_equal(varied(*ways)[0], varied(*ways)[0])
     assert (varied(*ways)[0] != varied(*ways, key=jax.random.key(4))[0]).any()
 
@@ -111,6 +227,10 @@ def test_training_sees_varied_images_and_scoring_does_not():
         ("--augment crop:1.5", "whole"),
         ("--augment resized_crop:0", "--augment resized_crop"),
         ("--augment mixup:nan", "--augment mixup"),
+        ("--augment randaugment:2", "randaugment:COUNT:STRENGTH"),
+        ("--augment randaugment:1.5:9", "COUNT must be a whole number"),
+        ("--augment randaugment:2:11", "STRENGTH must be above 0 and at most 10"),
+        ("--augment hue:0.6", "SHARE must be"),
         ("--augment flip --adapt-last 2 --prefix stored", "--prefix stored"),
     ],
 )

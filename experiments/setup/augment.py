@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from experiments.setup import operations
 from fedlora_jax.checks import refuse_outside
 
 Batch = tuple[Array, Array]  # uint8 images [n, H, W, 3], labels [n] (mixed ones: shares of classes [n, classes])
 
 
 class Way(NamedTuple):
-    """``apply(key, batch, classes, number) -> batch``; what the number is, if it has one, and in which interval."""
+    """``apply(key, batch, classes, *numbers) -> batch``; what its numbers are, and the interval of each."""
 
-    apply: Callable[[Array, Batch, int, float], Batch]
-    number: str = ""
-    inside: str = ""
+    apply: Callable[..., Batch]
+    numbers: tuple[tuple[str, str], ...] = ()
 
 
-def flip(key: Array, batch: Batch, classes: int, number: float) -> Batch:
+def flip(key: Array, batch: Batch, classes: int) -> Batch:
     """Every image mirrored, left to right, with probability 1/2."""
     x, y = batch
     return jnp.where(jax.random.bernoulli(key, 0.5, (len(x), 1, 1, 1)), x[:, :, ::-1], x), y
@@ -82,12 +81,71 @@ def mixup(key: Array, batch: Batch, classes: int, number: float) -> Batch:
     return as_bytes(mixed(x.astype(jnp.float32))), mixed(shares)
 
 
+def cutmix(key: Array, batch: Batch, classes: int, number: float) -> Batch:
+    """A box of every image from another of the batch, and labels mixed by its area: a share of Beta(number, number) of
+    the image, anywhere, what reaches out cut off (Yun et al., 2019, arXiv 1905.04899); one box for a batch."""
+    x, y = batch
+    of_share, of_place, of_order = jax.random.split(key, 3)
+    sides = jnp.array(x.shape[1:3])
+    half = jnp.sqrt(jax.random.beta(of_share, number, number)) * sides / 2
+    middle, order = jax.random.uniform(of_place, (2,)) * sides, jax.random.permutation(of_order, len(x))
+    first, last = (jnp.clip(jnp.round(end), 0, sides) for end in (middle - half, middle + half))
+    row, column = (jnp.arange(n) for n in x.shape[1:3])
+    inside = lambda at, i: (at >= first[i]) & (at < last[i])
+    box = inside(row, 0)[:, None] & inside(column, 1)
+    shares = jax.nn.one_hot(y, classes) if y.ndim == 1 else y
+    part = box.mean()
+    return jnp.where(box[..., None], x[order], x), (1 - part) * shares + part * shares[order]
+
+
+def jitter(key: Array, batch: Batch, classes: int, number: float) -> Batch:
+    """Brightness, contrast and saturation of every image times a factor from 1 - number (not below 0) to 1 + number
+    each, in random order: torchvision's ColorJitter."""
+    x, y = batch
+    changes = (operations.brightness, operations.contrast, operations.colour)
+
+    def one(key: Array, image: Array) -> Array:
+        of_order, of_factors = jax.random.split(key)
+        factors = jax.random.uniform(of_factors, (3,), minval=max(0, 1 - number), maxval=1 + number)
+        for i in jax.random.permutation(of_order, 3):
+            image = jax.lax.switch(i, changes, image, factors[i])
+        return image
+
+    return jax.vmap(one)(jax.random.split(key, len(x)), x), y
+
+
+def hue(key: Array, batch: Batch, classes: int, number: float) -> Batch:
+    """The colours of every image turned by up to that share of the colour circle, either way (torchvision's hue)."""
+    x, y = batch
+    return jax.vmap(operations.hue)(x, jax.random.uniform(key, (len(x),), minval=-number, maxval=number)), y
+
+
+def randaugment(key: Array, batch: Batch, classes: int, count: float, strength: float) -> Batch:
+    """So many operations on every image, drawn from 14, each at strength / 10 of its range and either way (Cubuk et
+    al., 2020, arXiv 1909.13719)."""
+    x, y = batch
+
+    def one(key: Array, image: Array) -> Array:
+        for own in jax.random.split(key, int(count)):
+            of_which, of_sign = jax.random.split(own)
+            which = jax.random.randint(of_which, (), 0, len(operations.RANDAUGMENT))
+            image = operations.randaugmented(image, which, strength / 10, jax.random.rademacher(of_sign, ()))
+        return image
+
+    return jax.vmap(one)(jax.random.split(key, len(x)), x), y
+
+
 WAYS = {
     "flip": Way(flip),
-    "crop": Way(crop, "PIXELS", "[1, 1000]"),
-    "resized_crop": Way(resized_crop, "SMALLEST", "(0, 1]"),
-    "mixup": Way(mixup, "ALPHA", "(0, 1000]"),
+    "crop": Way(crop, (("PIXELS", "[1, 1000]"),)),
+    "resized_crop": Way(resized_crop, (("SMALLEST", "(0, 1]"),)),
+    "jitter": Way(jitter, (("STRENGTH", "(0, 1]"),)),
+    "hue": Way(hue, (("SHARE", "(0, 0.5]"),)),
+    "randaugment": Way(randaugment, (("COUNT", "[1, 14]"), ("STRENGTH", "(0, 10]"))),
+    "mixup": Way(mixup, (("ALPHA", "(0, 1000]"),)),
+    "cutmix": Way(cutmix, (("ALPHA", "(0, 1000]"),)),
 }
+WHOLE = ("PIXELS", "COUNT")  # numbers that are
 
 
 def augmentation(texts: Sequence[str]) -> Callable[[Array, Batch, int], Batch]:
@@ -96,11 +154,11 @@ def augmentation(texts: Sequence[str]) -> Callable[[Array, Batch, int], Batch]:
     Raises:
       ValueError: a text is none of ``WAYS``, or its number none that it takes.
     """
-    ways = [partial(_read(text), number=_number(text)) for text in texts]
+    ways = [_read(text) for text in texts]
 
     def vary(key: Array, batch: Batch, classes: int) -> Batch:
-        for i, way in enumerate(ways):
-            batch = way(jax.random.fold_in(key, i), batch, classes)
+        for i, (way, numbers) in enumerate(ways):
+            batch = way.apply(jax.random.fold_in(key, i), batch, classes, *numbers)
         return batch
 
     return vary
@@ -110,24 +168,21 @@ def as_bytes(x: Array) -> Array:
     return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)
 
 
-def _read(text: str) -> Callable:
-    name, colon, _ = text.partition(":")
+def _read(text: str) -> tuple[Way, list[float]]:
+    name, *given = text.split(":")
     way = WAYS.get(name)
-    if way is None or bool(colon) != bool(way.number):
-        forms = ", ".join(name + (f":{way.number}" if way.number else "") for name, way in WAYS.items())
+    if way is None or len(given) != len(way.numbers):
+        forms = ", ".join(":".join((name, *(what for what, _ in way.numbers))) for name, way in WAYS.items())
         raise ValueError(f"--augment must be of {forms}; got {text}")
-    return way.apply
+    return way, [_number(text, own, *about) for own, about in zip(given, way.numbers, strict=True)]
 
 
-def _number(text: str) -> float:
-    name, _, number = text.partition(":")
-    if not WAYS[name].number:
-        return 0.0
+def _number(text: str, given: str, what: str, inside: str) -> float:
     try:
-        value = float(number)
+        value = float(given)
     except ValueError:
         value = math.nan
-    refuse_outside(WAYS[name].inside, **{f"--augment {name}": value})
-    if WAYS[name].number == "PIXELS" and value % 1:
-        raise ValueError(f"--augment {text}: expected a whole number of pixels")
+    refuse_outside(inside, **{f"--augment {text}: {what}": value})
+    if what in WHOLE and value % 1:
+        raise ValueError(f"--augment {text}: {what} must be a whole number")
     return value
