@@ -42,7 +42,7 @@ SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid")
 DTYPES = ("float32", "bfloat16")
-HEADS = ("linear", "cosine", "zero_shot")
+HEADS = ("linear", "cosine", "prototype", "zero_shot")
 FORMS = ("merged", "peft", "npz")  # of what is exported
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
@@ -99,8 +99,10 @@ class Config:
     )
     head: str | None = option(
         None,
-        "what makes logits of features: linear; cosine, a temperature times cosines; or zero_shot, of the classes' "
-        "names, where a model reads text (default: as the model has it). --full says whether it is trained",
+        "what makes logits of features: linear; cosine, a temperature times cosines; prototype, by distance from the "
+        "mean features of each class, over the training clients, to start from; or zero_shot, of the classes' names, "
+        "where a model reads text (default: as the model has it). What --full finds of it is trained and shared (of "
+        "fedper and fedrep each client's own), the rest is frozen",
         among=HEADS,
     )
     prompts: str | None = option(

@@ -9,6 +9,7 @@ from experiments.cli import parse
 from experiments.config import Config
 from experiments.setup import problem
 from experiments.setup.backbone import load
+from experiments.setup.head import prototypes
 from experiments.setup.problem import new_adapter
 from fedlora_jax import lora
 from models.backbone import NO_ADAPTER
@@ -80,3 +81,41 @@ def test_a_head_of_names_is_the_models_that_reads_them(capsys, monkeypatch):
     capsys.readouterr()
     said = refused(["run", "--method", "fedit", "--head", "zero_shot", "--model", "vit"], capsys, monkeypatch)
     assert "vit does not take --head: leave it out, got zero_shot" in said
+
+
+def test_prototypes_are_the_means_of_the_training_clients(tmp_path, monkeypatch):
+    """Of each seed its own; logits are distances from them, and unseen clients tell nothing of their images."""
+    monkeypatch.chdir(tmp_path)
+    change()(tmp_path / "data.npz")
+    options = ["run", "--method", "fedit", *SMALL, "--data", "data.npz", "--rank", "2", "--head", "prototype"]
+    made = problem.build(parse([*options, "--holdout-clients", "2", "--seeds", "2", "--adapt-last", "1"])[1])
+    x, y = made.images.x[~made.images.test], np.asarray(made.train[1])
+    _, features = made.backbone.apply(made.backbone.params, NO_ADAPTER, x)
+    features, heads = np.float64(features), made.adapters["head"]
+    for s in range(2):
+        rows, sizes = (np.asarray(x[s]) for x in made.clients.population[:2])
+        held = np.concatenate([row[:size] for row, size in zip(rows[:4], sizes[:4], strict=True)])
+        means = np.stack([features[held[y[held] == c]].mean(0) for c in range(3)])
+        logits = features @ np.float64(heads["kernel"][s]) + np.float64(heads["bias"][s])
+        distances = ((features[:, None] - means) ** 2).sum(-1)
+        np.testing.assert_allclose(logits, (features**2).sum(-1)[:, None] - distances, rtol=1e-4, atol=1e-3)
+    assert np.abs(heads["kernel"][0] - heads["kernel"][1]).max() > 1e-3
+    assert not np.asarray(made.base["head"]["kernel"]).any()
+    assert made.record["head"] == "prototypes: mean features of each class over the training clients"
+
+
+def test_a_class_that_nobody_has_is_in_the_middle():
+    features, labels = np.float32([[1, 0], [3, 0], [0, 2]]), np.array([0, 0, 2])
+    head = prototypes(features, labels, [np.array([0, 1]), np.array([2])], 3)
+    np.testing.assert_allclose(head["kernel"].T / 2, [[2, 0], [4 / 3, 2 / 3], [0, 2]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--full", ""], "--full '' leaves it frozen: name it there (^head/)"),
+        (["--full", "^head/kernel"], "--full ^head/kernel leaves it frozen"),
+    ],
+)
+def test_prototypes_that_nothing_would_hold_are_refused(options, said, capsys, monkeypatch):
+    assert said in refused(["run", "--method", "fedit", "--head", "prototype", *options], capsys, monkeypatch)

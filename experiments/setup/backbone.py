@@ -88,8 +88,9 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     backbone = checked(made, chosen)
-    if config.head == "cosine":
-        backbone = head.cosine(backbone)
+    others = {"cosine": head.cosine, "prototype": head.emptied}
+    if config.head in others:
+        backbone = others[config.head](backbone)
     if own:
         backbone = backbone._replace(facts={**backbone.facts, "model": f"{config.model} ({digest})"})
     if on_hub:

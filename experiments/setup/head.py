@@ -2,13 +2,19 @@
 
     logits_c = t cos(f, w_c)        Gidaris and Komodakis, CVPR 2018, arXiv 1804.09501, eq. 5
 
-A zero-shot head is a linear layer that a model with a tower for text makes of the classes' names. Who trains a head is
-not said here: what ``--full`` finds is trained and shared, what it leaves out is frozen, and it is personal in methods
-whose clients keep it (FedPer, FedRep).
+A linear layer starts as a model has it, or from what the classes' names or the clients' images say:
+
+    logits_c = 2 f^T m_c - |m_c|^2 = |f|^2 - |f - m_c|^2        Snell et al., NeurIPS 2017, arXiv 1703.05175, sec. 2.4
+    m_c = sum_k n_kc m_kc / sum_k n_kc        m_kc: the mean feature of the n_kc images of class c on client k
+
+as clients would send them (Tan et al., *FedProto*, AAAI 2022, arXiv 2105.00243, eq. 6). A zero-shot head is what a
+model with a tower for text makes of the classes' names. Who trains a head is not said here: what ``--full`` finds is
+trained and shared, what it leaves out is frozen, and it is personal in methods whose clients keep it (FedPer, FedRep).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +26,54 @@ from fedlora_jax.lora import Adapter, Params
 from models.backbone import Backbone
 
 TEMPERATURE = 10.0  # where t begins, as in the paper's code
+PARTS = ("head/kernel", "head/bias")
+
+
+def emptied(backbone: Backbone) -> Backbone:
+    """The model with a head of zeros, where another one is to start from.
+
+    Raises:
+      ValueError: it has no linear layer ``head``.
+    """
+    flat = lora.flatten(backbone.params)
+    if not all(name in flat for name in PARTS) or flat[PARTS[0]].ndim != 2:
+        raise ValueError(
+            f"--head prototype needs a model with head/kernel [width, classes] and head/bias; {backbone.name} has none"
+        )
+    flat |= {name: np.zeros_like(flat[name]) for name in PARTS}
+    facts = {**backbone.facts, "head": "prototypes: mean features of each class over the training clients"}
+    return backbone._replace(params=lora.unflatten(flat), facts=facts)
+
+
+def refuse_frozen(full: Sequence[str], params: Params) -> None:
+    """Prototypes are other ones for each seed, as its clients are, and only what is trained is."""
+    if not set(PARTS) <= set(lora.select(params, full)):
+        raise ValueError(
+            f"--head prototype starts a head that is trained, and --full {','.join(full) or repr('')} leaves it "
+            "frozen: name it there (^head/)"
+        )
+
+
+def prototypes(features: np.ndarray, labels: np.ndarray, clients: Sequence[np.ndarray], classes: int) -> Params:
+    """The linear layer of the nearest mean; of a class that nobody has, the mean of all images.
+
+    Args:
+      features: ``[n, width]``.
+      labels: ``[n]``.
+      clients: rows of each that trains.
+      classes: how many there are.
+    """
+    sums, counts = np.zeros((classes, features.shape[1])), np.zeros(classes)
+    for rows in clients:
+        np.add.at(sums, labels[rows], np.asarray(features[rows], float))
+        np.add.at(counts, labels[rows], 1)
+    means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], sums.sum(0) / counts.sum())
+    return {"kernel": np.float32(2 * means.T), "bias": np.float32(-(means**2).sum(1))}
+
+
+def started(adapters: Adapter, heads: Sequence[Params]) -> Adapter:
+    """Adapters ``[seeds, ...]`` whose heads are these, one of each seed."""
+    return {**adapters, "head": {kind: jnp.stack([head[kind] for head in heads]) for kind in heads[0]}}
 
 
 def cosine(backbone: Backbone) -> Backbone:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from experiments.config import Config
-from experiments.setup import adapter, data, descriptions, local_training, memory, partition_file
+from experiments.setup import adapter, data, descriptions, head, local_training, memory, partition_file
 from experiments.setup import backbone as backbones
 from experiments.setup.data import Images
 from experiments.setup.task import STEM, TASKS, objectives
@@ -100,8 +100,7 @@ def build(
     backbones.refuse_too_large(backbone, len(images.classes), len(images.x), side)
     stem, top = backbones.cut(backbone, config.adapt_last)
     config, top, start = adapter.begins(config, backbone, top, images.classes)
-    if config.dropout:
-        backbones.refuse_without_dropout(backbone, partial(new_adapter, config, backbone), side)
+    _refuse_without_effect(config, backbone, top, side)
     new, targets = lambda key: start.onto(new_adapter(config, top, key)), top.patterns(config.targets)
     shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
     accept(descriptions.shapes_of_one(config.signature, len(images.classes)), shapes)
@@ -120,6 +119,7 @@ def build(
     features = backbones.frozen_features(backbone, images.x[train_rows])
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
+    adapters = _with_heads(config, jax.vmap(new)(keys), made, features, images.y[train_rows], len(images.classes))
     return Problem(
         images=images,
         backbone=backbone,
@@ -127,7 +127,7 @@ def build(
         train=(jnp.asarray(shown[train_rows]), jnp.asarray(images.y[train_rows])),
         test=tuple(jnp.asarray(a[test_rows]) for a in (shown, images.y, images.domain)),  # type: ignore[arg-type]
         clients=stacked,
-        adapters=jax.vmap(new)(keys),
+        adapters=adapters,
         keys=keys,
         signature=descriptions.shapes_of_one(config.signature, len(images.classes)),
         smallest=min(len(part) for parts, _, _ in made for part in parts),
@@ -158,6 +158,23 @@ def new_adapter(config: Config, backbone: Backbone, key: Array) -> Adapter:
     """A fresh adapter of a model's parameters, as the options say."""
     targets = backbone.patterns(config.targets)
     return lora.new(key, backbone.params, rank=max(config.rank), targets=targets, full=config.full, scale=config.factor)
+
+
+def _refuse_without_effect(config: Config, backbone: Backbone, top: Backbone, side: int) -> None:
+    if config.head == "prototype":
+        head.refuse_frozen(config.full, top.params)
+    if config.dropout:
+        backbones.refuse_without_dropout(backbone, partial(new_adapter, config, backbone), side)
+
+
+def _with_heads(
+    config: Config, adapters: Adapter, made: list, features: np.ndarray, labels: np.ndarray, classes: int
+) -> Adapter:
+    """Adapters ``[seeds, ...]`` with the head of each seed that clients' images say, where it is asked for."""
+    if config.head != "prototype":
+        return adapters
+    heads = [head.prototypes(features, labels, parts[: config.clients], classes) for parts, _, _ in made]
+    return head.started(adapters, heads)
 
 
 def of_seeds(problem: Problem, start: int, stop: int) -> Problem:
