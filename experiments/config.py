@@ -75,6 +75,17 @@ class Config:
         (), "these classes alone, by name, comma-separated, or the first N of them (default: all)", empty=True
     )
     image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
+    resize: str | None = option(
+        None,
+        "how images that are read from files become so large: crop (the shorter side is resized, the middle cut out), "
+        "crop:SHARE (that share of it, as timm's crop_pct), squash (their shape is lost) (default: as "
+        "preprocessor_config.json, open_clip_config.json or config.json beside the weights says, else crop)",
+    )
+    resample: str | None = option(
+        None,
+        "with which filter: bicubic, bilinear, lanczos (these antialiased), nearest, or bicubic_aliased, as PyTorch "
+        "resizes tensors (default: as for --resize, else bicubic)",
+    )
     model: str | None = option(
         None,
         "the family of the weights, vit, mixer or clip (default: as their names tell); or FILE.py:FUNCTION of your own "

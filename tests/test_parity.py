@@ -7,10 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
+from experiments.setup import resizing
 from models import huggingface, tables
 from models.pretrained import load_vit
+from models.resizing import beside
 from models.vit import normalise
 
 torch = pytest.importorskip("torch")
@@ -139,3 +142,33 @@ def test_the_command_that_converts_a_pickle_does(tmp_path):
     command = shlex.split(str(refused.value).partition("convert it: ")[2])
     subprocess.run([sys.executable, *command[1:]], check=True)
     np.testing.assert_allclose(ours(load_vit(path, NAMES), True), theirs(made), atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(23, 31), (8, 40)])
+def test_images_that_are_not_antialiased_are_those_of_pytorch(height, width):
+    x = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    tensor = torch.tensor(x).permute(2, 0, 1)[None].double()
+    expected = torch.nn.functional.interpolate(tensor, (9, 9), mode="bicubic", align_corners=False, antialias=False)
+    got = resizing.resized(Image.fromarray(x), resizing.Resizing(9, 1.0, True, resizing.ALIASED))
+    expected = np.clip(expected[0].permute(1, 2, 0).numpy(), 0, 255)
+    np.testing.assert_allclose(np.asarray(got, float), expected, atol=0.51)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ViTImageProcessor", {}),
+        ("CLIPImageProcessor", {}),
+        ("DeiTImageProcessor", {}),
+        ("BitImageProcessor", {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}),
+    ],
+)
+def test_images_are_made_square_as_transformers_does(name, options, tmp_path):
+    kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    processor = kind(**options)
+    processor.save_pretrained(tmp_path)
+    told, _ = beside(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 81, 3), np.uint8).repeat(8, 0).repeat(8, 1))
+    theirs = processor(image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
+    ours = resizing.resized(image, resizing.read(told["resize"], told["resample"], 224))
+    np.testing.assert_array_equal(np.moveaxis(theirs, 0, -1), ours)

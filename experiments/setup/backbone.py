@@ -15,10 +15,12 @@ import numpy as np
 from jax import Array
 
 from experiments.config import Config
-from experiments.setup import head, memory, user_code
+from experiments.setup import data, head, memory, user_code
+from experiments.setup.resizing import Resizing
+from experiments.setup.resizing import read as read_resizing
 from fedlora_jax import dropout, lora
 from fedlora_jax.lora import Adapter, Params
-from models import families, hub, peft_in
+from models import families, hub, peft_in, resizing
 from models.backbone import NO_ADAPTER, Backbone, Stem, checked
 from models.families import FAMILIES
 
@@ -97,6 +99,28 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         name = backbone.name if own else on_hub.partition("@")[0].rpartition("/")[2]
         backbone = backbone._replace(name=name, facts={**backbone.facts, "hub": on_hub})
     return backbone
+
+
+def sizing(config: Config) -> tuple[int | Resizing | None, dict[str, str]]:
+    """How images are made as large as ``--image-size``: as options say, else files beside the weights; and what a run
+    says of it, where it is not what it would be by itself.
+
+    Raises:
+      ValueError: neither says what is known; or options say it of images that are not resized when they are read.
+    """
+    given, side = {"resize": config.resize, "resample": config.resample}, config.image_size
+    asked = [f"--{name}" for name, value in given.items() if value is not None]
+    if asked and (side is None or not data.is_decoded(config.data)):
+        raise ValueError(f"{asked[0]} is of images that are read from files and resized: it goes with --image-size")
+    if side is None or not data.is_decoded(config.data):
+        return side, {}
+    built_in = config.weights == BUILT_IN_NAME or user_code.is_own(config.model or "")
+    told, where = ({}, "") if built_in else resizing.beside(weights_of(config)[0])
+    said = {name: value or told.get(name) for name, value in given.items()}
+    if not any(said.values()):
+        return side, {}
+    resize, resample = said["resize"] or "crop", said["resample"] or "bicubic"
+    return read_resizing(resize, resample, side), {"resized": f"{resize} {resample} ({'given' if asked else where})"}
 
 
 def cut(backbone: Backbone, last: int | None) -> tuple[Stem | None, Backbone]:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from experiments.setup import hugging_face_data, image_folder, tfds
+from experiments.setup.resizing import Resizing
 from models import archive
 
 CONTRACT = ("x", "y", "classes", "domain", "domains", "split", "superclass")
@@ -75,8 +76,11 @@ class Source(NamedTuple):
 
     form: str  # of what is written, for messages
     claims: Callable[[str], bool]  # is this text one of its own?
-    read: Callable[[str, int | None, bool], dict[str, np.ndarray]]  # (text, side of the images or None, whether to
+    read: Callable[
+        [str, int | Resizing | None, bool], dict[str, np.ndarray]
+    ]  # (text, side of the images or None, whether to
     #   leave out what cannot be read) -> arrays of the contract; the side is a wish: other sizes are resized later
+    decodes: bool = True  # does it read images from files, and resize them then?
 
 
 def _digits() -> dict[str, np.ndarray]:
@@ -86,21 +90,29 @@ def _digits() -> dict[str, np.ndarray]:
 
 
 SOURCES = {
-    "digits": Source("'digits'", lambda source: source == "digits", lambda source, side, skip: _digits()),
+    "digits": Source("'digits'", lambda source: source == "digits", lambda source, side, skip: _digits(), False),
     "tfds": Source("tfds:NAME[/CONFIG,...][:VERSION]", lambda source: source.startswith(tfds.PREFIX), tfds.read),
     "hugging face": Source(
         "hf:NAME[:CONFIG] or a folder that datasets has saved", hugging_face_data.claims, hugging_face_data.read
     ),
     "folder": Source("a folder of images", lambda source: Path(source).is_dir(), image_folder.read),
     "file": Source(
-        "the path of a .npz file", lambda source: Path(source).is_file(), lambda source, side, skip: _read(source)
+        "the path of a .npz file",
+        lambda source: Path(source).is_file(),
+        lambda source, side, skip: _read(source),
+        False,
     ),
 }
 
 
+def is_decoded(source: str) -> bool:
+    """Are its images read from files, and resized then? (Nothing is refused yet.)"""
+    return next((own.decodes for own in SOURCES.values() if own.claims(source)), False)
+
+
 def load(
     source: str,
-    side: int | None = None,
+    side: int | Resizing | None = None,
     test_share: float = 0.2,
     skip: bool = False,
     classes: Sequence[str] = (),
@@ -109,7 +121,7 @@ def load(
 
     Args:
       source: name or path.
-      side: of the images, where they should be of another size than they are.
+      side: of the images, where they should be of another size than they are; or how they are resized.
       test_share: where the file has no split, this share of each class (and domain) is set apart for testing, drawn
         with a fixed seed.
       skip: leave out images that cannot be read.

@@ -25,7 +25,9 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from experiments.setup import resizing
 from experiments.setup.caches import caches
+from experiments.setup.resizing import Resizing
 
 FORMAT = 2  # of what is kept, and of how images are decoded: a change of either is another number
 DEEP = ("I", "F")  # Pillow's modes of more than 8 bits begin so; making RGB of them cuts off what is above 255
@@ -51,13 +53,13 @@ class Listing(NamedTuple):
     arrays: Callable[[], dict[str, np.ndarray]]
 
 
-def decoded(listing: Listing, side: int | None, skip: bool = False) -> dict[str, np.ndarray]:
+def decoded(listing: Listing, side: int | Resizing | None, skip: bool = False) -> dict[str, np.ndarray]:
     """The arrays of the contract, ``x`` mapped from a file.
 
     Args:
       listing: the images.
       side: every image is resized so that its shorter side has so many pixels, bicubic and antialiased, and cut to its
-        middle; ``None``: all must be of one size.
+        middle (or as a ``Resizing`` says); ``None``: all must be of one size.
       skip: leave out images that cannot be read, and say how many; else they are refused.
 
     Raises:
@@ -95,7 +97,7 @@ def _whole(kept: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def _make(kept: Path, listing: Listing, side: int | None, skip: bool) -> None:
+def _make(kept: Path, listing: Listing, side: int | Resizing | None, skip: bool) -> None:
     """Decode into a folder beside, and give it its name when it is whole. Called by the owner of the lock alone."""
     part = kept.with_suffix(".part")
     for left in (part, kept):  # of a process that was killed; damaged
@@ -118,7 +120,7 @@ def _make(kept: Path, listing: Listing, side: int | None, skip: bool) -> None:
         raise
 
 
-def _decode(path: Path, listing: Listing, side: int | None, skip: bool) -> tuple[list[int], np.ndarray]:
+def _decode(path: Path, listing: Listing, side: int | Resizing | None, skip: bool) -> tuple[list[int], np.ndarray]:
     """Write all images that can be read; the shape of what was written, and which images they are.
 
     Raises:
@@ -177,10 +179,10 @@ def _in_parallel(one: Callable[[int], Any], count: int, what: str) -> Iterator[A
                 yield result
 
 
-def _first(listing: Listing, side: int | None) -> tuple[int, tuple[int, ...]]:
+def _first(listing: Listing, side: int | Resizing | None) -> tuple[int, tuple[int, ...]]:
     """The shape of all images: as wished, or that of the first that can be read, and which that is."""
     if side is not None:
-        return 0, (side, side, 3)
+        return 0, (resizing.of(side).side,) * 2 + (3,)
     wrong = ""
     for i in range(len(listing.names)):
         try:
@@ -190,7 +192,7 @@ def _first(listing: Listing, side: int | None) -> tuple[int, tuple[int, ...]]:
     raise ValueError(f"{listing.name} holds no image that can be read ({wrong})")
 
 
-def opened(encoded: Path | bytes, side: int | None) -> np.ndarray:
+def opened(encoded: Path | bytes, side: int | Resizing | None) -> np.ndarray:
     """One image, uint8 ``[H, W, 3]``, as a viewer shows it; what is transparent lies on white.
 
     Raises:
@@ -211,18 +213,7 @@ def opened(encoded: Path | bytes, side: int | None) -> np.ndarray:
         raise ValueError("is no image that can be read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"cannot be read: {error}") from None
-    if side is not None and image.size != (side, side):
-        long = 4 * min(image.size)  # of what is much longer than wide only the middle is looked at
-        image = _middle(image, min(image.width, long), min(image.height, long))
-        scale = side / min(image.size)
-        width, height = (max(side, round(scale * n)) for n in image.size)
-        image = _middle(image.resize((width, height), Image.Resampling.BICUBIC), side, side)
-    return np.asarray(image)
-
-
-def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return np.asarray(image if side is None else resizing.resized(image, side))
 
 
 def _sum(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.setup.decoding import Listing, decoded
+from experiments.setup.resizing import Resizing
 
 PREFIX = "hf:"
 SAVED = ("dataset_dict.json", "state.json")
@@ -23,7 +24,7 @@ def claims(source: str) -> bool:
     return source.startswith(PREFIX) or any((Path(source) / name).is_file() for name in SAVED)
 
 
-def read(source: str, side: int | None, skip: bool = False) -> dict[str, np.ndarray]:
+def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[str, np.ndarray]:
     """The arrays of the contract (``data.py``).
 
     Args:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.setup.decoding import Listing, decoded
+from experiments.setup.resizing import Resizing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 SPLITS = {"train": 0, "training": 0, "test": 1, "val": 1, "valid": 1, "validation": 1}
@@ -33,7 +34,7 @@ class Found(NamedTuple):
     splits: list[int] | None  # 0 train, 1 test
 
 
-def read(source: str, side: int | None, skip: bool = False) -> dict[str, np.ndarray]:
+def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[str, np.ndarray]:
     """The arrays of the contract (``data.py``). Classes and domains are in the order of their names, those of lists in
     that of their numbers.
 

@@ -91,9 +91,7 @@ def build(
       backbone: the model, where it has been loaded before.
     """
     # Everything that can be refused is looked at on the host first; only then does anything compile.
-    images = data.load(config.data, config.image_size, skip=config.skip_damaged, classes=config.classes)
-    if config.validation:
-        images = data.validation(images, config.validation)
+    images, resized = _images(config)
     side = config.image_size or _side(images)
     _refuse_too_many(config, images, side)
     backbone = backbone or backbones.load(config, images.classes, side)
@@ -136,6 +134,7 @@ def build(
         correct_fn=correct_fn,
         record={
             **backbone.facts,
+            **resized,
             "data_hash": images.fingerprint(),
             "weights": backbone.name,
             "weights_hash": _hash_tree(backbone.params),
@@ -147,6 +146,13 @@ def build(
             "trained_in_full": sorted(lora.select(top.params, config.full)),
         },
     )
+
+
+def _images(config: Config) -> tuple[Images, dict[str, str]]:
+    """The images of a run, and what is said of how they were resized."""
+    size, resized = backbones.sizing(config)
+    images = data.load(config.data, size, skip=config.skip_damaged, classes=config.classes)
+    return data.validation(images, config.validation) if config.validation else images, resized
 
 
 def _draws(config: Config, population: Population) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.setup.decoding import Listing, decoded
+from experiments.setup.resizing import Resizing
 
 PREFIX = "tfds:"
 FORM = re.compile(r"tfds:(?P<name>\w+)(/(?P<configs>[\w.\-]+(,[\w.\-]+)*))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -36,7 +37,7 @@ class Part(NamedTuple):
     records: Sequence[dict[str, Any]]  # images not decoded
 
 
-def read(source: str, side: int | None, skip: bool = False) -> dict[str, np.ndarray]:
+def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[str, np.ndarray]:
     """The arrays of the contract (``data.py``).
 
     Args:
