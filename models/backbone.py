@@ -47,10 +47,11 @@ class Stem(NamedTuple):
 
 
 class Published(NamedTuple):
-    """What goes into a weight file."""
+    """What goes into a weight file, and beside it."""
 
     arrays: dict[str, np.ndarray]  # under the names by which the family reads them
     said: dict[str, Any]  # what the arrays do not say, for the file's metadata
+    beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # JSON files by name; with any, all are a folder
 
 
 class Linear(NamedTuple):

@@ -19,7 +19,7 @@ from .archive import members, read_npz
 
 LABELS = ("classes", "synsets")  # arrays of a .npz file that name the classes which the head tells apart
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in a folder as they are published
-OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")  # the same, of OpenCLIP
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 

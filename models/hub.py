@@ -1,7 +1,8 @@
 """Weights by name from the Hugging Face hub, through its own package ``huggingface_hub`` (the extra ``hub``).
 
 ``hf:OWNER/NAME``, or ``hf:OWNER/NAME@REVISION`` for a branch, tag or commit. Of a repository only what is read here is
-fetched, into that package's cache (``HF_HOME``), where it is found again without a network.
+fetched, into that package's cache (``HF_HOME``), where it is found again without a network. Where a repository has
+weights for transformers and for OpenCLIP, it is the first that are fetched.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from pathlib import Path
 
 from .bpe import BOTH, MERGES, VOCABULARY
-from .files import INDEX, SINGLE
+from .files import INDEX, OPEN_CLIP, SINGLE
 
 PREFIX = "hf:"
 NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -43,17 +44,20 @@ def fetched(name: str) -> tuple[Path, str]:
             f"{name} needs the package huggingface_hub: pip install huggingface_hub, or give the path of a folder with "
             f"its {SINGLE} and config.json"
         ) from None
+    has = lambda folder, some: any((folder / file).is_file() for file in some)
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+        if not has(folder, (SINGLE, INDEX)):
+            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*FILES, *OPEN_CLIP]))
     except Exception as error:  # of the network, of the hub, of the disk: it has many
         why = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"cannot fetch {name}: {type(error).__name__}: {why}; see to the name and the network, or fetch it where "
             f"there is one (hf download {repository}) and give the path of the folder"
         ) from None
-    if not any((folder / file).is_file() for file in (SINGLE, INDEX)):
+    if not has(folder, (SINGLE, INDEX, *OPEN_CLIP)):
         raise ValueError(
-            f"{name} has no {SINGLE}, at most pickles, which run code of their own: use a repository or a revision "
-            f"(hf:{repository}@REVISION) that has one"
+            f"{name} has no {SINGLE} or {OPEN_CLIP[0]}, at most pickles, which run code of their own: use a repository "
+            f"or a revision (hf:{repository}@REVISION) that has one"
         )
     return folder, f"{repository}@{folder.name}"

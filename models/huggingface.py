@@ -6,12 +6,15 @@ are read, of a bare model or of one with a classifier.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from fedlora_jax.lora import Params
+
 from . import tables
-from .backbone import Layout
+from .backbone import Layout, Published
 from .tables import Table
 
 _PARTS = ("query", "key", "value")
@@ -73,6 +76,55 @@ TABLES = (
 )
 
 
+def published(table: Table, pretrained: Any, classes: Sequence[str], params: Params) -> Published:
+    """A folder that ``ForImageClassification.from_pretrained`` reads.
+
+    Args:
+      table: the names that the network came under.
+      pretrained: what it is, a ``models.pretrained.Pretrained``.
+      classes: the names of the outputs of its head.
+      params: of the whole network.
+    """
+    model, dino = pretrained.model, bool(table.scales)
+    prefix = _prefix(table, model.registers > 0)
+    head, side = params["head"]["kernel"], round((len(params["pos"]) - 1) ** 0.5) * model.patch
+    if dino and len(head) == model.width:  # of a bare model: there a classifier reads the mean of the patches as well
+        params = {**params, "head": {**params["head"], "kernel": np.pad(head, ((0, model.width), (0, 0)))}}
+    written = tables.write_params(_both("DINOv2" if dino else "ViT", prefix)[0], params, model.patch)
+    arrays = {name: np.array(x, np.float32, order="C") for name, x in written.items()}
+    act = {"gelu_tanh": "gelu_pytorch_tanh"}.get(model.act, model.act)
+    own = {"mlp_ratio": _whole(model.mlp_width / model.width), "use_swiglu_ffn": False, "layerscale_value": 1.0}
+    own |= {"num_register_tokens": model.registers} if model.registers else {}
+    config = {
+        "architectures": [f"{_CLASSES[prefix[:-1]]}ForImageClassification"],
+        "model_type": prefix[:-1],
+        **{"hidden_size": model.width, "num_hidden_layers": model.depth, "num_attention_heads": model.heads},
+        **{
+            "image_size": side,
+            "patch_size": model.patch,
+            "num_channels": len(params["embed"]["kernel"]) // model.patch**2,
+        },
+        **{"hidden_act": act, "layer_norm_eps": model.epsilon, "qkv_bias": True},
+        **(own if dino else {"intermediate_size": model.mlp_width}),
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+    }
+    mean, std = pretrained.mean.tolist(), pretrained.std.tolist()
+    shown = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": side, "width": side}}
+    shown |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std}
+    return Published(arrays, pretrained.said(), {"config.json": config, "preprocessor_config.json": shown})
+
+
+def _whole(x: float) -> float:
+    return int(x) if x == int(x) else x
+
+
+def _prefix(table: Table, registers: bool) -> str:
+    """What the names of a model with a classifier begin with."""
+    own = table.top["embed"].partition("embeddings.")[0] or ("dinov2." if table.scales else "vit.")
+    return "dinov2_with_registers." if registers else own
+
+
 def layouts(table: Table, depth: int, gains: Mapping[str, np.ndarray], extra: int) -> dict[str, Layout]:
     """A network as PyTorch sees it: with a classifier or bare, its modules named as by version 5 or 4.
 
@@ -82,9 +134,7 @@ def layouts(table: Table, depth: int, gains: Mapping[str, np.ndarray], extra: in
       gains, extra: as for ``tables.linears``.
     """
     own = "DINOv2" if table.scales else "ViT"
-    prefix = table.top["embed"].partition("embeddings.")[0]
-    prefix = prefix or ("dinov2." if own == "DINOv2" else "vit.")
-    prefix = "dinov2_with_registers." if "registers" in table.tokens else prefix
+    prefix = _prefix(table, "registers" in table.tokens)
     name = f"transformers.{_CLASSES[prefix[:-1]]}"
     found = {}
     for version, of in zip(("4", ""), _both(own, prefix), strict=True):

@@ -42,13 +42,14 @@ class Block(nn.Module):
     tokens_width: int
     channels_width: int
     epsilon: float
+    act: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         norm = partial(LayerNorm, self.epsilon)
-        mixed = Mlp(self.tokens_width, name="mlp_tokens")(norm(name="norm1")(x).swapaxes(-1, -2))
+        mixed = Mlp(self.tokens_width, self.act, name="mlp_tokens")(norm(name="norm1")(x).swapaxes(-1, -2))
         h = x + mixed.swapaxes(-1, -2)
-        h = h + Mlp(self.channels_width, name="mlp_channels")(norm(name="norm2")(h))
+        h = h + Mlp(self.channels_width, self.act, name="mlp_channels")(norm(name="norm2")(h))
         return switched(self, x, h)
 
 
@@ -59,6 +60,7 @@ class Mixer(nn.Module):
       classes, patch, width, depth, tokens_width, channels_width: sizes. The number of patches is that of the first
         images: weights of the token MLPs have its size, so all images must be of one size.
       epsilon: of the layer norms.
+      act: of the MLPs, one of ``parts.ACTIVATIONS``.
       unroll, dtype, part: as in ``models.vit.ViT``.
     """
 
@@ -69,6 +71,7 @@ class Mixer(nn.Module):
     tokens_width: int
     channels_width: int
     epsilon: float = 1e-6
+    act: str = "gelu"
     unroll: bool = False
     dtype: Any = jnp.float32
     part: Literal["whole", "stem", "top"] = "whole"
@@ -78,7 +81,7 @@ class Mixer(nn.Module):
         x = images.astype(self.dtype)
         if self.part != "top":
             x = Dense(self.width, name="embed")(patches(x, self.patch))
-        block = Block(self.tokens_width, self.channels_width, self.epsilon, name="blocks")
+        block = Block(self.tokens_width, self.channels_width, self.epsilon, self.act, name="blocks")
         x = stacked(block, x, self.depth, self.unroll)
         if self.part == "stem":
             return x, {}

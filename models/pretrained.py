@@ -15,9 +15,10 @@ from jax import Array
 
 from fedlora_jax.lora import Adapter, Params, variables
 
-from . import facts, files, tables, timm, vit_files
+from . import facts, files, huggingface, tables, timm, vit_files
 from .backbone import Backbone, Layout, Published, Stem
 from .parts import join_blocks, split_blocks
+from .tables import Table
 from .vit import TARGETS, ViT, normalise
 
 
@@ -25,7 +26,8 @@ class Pretrained(NamedTuple):
     """A model with its parameters (on the host) and the normalisation of its images (per channel, of x / 255).
 
     ``origins`` says where ``mean``, ``std``, ``heads`` and ``epsilon`` come from, and what became of the ``head``;
-    ``also`` is what else a weight file has to say of it, ``layouts`` is as in ``Backbone``.
+    ``also`` is what else a weight file has to say of it, ``layouts`` is as in ``Backbone``; ``table`` has its names,
+    where these are transformers'.
     """
 
     model: Any  # linen, of models.vit or models.mixer
@@ -36,6 +38,7 @@ class Pretrained(NamedTuple):
     origins: Mapping[str, str] = MappingProxyType({})
     also: Mapping[str, Any] = MappingProxyType({})
     layouts: Mapping[str, Layout] = MappingProxyType({})
+    table: Table | None = None
 
     def facts(self) -> dict[str, str]:
         """What is used beside the arrays, and where it comes from."""
@@ -52,10 +55,10 @@ class Pretrained(NamedTuple):
         return {"mean": self.mean.tolist(), "std": self.std.tolist(), **told, **self._unusual(), **self.also}
 
     def _unusual(self) -> dict[str, str]:
-        """What of a ViT is not as in most, or where both are usual."""
-        if not isinstance(self.model, ViT):
-            return {}
-        usual = {"act": None if self.model.norm_pre else "gelu", "pool": "cls"}
+        """What is not as in most, or where both are usual."""
+        usual = {"act": "gelu"}
+        if isinstance(self.model, ViT):
+            usual = {"act": None if self.model.norm_pre else "gelu", "pool": "cls"}
         return {fact: getattr(self.model, fact) for fact in usual if getattr(self.model, fact) != usual[fact]}
 
 
@@ -104,7 +107,8 @@ def load_vit(
     of = {"classes": len(head["bias"]), "heads": known.heads, "epsilon": known.epsilon, "act": known.act}
     model = model.clone(**of, pool=_pool(path, model, known), **options)
     origins = {**known.origins, "head": kept}
-    return Pretrained(model, params, known.mean, known.std, files.name_of(source), origins, layouts=read.layouts)
+    named = {"layouts": read.layouts, "table": read.table if read.table in huggingface.TABLES else None}
+    return Pretrained(model, params, known.mean, known.std, files.name_of(source), origins, **named)
 
 
 def _sizes(read: vit_files.Read) -> dict[tuple[str, ...], tuple]:
@@ -148,13 +152,16 @@ def vit_backbone(
     """The ``Backbone`` of a file; arguments and errors as for ``load_vit``."""
     given = {"epsilon": epsilon, "mean": mean, "std": std, "keep_head": keep_head, "dtype": getattr(jnp, dtype)}
     vit = load_vit(weights, classes, image_size, heads, **given)
-    return backbone(vit, TARGETS, partial(to_timm, pool=vit.model.pool))
+    if vit.table is not None and vit.model.pool in ("cls", "cls_mean"):
+        names = classes if isinstance(classes, Sequence) else map(str, range(vit.model.classes))
+        return backbone(vit, TARGETS, partial(huggingface.published, vit.table, vit, tuple(names)))
+    return backbone(vit, TARGETS, lambda params: Published(to_timm(params, vit.model.pool), vit.said()))
 
 
 def backbone(
     pretrained: Pretrained,
     targets: Mapping[str, Sequence[str]] = TARGETS,
-    names: Callable[[Params], dict[str, np.ndarray]] | None = None,
+    publish: Callable[[Params], Published] | None = None,
 ) -> Backbone:
     """A model with its parameters and its sets of kernels, as experiments see it.
 
@@ -164,7 +171,7 @@ def backbone(
     Args:
       pretrained: the model.
       targets: sets of kernels by name.
-      names: ``(params) -> arrays`` of the whole model under published names, in their layouts.
+      publish: of the whole model, see ``Backbone``.
     """
     model, mean, std = pretrained.model, pretrained.mean, pretrained.std
     forms = {training: model.clone(unroll=training) for training in (True, False)}
@@ -177,12 +184,11 @@ def backbone(
     def cut(blocks: int) -> tuple[Stem, Backbone]:
         (first, before), (last, rest) = split_blocks(model, pretrained.params, blocks)
         tokens = lambda params, x: first.apply({"params": params}, normalise(x, mean, std))[0]  # type: ignore[index]
-        whole = names and (lambda params: names(join_blocks(before, params)))  # type: ignore[misc]
+        whole = publish and (lambda params: publish(join_blocks(before, params)))  # type: ignore[misc]
         layouts = {name: tables.last_blocks(x, model.depth - blocks) for name, x in pretrained.layouts.items()}
         top = pretrained._replace(model=last, params=rest, layouts=layouts)
         return Stem(before, tokens), backbone(top, targets, whole)
 
-    publish = names and (lambda params: Published(names(params), pretrained.said()))
     return Backbone(
         pretrained.name,
         pretrained.params,

@@ -13,7 +13,7 @@ import numpy as np
 from fedlora_jax.lora import Params
 
 from . import bpe, clip, clip_files, facts, files, tables
-from .backbone import Backbone
+from .backbone import Backbone, Published
 from .clip import PROMPT, Text
 from .clip_files import Format
 from .pretrained import Pretrained, backbone, resize, start_of_head
@@ -131,7 +131,7 @@ def clip_backbone(
         arrays |= tables.write_params(made.format.text, made.text_params, 1)
         return {name: np.array(x, np.float32, order="C") for name, x in arrays.items()}
 
-    return backbone(made.image, TARGETS, names)
+    return backbone(made.image, TARGETS, lambda params: Published(names(params), made.image.said()))
 
 
 class Said(NamedTuple):

@@ -13,8 +13,8 @@ import numpy as np
 
 from fedlora_jax.lora import Params
 
-from . import facts, files, tables, timm
-from .backbone import Backbone, Layout
+from . import facts, files, original, tables, timm
+from .backbone import Backbone, Layout, Published
 from .mixer import TARGETS, Mixer
 from .pretrained import Pretrained, backbone, start_of_head
 from .tables import Table
@@ -34,10 +34,7 @@ ORIGINAL = Table(
     dict(zip(_LAYERS, (f"MixerBlock_{{i}}/{name}" for name in _ORIGINAL), strict=True)),
     torch=False,
 )
-ALIKE = {
-    ("act", "act_layer", "hidden_act"): ("gelu", "gelu(erf)"),
-    ("pool", "global_pool"): ("avg", "mean", ""),
-}
+ALIKE = {("pool", "global_pool"): ("avg", "mean", "")}
 
 
 def claims(names: Iterable[str]) -> bool:
@@ -78,10 +75,12 @@ def load_mixer(
         raise ValueError(f"{path} mixes patches of images of side {side}: use --image-size {side}, got {image_size}")
     channels = params["embed"]["kernel"].shape[0] // model.patch**2
     given = {"epsilon": epsilon, "mean": mean, "std": std}
-    known = facts.find(path, inside, given, model.width, channels, ALIKE, without=("heads", "act", "pool"))
+    # the original computes flax' nn.gelu, which is the approximation by tanh
+    implied = {"act": "gelu" if table.torch else original.COMPUTED["act"]}
+    known = facts.find(path, inside, given, model.width, channels, ALIKE, ("heads", "pool"), implied)
     head, kept = start_of_head(path, params.pop("head", None), model.width, known.labels, classes, keep_head)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), {**params, "head": head})
-    model = model.clone(classes=len(head["bias"]), epsilon=known.epsilon, **options)
+    model = model.clone(classes=len(head["bias"]), epsilon=known.epsilon, act=known.act, **options)
     origins = {**known.origins, "head": kept}
     layouts = _layouts(table, model.depth)
     return Pretrained(model, params, known.mean, known.std, files.name_of(source), origins, layouts=layouts)
@@ -105,7 +104,7 @@ def mixer_backbone(
         arrays = tables.write_params(table, params, mixer.model.patch)
         return {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
 
-    return backbone(mixer, TARGETS, names)
+    return backbone(mixer, TARGETS, lambda params: Published(names(params), mixer.said()))
 
 
 def _layouts(table: Table, depth: int) -> dict[str, Layout]:

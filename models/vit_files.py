@@ -32,6 +32,7 @@ class Read(NamedTuple):
       said: what the file says besides.
       implied: facts of ``models.facts`` that its format implies, where nothing says otherwise.
       layouts: as in ``Backbone``.
+      table: whose names these are.
     """
 
     model: ViT
@@ -39,6 +40,7 @@ class Read(NamedTuple):
     said: dict[str, Any]
     implied: Mapping[str, Any]
     layouts: Mapping[str, Layout]
+    table: Table
 
 
 def read(path: Path) -> Read:
@@ -59,7 +61,7 @@ def read(path: Path) -> Read:
     table, model = made[0]
     params = tables.read_params(table, arrays)
     layouts = _layouts(format, table, model, arrays)
-    return Read(model, _own_positions(params), said, _implied(format, model), layouts)
+    return Read(model, _own_positions(params), said, _implied(format, model), layouts, format)
 
 
 def _network(path: Path, table: Table, arrays: Mapping[str, np.ndarray]) -> tuple[Table, ViT]:

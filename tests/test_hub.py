@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import clip_helpers
 import pytest
 from input_helpers import SMALL, change, refused
 from weight_helpers import write
@@ -20,6 +21,7 @@ THERE = (  # in repositories that are published
     *("model.safetensors", "config.json", "preprocessor_config.json", "README.md", ".gitattributes", "tf_model.h5"),
     *("pytorch_model.bin", "flax_model.msgpack", "model.onnx", "onnx/model.onnx", "model.fp16.safetensors"),
     *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
 )
 
 
@@ -32,10 +34,19 @@ def served(tmp_path, monkeypatch):
         asked.append((repo_id, revision))
         assert repo_id == "somebody/small-vit", "OSError: nothing of that name\nand more"
         kept = {name for name in THERE if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)}
-        assert kept == set(THERE[:3]) | {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
         folder = tmp_path / "snapshots" / COMMIT
         folder.mkdir(parents=True, exist_ok=True)
+        if revision == "open_clip":
+            if "open_clip_model.safetensors" in kept:
+                clip_helpers.folder(
+                    folder,
+                    clip_helpers.as_open_clip(clip_helpers.arrays()),
+                    clip_helpers.OPEN_CONFIG,
+                    "open_clip_model.safetensors",
+                )
+            return str(folder)
         if revision != "pickles":
+            assert kept == set(THERE[:3]) | {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
             facts = {"num_attention_heads": 3, "layer_norm_eps": 1e-3, "image_mean": [0.1] * 3, "image_std": [0.2] * 3}
             write(folder / "model.safetensors", inside=None, config=facts)
         return str(folder)
@@ -64,12 +75,21 @@ def test_a_listing_says_it_too(served):
     assert len(served) == 1
 
 
+def test_weights_for_openclip_are_fetched_where_there_are_no_others(served):
+    text = list_models.table(Models("hf:somebody/small-vit@open_clip"))
+    assert text.startswith("small-vit: clip of a size of its own in 2 blocks")
+    assert len(served) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("hf:small-vit", "no weights 'hf:small-vit': expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION"),
         ("hf:nobody/x", "cannot fetch hf:nobody/x: AssertionError: OSError: nothing of that name; see to the name and"),
-        ("hf:somebody/small-vit@pickles", "has no model.safetensors, at most pickles, which run code of their own"),
+        (
+            "hf:somebody/small-vit@pickles",
+            "has no model.safetensors or open_clip_model.safetensors, at most pickles, which run code of their own",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_said_in_one_line(name, said, served, capsys, monkeypatch):

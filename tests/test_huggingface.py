@@ -14,7 +14,7 @@ from experiments.commands.compare import Plan
 from fedlora_jax.lora import flatten
 from models import huggingface, tables
 from models.huggingface import TABLES
-from models.pretrained import load_vit
+from models.pretrained import load_vit, vit_backbone
 from models.vit import normalise
 
 NAMES = ("cat", "dog", "eel", "fox", "gnu")
@@ -95,6 +95,22 @@ def test_what_is_written_is_what_was_read(table, tmp_path):
     assert written.keys() == arrays.keys()
     for name, x in written.items():
         np.testing.assert_array_equal(x, arrays[name])
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: next(iter(table.block.values())))
+def test_weights_leave_as_a_folder_that_is_read_again(table, tmp_path):
+    """With a classifier, whatever they came as; what files beside them say is enough, and theirs are not asked."""
+    made = vit_backbone(folder(tmp_path / "a", by_hand(table)), NAMES)
+    published = made.publish(made.params)
+    path = folder(tmp_path / "b", published.arrays, *published.beside.values())
+    again = load_vit(path, NAMES)
+    np.testing.assert_allclose(logits(again), LOGITS, rtol=5e-4, atol=5e-4)
+    assert again.origins["head"] == "kept, for these classes"
+    assert again.origins["epsilon"] == "config.json"
+    prefix = published.beside["config.json"]["model_type"]
+    own = table.top["embed"].partition(".")[0]
+    assert prefix == (own if own != "embeddings" else "dinov2" if table.scales else "vit")
+    assert all(name.startswith((f"{prefix}.", "classifier.")) for name in published.arrays)
 
 
 def test_shards_are_read_together_and_apart(tmp_path):

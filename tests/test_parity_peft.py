@@ -249,3 +249,31 @@ def test_what_peft_has_written_and_nothing_here_computes_is_refused(options, sai
     kind(target_modules=["q_proj"], **more).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="^[^\n]*" + re.escape(said) + "[^\n]*$"):
         adapters.options(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "bare"), [("ViT", False), ("DINOv2", True)], ids=["ViT", "DINOv2, bare"])
+def test_merged_weights_leave_as_a_folder_of_transformers(name, bare, tmp_path, monkeypatch):
+    """Of a model that came so: cut, resized, with a new head; the folder is read there, and here again."""
+    made = model(name)
+    published(made, tmp_path / "weights", bare)
+    monkeypatch.chdir(tmp_path)
+    change()(tmp_path / "data.npz")
+    run = ["compare", "--methods", "fedit", "--data", "data.npz", "--weights", "weights", "--adapt-last", "1"]
+    Plan(*parse([*run, "--targets", "all", "--out", "run", *SMALL])).execute()
+    plan = Export(parse(["export", "run", "--out", "out"])[1])
+    plan.execute()
+    again, info = transformers.AutoModelForImageClassification.from_pretrained("out/global", output_loading_info=True)
+    assert not [name for name in info["missing_keys"] if "mask_token" not in name]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    assert again.config.id2label == dict(enumerate("abc"))
+    (served,), images = plan.models, plan.problem.images.x[plan.problem.images.test]
+    stem, top = plan.problem.backbone.cut(1)
+    expected = top.apply(served.base, served.adapter, stem.apply(stem.params, images))[0]
+    assert np.abs(expected).max() > 1e-2
+    np.testing.assert_allclose(logits(again.eval(), images), expected, atol=1e-4)
+    read = find(None, tmp_path / "out/global")(tmp_path / "out/global", tuple("abc"))
+    assert read.facts["head"] == "kept, for these classes"
+    np.testing.assert_allclose(read.apply(read.params, {}, images)[0], expected, atol=1e-4)
+    shown = transformers.AutoImageProcessor.from_pretrained("out/global", backend="pil")
+    assert (shown.image_mean, shown.size["height"]) == (pytest.approx(PROCESSOR["image_mean"]), SIDE)

@@ -38,6 +38,7 @@ from fedlora_jax.method import Method, average_client, models
 from fedlora_jax.rounds import Run
 from models import peft
 from models.backbone import Backbone, Layout, Published
+from models.files import SINGLE
 
 
 class Model(NamedTuple):
@@ -82,14 +83,15 @@ class Plan:
                 for name, content in files.items():
                     (folder / name).parent.mkdir(exist_ok=True)
                     write_atomically(folder / name, content)
-                first, size = Path(next(iter(files))), sum(map(len, files.values())) / 2**20
-                path, peft = folder / first, len(files) > 1
-                use = f", for {self.layout.base.format(classes=len(self.problem.images.classes))}" if peft else ""
-                print(f"wrote {path.parent if peft else path} ({size:.2f} MB){use}", flush=True)
+                size, path = sum(map(len, files.values())) / 2**20, folder / next(iter(files))
+                path = path.parent if len(files) > 1 else path
+                base = self.layout.base.format(classes=len(self.problem.images.classes))
+                use = f", for {base}" if f"{model.name}/{peft.CONFIG}" in files else ""
+                print(f"wrote {path} ({size:.2f} MB){use}", flush=True)
 
     def _files(self, model: Model) -> dict[str, bytes]:
         """Contents by path in the folder, as asked for where that is exact, else the merged weights."""
-        whole = {f"{model.name}.safetensors": self.merged(model)}
+        whole = self.merged(model)
         if self.options.to == "merged":
             return whole
         about, (adapter, beyond) = f"{model.name} of {self.method} is", as_adapter(self.problem.base, model)
@@ -110,14 +112,22 @@ class Plan:
         files = peft.files_of(self.layout, base, adapter, self._said(model))
         return {f"{model.name}/{name}": content for name, content in files.items()}
 
-    def merged(self, model: Model) -> bytes:
-        """The whole model as a ``.safetensors`` that ``--weights`` reads: published names, facts as metadata."""
+    def merged(self, model: Model) -> dict[str, bytes]:
+        """The whole model as a ``.safetensors`` that ``--weights`` reads, or a folder with one, by path.
+
+        Names are published ones, facts stand in its metadata, and beside it where such names have a place for them.
+        """
         params = lora.merge(model.base, model.adapter)
         params = {name: x for name, x in params.items() if name != STEM}
         publish = self.top.publish or (lambda params: Published(lora.flatten(params), {}))
-        arrays, said = publish(params)
+        arrays, said, beside = publish(params)
         arrays = {name: np.asarray(x, np.float32, order="C") for name, x in arrays.items()}
-        return save(arrays, {name: json.dumps(x) for name, x in {**said, **self._said(model)}.items()})
+        told = {name: json.dumps(x) for name, x in {**said, **self._said(model)}.items()}
+        if not beside:
+            return {f"{model.name}.safetensors": save(arrays, told)}
+        files = {SINGLE: save(arrays, {"format": "pt", **told})}
+        files |= {name: f"{json.dumps(x, indent=2)}\n".encode() for name, x in beside.items()}
+        return {f"{model.name}/{name}": content for name, content in files.items()}
 
     def arrays(self, model: Model) -> bytes:
         """The adapter as a ``.npz``: ``NAME/a [..., in, rank]``, ``NAME/b [..., rank, out]``, full differences by name.
