@@ -188,6 +188,7 @@ _RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
 _META = {"unroll", "meta_lr"}
 _WORK = {"local_steps", "local_steps_from", "local_epochs"}
 _TUNED = {"budgets", "lrs", "tuning_seeds", "vary"} | _META
+_AT_ONCE = {"images"}  # of what needs all images at once
 _WEIGHTS = {"weights", "mean", "std", "heads", "epsilon", "keep_head"}
 _MODEL = _WEIGHTS | {
     "head",
@@ -211,11 +212,15 @@ _LEFT_OUT = {
     "run": _TUNED,
     "bounds": _TUNED
     | _RECORDED
+    | _AT_ONCE
     | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
     | {"signature", "theta", "schedule", "local_schedule", "adapter"},
-    "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META,
-    "budget": {"checkpoint_every", "dry_run", "lr", "validation", "vary"} | _META | _WORK,
-    "meta": (_TUNED - _META) | _RECORDED | {"devices", "seeds_at_once", "adapter", "local_steps_from", "local_epochs"},
+    "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META | _AT_ONCE,
+    "budget": {"checkpoint_every", "dry_run", "lr", "validation", "vary"} | _META | _WORK | _AT_ONCE,
+    "meta": (_TUNED - _META)
+    | _RECORDED
+    | _AT_ONCE
+    | {"devices", "seeds_at_once", "adapter", "local_steps_from", "local_epochs"},
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }
 

@@ -38,6 +38,7 @@ def option(
 COUNT = "[1, 1000000]"  # clients, rounds, steps: more would be a slip, and take years or terabytes
 INT32 = "[0, 2147483647]"
 PREFIXES = ("auto", "stored", "anew")
+IMAGES = ("auto", "resident", "staged")
 SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid")
@@ -253,6 +254,14 @@ class Config:
         "what the blocks before --adapt-last compute: 'stored' once per image, 'anew' in every step, "
         "or 'auto': stored where that takes at most a quarter of the memory there is",
         among=PREFIXES,
+        decides=SPEED,
+    )
+    images: str = option(
+        "auto",
+        "where images (or what is stored of them) are while a run goes on: 'resident', all on the device; 'staged', on "
+        "disk or the host, and those drawn next are read while a round computes; or 'auto': staged where all take more "
+        "than half of the memory there is",
+        among=IMAGES,
         decides=SPEED,
     )
     chunk: int | None = option(

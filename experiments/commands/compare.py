@@ -46,7 +46,7 @@ class Plan:
         self.folder = prelude.opened(command, config, GROWS)
         if config.resume:
             self._refuse_stages_of_other_rounds()
-        self.problem = prelude.built(config)
+        self.problem = prelude.built(config, may_stage=True)
         self.about = prelude.about(command, config, self.problem)
         if config.resume:
             self._refuse_other_draws()

@@ -49,9 +49,9 @@ def opened(command: str, config: Config, grows: Iterable[str] = (), free: Collec
     return folder
 
 
-def built(config: Config, backbone: Backbone | None = None) -> Problem:
+def built(config: Config, backbone: Backbone | None = None, may_stage: bool = False) -> Problem:
     """The problem, if the methods accept it."""
-    made = problem.build(config, partial(acceptable, config), backbone)
+    made = problem.build(config, partial(acceptable, config), backbone, may_stage)
     if config.targets != Config().targets:
         for line in found(config, made):
             say(line)

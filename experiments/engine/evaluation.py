@@ -18,8 +18,8 @@ from fedlora_jax import clustering, lora, rounds
 from fedlora_jax.batches import Padded
 from fedlora_jax.clients import sample_batches
 from fedlora_jax.keys import purpose
-from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Method, average_client
+from fedlora_jax.lora import Adapter, Params
+from fedlora_jax.method import Cohort, Dispatch, Method, average_client
 from fedlora_jax.rounds import Run
 
 GROUP = 256  # clients that hold a model at a time when they are scored
@@ -45,6 +45,10 @@ class Serving(NamedTuple):
     onboard: Callable
     score: Callable  # (arrays, seed, run, memory, steps, read) -> (accuracy [N + K] of each client's model on its own
     #   test images after so many local steps, read(model) [N + K, ...])
+    part: Callable  # (arrays, seed, run, memory, steps, read, ids [G], places [C]) -> score of the clients ids[places],
+    #   where models are dispatched to all of ids at once
+    draws: Callable  # (clients, key of a seed, round) -> rows of the training images that are drawn for all that in
+    #   that round: for trials [K, steps, batch], and for local steps [N + K, steps, batch]
 
 
 def make_serving(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int) -> Serving:
@@ -57,7 +61,8 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
     longest = problem.longest or config.local_steps
     many, own_chunk = total > GROUP, scored_at_once(total, chunk)
     score_one = rounds.make_evaluate(method, problem.correct_fn)
-    key_of = lambda seed, run: partial(purpose, purpose(jax.random.fold_in(seed.key, run.round), "evaluation"))
+    key_at = lambda key, round: partial(purpose, purpose(jax.random.fold_in(key, round), "evaluation"))
+    key_of = lambda seed, run: key_at(seed.key, run.round)
 
     def drawn(arrays: Arrays, clients: Clients, ids: Array, key: Array, steps: int) -> Any:
         """Rows of the training images of so many local steps, ``[C, steps, batch]``; padded where some take fewer."""
@@ -92,26 +97,47 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         told = introduce(arrays.base, run.state, cohort, key("trials"), run.round)
         return jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
 
-    def score(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable = lambda model: ()):
+    def serve(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable) -> Callable:
         (x, y), key, clients = arrays.test, key_of(seed, run), seed.clients
         metric = lambda base, model, rows: (problem.correct_fn(base, model, (x[rows], y[rows])), read(model))
-        evaluate = rounds.make_evaluate(method, metric, loss_of(arrays), optimizer, chunk=own_chunk)
 
-        def group(ids: Array):
+        def group(ids: Array, method: Method = method) -> tuple[Array, Any]:
+            evaluate = rounds.make_evaluate(method, metric, loss_of(arrays), optimizer, chunk=own_chunk)
             batches = drawn(arrays, clients, ids, key("batches"), steps) if steps else ()
             cohort = clients.population.cohort(ids, memory, batches)
             scores = evaluate(arrays.base, run.state, cohort, clients.test_rows[ids], key("steps"), run.round)
             correct, seen = scores.after if steps else scores.before
             return own_accuracy(correct, clients.test_counts[ids]), seen
 
+        return group
+
+    def score(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable = lambda model: ()):
+        group = serve(arrays, seed, run, memory, steps, read)
         if not many:
             return group(jnp.arange(total))
-        groups = -(-total // (GROUP // own_chunk * own_chunk))
-        size = -(-total // (groups * own_chunk)) * own_chunk  # of equal groups: the fewest clients that only fill up
-        ids = jnp.minimum(jnp.arange(-(-total // size) * size), total - 1).reshape(-1, size)
+        ids = together(total, own_chunk)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], jax.lax.map(group, ids))
 
-    return Serving(whole, onboard, score)
+    def part(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable, ids: Array, places: Array):
+        everybody = seed.clients.population.cohort(ids, memory)
+        return serve(arrays, seed, run, memory, steps, read)(ids[places], among(method, everybody, places))
+
+    def draws(clients: Clients, key: Array, round: Array) -> tuple[Array, Array]:
+        numbers, named = (jnp.arange(len(problem.train[1])),) * 2, key_at(key, round)
+        own = lambda ids, name: drawn(Arrays((), numbers, ()), clients, ids, named(name), longest)  # type: ignore
+        return own(jnp.arange(n, total), "batches of trials"), own(jnp.arange(total), "batches")
+
+    return Serving(whole, onboard, score, part, draws)
+
+
+def among(method: Method, everybody: Cohort, places: Array) -> Method:
+    """The method for those of a cohort who are at some places in it, with models dispatched to the whole cohort."""
+
+    def dispatch(base: Params, state: Any, cohort: Cohort) -> Dispatch:
+        sent = method.dispatch(base, state, everybody)
+        return jax.tree.map(lambda x: x[places], sent._replace(base=()))._replace(base=sent.base)
+
+    return method._replace(dispatch=dispatch)
 
 
 def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int) -> Callable:
@@ -137,6 +163,18 @@ def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any
         return Scores(serving.whole(arrays, seed, run), personal, *jax.lax.cond(tune, tuned, lambda: nothing))
 
     return scores
+
+
+def together(total: int, own_chunk: int) -> Array:
+    """``[groups, size]``: clients to whom models are dispatched at once, where ``own_chunk`` are scored at once.
+
+    Of many no more than ``GROUP``, in equal groups, the last filled up.
+    """
+    if total <= GROUP:
+        return jnp.arange(total)[None]
+    groups = -(-total // (GROUP // own_chunk * own_chunk))
+    size = -(-total // (groups * own_chunk)) * own_chunk  # of equal groups: the fewest clients that only fill up
+    return jnp.minimum(jnp.arange(-(-total // size) * size), total - 1).reshape(-1, size)
 
 
 def scored_at_once(total: int, chunk: int) -> int:

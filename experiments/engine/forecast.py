@@ -69,14 +69,12 @@ class Scoring(NamedTuple):
 
 def need(trial: Trial) -> Need | None:
     """Memory of a compiled trial, whose programs run one after another; ``None`` where XLA does not tell."""
-    p = trial.problem
-    held = (p.base, p.train, p.test, p.clients, p.adapters, p.keys, trial.start)
-    works = [program.memory_analysis() for program in (trial.train, trial.evaluate)]
+    works = [program.memory_analysis() for program in trial.course.compiled]
     if None in works:
         return None
     new = lambda m: m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     work = max(new(m) + m.generated_code_size_in_bytes for m in works)
-    return Need(memory.bytes_of(held), work, memory.beside_arrays())
+    return Need(trial.course.held, work, memory.beside_arrays())
 
 
 def too_large(config: Config, problem: Problem, name: str, needed: Need | None) -> str | None:

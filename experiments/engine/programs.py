@@ -62,11 +62,20 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
         one = lambda row: scores(Arrays(base, train, test[:2]), *row, tune)
         return training.map_clients(one, (Seed(clients, problem.adapters, keys), runs), seeds_at_once)
 
-    # Only clients in training are shared by devices; whatever goes in or comes out, every device has all of.
-    mesh = mesh_of(config.devices)
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    jit = partial(jax.jit, **({} if mesh is None else {"in_shardings": everywhere, "out_shardings": everywhere}))
+    jit = jit_on(config.devices)
     return Programs(jit(start), jit(train, donate_argnums=3), jit(evaluate))
+
+
+def everywhere(devices: int) -> NamedSharding | None:
+    """Only clients in training are shared by devices; whatever goes in or comes out, every device has all of."""
+    mesh = mesh_of(devices)
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def jit_on(devices: int) -> Callable:
+    """``jax.jit`` of what so many devices compute."""
+    place = everywhere(devices)
+    return partial(jax.jit, **({} if place is None else {"in_shardings": place, "out_shardings": place}))
 
 
 def make_runs(config: Config, problem: Problem, points: int, build: Callable[[Point], Method], scoring: Callable):

@@ -14,8 +14,10 @@ from experiments.config import Config
 from experiments.engine import methods, programs
 from experiments.engine.facts import facts_of
 from experiments.engine.programs import Programs
+from experiments.engine.resident import Resident
 from experiments.engine.rows import Rows, as_of
-from experiments.results import record, summary
+from experiments.engine.staging import Staged
+from experiments.results import record
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.folder import say
 from experiments.setup import problem
@@ -37,19 +39,16 @@ class Trial:
         run = jax.eval_shape(self.programs.start, problem.adapters, problem.keys)
         theta = jax.tree.leaves(getattr(innermost(run.state), "theta", ()))
         self.theta_size = sum(math.prod(x.shape[1:]) for x in theta)  # without the axis of seeds
-        # Tracing finds every mistake of shapes and options, before anything compiles.
-        self.start = run
-        self.lowered = self.programs.train.lower(problem.base, problem.train, problem.clients, run, problem.keys)
+        staged = problem.staged
+        self.course = (
+            Staged(config, problem, self.method, run) if staged else Resident(config, problem, self.programs, run)
+        )
+        self.compile_seconds: float | None = None
 
     def compile(self) -> None:
         """Compile the rounds and the evaluation, once."""
-        if hasattr(self, "train"):
-            return
-        p, begin = self.problem, time.perf_counter()
-        self.train = self.lowered.compile()
-        self.compile_seconds = time.perf_counter() - begin
-        arguments = (p.base, p.train, p.test, p.clients, self.start, p.keys, np.bool_(True))
-        self.evaluate = self.programs.evaluate.lower(*arguments).compile()
+        if self.compile_seconds is None:
+            self.compile_seconds = self.course.compile()
 
     def of_seeds(self, start: int, stop: int) -> Trial:
         """The same on some of the seeds alone, which changes none of their numbers."""
@@ -65,7 +64,7 @@ class Trial:
 
         Rows are cut only now, when it is known from where the run goes on.
         """
-        config, p = self.config, self.problem
+        config = self.config
         done, run = (config.rounds, None) if config.rounds in whole else self._restored(whole, store)
         own = lambda row: row["method"] == self.name and row["seed"] in config.seeds
         kept = [row for row in metrics.read() if not own(row) or row["round"] <= done]
@@ -75,17 +74,16 @@ class Trial:
         if run is None:
             return store.notes(done)
         self.compile()
+        self.course.begin(done)
         bar.set_description(self.name)
 
         seconds = []
         for end in range(done + config.eval_every, config.rounds + 1, config.eval_every):
             begin = time.perf_counter()
-            run, info = jax.block_until_ready(self.train(p.base, p.train, p.clients, run, p.keys))
+            run, info = self.course.block(run)
             seconds.append((time.perf_counter() - begin) / (config.eval_every * len(config.seeds)))
             self._check_moved(info, end)
-            tune = np.bool_(end > config.rounds - summary.WINDOW)
-            scores = jax.device_get(self.evaluate(p.base, p.train, p.test, p.clients, run, p.keys, tune))
-            metrics.append(self.rows.of_block(end, jax.device_get(info), scores))
+            metrics.append(self.rows.of_block(end, jax.device_get(info), self.course.scores(run, end)))
             timings = {"seconds_per_round": float(np.median(seconds)), "compile_seconds": self.compile_seconds}
             if end == config.rounds and self.leads:
                 record.keep_theta(metrics.folder, self.name, innermost(run.state))

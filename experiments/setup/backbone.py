@@ -16,6 +16,7 @@ from jax import Array
 
 from experiments.config import Config
 from experiments.setup import data, head, memory, user_code
+from experiments.setup.on_disk import OnDisk
 from experiments.setup.resizing import Resizing
 from experiments.setup.resizing import read as read_resizing
 from fedlora_jax import dropout, lora
@@ -185,32 +186,37 @@ def image_of(side: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((side, side, 3), jnp.uint8)
 
 
-def is_stored(config: Config, stem: Stem, x: np.ndarray) -> bool:
+def is_stored(config: Config, stem: Stem, x: np.ndarray | OnDisk) -> bool:
     """Is what the stem makes of all images ``x [n, H, W, 3]`` computed once and kept?"""
     if config.prefix != "auto" or config.augment:
         return config.prefix == "stored"
-    tokens = jax.eval_shape(stem.apply, stem.params, jax.ShapeDtypeStruct(x.shape, x.dtype))
     have = memory.available()
-    return have is None or tokens.size * tokens.dtype.itemsize <= KEPT * have
+    return have is None or memory.bytes_of(shape_of_tokens(stem, x)) <= KEPT * have
 
 
-def tokens_of(stem: Stem, x: np.ndarray) -> np.ndarray:
-    """What the stem makes of images, ``[n, ...]``."""
-    return _applied(stem.apply, stem.params, x)
+def shape_of_tokens(stem: Stem, x: np.ndarray | OnDisk) -> jax.ShapeDtypeStruct:
+    """Of what the stem makes of images."""
+    return jax.eval_shape(stem.apply, stem.params, jax.ShapeDtypeStruct(x.shape, x.dtype))  # type: ignore[return-value]
 
 
-def frozen_features(backbone: Backbone, x: np.ndarray) -> np.ndarray:
+def tokens_of(stem: Stem, x: np.ndarray | OnDisk, new: Callable[..., Any] = np.empty) -> Any:
+    """What the stem makes of images, ``[n, ...]``, in an array that ``new(shape, dtype)`` makes."""
+    return _applied(stem.apply, stem.params, x, new)
+
+
+def frozen_features(backbone: Backbone, x: np.ndarray | OnDisk) -> np.ndarray:
     """What the frozen model makes of images, ``[n, width]``."""
     return _applied(lambda params, x: backbone.apply(params, NO_ADAPTER, x)[1], backbone.params, x)
 
 
-def _applied(apply: Callable[[Params, Array], Array], params: Any, x: np.ndarray) -> np.ndarray:
+def _applied(
+    apply: Callable[[Params, Array], Array], params: Any, x: np.ndarray | OnDisk, new: Callable[..., Any] = np.empty
+) -> Any:
     """The output for all images, in batches of one size (so one compilation: the last one starts earlier)."""
     params, apply = jax.device_put(params), jax.jit(apply)
-    size = min(FORWARD, len(x))
-    starts = [min(i, len(x) - size) for i in range(0, len(x), size)]
-    parts = {i: np.asarray(apply(params, x[i : i + size])) for i in starts}
-    out = np.zeros((len(x), *parts[0].shape[1:]), parts[0].dtype)
-    for i, part in parts.items():
-        out[i : i + size] = part
+    size, out = min(FORWARD, len(x)), None
+    for start in (min(i, len(x) - size) for i in range(0, len(x), size)):
+        part = np.asarray(apply(params, x[start : start + size]))
+        out = new((len(x), *part.shape[1:]), part.dtype) if out is None else out
+        out[start : start + size] = part
     return out

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments.setup import hugging_face_data, image_folder, tfds
+from experiments.setup.on_disk import OnDisk, taken
 from experiments.setup.resizing import Resizing
 from models import archive
 
@@ -47,10 +48,10 @@ CIFAR100 = {
 
 
 class Images(NamedTuple):
-    """One data set; arrays on the host."""
+    """One data set; arrays on the host, images there or on disk."""
 
     name: str
-    x: np.ndarray  # uint8 [N, H, W, 3]
+    x: np.ndarray | OnDisk  # uint8 [N, H, W, 3]
     y: np.ndarray  # int32 [N]
     domain: np.ndarray  # int32 [N]; all 0 where the file has no domains
     test: np.ndarray  # bool [N]
@@ -64,8 +65,9 @@ class Images(NamedTuple):
 
     def fingerprint(self) -> str:
         """A hash of everything in it."""
-        digest = hashlib.sha256()
-        for array in (self.x, self.y, self.domain, self.test):
+        known = self.x.digest if isinstance(self.x, OnDisk) else None  # gigabytes are read once
+        digest = hashlib.sha256() if known is None else known.copy()
+        for array in (self.x, self.y, self.domain, self.test)[known is not None :]:
             for start in range(0, len(array), 1024):  # x may be larger than memory
                 digest.update(np.ascontiguousarray(array[start : start + 1024]).tobytes())
         return digest.hexdigest()[:16]
@@ -76,9 +78,7 @@ class Source(NamedTuple):
 
     form: str  # of what is written, for messages
     claims: Callable[[str], bool]  # is this text one of its own?
-    read: Callable[
-        [str, int | Resizing | None, bool], dict[str, np.ndarray]
-    ]  # (text, side of the images or None, whether to
+    read: Callable[[str, int | Resizing | None, bool], dict[str, Any]]  # (text, side of the images or None, whether to
     #   leave out what cannot be read) -> arrays of the contract; the side is a wish: other sizes are resized later
     decodes: bool = True  # does it read images from files, and resize them then?
 
@@ -147,7 +147,7 @@ def _read(source: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _checked(name: str, arrays: dict[str, np.ndarray], test_share: float) -> Images:
+def _checked(name: str, arrays: dict[str, Any], test_share: float) -> Images:
     x, y, classes = arrays["x"], arrays["y"], _names(name, "classes", arrays["classes"])
     if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
         raise ValueError(f"{name}: x holds NaN or infinite values; expected uint8 images")
@@ -231,7 +231,7 @@ def of_classes(images: Images, wanted: Sequence[str]) -> Images:
     number[order] = np.arange(len(order))
     kept = np.flatnonzero(number[images.y] >= 0)
     own = images._replace(
-        x=images.x[kept], y=number[images.y[kept]], domain=images.domain[kept], test=images.test[kept]
+        x=taken(images.x, kept), y=number[images.y[kept]], domain=images.domain[kept], test=images.test[kept]
     )
     groups = None if images.superclass is None else images.superclass[order]
     own = own._replace(classes=tuple(wanted), superclass=groups)
@@ -243,7 +243,7 @@ def validation(images: Images, share: float, seed: int = 1) -> Images:
     """The training images alone, a share of each class and domain set apart as test images: to choose options on."""
     kept = np.flatnonzero(~images.test)
     cells = images.domain[kept] * len(images.classes) + images.y[kept]
-    own = images._replace(x=images.x[kept], y=images.y[kept], domain=images.domain[kept])
+    own = images._replace(x=taken(images.x, kept), y=images.y[kept], domain=images.domain[kept])
     own = own._replace(name=f"{images.name} (validation)", test=_split(cells, share, seed))
     _check_parts(own, f"a share of {share:g} of each of its classes leaves none; use another --validation")
     return own

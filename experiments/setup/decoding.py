@@ -1,4 +1,4 @@
-"""Images of a source, decoded once: kept as bytes in a file that later runs map into memory.
+"""Images of a source, decoded once: kept as bytes in a file that later runs read.
 
 Where ``$XDG_CACHE_HOME`` (else ``~/.cache``) says, in ``fedlora-jax-images/KEY``: ``x`` (uint8, image after image), the
 other arrays and ``about.json`` with checksums of both. The key is made of what the source says that its images are, so
@@ -25,14 +25,14 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from experiments.setup import resizing
+from experiments.setup import on_disk, resizing
 from experiments.setup.caches import caches
+from experiments.setup.on_disk import summed
 from experiments.setup.resizing import Resizing
 
 FORMAT = 2  # of what is kept, and of how images are decoded: a change of either is another number
 DEEP = ("I", "F")  # Pillow's modes of more than 8 bits begin so; making RGB of them cuts off what is above 255
 SHOWN = 3  # damaged images that are named
-PART = 2**24  # bytes read at once
 
 
 class Listing(NamedTuple):
@@ -53,8 +53,8 @@ class Listing(NamedTuple):
     arrays: Callable[[], dict[str, np.ndarray]]
 
 
-def decoded(listing: Listing, side: int | Resizing | None, skip: bool = False) -> dict[str, np.ndarray]:
-    """The arrays of the contract, ``x`` mapped from a file.
+def decoded(listing: Listing, side: int | Resizing | None, skip: bool = False) -> dict[str, Any]:
+    """The arrays of the contract, ``x`` on disk.
 
     Args:
       listing: the images.
@@ -84,15 +84,16 @@ def decoded(listing: Listing, side: int | Resizing | None, skip: bool = False) -
     return arrays
 
 
-def _whole(kept: Path) -> dict[str, np.ndarray] | None:
+def _whole(kept: Path) -> dict[str, Any] | None:
     """What is kept, if it is what was written."""
     try:
         about = json.loads((kept / "about.json").read_bytes())
-        if about["sums"] != {name: _sum(kept / name) for name in ("x", "rest.npz")}:
+        digests = {name: summed(kept / name) for name in ("x", "rest.npz")}
+        if about["sums"] != {name: digest.hexdigest() for name, digest in digests.items()}:
             return None
         with np.load(kept / "rest.npz") as file:
             rest = dict(file)
-        return {"x": np.memmap(kept / "x", np.uint8, "r", shape=tuple(about["shape"])), **rest}
+        return {"x": on_disk.opened(kept / "x", tuple(about["shape"]), np.uint8, digests["x"]), **rest}
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -108,7 +109,7 @@ def _make(kept: Path, listing: Listing, side: int | Resizing | None, skip: bool)
         arrays, count = listing.arrays(), len(listing.names)
         own = {name: x[good] if name in ("y", "domain", "split") else x for name, x in arrays.items()}
         np.savez(part / "rest.npz", **own)  # type: ignore[arg-type]
-        sums = {name: _sum(part / name) for name in ("x", "rest.npz")}
+        sums = {name: summed(part / name).hexdigest() for name in ("x", "rest.npz")}
         about = {"shape": shape, "source": listing.name, "left_out": count - len(good), "sums": sums}
         (part / "about.json").write_text(json.dumps(about, indent=1))
         for path in part.iterdir():
@@ -128,11 +129,7 @@ def _decode(path: Path, listing: Listing, side: int | Resizing | None, skip: boo
     """
     count, bad = len(listing.names), {}
     first, pixels = _first(listing, side)
-    with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):  # writing to a map of a file that finds no room ends the process
-            os.posix_fallocate(file.fileno(), 0, count * int(np.prod(pixels)))
-        file.truncate(count * int(np.prod(pixels)))
-    x = np.memmap(path, np.uint8, "r+", shape=(count, *pixels))
+    x = on_disk.made(path, (count, *pixels), np.uint8)
 
     def one(i: int) -> str:
         """What is wrong with an image; nothing, where it was written."""
@@ -161,8 +158,7 @@ def _decode(path: Path, listing: Listing, side: int | Resizing | None, skip: boo
     good = np.setdiff1d(np.arange(count), list(bad))
     for place, i in enumerate(good):  # close the gaps, from the front
         if place != i:
-            x[place] = x[i]
-    x.flush()
+            x[int(place)] = x[int(i)]
     os.truncate(path, len(good) * int(np.prod(pixels)))
     return [len(good), *pixels], good
 
@@ -214,11 +210,3 @@ def opened(encoded: Path | bytes, side: int | Resizing | None) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"cannot be read: {error}") from None
     return np.asarray(image if side is None else resizing.resized(image, side))
-
-
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(PART):
-            digest.update(part)
-    return digest.hexdigest()

@@ -24,7 +24,7 @@ def claims(source: str) -> bool:
     return source.startswith(PREFIX) or any((Path(source) / name).is_file() for name in SAVED)
 
 
-def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[str, np.ndarray]:
+def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[str, Any]:
     """The arrays of the contract (``data.py``).
 
     Args:

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Found(NamedTuple):
     splits: list[int] | None  # 0 train, 1 test
 
 
-def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[str, np.ndarray]:
+def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[str, Any]:
     """The arrays of the contract (``data.py``). Classes and domains are in the order of their names, those of lists in
     that of their numbers.
 

@@ -14,15 +14,19 @@ import numpy as np
 from jax import Array
 
 from experiments.config import Config
-from experiments.setup import adapter, data, descriptions, head, local_training, memory, partition_file
+from experiments.setup import adapter, data, descriptions, head, local_training, memory, on_disk, partition_file
 from experiments.setup import backbone as backbones
+from experiments.setup.caches import caches
 from experiments.setup.data import Images
+from experiments.setup.on_disk import taken
 from experiments.setup.task import STEM, TASKS, objectives
 from fedlora_jax import lora, partition
 from fedlora_jax.clients import Population, padded
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.signatures import Signature
-from models.backbone import Backbone
+from models.backbone import Backbone, Stem
+
+RESIDENT = 0.5  # of the memory there is, at most, for images that are all on the device
 
 
 class Clients(NamedTuple):
@@ -58,8 +62,9 @@ class Problem(NamedTuple):
     images: Images
     backbone: Backbone
     base: Params
-    train: tuple[Array, Array]  # x [n, H, W, 3] uint8 (or tokens [n, ...], where the model begins later), y [n]
-    test: tuple[Array, Array, Array]  # x, y, domain
+    train: tuple[Any, Any]  # x [n, H, W, 3] uint8 (or tokens [n, ...], where the model begins later), y [n]: on the
+    #   device; where images are staged, on the host or on disk
+    test: tuple[Any, Any, Any]  # x, y, domain
     clients: Clients  # every array with a leading axis of seeds
     adapters: Adapter  # [seeds, ...]
     keys: Array  # [seeds]
@@ -70,7 +75,13 @@ class Problem(NamedTuple):
     correct_fn: Callable  # (base, adapter, (x, y)) -> 1 where the prediction is right, [n]
     record: dict[str, Any]  # what identifies it, for config.json
 
+    @property
+    def staged(self) -> bool:
+        """Are programs given only those images that they draw?"""
+        return not isinstance(self.train[0], Array)
+
     def arrays(self) -> Arrays:
+        assert not self.staged
         return Arrays(self.base, self.train, self.test[:2])
 
     def everyone(self) -> Seed:
@@ -81,6 +92,7 @@ def build(
     config: Config,
     accept: Callable[[Signature, Adapter], None] = lambda signature, adapter: None,
     backbone: Backbone | None = None,
+    may_stage: bool = False,
 ) -> Problem:
     """Load, split and describe the data.
 
@@ -89,11 +101,12 @@ def build(
       accept: is shown the shapes of one client's signature and of one adapter while nothing has compiled yet; it may
         raise ValueError.
       backbone: the model, where it has been loaded before.
+      may_stage: whether images may be left where they are, to be staged; else all of them are brought to the device.
     """
     # Everything that can be refused is looked at on the host first; only then does anything compile.
     images, resized = _images(config)
     side = config.image_size or _side(images)
-    _refuse_too_many(config, images, side)
+    _refuse_too_many(config, images, side, may_stage)
     backbone = backbone or backbones.load(config, images.classes, side)
     backbones.refuse_too_large(backbone, len(images.classes), len(images.x), side)
     stem, top = backbones.cut(backbone, config.adapt_last)
@@ -106,15 +119,13 @@ def build(
     made = [dealt(config, images, train_rows, test_rows, seed) for seed in config.seeds]
 
     images, base = data.resized(images, side), backbones.kept_as(config.base_dtype, top.params, config.full)
-    shown = images.x
-    if stem is not None and backbones.is_stored(config, stem, images.x):
-        stem, shown = None, backbones.tokens_of(stem, images.x)
-    elif stem is not None:
+    stem, shown, stay = _shown(config, stem, images.x, may_stage)
+    if stem is not None:
         base = {**base, STEM: backbones.kept_as(config.base_dtype, stem.params, ())}
     base = jax.device_put(base)
     vary = config.label_smoothing, config.augment, config.dropout
     loss_fn, correct_fn = objectives(TASKS[config.task], top, stem, *vary)
-    features = backbones.frozen_features(backbone, images.x[train_rows])
+    features = backbones.frozen_features(backbone, taken(images.x, train_rows))
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
     adapters = _with_heads(config, jax.vmap(new)(keys), made, features, images.y[train_rows], len(images.classes))
@@ -122,8 +133,8 @@ def build(
         images=images,
         backbone=backbone,
         base=base,
-        train=(jnp.asarray(shown[train_rows]), jnp.asarray(images.y[train_rows])),
-        test=tuple(jnp.asarray(a[test_rows]) for a in (shown, images.y, images.domain)),  # type: ignore[arg-type]
+        train=_placed((shown, images.y), train_rows, stay),
+        test=_placed((shown, images.y, images.domain), test_rows, stay),  # type: ignore[arg-type]
         clients=stacked,
         adapters=adapters,
         keys=keys,
@@ -189,14 +200,40 @@ def of_seeds(problem: Problem, start: int, stop: int) -> Problem:
     return problem._replace(clients=part[0], adapters=part[1], keys=part[2])
 
 
-def _refuse_too_many(config: Config, images: Images, side: int) -> None:
-    """Refuse a size, or draws, that memory cannot hold."""
-    size = len(images.x) * side * side * 3
-    memory.refuse_more_than_there_is(
-        size if images.x.shape[1:3] == (side, side) else 2 * size,  # on the device, and resized ones on the host too
-        f"{len(images.x)} images of {side} x {side}",
-        "use a smaller --image-size or fewer images",
-    )
+def is_staged(config: Config, size: int) -> bool:
+    """Do images (or tokens) of so many bytes stay where they are, and only those that are drawn go to the device?"""
+    have = memory.available()
+    return config.images == "staged" or (config.images == "auto" and have is not None and size > RESIDENT * have)
+
+
+def _shown(config: Config, stem: Stem | None, x: Any, may_stage: bool) -> tuple[Stem | None, Any, bool]:
+    """What comes before the model that is trained, what the two are shown of images ``x``, and whether that is staged.
+
+    Where what the stem makes of all images is stored, it takes their place.
+    """
+    if stem is None or not backbones.is_stored(config, stem, x):
+        return stem, x, may_stage and is_staged(config, x.nbytes)
+    stay = may_stage and is_staged(config, memory.bytes_of(backbones.shape_of_tokens(stem, x)))
+    return None, backbones.tokens_of(stem, x, partial(on_disk.scratch, caches()) if stay else np.empty), stay
+
+
+def _placed(arrays: tuple, rows: np.ndarray, staged: bool) -> tuple:
+    """Rows of all of them: on the device, or as they are."""
+    return tuple(taken(a, rows) if staged else jnp.asarray(a[rows]) for a in arrays)
+
+
+def _refuse_too_many(config: Config, images: Images, side: int, may_stage: bool) -> None:
+    """Refuse a size, or draws, that memory cannot hold; and to stage images of a whole run that is one program."""
+    if config.images == "staged" and not may_stage:
+        raise ValueError("--images staged is of compare and run: this command needs all images at once, leave it out")
+    size, as_they_are = len(images.x) * side * side * 3, images.x.shape[1:3] == (side, side)
+    if not (may_stage and as_they_are and is_staged(config, size)):
+        memory.refuse_more_than_there_is(
+            size if as_they_are else 2 * size,  # on the device, and resized ones on the host too
+            f"{len(images.x)} images of {side} x {side}",
+            "use a smaller --image-size or fewer images"
+            + ("" if may_stage else ", or compare and run, which need not hold all of them"),
+        )
     steps = 1 if config.local_epochs else config.local_steps  # epochs: when it is known how much each client has
     memory.refuse_draws(backbones.image_of(side), config.cohort, steps, config.batch)
 

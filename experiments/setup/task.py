@@ -20,6 +20,7 @@ from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, Params
 from models.backbone import Backbone, Stem
 
+AT_ONCE = 256  # images that are scored at once
 STEM = "stem"  # the name under which a base holds the blocks that come before the adapted ones
 
 
@@ -98,6 +99,6 @@ def objectives(
 
     def correct_fn(base, adapter, examples):
         one = lambda xy: task.right(logits(base, adapter, xy[0][None], False), xy[1][None])[0]
-        return jax.lax.map(one, examples, batch_size=256)  # bounds memory whatever the number of examples
+        return jax.lax.map(one, examples, batch_size=AT_ONCE)  # bounds memory whatever the number of examples
 
     return loss_fn, correct_fn

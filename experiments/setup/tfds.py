@@ -37,7 +37,7 @@ class Part(NamedTuple):
     records: Sequence[dict[str, Any]]  # images not decoded
 
 
-def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[str, np.ndarray]:
+def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[str, Any]:
     """The arrays of the contract (``data.py``).
 
     Args:

@@ -1,0 +1,127 @@
+"""A staged run in parts, each with the images that it draws: how large parts are, and which rows they see.
+
+What is drawn depends on keys, the number of the round and on how many images a client holds, not on what is in them. So
+the library's own drawing of batches, given row numbers in place of images, tells beforehand what a part will see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from experiments.config import Config
+from experiments.engine.chunking import choose
+from experiments.engine.evaluation import Serving, scored_at_once, together
+from experiments.setup.problem import Clients, Problem
+from experiments.setup.task import AT_ONCE
+from fedlora_jax import rounds
+from fedlora_jax.clients import Population
+from fedlora_jax.method import Method
+from fedlora_jax.rounds import Run
+
+STAGE = 2**29  # bytes of images that a part sees at most, where it can be made so small
+
+
+class Sizes(NamedTuple):
+    """Of the parts of a run."""
+
+    seeds: int  # computed at once
+    rounds: int  # that one part computes
+    clients: int  # that one part scores
+    tests: int  # test images that the global model is scored on in one part
+    # Images that one part may see, of training and of test images:
+    by_rounds: int
+    by_trials: int
+    by_steps: int
+    by_clients: int
+
+    @property
+    def largest(self) -> int:
+        """Images of the largest part."""
+        return max(self.by_rounds, self.by_trials, self.by_steps + self.by_clients, self.tests)
+
+
+def sizes(config: Config, problem: Problem, method: Method) -> Sizes:
+    """As many rounds and clients as see no more than ``STAGE``: one round, and the clients scored at once, at least."""
+    (chunk, seeds), total = choose(config, problem), config.clients + config.holdout_clients
+    held = np.asarray(problem.clients.population.sizes)  # [S, N + K]
+    batches, widest = steps_of(config, problem) * config.batch, problem.clients.test_rows.shape[-1]
+    n, n_test = len(problem.train[1]), len(problem.test[1])
+    fits = STAGE // bytes_of_one(problem)
+    most = lambda counts, bound: min(bound, max(counts.reshape(-1, seeds).sum(1)))  # of seeds at once
+
+    def of_rounds(count: int) -> int:
+        seen, training = batches + method.query, held[:, : config.clients]
+        once = -np.sort(-np.minimum(training, seen), 1)[:, : config.cohort].sum(1)
+        return most(np.minimum(count * once, np.minimum(training, count * seen).sum(1)), n)
+
+    of_steps = lambda count: most(count * np.minimum(held.max(1), batches), n)
+    of_clients = lambda count: min(n_test, seeds * count * widest)
+    own = scored_at_once(total, chunk)
+    size = together(total, own).shape[1]
+    many = [x for x in range(1, config.eval_every + 1) if config.eval_every % x == 0]
+    among = [x for x in range(own, size + 1, own) if size % x == 0]
+    each = max([x for x in many if of_rounds(x) <= fits], default=1)
+    scored = max([x for x in among if of_steps(x) + of_clients(x) <= fits], default=own)
+    tests = min(n_test, max(1, fits // AT_ONCE) * AT_ONCE)
+    trials = of_steps(config.holdout_clients) if method.onboard and config.holdout_clients else 0
+    return Sizes(seeds, each, scored, tests, of_rounds(each), trials, of_steps(scored), of_clients(scored))
+
+
+def steps_of(config: Config, problem: Problem) -> int:
+    """Local steps for which batches are drawn: those of the client that takes the most."""
+    return problem.longest or config.local_steps
+
+
+def bytes_of_one(problem: Problem) -> int:
+    """Of an image, or of its tokens."""
+    x = problem.train[0]
+    return max(1, int(np.prod(x.shape[1:])) * np.dtype(x.dtype).itemsize)
+
+
+class Draws(NamedTuple):
+    """Rows of training images, of some seeds ``[s]``; computed on the CPU, whatever else is busy."""
+
+    of_rounds: Callable  # (first of the seeds, rounds done) -> what the next part's rounds see
+    of_scores: Callable  # (first of the seeds, rounds done) -> of trials [s, K, T, B], of local steps [s, N + K, T, B]
+
+
+def make_draws(config: Config, problem: Problem, method: Method, sizes: Sizes, serving: Serving) -> Draws:
+    """What the programs of a run draw, told by the functions with which they draw it."""
+    cpu, n = jax.local_devices(backend="cpu")[0], len(problem.train[1])
+    whose, keys = problem.clients, problem.keys
+    # How many of its batches each client goes through is left out: they are drawn all the same.
+    population = Population(whose.population.rows, whose.population.sizes, whose.population.ranks)
+    on_cpu = jax.device_put((whose._replace(population=population), keys), cpu)
+
+    # A round that computes nothing, and reports what it was given.
+    seen = lambda base, state, cohort, key, round=None: (state, cohort.memory, (cohort.batches, cohort.queries))
+    step = rounds.make_step(
+        seen,  # type: ignore[arg-type]
+        participants=config.cohort,
+        steps=steps_of(config, problem),
+        batch=config.batch,
+        smallest=problem.smallest,
+        query=method.query,
+    )
+
+    def of_rounds(clients: Clients, key: Array, number: Array) -> Any:
+        run = Run((), (), number)
+        own = clients.training(config.clients)
+        return rounds.scan_rounds(step, sizes.rounds)({}, jnp.arange(n), own, run, key)[1]
+
+    def told(draw: Callable) -> Callable:
+        many = jax.jit(lambda everyone, number: jax.lax.map(lambda row: draw(*row, number), everyone))
+
+        def of_seeds(first: int, done: int) -> Any:
+            some = jax.tree.map(lambda x: x[first : first + sizes.seeds], on_cpu)
+            return jax.device_get(many(some, jax.device_put(np.int32(done), cpu)))
+
+        return of_seeds
+
+    return Draws(told(of_rounds), told(serving.draws))
