@@ -14,11 +14,13 @@ from experiments.cli import parse
 from experiments.commands import compare
 from experiments.config import Config
 from experiments.results.checkpoints import Checkpoints
+from experiments.results.folder import file_name
 
 SMALL = (
     "--clients 3 --holdout-clients 1 --partition iid --minimum 4 --local-steps 5 --batch 8 --adapt-last 1 --rank 2 "
     "--checkpoint-every 2"
 ).split()
+AGAIN = "from fedlora_jax import fedit\n\n\ndef again():\n    return fedit()\n"  # a second method, compiled already
 VANISHING = {"bias", "correction"}  # norms of differences that cancel: rounding is its square root there
 TIMES = {"date", "seconds_per_round", "compile_seconds"}
 
@@ -28,6 +30,13 @@ def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "data.npz"
     change()(path)
     return [*SMALL, "--data", str(path)]
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory):
+    path = tmp_path_factory.mktemp("methods") / "mine.py"
+    path.write_text(AGAIN)
+    return f"{path}:again"
 
 
 @pytest.fixture(autouse=True)
@@ -67,29 +76,29 @@ def as_a_user():
 
 
 @pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
+def whole(small, again, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch, users_programs():
         monkeypatch.setattr(compare.report, "write", lambda *_: "")
-        run(out, *small, "--methods", "fedit,ffa_lora", "--rounds", "7", "--seeds", "2")
+        run(out, *small, "--methods", f"fedit,{again}", "--rounds", "7", "--seeds", "2")
     return out
 
 
 @pytest.mark.usefixtures("as_a_user")
-def test_more_rounds_then_a_method_then_seeds(small, whole, tmp_path):
+def test_more_rounds_then_a_method_then_seeds(small, again, whole, tmp_path):
     """The last five rounds of two are not those of seven."""
     run(tmp_path, *small, "--methods", "fedit", "--rounds", "2", "--seeds", "1")
     run(tmp_path, "--resume", "--rounds", "7")
-    run(tmp_path, "--resume", "--methods", "fedit,ffa_lora")
+    run(tmp_path, "--resume", "--methods", f"fedit,{again}")
     run(tmp_path, "--resume", "--seeds", "2")
     assert_as_if_at_first(tmp_path, whole)
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("as_a_user")
-def test_all_at_once(small, whole, tmp_path):
+def test_all_at_once(small, again, whole, tmp_path):
     run(tmp_path, *small, "--methods", "fedit", "--rounds", "2", "--seeds", "1")
-    run(tmp_path, "--resume", "--rounds", "7", "--methods", "fedit,ffa_lora", "--seeds", "0,1")
+    run(tmp_path, "--resume", "--rounds", "7", "--methods", f"fedit,{again}", "--seeds", "0,1")
     assert_as_if_at_first(tmp_path, whole)
 
 
@@ -102,12 +111,13 @@ def test_a_finished_run_keeps_its_timings_and_trains_nothing(whole, monkeypatch)
 
 @pytest.mark.long
 @pytest.mark.usefixtures("as_a_user")
-def test_what_is_damaged_is_said_and_computed_again(whole, tmp_path, capsys):
+def test_what_is_damaged_is_said_and_computed_again(again, whole, tmp_path, capsys):
     """A flipped byte in the newest checkpoint: from the one before. In an early row, or in both checkpoints: anew."""
+    theirs = Path("checkpoints", file_name(again))
     for damage, said in (
         (lambda out: flip(largest(out / "checkpoints/fedit/0-2/7")), "note: fedit goes on after round 6: "),
         (lambda out: flip(out / "metrics.jsonl"), "note: fedit begins anew: rows after round 0 are damaged"),
-        (lambda out: shutil.rmtree(out / "checkpoints/ffa_lora"), "note: ffa_lora begins anew: its checkpoints"),
+        (lambda out: shutil.rmtree(out / theirs), f"note: {again} begins anew: its checkpoints"),
     ):
         out = tmp_path / "out"
         shutil.copytree(whole, out)
@@ -185,16 +195,16 @@ def flat(x) -> np.ndarray:
     ("options", "said"),
     [
         ("--rounds 6", "rounds was 7, is 6 (it may only have more"),
-        ("--methods ffa_lora,fedit", "methods was"),
+        ("--methods AGAIN,fedit", "methods was"),
         ("--methods fedit", "methods was"),
         ("--seeds 1,0", "seeds was"),
         ("--seeds 1,2", "seeds was"),
         ("--lr 0.2", "lr was 0.1, is 0.2"),
     ],
 )
-def test_what_there_is_cannot_be_less_or_other(options, said, whole):
+def test_what_there_is_cannot_be_less_or_other(options, said, again, whole):
     with pytest.raises(ValueError, match=re.escape(said)):
-        plan(whole, "--resume", *options.split())
+        plan(whole, "--resume", *options.replace("AGAIN", again).split())
 
 
 @pytest.fixture
