@@ -18,6 +18,7 @@ from fedlora_jax.lora import Adapter, Params, variables
 from . import facts, files, huggingface, tables, timm, vit_files
 from .backbone import Backbone, Layout, Published, Stem
 from .parts import join_blocks, split_blocks
+from .positions import resized
 from .tables import Table
 from .vit import TARGETS, ViT, normalise
 
@@ -84,8 +85,8 @@ def load_vit(
         warning (``models.facts``).
       classes: the names of the classes to come, or how many there are. The file's head is kept where it is for the same
         names (in another order, if need be); else a new one starts at zero. ``None`` keeps it.
-      image_size: side of the images to come; position embeddings are interpolated (bicubic) where it differs from the
-        size the model was trained at.
+      image_size: side of the images to come; position embeddings are interpolated where it differs from the size the
+        model was trained at, as by the library that the names are of (``models.positions``).
       heads, epsilon, mean, std: of attention, of the layer norms, of images ``x / 255`` per channel; before all files.
       keep_head: keep the file's head although nothing says that it is for these classes.
       **options: of ``ViT`` (``unroll``, ``remat``, ``dtype``).
@@ -102,7 +103,8 @@ def load_vit(
     channels = len(params["embed"]["kernel"]) // model.patch**2
     known = facts.find(path, read.said, given, model.width, channels, alike, implied=read.implied)
     head, kept = start_of_head(path, params.pop("head", None), model.feature_width, known.labels, classes, keep_head)
-    pos = resize(params["pos"], image_size, model.patch, int(model.class_token))
+    antialias = read.table not in huggingface.TABLES or model.registers > 0
+    pos = resized(params["pos"], image_size, model.patch, int(model.class_token), antialias)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), {**params, "pos": pos, "head": head})
     of = {"classes": len(head["bias"]), "heads": known.heads, "epsilon": known.epsilon, "act": known.act}
     model = model.clone(**of, pool=_pool(path, model, known), **options)
@@ -257,29 +259,3 @@ def start_of_head(
     if outputs != count or labels:
         return new, f"new, the file's is for {outputs} other classes"
     return new, "new, the file does not say for which classes its own is; --keep-head keeps it"
-
-
-def resize(positions: np.ndarray, image_size: int | None, patch: int, first: int = 1) -> np.ndarray:
-    """Position embeddings for images of that side (``None``: as they are), as ``resize_positions``.
-
-    Raises:
-      ValueError: images of that side cannot be cut into patches.
-    """
-    if image_size is not None and image_size % patch:
-        raise ValueError(
-            f"images of side {image_size} cannot be cut into patches of {patch}: use a multiple of {patch}"
-        )
-    return resize_positions(positions, None if image_size is None else image_size // patch, first)
-
-
-def resize_positions(positions: np.ndarray, grid: int | None, first: int = 1) -> np.ndarray:
-    """Position embeddings ``[first + g * g, width]`` (class token first) for a ``grid x grid`` of patches, bicubic."""
-    own, patches = positions[:first], positions[first:]
-    old = round(len(patches) ** 0.5)
-    if old * old != len(patches):
-        raise ValueError(f"{len(positions)} position embeddings are not a class token and a square grid")
-    if grid is None or grid == old:
-        return positions
-    square = jnp.asarray(patches, jnp.float32).reshape(old, old, -1)
-    resized = jax.image.resize(square, (grid, grid, square.shape[-1]), "bicubic")
-    return np.concatenate([own, np.asarray(resized).reshape(grid * grid, -1)])

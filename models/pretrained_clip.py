@@ -16,7 +16,8 @@ from . import bpe, clip, clip_files, facts, files, tables
 from .backbone import Backbone, Published
 from .clip import PROMPT, Text
 from .clip_files import Format
-from .pretrained import Pretrained, backbone, resize, start_of_head
+from .positions import resized
+from .pretrained import Pretrained, backbone, start_of_head
 from .vit import TARGETS
 
 SECTIONS = {"image": "vision_config", "text": "text_config"}
@@ -94,7 +95,8 @@ def load_clip(
             + ": leave them out"
         )
     params = {**params, "cls": params["cls"][None], "head": kernels}
-    params["pos"] = resize(params["pos"], image_size, model.patch)
+    antialias = format.image.name != clip_files.HUGGING_FACE.image.name
+    params["pos"] = resized(params["pos"], image_size, model.patch, antialias=antialias)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     of = {"classes": len(kernels["bias"]), "heads": known.heads, "epsilon": known.epsilon, "act": known.act}
     model = model.clone(**of, **options)

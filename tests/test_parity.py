@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from experiments.setup import resizing
 from models import huggingface, tables
+from models.positions import resize_positions
 from models.pretrained import load_vit
 from models.resizing import beside
 from models.vit import normalise
@@ -65,16 +66,16 @@ def published(made, path, **options):
     return path
 
 
-def theirs(made):
+def theirs(made, images=IMAGES, **options):
     """Their logits, or the class token behind the last norm."""
-    x = (IMAGES / 255 - np.array(PROCESSOR["image_mean"])) / np.array(PROCESSOR["image_std"])
+    x = (images / 255 - np.array(PROCESSOR["image_mean"])) / np.array(PROCESSOR["image_std"])
     with torch.no_grad():
-        out = made(torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float32))
+        out = made(torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float32), **options)
     return (out.logits if hasattr(out, "logits") else out.last_hidden_state[:, 0]).numpy()
 
 
-def ours(loaded, head):
-    logits, out = loaded.model.apply({"params": loaded.params}, normalise(IMAGES, loaded.mean, loaded.std))
+def ours(loaded, head, images=IMAGES):
+    logits, out = loaded.model.apply({"params": loaded.params}, normalise(images, loaded.mean, loaded.std))
     return np.asarray(logits if head else out["features"])
 
 
@@ -172,3 +173,22 @@ def test_images_are_made_square_as_transformers_does(name, options, tmp_path):
     theirs = processor(image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
     ours = resizing.resized(image, resizing.read(told["resize"], told["resample"], 224))
     np.testing.assert_array_equal(np.moveaxis(theirs, 0, -1), ours)
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize(("old", "new"), [(4, 7), (7, 4), (14, 3)])
+def test_positions_are_resized_as_pytorch_does(old, new, antialias):
+    positions = np.random.default_rng(0).normal(size=(1 + old**2, 8)).astype(np.float32)
+    square = torch.tensor(positions[1:].reshape(1, old, old, 8)).permute(0, 3, 1, 2)
+    out = torch.nn.functional.interpolate(square, (new, new), mode="bicubic", align_corners=False, antialias=antialias)
+    expected = out.permute(0, 2, 3, 1).reshape(-1, 8).numpy()
+    np.testing.assert_allclose(resize_positions(positions, new, 1, antialias)[1:], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "Dinov2Model", "Dinov2WithRegistersModel"])
+def test_images_of_another_size_are_seen_as_theirs(name, tmp_path):
+    made, images = model(name), np.random.default_rng(2).integers(0, 256, (2, 20, 20, 3)).astype(np.uint8)
+    loaded = load_vit(published(made, tmp_path / "a"), NAMES, 20)
+    more = {"interpolate_pos_encoding": True} if name.startswith("ViT") else {}
+    head = hasattr(made, "classifier")
+    np.testing.assert_allclose(ours(loaded, head, images), theirs(made, images, **more), atol=1e-4)

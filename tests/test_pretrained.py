@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from fedlora_jax import lora
 from models.parts import split_blocks
-from models.pretrained import load_vit, resize_positions
+from models.positions import resize_positions
+from models.pretrained import load_vit
 from models.vit import normalise, vit
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -77,7 +78,30 @@ def test_positions_of_the_same_grid_are_untouched_and_constant_ones_stay_constan
     positions = np.random.default_rng(0).normal(size=(17, 8)).astype(np.float32)
     assert resize_positions(positions, 4) is positions
     flat = np.ones((17, 8), np.float32)
-    np.testing.assert_allclose(resize_positions(flat, 7), np.ones((50, 8)), atol=1e-5)
+    for antialias in (True, False):
+        np.testing.assert_allclose(resize_positions(flat, 7, 1, antialias), np.ones((50, 8)), atol=1e-5)
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 7), (7, 4), (5, 15), (6, 1)])
+def test_positions_are_interpolated_by_cubic_convolution(old, new):
+    """Value by value in float64: the last are repeated beyond the ends, as where transformers resizes them."""
+
+    def kernel(d, a=-0.75):
+        d = abs(d)
+        if d <= 1:
+            return (a + 2) * d**3 - (a + 3) * d**2 + 1
+        return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+    def at(row, x):
+        return sum(kernel(x - j) * row[min(max(j, 0), old - 1)] for j in range(-3, old + 3))
+
+    positions = np.random.default_rng(0).normal(size=(old, old))
+    where = [(i + 0.5) * old / new - 0.5 for i in range(new)]
+    columns = np.array([[at(row, x) for x in where] for row in positions])
+    expected = np.array([[at(column, y) for column in columns.T] for y in where])
+    flat = np.float32(np.append(0.0, positions.reshape(-1)))[:, None]
+    found = resize_positions(flat, new, 1, antialias=False)[1:].reshape(new, new)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("top", [1, 3])
