@@ -93,8 +93,9 @@ def parse(
     files = [given[name] for name in _FROM_FILES if given.get(name) is not None]
     if (given.get("resume") and given["out"]) or files or given.get("adapter"):
         own = commands.choices[command]
-        held = _held(given["out"], given.keys()) if given.get("resume") and given["out"] else {}
-        held |= _filed(own, given, {kind: given.get(kind) for kind in _FROM_FILES})
+        filed = _filed(own, given, {kind: given.get(kind) for kind in _FROM_FILES})
+        out, goes_on = given.get("out") or filed.get("out"), given.get("resume") or filed.get("resume")
+        held = (_held(out, given.keys()) if goes_on and out else {}) | filed
         of_adapter = _of_adapter(own, given.get("adapter") or held.get("adapter"))
         if given.get("alpha", held.get("alpha")) is not None:
             of_adapter.pop("scale", None)  # which alpha stands for

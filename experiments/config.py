@@ -73,7 +73,10 @@ class Config:
         False, "leave out images that cannot be read; they are named and counted (else: they are refused)"
     )
     classes: tuple[str, ...] = option(
-        (), "these classes alone, by name, comma-separated, or the first N of them (default: all)", empty=True
+        (),
+        "these classes alone, by name, comma-separated, or the first N of them, where none is called N; of digits name "
+        "them, as in 0,1,2 (default: all)",
+        empty=True,
     )
     image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
     resize: str | None = option(
@@ -389,7 +392,9 @@ class Models:
 
     file: str | None = option(None, "weights, as for --weights of compare: what they are (default: all families)")
     model: str | None = option(None, "the family, or FILE.py:FUNCTION of your own (default: as the names in FILE tell)")
-    image_size: int | None = option(None, "side of the images to come (default: as the weights have it)", "[1, 16384]")
+    image_size: int | None = option(
+        None, "side of the images to come (default: as the weights have it, or as usual for a size)", "[1, 16384]"
+    )
     targets: tuple[str, ...] = option(
         (), "sets of kernels or regular expressions, comma-separated, as in compare (default: all sets)", empty=True
     )
@@ -401,6 +406,8 @@ def check(config: Config) -> None:
     check_fields(config)
     if config.alpha is not None and config.scale != Config.scale:
         raise ValueError(f"--alpha {config.alpha:g} and --scale {config.scale:g} both set the factor: give one of them")
+    if config.keep_head and config.head == "prototype":
+        raise ValueError("--keep-head and --head prototype both say where the head starts: give one of them")
     if config.scale == 0:
         raise ValueError("--scale must not be 0: nothing that adapters learn would count")
     for name in ("methods", "seeds", "lrs", "budgets", "tuning_seeds"):

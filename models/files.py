@@ -20,6 +20,7 @@ from .archive import members, read_npz
 LABELS = ("classes", "synsets")  # arrays of a .npz file that name the classes which the head tells apart
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in a folder as they are published
 OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")  # the same, of OpenCLIP
+ADAPTER = "adapter_config.json"  # in a folder of PEFT
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -36,6 +37,11 @@ def read(
     Raises:
       ValueError: the file is missing or damaged, or an array is of the wrong kind or not finite.
     """
+    if (path / ADAPTER).is_file():
+        raise ValueError(
+            f"{path} is an adapter of PEFT, and no model: give it as --adapter, with the weights of its model as "
+            "--weights"
+        )
     if not path.is_file():
         raise ValueError(
             f"no weight file {path}: give the path of a .npz or .safetensors file, or of a folder with {SINGLE} or "

@@ -19,8 +19,9 @@ from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, Params
 
 from .backbone import Layout, Linear
+from .files import ADAPTER
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 

@@ -115,6 +115,7 @@ def test_a_class_that_nobody_has_is_in_the_middle():
     [
         (["--full", ""], "--full '' leaves it frozen: name it there (^head/)"),
         (["--full", "^head/kernel"], "--full ^head/kernel leaves it frozen"),
+        (["--keep-head"], "--keep-head and --head prototype both say where the head starts: give one of them"),
     ],
 )
 def test_prototypes_that_nothing_would_hold_are_refused(options, said, capsys, monkeypatch):

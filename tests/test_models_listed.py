@@ -95,6 +95,24 @@ def test_a_file_says_what_it_is_and_what_would_be_adapted(tmp_path):
     ]
 
 
+def test_other_images_have_other_parameters_or_cannot_be_cut(listed):
+    other = rows(list_models.table(Models(rank=8, image_size=256)))
+    more = (256 // 16) ** 2 - (224 // 16) ** 2
+    count = lambda table, which: number(table[which]["parameters"])
+    assert count(other, ("vit", "B/16")) - count(listed, ("vit", "B/16")) == 768 * more
+    assert count(other, ("mixer", "B/16")) - count(listed, ("mixer", "B/16")) == 12 * (2 * 384 + 1) * more
+    assert set(other["vit", "S/14"].values()) == {"S/14", "256 x 256", "-"}
+
+
+def test_a_rank_that_does_not_fit_is_explained(tmp_path):
+    write(tmp_path / "some.npz", config={})
+    text = list_models.table(Models(str(tmp_path / "some.npz"), targets=("qv", "mlp/fc1"), rank=13))
+    assert text.splitlines()[-2:] == [
+        "qv: rank 13 does not fit 'blocks/attn/query/kernel' of shape (2, 12, 12): choose a rank from 1 to 12",
+        "mlp/fc1: rank 13 does not fit 'blocks/mlp/fc1/kernel' of shape (2, 12, 20): choose a rank from 1 to 12",
+    ]
+
+
 def test_a_published_size_is_known_by_its_name():
     from experiments.setup.backbone import BUILT_IN
 
@@ -119,11 +137,14 @@ def test_a_published_size_is_known_by_its_name():
         ("good.npz --targets", "--targets: expected one argument"),
         ("--model other", "no family of models 'other'"),
         ("nowhere.npz", "no weight file nowhere.npz"),
+        ("adapter", "adapter is an adapter of PEFT, and no model: give it as --adapter, with the weights of its model"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_what_is_wrong(options, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "good.npz")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     write(tmp_path / "half.npz", timm_arrays(**{"blocks.1.norm2.bias": None}))
     write(tmp_path / "more.npz", timm_arrays(**{"blocks.0.gate": np.ones(3)}))
     write(tmp_path / "nan.npz", timm_arrays(**{"norm.bias": np.full(12, np.nan)}))

@@ -58,6 +58,16 @@ def test_a_run_repeats_another_by_its_config_json(tmp_path):
     assert parse(["run", "--config", str(tmp_path / "config.json")])[1] == config
 
 
+def test_a_file_may_say_that_a_run_goes_on(tmp_path):
+    """Then what neither file nor command line says stays as it was in the folder."""
+    config = Config(methods=("fedit",), lr=0.3, rounds=4, seeds=(0,), out=str(tmp_path))
+    about = {"config": config.deciding("results"), "speed": config.deciding("speed")}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    path = written(tmp_path, f'resume = true\nrounds = 6\nout = "{tmp_path}"')
+    assert parse(["run", "--config", path])[1] == dataclasses.replace(config, rounds=6, resume=True)
+    assert parse(["run", "--config", path, "--rounds", "8"])[1].rounds == 8
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -15,6 +15,7 @@ from weight_helpers import FACTS, reference_forward, timm_arrays, write
 from experiments.cli import parse
 from experiments.config import Config
 from experiments.setup import adapter as adapters
+from experiments.setup import head
 from experiments.setup.problem import new_adapter
 from fedlora_jax import lora
 from models import huggingface, peft
@@ -87,6 +88,14 @@ def test_a_folder_of_peft_is_what_a_run_begins_with(tmp_path):
     got = top.apply(top.params, adapter, IMAGES)[0]
     np.testing.assert_allclose(got, expected.apply(expected.params, {}, IMAGES)[0], rtol=5e-4, atol=5e-4)
     assert start.record["adapter_head"] == "kept, as asked"
+
+
+def test_prototypes_take_the_place_of_its_head(tmp_path):
+    path, (_, backbone) = made_by_peft(tmp_path / "a"), vit(tmp_path / "vit")
+    backbone = head.emptied(backbone)
+    top, _, start = begun(path, backbone, keep_head=False, head="prototype")
+    assert start.record["adapter_head"] == "left out, --head prototype starts from another"
+    assert not np.any(top.params["head"]["kernel"])
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -212,6 +221,7 @@ def test_what_is_no_adapter_of_this_model_is_refused(tmp_path, capsys, monkeypat
         ({"scale": 1.0}, "--scale 1 is not that of --adapter"),
         ({"targets": ("qv",)}, "--targets qv finds blocks/attn/query/kernel, blocks/attn/value/kernel, --adapter"),
         ({"full": ("head", "fc2/kernel")}, "would be adapted"),
+        ({"head": "cosine"}, "none there has the head of --head cosine: leave one of them out"),
     ],
 )
 def test_options_that_say_otherwise_are_refused(given, said, tmp_path):

@@ -40,8 +40,13 @@ def _families(options: Models) -> str:
         if family.shapes is None or options.model not in (None, name):
             continue
         sets, rows = _sets(family.targets, options.targets), []
-        for size, side in family.sizes.items():
-            params = family.shapes(size, side)
+        for size, usual in family.sizes.items():
+            side = options.image_size or usual
+            try:
+                params = family.shapes(size, side)
+            except ValueError:  # which cannot be cut into its patches
+                rows.append((size, f"{side} x {side}", "-", *("-" for _ in sets)))
+                continue
             adapters = [_adapter(params, patterns, options.rank) for patterns in sets.values()]
             rows.append((size, f"{side} x {side}", f"{_count(_body(params)):,}", *(_number(x) for x in adapters)))
         parts += ["", f"{name}: reads the names of {', '.join(family.reads)}"]
@@ -56,18 +61,19 @@ def _model(options: Models) -> str:
     backbone = backbones.read(config, DIGITS, options.image_size or (SIDE if own else None))
     family = options.model or families.of(backbones.weights_of(config)[0])
     size = None if own else families.size_of(family, backbone.params) or "of a size of its own"
-    body, rows = _count(_body(backbone.params)), []
+    body, rows, notes = _count(_body(backbone.params)), [], []
     for name, patterns in _sets(backbone.targets, options.targets).items():
         adapter = _adapter(backbone.params, patterns, options.rank)
         found = [f"{kernel} {list(x.shape)}" for kernel, x in _kernels(backbone, patterns).items()]
         share = "" if adapter is None else f"{100 * _count(adapter) / body:.2g} %"
         rows.append((name, _number(adapter), share, found[0]))
         rows += [("", "", "", more) for more in found[1:]]
+        notes += [] if adapter is not None else [f"{name}: {_refusal(backbone.params, patterns, options.rank)}"]
     about = " ".join(filter(None, (family, size, f"in {backbone.depth} blocks" if backbone.depth else None)))
     facts = [f"  {fact}: {value}" for fact, value in backbone.facts.items()]
     header = ("set", f"rank {options.rank}", "of all", "kernels [blocks, in, out]")
     title = f"{backbone.name}: {about}, {body:,} parameters without a head"
-    return "\n".join([title, *facts, "", *lines(header, rows)])
+    return "\n".join([title, *facts, "", *lines(header, rows), *notes])
 
 
 def _sets(named: Mapping[str, Sequence[str]], given: Sequence[str]) -> dict[str, Sequence[str]]:
@@ -82,11 +88,24 @@ def _kernels(backbone: Backbone, patterns: Sequence[str]) -> dict[str, Any]:
 
 def _adapter(params: Params, patterns: Sequence[str], rank: int) -> Any:
     """The shapes of an adapter of these kernels; ``None`` where there are none, or they are smaller than the rank."""
-    new = partial(lora.new, rank=rank, targets=tuple(patterns))
     try:
-        return jax.eval_shape(new, jax.eval_shape(jax.random.key, 0), params)
+        return _shaped(params, patterns, rank)
     except ValueError:
         return None
+
+
+def _refusal(params: Params, patterns: Sequence[str], rank: int) -> str:
+    """Why there is no such adapter."""
+    try:
+        _shaped(params, patterns, rank)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _shaped(params: Params, patterns: Sequence[str], rank: int) -> Any:
+    new = partial(lora.new, rank=rank, targets=tuple(patterns))
+    return jax.eval_shape(new, jax.eval_shape(jax.random.key, 0), params)
 
 
 def _body(params: Params) -> Params:

@@ -76,6 +76,11 @@ def begins(config: Config, whole: Backbone, top: Backbone, classes: tuple[str, .
     if config.adapter is None:
         return config, top, Start({}, {}, {})
     folder = Path(config.adapter)
+    if config.head == "cosine":
+        raise ValueError(
+            f"--adapter {folder} is of a model as PyTorch has it, and none there has the head of --head cosine: leave "
+            "one of them out"
+        )
     found, said = peft_in.read(folder, whole.layouts, whole.params), peft_in.summary(folder)
     updates, held = {}, {}
     for kernel, rows in found.updates.items():
@@ -90,6 +95,7 @@ def begins(config: Config, whole: Backbone, top: Backbone, classes: tuple[str, .
     if HEAD[0] in found.full:
         there = {name.rpartition("/")[2]: found.full.pop(name) for name in HEAD}
         new, head = start_of_head(folder, there, len(there["kernel"]), found.labels, classes, config.keep_head)
+        head = "left out, --head prototype starts from another" if config.head == "prototype" else head
         params |= {f"head/{kind}": x for kind, x in new.items()} if head.startswith("kept") else {}
     if shapes := [name for name, x in found.full.items() if x.shape != params[name].shape]:
         raise ValueError(f"{folder} does not fit this model: {shapes[0]} has the shape {found.full[shapes[0]].shape}")
