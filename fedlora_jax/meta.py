@@ -74,7 +74,13 @@ META_GRADIENTS = {"exact": exact, "first_order": first_order, "displacement": di
 
 
 def outcome(
-    method: Method, loss_fn: LossFn, optimizer: Optimizer, *, chunk: int | None = None, remat: bool = True
+    method: Method,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    *,
+    chunk: int | None = None,
+    remat: bool = True,
+    judge_fn: LossFn | None = None,
 ) -> Callable[..., tuple[Array, State]]:
     """``(base, state, cohorts, examples, key, first=0) -> (loss, state)``: what federated rounds lead to.
 
@@ -86,13 +92,14 @@ def outcome(
     on.
 
     Args:
-      method, loss_fn, optimizer, chunk, remat: as in ``make_round``.
+      method, loss_fn, optimizer, chunk, remat, judge_fn: as in ``make_round``; the last judges the outcome, too.
       The function's own: ``cohorts`` with a leading axis of rounds on every array, ``[K, C, ...]``; ``examples``
       ``[C, ...]``, one batch for each client of the last cohort, which the local steps of none of these rounds
       should have seen (``clients.sample_rounds``); ``first``, the number of the first round, for an optimizer that
       follows rounds.
     """
-    round_fn = make_round(method, loss_fn, optimizer, chunk=chunk, remat=remat)
+    round_fn = make_round(method, loss_fn, optimizer, chunk=chunk, remat=remat, judge_fn=judge_fn)
+    outcome_fn = judge_fn or loss_fn
 
     def after_rounds(base: Params, state: State, cohorts: Cohort, examples: Any, key: Array, first=0):
         rounds = jax.tree.leaves(cohorts.batches)[0].shape[0]
@@ -105,7 +112,7 @@ def outcome(
         state, _ = jax.lax.scan(one, state, (jnp.arange(rounds), cohorts))
         last = jax.tree.map(lambda x: x[-1], cohorts)
         sent = method.dispatch(base, state, last)
-        judge = lambda row: loss_fn(sent.base, row[0], row[1], jax.random.fold_in(key, rounds))
+        judge = lambda row: outcome_fn(sent.base, row[0], row[1], jax.random.fold_in(key, rounds))
         losses = map_clients(judge, (models(method, sent), examples), chunk)
         return losses @ last.weights / last.weights.sum(), state
 

@@ -86,6 +86,7 @@ def make_round(
     chunk: int | None = None,
     remat: bool = True,
     mesh: Mesh | None = None,
+    judge_fn: LossFn | None = None,
 ) -> RoundFn:
     """``round_fn(base, state, cohort, key, round=None) -> (state, memory [C, ...], info)``.
 
@@ -107,8 +108,10 @@ def make_round(
         is differentiated.
       mesh: devices that share the cohort, an equal number of clients each; everything else they all compute. Of one
         process or of several (``jax.distributed``), then with global arrays as arguments. Results agree to rounding.
+      judge_fn: what models are judged by on examples that clients keep apart (HyperLoRA, IFCA), where that is not
+        ``loss_fn``: the loss without the dropout of training, say.
     """
-    local = make_local(method, loss_fn, optimizer, remat=remat)
+    local, judge_fn = make_local(method, loss_fn, optimizer, remat=remat), judge_fn or loss_fn
 
     def round_fn(base: Params, state: State, cohort: Cohort, key: Array, round=None) -> tuple[State, Memory, Info]:
         ids, cohort = cohort.ids, method.pool(cohort)
@@ -125,7 +128,7 @@ def make_round(
             draws = jax.random.fold_in(key, own.id)
             tune = lambda start: local(sent.base, start, own.mask, own.context, own.batches, draws, round)
             last = jax.random.fold_in(draws, jnp.iinfo(jnp.int32).max)
-            judge = lambda end: loss_fn(sent.base, method.model(end, own.context), own.examples, last)
+            judge = lambda end: judge_fn(sent.base, method.model(end, own.context), own.examples, last)
             received, trace, meta_gradient = method.meta_gradient.train(tune, judge, own.adapter)
             meta_gradient = meta_gradient if meta_gradient == () else masked(meta_gradient, own.mask)
             change = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, received, own.adapter))  # |0| has no derivative

@@ -3,15 +3,18 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from helpers import ADAPTER, BASE, BATCH, jit, loss_fn, members
 from input_helpers import SMALL, change, refused
 
 from experiments.cli import parse
 from experiments.config import Config
+from experiments.engine import programs
 from experiments.setup import problem
 from experiments.setup.backbone import load
 from experiments.setup.problem import new_adapter
-from fedlora_jax import Dense, dropout, lora
+from fedlora_jax import Dense, dropout, fedit, ifca, lora, make_round
 
 RATE, KEY = 0.3, jax.random.key(5)
 X = np.random.default_rng(0).normal(size=(7, 40)).astype(np.float32)
@@ -58,9 +61,31 @@ def test_it_is_in_local_steps_alone_and_only_where_asked_for(files):
     assert "random_bits" not in text(plain.loss_fn, KEY)
     assert "random_bits" in text(dropped.loss_fn, KEY)
     assert "random_bits" not in text(dropped.correct_fn)
+    assert "random_bits" not in text(dropped.judge_fn, KEY)
+    assert dropped.judge_fn(plain.base, adapter, batch, KEY) == plain.loss_fn(plain.base, adapter, batch, KEY)
+    assert plain.judge_fn is plain.loss_fn
     loss = jax.jit(lambda key: dropped.loss_fn(plain.base, adapter, batch, key))
     losses = [float(loss(key)) for key in (KEY, KEY, jax.random.key(6))]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_models_are_judged_without_it(files, monkeypatch):
+    """By the commands; and by the library, where whoever judges by the negative loss chooses the other model."""
+    asked = []
+    monkeypatch.setattr(programs.rounds, "make_round", lambda *given, **more: asked.append(more["judge_fn"]))
+    options = ["run", "--method", "fedit", *SMALL, "--data", "data.npz", "--rank", "2", "--dropout", "0.5"]
+    config = parse(options)[1]
+    made = problem.build(config)
+    programs.make_block(config, made, fedit(), optax.sgd(0.1), None)
+    assert asked == [made.judge_fn]
+    monkeypatch.undo()
+    method = ifca(query=BATCH)
+    state, c = method.init(KEY, ADAPTER), members(method)
+    other = lambda *given: -loss_fn(*given)
+    rounds_of = [make_round(method, loss_fn, optax.sgd(0.1), judge_fn=judge) for judge in (None, loss_fn, other)]
+    chosen = [np.asarray(jit(round_fn)(BASE, state, c, KEY)[1]) for round_fn in rounds_of]
+    np.testing.assert_array_equal(chosen[0], chosen[1])
+    np.testing.assert_array_equal(chosen[0], 1 - chosen[2])
 
 
 def test_a_model_that_folds_its_adapter_in_is_refused(files, capsys, monkeypatch, pytestconfig):

@@ -112,7 +112,7 @@ def make(config: Config, p: Problem, method: Method):
     """``step(learning, seed) -> (learning, loss)``, and ``start(seed) -> learning``."""
     optimizer, tx = make_optimizer(config), meta_optimizer(config.meta_lr)
     chunk, _ = choose(config, p)
-    after_rounds = meta.outcome(method, p.loss_fn, optimizer, chunk=chunk)
+    after_rounds = meta.outcome(method, p.loss_fn, optimizer, chunk=chunk, judge_fn=p.judge_fn)
     advance = programs.make_block(config, p, method, optimizer, chunk)
 
     def start(seed: Seed) -> Learning:

@@ -129,7 +129,14 @@ def make_block(config: Config, problem: Problem, method: Method, optimizer: Any,
     refuse_draws(problem.train[0][0], config.cohort, steps, config.batch, method.query)
     refuse_too_few_steps(config, problem, method)
     step = rounds.make_step(
-        rounds.make_round(method, problem.loss_fn, optimizer, chunk=chunk, mesh=mesh_of(config.devices)),
+        rounds.make_round(
+            method,
+            problem.loss_fn,
+            optimizer,
+            chunk=chunk,
+            mesh=mesh_of(config.devices),
+            judge_fn=problem.judge_fn,
+        ),
         participants=config.cohort,
         steps=steps,
         batch=config.batch,

@@ -72,6 +72,7 @@ class Problem(NamedTuple):
     smallest: int  # training images of the smallest client over all seeds
     longest: int | None  # local steps of the client that takes the most; None: all take those of the options
     loss_fn: Callable
+    judge_fn: Callable  # the loss without what varies it in training alone: dropout
     correct_fn: Callable  # (base, adapter, (x, y)) -> 1 where the prediction is right, [n]
     record: dict[str, Any]  # what identifies it, for config.json
 
@@ -124,7 +125,7 @@ def build(
         base = {**base, STEM: backbones.kept_as(config.base_dtype, stem.params, ())}
     base = jax.device_put(base)
     vary = config.label_smoothing, config.augment, config.dropout
-    loss_fn, correct_fn = objectives(TASKS[config.task], top, stem, *vary)
+    loss_fn, correct_fn, judge_fn = objectives(TASKS[config.task], top, stem, *vary)
     features = backbones.frozen_features(backbone, taken(images.x, train_rows))
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
@@ -143,6 +144,7 @@ def build(
         longest=local_training.longest(config, stacked.population.examples),
         loss_fn=loss_fn,
         correct_fn=correct_fn,
+        judge_fn=judge_fn,
         record={
             **backbone.facts,
             **resized,

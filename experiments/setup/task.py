@@ -6,6 +6,7 @@ A new task is one entry of ``TASKS``, and its name in ``config.TASKS`` (a test h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -66,8 +67,10 @@ def objectives(
     smoothing: float = 0.0,
     augment: Sequence[str] = (),
     drop: float = 0.0,
-) -> tuple[Callable, Callable]:
-    """Mean loss of a batch, and which predictions are right, for images as uint8 (or tokens of a stem).
+) -> tuple[Callable, Callable, Callable]:
+    """Mean loss of a batch, which predictions are right, and the loss that models are judged by, which drops nothing.
+
+    Images are uint8, or tokens of a stem.
 
     Args:
       task: what is minimised and counted.
@@ -86,7 +89,7 @@ def objectives(
             x = stem.apply(before, x)
         return backbone.apply(base, adapter, x, training=training)[0]
 
-    def loss_fn(base, adapter, batch, key):
+    def loss(drop: float, base, adapter, batch, key):
         x, y = examples = batch.examples if isinstance(batch, Padded) else batch
         if augment:
             classes = jax.eval_shape(lambda: logits(base, adapter, x, True)).shape[-1]
@@ -101,4 +104,5 @@ def objectives(
         one = lambda xy: task.right(logits(base, adapter, xy[0][None], False), xy[1][None])[0]
         return jax.lax.map(one, examples, batch_size=AT_ONCE)  # bounds memory whatever the number of examples
 
-    return loss_fn, correct_fn
+    loss_fn = partial(loss, drop)
+    return loss_fn, correct_fn, partial(loss, 0.0) if drop else loss_fn
