@@ -187,7 +187,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 _RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
 _META = {"unroll", "meta_lr"}
-_WORK = {"local_steps", "local_steps_from", "local_epochs"}
+_WORK = {"local_steps", "local_steps_from", "local_epochs", "local_cap"}
 _TUNED = {"budgets", "lrs", "tuning_seeds", "vary"} | _META
 _AT_ONCE = {"images"}  # of what needs all images at once
 _WEIGHTS = {"weights", "mean", "std", "heads", "epsilon", "keep_head"}
@@ -221,7 +221,8 @@ _LEFT_OUT = {
     "meta": (_TUNED - _META)
     | _RECORDED
     | _AT_ONCE
-    | {"devices", "seeds_at_once", "adapter", "local_steps_from", "local_epochs"},
+    | {"devices", "seeds_at_once", "adapter"}
+    | (_WORK - {"local_steps"}),
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }
 

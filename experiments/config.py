@@ -173,6 +173,20 @@ class Config:
     )
     partition: str = option("domain_dirichlet:1.0", f"{partition.FORMS}; file:PATH, as 'data' saves it")
     minimum: int = option(10, "training images of the smallest client, at least", COUNT)
+    partition_seed: int | None = option(
+        None,
+        "deal data out by this seed whatever the run's, so that seeds share one split (default: each its own)",
+        INT32,
+    )
+    shots: int | None = option(
+        None, "training images that a client keeps of each of its classes, at most; its test images stay", COUNT
+    )
+    resplit: float | None = option(
+        None,
+        "join training and test images and set this share of each class and domain apart for testing, whatever the "
+        "data say (published code that does so is not comparable)",
+        "(0, 1)",
+    )
     weights_of_clients: str = option(
         "counts",
         "how much each client counts: counts, by how many images it holds, or uniform, all alike",
@@ -188,6 +202,9 @@ class Config:
     )
     rank: tuple[int, ...] = option(
         (4,), "rank of the adapters; a list (4,8,16) is dealt out to clients at random", "[1, 100000]"
+    )
+    ranks_in_order: bool = option(
+        False, "give --rank to clients in their order, which with domains is that of domains, not at random"
     )
     scale: float = option(
         2.0, "factor s of every low-rank update, the same for all clients and ranks", "[-1000000, 1000000]"
@@ -215,6 +232,11 @@ class Config:
         "how often a client goes through its training images in a round, in place of --local-steps: a client with n of "
         "them takes ceil(this * n / batch) steps, of which the last has what is left",
         "(0, 1000]",
+    )
+    local_cap: str | None = option(
+        None,
+        "with --local-epochs, the most steps of a client in a round: a number, or smallest+N, N more than the client "
+        "with the fewest (as published code cuts clients short)",
     )
     batch: int = option(16, "images per local step", COUNT)
     optimizer: str = option(
@@ -278,6 +300,11 @@ class Config:
     )
     seeds_at_once: int | None = option(
         None, "seeds run side by side; must divide their number (default: by device)", COUNT, decides=SPEED
+    )
+    best_test_leaky: bool = option(
+        False,
+        "also say in summary.json which accuracy the best round had on the test images: chosen on what it is measured "
+        "on, as some published figures are",
     )
     checkpoint_every: int | None = option(
         None,

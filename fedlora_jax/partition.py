@@ -134,6 +134,13 @@ def matching_tests(
     return [np.concatenate([empty, *pieces]) for pieces in tests]
 
 
+def few(part: np.ndarray, labels: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
+    """Of one client's examples ``part`` those that are drawn: at most so many of each class of ``labels [n]``."""
+    part = rng.permutation(part)
+    kept = np.concatenate([np.flatnonzero(labels[part] == name)[:shots] for name in np.unique(labels[part])])
+    return part[np.sort(kept)]
+
+
 def _shuffled(parts: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
     """Clients in random order (so that the last ones can be held out), each with its examples in random order."""
     return [rng.permutation(parts[i]) for i in rng.permutation(len(parts))]

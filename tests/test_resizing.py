@@ -98,6 +98,11 @@ def test_what_is_not_known_is_refused(content, tmp_path):
         beside(tmp_path)
 
 
+def test_arrays_are_resized_as_they_are_whatever_is_asked_for(capsys):
+    assert backbone.sizing(Config(image_size=14, resize="squash")) == (14, {})
+    assert "--resize has no part in arrays of images, such as digits" in capsys.readouterr().err
+
+
 def test_a_run_resizes_as_its_weights_want_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pictures = [picture(20, 36) for _ in range(4)]
@@ -126,8 +131,7 @@ def test_a_run_resizes_as_its_weights_want_and_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--resize squash", "it goes with --image-size"),
-        ("--resize squash --image-size 8", "of images that are read from files"),
+        ("--resize squash", "as large as --image-size: give that too"),
         ("--data {} --image-size 8 --resize stretch", "--resize must be crop"),
         ("--data {} --image-size 8 --resize crop:1.5", "--resize crop must be above 0 and at most 1"),
         ("--data {} --image-size 8 --resample cubic", "--resample must be bicubic"),

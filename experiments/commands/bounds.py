@@ -34,15 +34,17 @@ class Plan:
         check(config)
         local_training.check(config)
         self.config, self.problem = config, problem.build(config)
-        steps, cohort = config.rounds * config.local_steps, config.cohort
-        for clients, alone in ((config.clients, steps), (1, steps * cohort)):  # each for itself, and all as one
+        self.steps, cohort = config.rounds * (self.problem.longest or config.local_steps), config.cohort
+        each, together = (config.clients, self.steps), (1, self.steps * cohort)
+        for clients, alone in (each, together):
             refuse_draws(self.problem.train[0][0], clients, alone, config.batch)
 
     def execute(self) -> dict[str, Any]:
         config, p = self.config, self.problem
         score = rounds.make_evaluate(fedit(), p.correct_fn, p.loss_fn, make_optimizer(config))
-        steps = config.rounds * config.local_steps
-        images = steps * config.batch * config.cohort
+        steps, work = self.steps, p.clients.population.examples
+        each = config.batch * steps if p.longest is None else config.rounds * float(work[:, : config.clients].mean())
+        images = int(each * config.cohort)
         central_steps = max(1, images // _CENTRAL_BATCH)
         local = jax.jit(lambda *row: _local(score, p, config, steps, *row))
         held = pooled(p, config.clients)
@@ -66,7 +68,8 @@ class Plan:
         what = {
             "zero_shot": "the frozen model, all test images",
             "linear_probe": f"logistic regression on frozen features of {pooled}, all test images",
-            "local_only": f"each client alone, {steps} steps of {self.config.batch}, own test images",
+            "local_only": f"each client alone, {'up to ' * (self.problem.longest is not None)}{steps} steps of "
+            f"{self.config.batch}, own test images",
             "centralised": f"{pooled}, {central_steps} steps of {_CENTRAL_BATCH}, all test images",
         }
         print()
@@ -78,6 +81,8 @@ class Plan:
 def _local(score, p: Problem, config: Config, steps: int, clients: Clients, adapter, key):
     """Accuracy of every training client on its own test images after training alone, ``[N]``."""
     population, ids = clients.training(config.clients), jnp.arange(config.clients)
+    if p.longest is not None:
+        population = population._replace(examples=config.rounds * population.examples)
     batches = sample_batches(key, p.train, population, ids, steps, config.batch, p.smallest)
     rows = clients.test_rows[: config.clients]
     cohort = population.cohort(ids, (), batches)

@@ -134,7 +134,10 @@ class Plan:
     def _finish(self, rows: list[dict[str, Any]], timings: dict[str, dict[str, float | None]]) -> Path:
         entries = {}
         for name in self.trials:
-            entry = summary.summarise([row for row in rows if row["method"] == name], self.config.target)
+            of_it = [row for row in rows if row["method"] == name]
+            entry = summary.summarise(of_it, self.config.target)
+            if self.config.best_test_leaky:
+                entry["best_test_leaky"] = summary.best_on_test(of_it)
             own = {"about": methods.about(name)._asdict(), "theta_size": self.trials[name].theta_size}
             entries[name] = {**own, **entry, **timings[name]}
         result = {

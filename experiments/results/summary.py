@@ -3,7 +3,8 @@
 Schema 1. For each method and each measure ``{"last": S, "last5": S}`` with
 ``S = {"mean", "std", "ci95": [low, high] or null, "seeds": [...]}``: the last round, and the mean over the evaluated
 rounds among the last five. Intervals are 95 % t-intervals over seeds; they know nothing of 0 and 1, where pictures cut
-them. There is no best round: picking one on test data would be selection.
+them. There is no best round: picking one on test data would be selection. (``--best-test-leaky`` adds
+``best_test_leaky``, a spread of the global model's, beside what published code reports so.)
 
     each of ``metrics.py``     of an evaluation; with ``_tuned`` behind its name the same after the local steps of one
                                round on the client's own training images
@@ -71,6 +72,12 @@ def summarise(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
         entry[way] = {"per_client_round": round(total / sum(len(r["clients"]) for r in by_seed[0])), "total": total}
     entry["bytes_down"]["to_all"] = entry["bytes_down"]["total"] + by_seed[0][-1]["bytes_behind"]
     return entry
+
+
+def best_on_test(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The global model's best round on the test images, of each seed: not a result, as it is chosen on them."""
+    seeds = sorted({row["seed"] for row in rows})
+    return spread(max(r["global_accuracy"] for r in rows if r["seed"] == s and "global_accuracy" in r) for s in seeds)
 
 
 def paired(entries: dict[str, Any], measure: str = "global_accuracy") -> dict[str, Any]:

@@ -107,12 +107,14 @@ def sizing(config: Config) -> tuple[int | Resizing | None, dict[str, str]]:
     says of it, where it is not what it would be by itself.
 
     Raises:
-      ValueError: neither says what is known; or options say it of images that are not resized when they are read.
+      ValueError: neither says what is known; or there is no size to come to.
     """
     given, side = {"resize": config.resize, "resample": config.resample}, config.image_size
     asked = [f"--{name}" for name, value in given.items() if value is not None]
-    if asked and (side is None or not data.is_decoded(config.data)):
-        raise ValueError(f"{asked[0]} is of images that are read from files and resized: it goes with --image-size")
+    if asked and side is None:
+        raise ValueError(f"{asked[0]} says how images become as large as --image-size: give that too")
+    if asked and not data.is_decoded(config.data):
+        print(f"note: {asked[0]} has no part in arrays of images, such as {config.data}", file=sys.stderr)
     if side is None or not data.is_decoded(config.data):
         return side, {}
     built_in = config.weights == BUILT_IN_NAME or user_code.is_own(config.model or "")

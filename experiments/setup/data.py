@@ -249,6 +249,13 @@ def validation(images: Images, share: float, seed: int = 1) -> Images:
     return own
 
 
+def resplit(images: Images, share: float) -> Images:
+    """All images, of which a share of each class and domain is for testing, drawn anew whatever was said of them."""
+    own = images._replace(test=_split(images.domain * len(images.classes) + images.y, share))
+    _check_parts(own, f"a share of {share:g} of each of its classes leaves none; use another --resplit")
+    return own
+
+
 def _split(cells: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
     rng, test = np.random.default_rng(seed), np.zeros(len(cells), bool)
     for cell in np.unique(cells):

@@ -4,6 +4,7 @@ its rate over rounds and within one."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,9 +40,25 @@ def examples_of_a_round(config: Config, sizes: np.ndarray, seed: int) -> np.ndar
     1812.06127, and FedNova, Wang et al., 2020, arXiv 2007.07481); an epoch follows the end of another within a batch.
     """
     if config.local_epochs is not None:
-        return np.ceil(config.local_epochs * sizes - 1e-9).astype(np.int32)
+        whole = np.ceil(config.local_epochs * sizes - 1e-9).astype(np.int32)
+        if config.local_cap is None:
+            return whole
+        steps = -(-whole[: config.clients] // config.batch)
+        return np.minimum(whole, config.batch * _cap(config.local_cap, int(steps.min())))
     rng, least = np.random.default_rng([seed, 2]), config.local_steps_from or config.local_steps
     return (config.batch * rng.integers(least, config.local_steps + 1, len(sizes))).astype(np.int32)
+
+
+def _cap(text: str, smallest: int) -> int:
+    """The most steps of a client.
+
+    Raises:
+      ValueError: the text is no ``N`` or ``smallest+N``.
+    """
+    match = re.fullmatch(r"(smallest\+)?(\d{1,7})", text)
+    if match is None or (not match[1] and int(match[2]) < 1):
+        raise ValueError(f"--local-cap must be a number of steps or smallest+N, as in smallest+1; got {text}")
+    return int(match[2]) + (smallest if match[1] else 0)
 
 
 def longest(config: Config, examples: Any) -> int | None:
@@ -130,6 +147,10 @@ def check(config: Config) -> None:
     """Refuse options of local training that do not go together."""
     shape(config.schedule)
     augmentation(config.augment)
+    if config.local_cap is not None:
+        _cap(config.local_cap, 1)
+        if config.local_epochs is None:
+            raise ValueError("--local-cap ends epochs early: it goes with --local-epochs")
     if config.momentum is not None and config.optimizer != "momentum":
         raise ValueError(f"--momentum is of --optimizer momentum, got --optimizer {config.optimizer}")
 

@@ -165,6 +165,8 @@ def _images(config: Config) -> tuple[Images, dict[str, str]]:
     """The images of a run, and what is said of how they were resized."""
     size, resized = backbones.sizing(config)
     images = data.load(config.data, size, skip=config.skip_damaged, classes=config.classes)
+    if config.resplit is not None:
+        images = data.resplit(images, config.resplit)
     return data.validation(images, config.validation) if config.validation else images, resized
 
 
@@ -263,7 +265,7 @@ def _side(images: Images) -> int:
 
 def dealt(config: Config, images: Images, train: np.ndarray, test: np.ndarray, seed: int):
     """Rows (of the training and of the test images) and rank of every client of one seed."""
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed if config.partition_seed is None else config.partition_seed, 1])
     total = config.clients + config.holdout_clients
     domains = images.domain[train] if images.has_domains else None
     groups = None if images.superclass is None else images.superclass[images.y[train]]
@@ -276,7 +278,10 @@ def dealt(config: Config, images: Images, train: np.ndarray, test: np.ndarray, s
     tests = partition.matching_tests(parts, cell[train], cell[test], rng)
     if config.test_images is not None:
         tests = [np.sort(rng.permutation(own)[: config.test_images]) for own in tests]
-    ranks = rng.permutation(np.resize(config.rank, total))
+    ranks = np.resize(config.rank, total)
+    ranks = ranks if config.ranks_in_order else rng.permutation(ranks)
+    if config.shots is not None:
+        parts = [partition.few(own, images.y[train], config.shots, rng) for own in parts]
     return parts, tests, ranks
 
 
