@@ -171,7 +171,11 @@ class Config:
     holdout_clients: int = option(
         6, "further clients with data of their own that never train: the unseen ones", "[0, 1000000]"
     )
-    partition: str = option("domain_dirichlet:1.0", f"{partition.FORMS}; file:PATH, as 'data' saves it")
+    partition: str = option(
+        "domain_dirichlet:1.0",
+        f"{partition.FORMS}; column:NAME, a client for each value of a column of the data, as a writer or hospital; "
+        "file:PATH, as 'data' saves it",
+    )
     minimum: int = option(10, "training images of the smallest client, at least", COUNT)
     partition_seed: int | None = option(
         None,
@@ -397,7 +401,7 @@ class Data:
     classes: tuple[str, ...] = option((), "these classes alone, or the first N (default: all)", empty=True)
     image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
     skip_damaged: bool = option(False, "leave out images that cannot be read")
-    partition: str | None = option(None, f"also deal it out to clients: {partition.FORMS}, or file:PATH")
+    partition: str | None = option(None, f"also deal it out to clients: {partition.FORMS}, column:NAME or file:PATH")
     clients: int = option(12, "clients that train", COUNT)
     holdout_clients: int = option(6, "further clients, the unseen ones", "[0, 1000000]")
     minimum: int = option(10, "training images of the smallest client, at least", COUNT)

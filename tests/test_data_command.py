@@ -71,6 +71,68 @@ def test_natural_clients_come_from_any_column(file, tmp_path):
     assert len(tests) == 5
 
 
+def dealt(images, seed=0, **options):
+    rows = [np.flatnonzero(images.test == part) for part in (False, True)]
+    return problem.dealt(Config(**options), images, *rows, seed), rows
+
+
+@pytest.mark.parametrize("names", [np.array([f"w{i}" for i in range(10)]), np.arange(100, 110)])
+def test_clients_may_be_the_values_of_a_column(names, tmp_path):
+    """Some train, others are the unseen ones, by the seed; test images are of the same writers, where they have any."""
+    arrays, rng = good_arrays(480), np.random.default_rng(1)
+    writer = names[rng.integers(0, 9, 480)]
+    writer[6:9] = names[9]  # too few for training
+    np.savez(tmp_path / "own.npz", writer=writer, clumsy=np.zeros((480, 2)), **arrays)
+    images = data.load(str(tmp_path / "own.npz"))
+    options = {"partition": "column:writer", "clients": 5, "holdout_clients": 2, "minimum": 4}
+    (parts, tests, _), (train, test) = dealt(images, **options)
+    held = [set(writer[train[part]]) for part in parts]
+    assert all(len(own) == 1 for own in held)
+    assert len(set.union(*held)) == 7
+    assert names[9] not in set.union(*held)
+    for own, part, of_test in zip(held, parts, tests, strict=True):
+        assert len(part) == (writer[train] == next(iter(own))).sum()
+        np.testing.assert_array_equal(np.sort(of_test), np.flatnonzero(writer[test] == next(iter(own))))
+    (others, _, _), _ = dealt(images, 1, **options)
+    assert [set(writer[train[part]]) for part in others] != held
+    few = data.validation(data.of_classes(images, ["c", "a"]), 0.25)  # other rows, the same writers
+    (parts, _, _), (train, _) = dealt(few, **options | {"minimum": 1})
+    assert all(len(set(writer[few.rows[train[part]]])) == 1 for part in parts)
+    for name, changed, said in (
+        ("hospital", {}, "own has writer, clumsy: expected a column"),
+        ("clumsy", {}, r"clumsy of own is float64 \[480, 2\]"),
+        ("writer", {"clients": 9}, "9 of 10 values have at least 4 training images, and 11 clients"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            dealt(images, **options | {"partition": f"column:{name}"} | changed)
+
+
+def test_test_images_follow_classes_where_their_writers_are_others(tmp_path):
+    arrays = good_arrays(480)
+    writer = np.arange(480) % 5 + 5 * arrays["split"]
+    np.savez(tmp_path / "own.npz", writer=writer, **arrays)
+    images = data.load(str(tmp_path / "own.npz"))
+    (parts, tests, _), _ = dealt(images, partition="column:writer", clients=4, holdout_clients=1, minimum=4)
+    assert sum(map(len, tests)) == images.test.sum()
+    assert min(map(len, parts)) > 10
+
+
+def test_a_partition_fits_images_of_another_size_and_what_validation_leaves(tmp_path):
+    arrays = good_arrays(480)
+    np.savez(tmp_path / "own.npz", **arrays)
+    np.savez(tmp_path / "small.npz", **arrays | {"x": arrays["x"][:, ::2, ::2]})
+    kept = str(tmp_path / "kept.npz")
+    own = {"clients": 4, "holdout_clients": 2, "minimum": 2}
+    Plan(Data(source=str(tmp_path / "own.npz"), partition="dirichlet:1", save=kept, **own)).execute()
+    images = data.load(str(tmp_path / "small.npz"))
+    (parts, _, _), (train, _) = dealt(images, partition=f"file:{kept}", **own)
+    less = data.validation(images, 0.25)
+    (few, _, _), (rest, _) = dealt(less, partition=f"file:{kept}", validation=0.25, **own)
+    for part, left in zip(parts, few, strict=True):
+        np.testing.assert_array_equal(less.rows[rest[left]], np.intersect1d(train[part], less.rows[rest]))
+        assert len(left) < len(part)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -14,7 +14,8 @@ import pytest
 from input_helpers import SMALL, refused
 from PIL import Image
 
-from experiments.setup import data, decoding, image_folder, tfds
+from experiments.commands import describe_data
+from experiments.setup import columns, data, decoding, image_folder, tfds
 from experiments.setup.on_disk import OnDisk
 
 
@@ -225,9 +226,14 @@ def test_a_split_may_lie_below_its_domain(tmp_path):
     np.testing.assert_array_equal(images.y, np.array(place) % 2)
 
 
+def described(library, i):
+    return {"writer": f"writer {i % 3}", "place": i % 4, "box": library.features.BBox(0.0, 0.0, 1.0, 1.0)}
+
+
 def builder(library, root: Path, name: str, config: str, first: int):
     """A data set to be prepared: 12 training and 4 test images, ``pixels(i)`` from the first on."""
     features = {"image": library.features.Image(), "label": library.features.ClassLabel(names=["cat", "dog"])}
+    features |= {"writer": library.features.Text(), "place": np.int64, "box": library.features.BBoxFeature()}
 
     class Own(library.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = library.core.Version("1.0.0")
@@ -244,7 +250,7 @@ def builder(library, root: Path, name: str, config: str, first: int):
         def _generate_examples(self, count, first):
             for i in range(first, first + count):
                 put(root / "files" / f"{i}.png", i)
-                yield i, {"image": str(root / "files" / f"{i}.png"), "label": i % 2}
+                yield i, {"image": str(root / "files" / f"{i}.png"), "label": i % 2} | described(library, i)
 
     Own.name = name
     return Own(data_dir=str(root), file_format="array_record", **({"config": config} if config else {}))
@@ -291,6 +297,9 @@ def test_prepared_data_sets_are_read_without_tensorflow(kind, tmp_path, monkeypa
     assert images.name == "tfds:own"
     assert not images.has_domains
     assert "tensorflow" not in sys.modules
+    assert images.columns.names == ("image", "place", "writer")
+    np.testing.assert_array_equal(columns.of(images, "writer"), [f"writer {i % 3}" for i in seen])
+    np.testing.assert_array_equal(columns.of(images, "place"), seen % 4)
     assert data.load("tfds:own:1.0.0").fingerprint() == images.fingerprint()
 
 
@@ -345,12 +354,13 @@ def saved(root: Path, **columns):
 
 
 def test_a_folder_that_datasets_saved(tmp_path):
-    saved(tmp_path / "set", domain=lambda i: "pq"[i // 2 % 2])
+    saved(tmp_path / "set", domain=lambda i: "pq"[i // 2 % 2], hospital=lambda i: f"h{i % 5}")
     images = data.load(str(tmp_path / "set"))
     seen = check(images, 16, ("cat", "dog"))
     np.testing.assert_array_equal(images.test, seen >= 12)
     assert images.domains == ("p", "q")
     np.testing.assert_array_equal(images.domain, seen // 2 % 2)
+    np.testing.assert_array_equal(columns.of(images, "hospital"), [f"h{i % 5}" for i in seen])
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, capsys):
@@ -369,3 +379,10 @@ def test_images_are_listed_in_the_order_of_their_names(tmp_path):
     arrays = image_folder.read(str(folder(tmp_path / "images")), None)
     assert arrays["classes"].tolist() == ["a", "b"]
     assert arrays["y"].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_images_that_are_there_twice_are_named(tmp_path):
+    root = folder(tmp_path / "images")
+    put(root / "b" / "copy.png", 1)
+    lines = describe_data.duplicates(data.load(str(root), test_share=0.34))
+    assert lines[0] == "images that are there more than once: 1 (first: a/1.png, b/copy.png)"

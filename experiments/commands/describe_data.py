@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw
 from experiments.commands.list_methods import lines
 from experiments.config import Config, Data, check_fields
 from experiments.results.folder import write_atomically
-from experiments.setup import data, partition_file, problem
+from experiments.setup import columns, data, partition_file, problem
 from experiments.setup.data import Images
 
 SHOWN = 40  # classes, and clients, in a table
@@ -54,7 +55,9 @@ class Plan:
             parts, tests, _ = self.dealt
             print("\n".join(["", *clients(self.images, self.train, parts, tests, self.config)]))
             if self.options.save:
-                content = partition_file.content(parts, len(self.train), self.images.fingerprint())
+                content = partition_file.content(
+                    parts, len(self.train), partition_file.fingerprint(self.images, self.train)
+                )
                 write_atomically(Path(self.options.save), content)
                 print(f"\nwrote {self.options.save}")
         if self.options.sheet:
@@ -70,6 +73,7 @@ def summary(images: Images) -> list[str]:
         f"{images.name}: {count:,} images of {height} x {width}, {len(images.classes)} classes{groups}{domains}",
         f"{int((~images.test).sum()):,} for training, {int(images.test.sum()):,} for testing; "
         f"{images.x.nbytes / 2**20:,.0f} MiB; fingerprint {images.fingerprint()}",
+        *([f"columns: {', '.join(images.columns.names)}"] if images.columns.names else []),
     ]
 
 
@@ -99,7 +103,8 @@ def duplicates(images: Images) -> list[str]:
     torn = [rows for rows in several if len({int(images.y[i]) for i in rows}) > 1]
     if not several:
         return ["no image is there twice"]
-    say = lambda what, groups: f"{what}: {len(groups)}" + (f" (first: rows {_rows(groups[0])})" if groups else "")
+    called = _called(images)
+    say = lambda what, groups: f"{what}: {len(groups)}" + (f" (first: {called(groups[0])})" if groups else "")
     return [
         say("images that are there more than once", several),
         say("  of these both for training and for testing", leaked),
@@ -152,8 +157,11 @@ def sheet(images: Images) -> bytes:
     return buffer.getvalue()
 
 
-def _rows(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:4])) + " ..." * (len(rows) > 4)
+def _called(images: Images) -> Callable[[list[int]], str]:
+    """What some images are called: their files, else their rows."""
+    files = columns.of(images, columns.IMAGE) if columns.IMAGE in images.columns.names else None
+    names = lambda rows: map(str, rows if files is None else files[rows])
+    return lambda rows: "rows " * (files is None) + ", ".join(names(rows[:4])) + " ..." * (len(rows) > 4)
 
 
 def _plain(text: str) -> str:

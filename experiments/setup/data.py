@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.setup import hugging_face_data, image_folder, tfds
+from experiments.setup import columns, hugging_face_data, image_folder, tfds
+from experiments.setup.columns import Columns
 from experiments.setup.on_disk import OnDisk, taken
 from experiments.setup.resizing import Resizing
 from models import archive
@@ -58,6 +59,8 @@ class Images(NamedTuple):
     classes: tuple[str, ...]
     domains: tuple[str, ...]  # ("all",) where the file has none
     superclass: np.ndarray | None = None  # int32 [n_classes], where classes belong to superclasses
+    columns: Columns = columns.NONE  # what else the source says of each of its images
+    rows: np.ndarray | None = None  # [N] which of them these are; None: all of them, in order
 
     @property
     def has_domains(self) -> bool:
@@ -138,13 +141,14 @@ def load(
     raise ValueError(f"no data {source!r}: expected {', '.join(most)} or {last}")
 
 
-def _read(source: str) -> dict[str, np.ndarray]:
+def _read(source: str) -> dict[str, Any]:
     arrays = archive.read_npz(source, CONTRACT)
     missing = [key for key in ("x", "y", "classes") if key not in arrays]
     if missing:
         has = ", ".join(archive.members(source)) or "none"
         raise ValueError(f"{source} lacks the array(s) {', '.join(missing)}; it has {has}")
-    return arrays
+    others = tuple(name for name in archive.members(source) if name not in CONTRACT)
+    return {**arrays, "columns": Columns(others, lambda name: archive.read_npz(source, (name,))[name])}
 
 
 def _checked(name: str, arrays: dict[str, Any], test_share: float) -> Images:
@@ -168,7 +172,8 @@ def _checked(name: str, arrays: dict[str, Any], test_share: float) -> Images:
         test = _numbers(name, "split", arrays["split"], len(x), 2).astype(bool)
     else:
         test = _split(domain * len(classes) + y, test_share)
-    images = Images(name, x, y, domain, test, classes, domains, _superclass(name, arrays, classes))
+    groups, told = _superclass(name, arrays, classes), arrays.get("columns", columns.NONE)
+    images = Images(name, x, y, domain, test, classes, domains, groups, told)
     _check_parts(images, "give it some, leave the domain out, or the array split")
     return images
 
@@ -234,7 +239,7 @@ def of_classes(images: Images, wanted: Sequence[str]) -> Images:
         x=taken(images.x, kept), y=number[images.y[kept]], domain=images.domain[kept], test=images.test[kept]
     )
     groups = None if images.superclass is None else images.superclass[order]
-    own = own._replace(classes=tuple(wanted), superclass=groups)
+    own = own._replace(classes=tuple(wanted), superclass=groups, rows=_rows(images, kept))
     _check_parts(own, "use other --classes")
     return own
 
@@ -244,9 +249,13 @@ def validation(images: Images, share: float, seed: int = 1) -> Images:
     kept = np.flatnonzero(~images.test)
     cells = images.domain[kept] * len(images.classes) + images.y[kept]
     own = images._replace(x=taken(images.x, kept), y=images.y[kept], domain=images.domain[kept])
-    own = own._replace(name=f"{images.name} (validation)", test=_split(cells, share, seed))
+    own = own._replace(name=f"{images.name} (validation)", test=_split(cells, share, seed), rows=_rows(images, kept))
     _check_parts(own, f"a share of {share:g} of each of its classes leaves none; use another --validation")
     return own
+
+
+def _rows(images: Images, kept: np.ndarray) -> np.ndarray:
+    return kept if images.rows is None else images.rows[kept]
 
 
 def resplit(images: Images, share: float) -> Images:

@@ -1,9 +1,9 @@
 """Images of a source, decoded once: kept as bytes in a file that later runs read.
 
 Where ``$XDG_CACHE_HOME`` (else ``~/.cache``) says, in ``fedlora-jax-images/KEY``: ``x`` (uint8, image after image), the
-other arrays and ``about.json`` with checksums of both. The key is made of what the source says that its images are, so
-that a changed file makes another. Such a folder appears whole or not at all, whoever is killed, and is made by one
-process while others wait for it.
+other arrays, columns of the source, and ``about.json`` with checksums of these. The key is made of what the source says
+that its images are, so that a changed file makes another. Such a folder appears whole or not at all, whoever is killed,
+and is made by one process while others wait for it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from experiments.setup import on_disk, resizing
+from experiments.setup import columns, on_disk, resizing
 from experiments.setup.caches import caches
+from experiments.setup.columns import Columns
 from experiments.setup.on_disk import summed
 from experiments.setup.resizing import Resizing
+from models import archive
 
-FORMAT = 2  # of what is kept, and of how images are decoded: a change of either is another number
+FORMAT = 3  # of what is kept, and of how images are decoded: a change of either is another number
 DEEP = ("I", "F")  # Pillow's modes of more than 8 bits begin so; making RGB of them cuts off what is above 255
 SHOWN = 3  # damaged images that are named
+FILES = ("x", "rest.npz", "columns.npz")
 
 
 class Listing(NamedTuple):
@@ -43,7 +46,8 @@ class Listing(NamedTuple):
       identity: text that differs where images, their order or what is said of them do.
       names: what each image is called.
       encoded: ``(i) -> an image file``, its path or what is in it.
-      arrays: ``() -> the arrays of the contract (``data.py``) but for x``; asked for once, when images are decoded.
+      arrays: ``() -> the arrays of the contract (``data.py``) but for x``, and columns of the source, whose names begin
+        with ``columns.KEPT``; asked for once, when images are decoded.
     """
 
     name: str
@@ -54,7 +58,7 @@ class Listing(NamedTuple):
 
 
 def decoded(listing: Listing, side: int | Resizing | None, skip: bool = False) -> dict[str, Any]:
-    """The arrays of the contract, ``x`` on disk.
+    """The arrays of the contract, ``x`` on disk, and ``columns`` of the source.
 
     Args:
       listing: the images.
@@ -88,12 +92,14 @@ def _whole(kept: Path) -> dict[str, Any] | None:
     """What is kept, if it is what was written."""
     try:
         about = json.loads((kept / "about.json").read_bytes())
-        digests = {name: summed(kept / name) for name in ("x", "rest.npz")}
+        digests = {name: summed(kept / name) for name in FILES}
         if about["sums"] != {name: digest.hexdigest() for name, digest in digests.items()}:
             return None
         with np.load(kept / "rest.npz") as file:
             rest = dict(file)
-        return {"x": on_disk.opened(kept / "x", tuple(about["shape"]), np.uint8, digests["x"]), **rest}
+        read = lambda name: archive.read_npz(kept / "columns.npz", (columns.KEPT + name,))[columns.KEPT + name]
+        own = {"columns": Columns(tuple(about["columns"]), read)}
+        return {"x": on_disk.opened(kept / "x", tuple(about["shape"]), np.uint8, digests["x"]), **rest, **own}
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -107,10 +113,16 @@ def _make(kept: Path, listing: Listing, side: int | Resizing | None, skip: bool)
     try:
         shape, good = _decode(part / "x", listing, side, skip)
         arrays, count = listing.arrays(), len(listing.names)
+        arrays[columns.KEPT + columns.IMAGE] = np.array(listing.names)
+        told = {name: x[good] for name, x in arrays.items() if name.startswith(columns.KEPT)}
         own = {name: x[good] if name in ("y", "domain", "split") else x for name, x in arrays.items()}
-        np.savez(part / "rest.npz", **own)  # type: ignore[arg-type]
-        sums = {name: summed(part / name).hexdigest() for name in ("x", "rest.npz")}
+        own = {name: x for name, x in own.items() if not name.startswith(columns.KEPT)}
+        for name, group in (("rest.npz", own), ("columns.npz", told)):
+            with (part / name).open("wb") as file:
+                np.savez(file, **group)  # type: ignore[arg-type]
+        sums = {name: summed(part / name).hexdigest() for name in FILES}
         about = {"shape": shape, "source": listing.name, "left_out": count - len(good), "sums": sums}
+        about["columns"] = sorted(name.removeprefix(columns.KEPT) for name in told)
         (part / "about.json").write_text(json.dumps(about, indent=1))
         for path in part.iterdir():
             with path.open("rb") as file:

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from experiments.setup.columns import KEPT
 from experiments.setup.decoding import Listing, decoded
 from experiments.setup.resizing import Resizing
 
 PREFIX = "hf:"
 SAVED = ("dataset_dict.json", "state.json")
+PLAIN = ("string", "large_string", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 TESTS = ("test", "validation")  # the first of these splits that there is
 
 
@@ -58,6 +60,12 @@ def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[s
             kind, values = splits["train"].features["domain"], joined("domain")
             values = np.asarray(kind.names)[values] if hasattr(kind, "names") else values.astype(str)
             own["domains"], own["domain"] = np.unique(values, return_inverse=True)
+        for name, kind in splits["train"].features.items():
+            if name not in (image, label) and all(name in splits[part].column_names for part in used):
+                if hasattr(kind, "names"):
+                    own[KEPT + name] = np.asarray(kind.names)[joined(name)]
+                elif getattr(kind, "dtype", "") in PLAIN:
+                    own[KEPT + name] = joined(name).astype(str if kind.dtype.endswith("string") else np.int64)
         return own if test is None else {**own, "split": np.array([used[name] for name, _ in places])}
 
     identity = " ".join(splits[name]._fingerprint for name in used)

@@ -14,13 +14,22 @@ import numpy as np
 from jax import Array
 
 from experiments.config import Config
-from experiments.setup import adapter, data, descriptions, head, local_training, memory, on_disk, partition_file
+from experiments.setup import (
+    adapter,
+    data,
+    descriptions,
+    head,
+    local_training,
+    memory,
+    on_disk,
+)
 from experiments.setup import backbone as backbones
 from experiments.setup.caches import caches
 from experiments.setup.data import Images
+from experiments.setup.dealing import dealt, partition_hash
 from experiments.setup.on_disk import taken
 from experiments.setup.task import STEM, TASKS, objectives
-from fedlora_jax import lora, partition
+from fedlora_jax import lora
 from fedlora_jax.clients import Population, padded
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.signatures import Signature
@@ -261,33 +270,6 @@ def _side(images: Images) -> int:
     if height != width:
         raise ValueError(f"{images.name} has images of {height} x {width}: use --image-size to make them square")
     return height
-
-
-def dealt(config: Config, images: Images, train: np.ndarray, test: np.ndarray, seed: int):
-    """Rows (of the training and of the test images) and rank of every client of one seed."""
-    rng = np.random.default_rng([seed if config.partition_seed is None else config.partition_seed, 1])
-    total = config.clients + config.holdout_clients
-    domains = images.domain[train] if images.has_domains else None
-    groups = None if images.superclass is None else images.superclass[images.y[train]]
-    if config.partition.startswith(partition_file.PREFIX):
-        path = config.partition.removeprefix(partition_file.PREFIX)
-        parts = partition_file.read(path, len(train), total, config.minimum, images.fingerprint())
-    else:
-        parts = partition.split(config.partition, images.y[train], domains, total, rng, config.minimum, groups)
-    cell = images.domain * len(images.classes) + images.y
-    tests = partition.matching_tests(parts, cell[train], cell[test], rng)
-    if config.test_images is not None:
-        tests = [np.sort(rng.permutation(own)[: config.test_images]) for own in tests]
-    ranks = np.resize(config.rank, total)
-    ranks = ranks if config.ranks_in_order else rng.permutation(ranks)
-    if config.shots is not None:
-        parts = [partition.few(own, images.y[train], config.shots, rng) for own in parts]
-    return parts, tests, ranks
-
-
-def partition_hash(parts: list[np.ndarray], tests: list[np.ndarray]) -> str:
-    """Of which training and test images every client has."""
-    return hashlib.sha256(b"".join(own.tobytes() for own in (*parts, *tests))).hexdigest()[:16]
 
 
 def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray, classes: int) -> Clients:

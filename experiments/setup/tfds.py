@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.setup.columns import KEPT
 from experiments.setup.decoding import Listing, decoded
 from experiments.setup.resizing import Resizing
 
@@ -63,10 +64,11 @@ def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[s
         return bytes(part.records[own][image])
 
     def arrays() -> dict[str, np.ndarray]:
-        own: dict[str, Any] = {
-            "y": np.array([part.records[i][label] for part, i in places], np.int32),
-            "classes": np.array(classes),
-        }
+        names = (label, *_columns(builders, (image, label)))
+        records = (part.records[i] for part, i in places)
+        said = np.array([[record[name] for name in names] for record in records], object).reshape(-1, len(names)).T
+        own: dict[str, Any] = {"y": said[0].astype(np.int32), "classes": np.array(classes)}
+        own |= {KEPT + name: _plain(values) for name, values in zip(names[1:], said[1:], strict=True)}
         if len(builders) > 1:
             own |= {"domain": np.array([part.domain for part, _ in places]), "domains": np.array(configs)}
         return own | ({"split": np.array([part.split for part, _ in places])} if any(p.split for p in parts) else {})
@@ -119,6 +121,21 @@ def _features(source: str, builders: list[Any]) -> tuple[str, str, list[str]]:
         raise ValueError(f"--data {source}: its configs have different classes, and cannot be domains of one data set")
     image, label, classes = found.pop()
     return image, label, list(classes)
+
+
+def _columns(builders: list[Any], without: tuple[str, ...]) -> list[str]:
+    """Features of all configs that are one number or text."""
+    scalars = [
+        {name for name, kind in builder.info.features.items() if kind.shape == () and name not in without}
+        for builder in builders
+    ]
+    return sorted(set.intersection(*scalars))
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    """An array of objects as one of numbers or of text."""
+    own = values.tolist()
+    return np.array([x.decode("utf8", "replace") for x in own]) if isinstance(own[0], bytes) else np.array(own)
 
 
 def _parts(builder: Any, domain: int, image: str) -> list[Part]:
