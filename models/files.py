@@ -21,6 +21,7 @@ LABELS = ("classes", "synsets")  # arrays of a .npz file that name the classes w
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in a folder as they are published
 OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")  # the same, of OpenCLIP
 ADAPTER = "adapter_config.json"  # in a folder of PEFT
+EXPECTED = "floats of 16, 32 or 64 bits: write it without quantising"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -56,7 +57,7 @@ def read(
         names, arrays, said = wanted(where), {}, {}
         for shard in sorted({where[name] for name in names}):
             with _opened(shard) as file:
-                arrays |= {name: file.get_tensor(name) for name in names if where[name] == shard}
+                arrays |= {name: _tensor(file, shard, name) for name in names if where[name] == shard}
                 said |= {name: _parsed(text) for name, text in (file.metadata() or {}).items()}
     else:
         pickled = f", and this is a pickle, which runs code of its own; convert it: {_converting(path)}"
@@ -114,6 +115,14 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is damaged or truncated: {error}; fetch or write it anew") from None
 
 
+def _tensor(file: Any, path: Path, name: str) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except (AttributeError, TypeError):  # a type that NumPy has no name for, such as float8
+        kind = file.get_slice(name).get_dtype()
+        raise ValueError(f"{path}: {name} is {kind}, expected {EXPECTED}") from None
+
+
 def _where(path: Path) -> dict[str, Path]:
     """Which file each array is in: this one, or the shards that an index names."""
     if path.suffix == ".safetensors":
@@ -164,9 +173,7 @@ def _parsed(text: str) -> Any:
 
 def _float32(path: Path, name: str, x: np.ndarray) -> np.ndarray:
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
-        raise ValueError(
-            f"{path}: {name} is {x.dtype}, expected floats of 16, 32 or 64 bits: write it without quantising"
-        )
+        raise ValueError(f"{path}: {name} is {x.dtype}, expected {EXPECTED}")
     with np.errstate(over="ignore"):
         x = x.astype(np.float32)
     if not np.isfinite(x).all():

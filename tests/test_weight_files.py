@@ -113,6 +113,13 @@ def test_arrays_of_a_wrong_kind_are_refused(tmp_path, case):
     assert "a.npz" in str(refused.value)
 
 
+def test_floats_without_a_name_in_numpy_are_refused(tmp_path):
+    arrays = timm_arrays()
+    save_file(arrays | {"norm.bias": np.ones(12, ml_dtypes.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors: norm.bias is F8_E4M3, expected floats of 16"):
+        load_vit(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_floats_of_other_sizes_are_read(tmp_path, kind):
     arrays = {name: x.astype(kind) for name, x in timm_arrays().items()}
