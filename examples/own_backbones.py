@@ -60,7 +60,11 @@ class NNXCNN(nnx.Module):
 
 
 def nnx_cnn(classes):
-    """NNX: what is trained is split off as a pure dict, and put back with the adapter folded in."""
+    """NNX: what is trained is split off as a pure dict, and put back with the adapter folded in.
+
+    A model that counts or drops something is put into ``model.eval()`` first, and ``rest`` is made anew in ``apply``,
+    ``jax.tree.map(jnp.asarray, rest)``: NNX changes no variable of another trace.
+    """
     model = NNXCNN(len(classes), nnx.Rngs(0))
     graph, state, rest = nnx.split(model, nnx.Param, ...)
 

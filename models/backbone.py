@@ -76,10 +76,13 @@ class Layout(NamedTuple):
     Attributes:
       linears: its linear layers, by the names of their modules.
       base: how it is made, as code with ``{classes}`` for their number.
+      elsewhere: further linear layers of it, which nothing here adapts (a tower for text) -> whether an adapter that
+        came in had an update of it, which is in the model by now.
     """
 
     linears: Mapping[str, Linear]
     base: str
+    elsewhere: Mapping[str, bool] = MappingProxyType({})
 
 
 class Backbone(NamedTuple):

@@ -103,12 +103,19 @@ OTHERS = {
 BASE = "transformers.CLIPModel.from_pretrained(MODEL)"
 
 
-def layouts(format: Format, depth: int) -> dict[str, Layout]:
-    """The image tower as PyTorch sees it, without a head, which nobody there has; OpenCLIP packs its attention."""
+def layouts(format: Format, image: ViT, text: Text, adapted: Iterable[str]) -> tuple[Layout, Layout] | None:
+    """Both towers as PyTorch sees them, without a head, which nobody there has; OpenCLIP packs its attention: ``None``.
+
+    Args:
+      format: whose names these are.
+      image, text: the towers.
+      adapted: modules of an adapter that comes in.
+    """
     if format.image.name != HUGGING_FACE.image.name:
-        return {}
+        return None
     bare = format.image._replace(top={ours: x for ours, x in format.image.top.items() if ours != "head"})
-    return {"transformers": Layout(tables.linears(bare, depth), BASE)}
+    ours, theirs = tables.linears(bare, image.depth), tables.linears(format.text, text.depth)
+    return Layout(ours, BASE, {x: x in adapted for x in theirs}), Layout(theirs, BASE, dict.fromkeys(ours, False))
 
 
 def claims(names: Iterable[str]) -> bool:

@@ -51,7 +51,9 @@ def unheld(layout: Layout, params: Params, adapter: Adapter) -> list[str]:
         cut_off = (x.b[linear.row][:, linear.gain == 0].any() for linear in own if linear.gain is not None)
         return base[name].ndim <= 3 and len(own) == rows and not any(cut_off)
 
-    return [name for name, x in flat.items() if not is_held(name, x)]
+    return [name for name, x in flat.items() if not is_held(name, x)] + [
+        module for module, is_in in layout.elsewhere.items() if is_in
+    ]
 
 
 def files_of(layout: Layout, params: Params, adapter: Adapter, said: Mapping[str, Any]) -> dict[str, bytes]:

@@ -88,22 +88,38 @@ def read(folder: Path, layouts: Mapping[str, Layout], params: Params) -> Found:
     if not layouts:
         raise ValueError(f"{folder} cannot be read: the model does not say how PyTorch names its layers (layouts)")
     layout = max(layouts.values(), key=lambda layout: len(layout.linears.keys() & modules.keys()))
-    if unknown := [name for name in modules if name not in layout.linears]:
+    if unknown := [name for name in modules if name not in layout.linears and name not in layout.elsewhere]:
         raise ValueError(
             f"{folder} is not of this model: it has {', '.join(unknown[:3])}, among whose linear layers are "
             f"{', '.join(list(layout.linears)[:3])}"
         )
     flat, updates, full = lora.flatten(params), {}, {}
-    for module, update in _updates(folder, config, modules, said).items():
+    ours = {module: kinds for module, kinds in modules.items() if module in layout.linears}
+    for module, update in _updates(folder, config, ours, said).items():
         linear = layout.linears[module]
         for kernel, part in _for_ours(f"{folder}: {module}", linear, update, flat).items():
             updates.setdefault(kernel, {})[linear.row] = part
-    for module, kinds in modules.items():
+    for module, kinds in ours.items():
         if "weight" in kinds:
             full |= _whole(f"{folder}: {module}", layout.linears[module], kinds, flat)
     labels = said.get("classes")
     named = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
     return Found(updates, full, tuple(labels) if named else None)  # type: ignore[arg-type]
+
+
+def folded(found: Found, params: Params) -> Params:
+    """Parameters with an adapter in them."""
+    flat = lora.flatten(params) | found.full
+    for kernel, rows in found.updates.items():
+        flat[kernel] = np.array(flat[kernel])
+        for row, (a, b, scale) in rows.items():
+            flat[kernel][... if row is None else row] += scale * a @ b
+    return lora.unflatten(flat)
+
+
+def modules_of(folder: Path) -> set[str]:
+    """The names of the modules that an adapter has something for; errors as of ``summary``."""
+    return set(_parts(folder)[1])
 
 
 def _parts(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]], dict[str, Any]]:

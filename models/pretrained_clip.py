@@ -12,13 +12,13 @@ import numpy as np
 
 from fedlora_jax.lora import Params
 
-from . import bpe, clip, clip_files, facts, files, tables
-from .backbone import Backbone, Published
+from . import bpe, clip, clip_files, facts, files, peft_in, tables
+from .backbone import Backbone, Layout, Published
 from .clip import PROMPT, Text
 from .clip_files import Format
 from .positions import resized
 from .pretrained import Pretrained, backbone, start_of_head
-from .vit import TARGETS
+from .vit import TARGETS, ViT
 
 SECTIONS = {"image": "vision_config", "text": "text_config"}
 # of transformers' CLIPVisionConfig and CLIPTextConfig, which need not write what is as usual
@@ -52,6 +52,7 @@ def load_clip(
     head: Literal["zero_shot", "linear"] = "zero_shot",
     prompts: Sequence[str] = (),
     class_names: Sequence[str] = (),
+    adapter: str | Path | None = None,
     **options: Any,
 ) -> Clip:
     """Load a CLIP from arrays under names of transformers or of OpenCLIP; each is used, or refused by name.
@@ -65,6 +66,8 @@ def load_clip(
         zero, to be learned.
       prompts: with ``{}`` for the name of a class; features of several are averaged. None: ``clip.PROMPT``.
       class_names: what prompts call the classes, in their order. None: as they are called, with a space for ``_``.
+      adapter: a folder of PEFT that a run starts from; what it has of the text tower is put into that tower, which then
+        reads the prompts.
       **options: of ``ViT`` (``unroll``, ``remat``, ``dtype``).
 
     Raises:
@@ -83,6 +86,7 @@ def load_clip(
     )
     told = {"epsilon": of_text.epsilon, "heads": of_text.heads, "act": of_text.act}
     text = text.clone(**told)
+    layouts, text_params = _with_adapter(format, model, text, text_params, adapter)
     kernels, kept = start_of_head(path, params.pop("head", None), model.projection, known.labels, classes, keep_head)
     if head == "zero_shot" and not kept.startswith("kept"):
         kernels = _zero_shot(path, _texts(classes, prompts or (PROMPT,), class_names), text, text_params, scale)
@@ -102,7 +106,6 @@ def load_clip(
     model = model.clone(**of, **options)
     about = {"text": {"heads": text.heads, "ln_eps": text.epsilon, "act": text.act}}
     origins = {**known.origins, "head": kept}
-    layouts = clip_files.layouts(format, model.depth)
     image = Pretrained(model, params, known.mean, known.std, files.name_of(source), origins, about, layouts)
     return Clip(image, text, text_params, scale, format)
 
@@ -117,11 +120,12 @@ def clip_backbone(
     head: Literal["zero_shot", "linear"] = "zero_shot",
     prompts: Sequence[str] = (),
     class_names: Sequence[str] = (),
+    adapter: str | Path | None = None,
     dtype: str = "float32",
 ) -> Backbone:
     """The ``Backbone`` of a file, its image tower with a head; arguments and errors as for ``load_clip``."""
     given = {"mean": mean, "std": std, "keep_head": keep_head, "head": head}
-    given |= {"prompts": prompts, "class_names": class_names}
+    given |= {"prompts": prompts, "class_names": class_names, "adapter": adapter}
     made = load_clip(weights, classes, image_size, **given, dtype=getattr(jnp, dtype))
 
     def names(params: Params) -> dict[str, np.ndarray]:
@@ -179,6 +183,20 @@ def _said_by_open_clip(path: Path, config: Mapping[str, Any]) -> Said:
 def _part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     part = config.get(name)
     return part if isinstance(part, dict) else {}
+
+
+def _with_adapter(
+    format: Format, image: ViT, text: Text, text_params: dict[str, Any], adapter: str | Path | None
+) -> tuple[dict[str, Layout], dict[str, Any]]:
+    """The image tower as PyTorch sees it, and the text tower with what an adapter has of it."""
+    adapted = set() if adapter is None else peft_in.modules_of(Path(adapter))
+    both = clip_files.layouts(format, image, text, adapted)
+    if both is None:
+        return {}, text_params
+    if adapter is not None and any(both[0].elsewhere.values()):
+        found = peft_in.read(Path(adapter), {"transformers": both[1]}, text_params)
+        text_params = peft_in.folded(found, text_params)
+    return {"transformers": both[0]}, text_params
 
 
 def _texts(classes: int | Sequence[str] | None, prompts: Sequence[str], class_names: Sequence[str]) -> list[list[str]]:

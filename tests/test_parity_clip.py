@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from experiments.config import Config
 from experiments.setup import adapter as adapters
+from experiments.setup import backbone as backbones
 from experiments.setup.problem import new_adapter
 from models import bpe
 from models import peft as ours_peft
@@ -21,6 +22,8 @@ from models.vit import TARGETS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+# what peft asks transformers, which has another name for it now
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 SIDE, NAMES = 12, ["cat", "giant_panda", "eel of no great length at all"]
 PROMPTS = [f"a photo of a {name.replace('_', ' ')}." for name in NAMES]
@@ -132,7 +135,6 @@ def test_text_is_cut_as_theirs_is(words, folder):
     assert tokens.tolist() == expected
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what peft asks of transformers
 def test_an_adapter_of_its_image_tower_goes_out_and_comes_in(words, folder, tmp_path):
     """Two rounds, then their logits of images and texts; and what peft has written of it, read here."""
     peft = pytest.importorskip("peft")
@@ -163,3 +165,28 @@ def test_an_adapter_of_its_image_tower_goes_out_and_comes_in(words, folder, tmp_
     config, top, begin = adapters.begins(config, backbone, backbone, tuple(NAMES))
     adapter = begin.onto(new_adapter(config, top, jax.random.key(0)))
     np.testing.assert_allclose(top.apply(top.params, adapter, IMAGES)[0], theirs(whole, words), atol=1e-5)
+
+
+def test_an_adapter_of_both_towers_comes_in(words, folder, tmp_path):
+    """As it does where targets are named alone: what is of the text tower is in the zero-shot head."""
+    peft = pytest.importorskip("peft")
+    made = model(words, "quick_gelu")
+    made.save_pretrained(folder)
+    saved = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1", "text_projection"], lora_alpha=3)
+    whole = peft.get_peft_model(made, saved).eval()
+    with torch.no_grad():
+        for x in (x for x in whole.parameters() if x.requires_grad):
+            x.copy_(0.3 * torch.randn_like(x))
+    whole.save_pretrained(path := str(tmp_path / "in"))
+    config = Config(**{**adapters.options(path), "weights": str(folder), "adapter": path, "full": ()})
+    backbone = backbones.read(config, tuple(NAMES), SIDE)
+    config, top, begin = adapters.begins(config, backbone, backbone, tuple(NAMES))
+    adapter = begin.onto(new_adapter(config, top, jax.random.key(0)))
+    assert set(config.targets) == {"^blocks/attn/query/kernel$", "^blocks/mlp/fc1/kernel$"}
+    np.testing.assert_allclose(top.apply(top.params, adapter, IMAGES)[0], theirs(whole, words), atol=1e-5)
+    unheld = ours_peft.unheld(backbone.layouts["transformers"], backbone.params, adapter)
+    assert "text_projection" in unheld, "it leaves merged, with the text tower as it is now"
+    merged = {name: x for name, x in backbone.publish(backbone.params).arrays.items() if name.startswith("text_")}
+    for name, x in whole.merge_and_unload().state_dict().items():
+        if name in merged:
+            np.testing.assert_allclose(merged[name], x.numpy(), atol=1e-5)

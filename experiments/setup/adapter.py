@@ -89,6 +89,8 @@ def begins(config: Config, whole: Backbone, top: Backbone, classes: tuple[str, .
         if None in rows:
             x, held[kernel] = updates[kernel], held[kernel][0]
             updates[kernel] = LoRA(x.a[0], x.b[0], x.scale)
+    if not updates:
+        raise ValueError(f"{folder} adapts no layer that is trained here: merge it into the weights")
     rank = max(x.a.shape[-1] for x in updates.values())
     _refuse_other_options(config, top, list(updates), rank, said.scale)
     head, params = "not in the adapter", lora.flatten(top.params)
