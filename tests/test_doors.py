@@ -68,6 +68,24 @@ def letters(classes, image_size):
     return cnn(classes, image_size)._replace(targets={"all": "neck/kernel"})
 
 
+def made(classes, change):
+    made = cnn(classes, 16)
+    return made._replace(apply=lambda *given, training: change(*made.apply(*given)))
+
+
+def counts(classes):
+    return made(classes, lambda logits, features: (logits.astype(jnp.int32), features))
+
+
+def three(classes):
+    return made(classes, lambda logits, features: (logits, features, features))
+
+
+def unfitting(classes):
+    made = cnn(classes, 16)
+    return made._replace(params={name: made.params[name] for name in ("neck", "head")})
+
+
 def wide(classes, width):
     return cnn(classes, width)
 
@@ -111,12 +129,15 @@ def test_a_model_of_ones_own_is_compared_like_any_other(files):
         ("--model own.py:nothing", "own.py:nothing returned int: expected models.backbone.Backbone"),
         ("--model own.py:nan", "own.py:nan: params/neck holds NaN"),
         ("--model own.py:layers", "the key 0: expected nested dicts with string keys"),
-        ("--model own.py:narrow", "a small CNN makes logits [96, 2]"),
+        ("--model own.py:narrow", "a small CNN makes logits float32[96, 2]"),
+        ("--model own.py:counts --targets all", "makes logits int32[96, 3] and features float32[96, 12]"),
+        ("--model own.py:three --targets all", "ValueError: too many values to unpack (expected 2); expected apply("),
+        ("--model own.py:unfitting --targets all", "ScopeParamNotFoundError: "),
         ("--model own.py:cnn", "a small CNN does not say which kernels get adapters: name one of its sets (all)"),
         ("--model own.py:cnn --targets all --adapt-last 1", "a small CNN has no blocks to count"),
         ("--model own.py:letters", "own.py:letters: targets is {'all': 'neck/kernel'}: expected lists"),
         ("--model own.py:wide", "nothing gives it width: a default would, and there are classes"),
-        ("--model own.py:fails", "own.py, line 56: KeyError: 'no'"),
+        ("--model own.py:fails", "own.py, line 74: KeyError: 'no'"),
         ("--model own.py:cnn --heads 3", "own.py:cnn does not take --heads: leave it out, got 3"),
         ("--method fedit+fedlc --task sigmoid", "FedLC calibrates a softmax"),
         ("--task guess", "--task must be one of softmax, sigmoid; got guess"),

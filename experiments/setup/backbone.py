@@ -152,15 +152,18 @@ def refuse_too_large(backbone: Backbone, classes: int, count: int, side: int) ->
     apply = lambda params, x: backbone.apply(params, NO_ADAPTER, x, training=False)
     try:
         logits, features = jax.eval_shape(apply, backbone.params, batch)
-    except (TypeError, KeyError, AttributeError) as error:
+        made = f"logits {logits.dtype}{list(logits.shape)} and features {features.dtype}{list(features.shape)}"
+    except Exception as error:  # of somebody's own code, which may raise anything
         raise ValueError(
             f"{backbone.name} cannot be applied to {len(batch)} images of {side} x {side}: {type(error).__name__}: "
-            f"{error}; expected apply(params, adapter, images, *, training=False) -> (logits, features)"
+            f"{' '.join(str(error).split())}; expected apply(params, adapter, images, *, training=False) -> (logits, "
+            "features)"
         ) from error
-    if logits.shape != (len(batch), classes) or features.ndim != 2 or len(features) != len(batch):
+    fits = logits.shape == (len(batch), classes) and features.ndim == 2 and len(features) == len(batch)
+    if not (fits and all(jnp.issubdtype(x.dtype, jnp.floating) for x in (logits, features))):
         raise ValueError(
-            f"{backbone.name} makes logits {list(logits.shape)} and features {list(features.shape)} of {len(batch)} "
-            f"images of {classes} classes: expected [{len(batch)}, {classes}] and [{len(batch)}, width]"
+            f"{backbone.name} makes {made} of {len(batch)} images of {classes} classes: expected floats "
+            f"[{len(batch)}, {classes}] and [{len(batch)}, width]"
         )
     memory.refuse_more_than_there_is(
         memory.largest(apply, backbone.params, batch),
