@@ -147,7 +147,7 @@ class Config:
     targets: tuple[str, ...] = option(
         ("default",),
         "kernels that get low-rank adapters, comma-separated: sets of the model by name (of a vit or clip "
-        "qv, default, and qkv, qkvo, mlp, all, out_fc2; of a mixer out_fc2, default, and tokens, channels, all), "
+        "qv, default, and qkv, qkvo, attn, mlp, all, out_fc2; of a mixer out_fc2, default, and tokens, channels, all), "
         "or regular expressions such as attn/(query|value)/kernel",
     )
     adapt_last: int | None = option(

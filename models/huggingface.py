@@ -64,7 +64,7 @@ def _both(model: str, prefix: str) -> tuple[Table, ...]:
     )
 
 
-VIT = _both("ViT", "vit.")[0]  # what ``ViTForImageClassification`` reads
+VIT, VIT_5 = _both("ViT", "vit.")  # of ``ViTForImageClassification``: what it saves; its modules in version 5
 DINOV2 = _both("DINOv2", "dinov2.")[0]
 TABLES = (
     *_both("ViT", "vit."),

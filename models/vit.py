@@ -40,6 +40,7 @@ TARGETS = {  # sets of kernels by name
     "qv": ("attn/(query|value)/kernel",),
     "qkv": ("attn/(query|key|value)/kernel",),
     "qkvo": ("attn/(query|key|value|out)/kernel",),
+    "attn": ("attn/(query|key|value|out)/kernel",),
     "mlp": ("mlp/(fc1|fc2)/kernel",),
     "all": ("attn/(query|key|value|out)/kernel", "mlp/(fc1|fc2)/kernel"),
     "out_fc2": ("attn/out/kernel", "mlp/fc2/kernel"),  # FedRA, LoRA-FAIR

@@ -164,7 +164,7 @@ def test_named_sets_are_the_kernels_they_say(files, monkeypatch):
     attention = [f"blocks/attn/{name}/kernel" for name in ("key", "out", "query", "value")]
     mlp = ["blocks/mlp/fc1/kernel", "blocks/mlp/fc2/kernel"]
     assert adapted() == adapted("--targets", "attn/(query|value)/kernel") == attention[2:]
-    assert adapted("--targets", "qkvo") == attention
+    assert adapted("--targets", "qkvo") == adapted("--targets", "attn") == attention
     assert adapted("--targets", "out_fc2") == [attention[1], mlp[1]]
     assert adapted("--targets", "mlp,attn/key") == adapted("--targets", "attn/key,mlp") == [attention[0], *mlp]
     assert adapted("--targets", "all") == [*attention, *mlp]

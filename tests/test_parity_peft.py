@@ -20,7 +20,6 @@ from experiments.setup.problem import new_adapter
 from fedlora_jax import lora
 from models import peft as ours
 from models.families import find
-from models.vit import TARGETS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -83,6 +82,40 @@ class Timm(Layers):
         return self.head(self.norm(x)[:, 0])
 
 
+class MixerBlock(Layers):
+    def __init__(self):
+        mlp = lambda width, hidden: Layers(fc1=torch.nn.Linear(width, hidden), fc2=torch.nn.Linear(hidden, width))
+        super().__init__(
+            norm1=torch.nn.LayerNorm(WIDTH, 1e-6),
+            mlp_tokens=mlp((SIDE // 4) ** 2, 10),
+            norm2=torch.nn.LayerNorm(WIDTH, 1e-6),
+            mlp_channels=mlp(WIDTH, 40),
+        )
+
+    def forward(self, x):
+        apply = lambda mlp, x: mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x)))
+        x = x + apply(self.mlp_tokens, self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + apply(self.mlp_channels, self.norm2(x))
+
+
+class TimmMixer(Layers):
+    """The MLP-Mixer of timm, by its names."""
+
+    def __init__(self):
+        super().__init__(
+            stem=Layers(proj=torch.nn.Conv2d(3, WIDTH, 4, 4)),
+            blocks=torch.nn.ModuleList([MixerBlock(), MixerBlock()]),
+            norm=torch.nn.LayerNorm(WIDTH, 1e-6),
+            head=torch.nn.Linear(WIDTH, CLASSES),
+        )
+
+    def forward(self, images):
+        x = self.stem.proj(images).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
 def vit_config():
     return transformers.ViTConfig(**SIZES, intermediate_size=40, num_labels=CLASSES, layer_norm_eps=1e-6)
 
@@ -93,6 +126,7 @@ def dino_config():
 
 MODELS = {
     "timm": Timm,
+    "timm's Mixer": TimmMixer,
     "ViT": lambda: transformers.ViTForImageClassification(vit_config()),
     "DINOv2": lambda: transformers.Dinov2ForImageClassification(dino_config()),
 }
@@ -111,7 +145,7 @@ def model(name):
 def published(made, path, bare=False):
     """As a folder; with "bare" a DINOv2 without its classifier, whose new head reads the class token alone."""
     path.mkdir()
-    if isinstance(made, Timm):
+    if isinstance(made, Layers):
         facts = {name: json.dumps(x) for name, x in FACTS.items()}
         save_file({name: x.numpy() for name, x in made.state_dict().items()}, path / "model.safetensors", facts)
         return path
@@ -135,7 +169,7 @@ def backbone_of(path):
 def test_a_published_model_trained_in_two_rounds_goes_back(name, bare, tmp_path):
     made = model(name)
     backbone = backbone_of(published(made, tmp_path / "weights", bare))
-    start = lora.new(jax.random.key(0), backbone.params, 2, targets=TARGETS["all"], full="^head/", scale=1.5)
+    start = lora.new(jax.random.key(0), backbone.params, 2, targets=backbone.targets["all"], full="^head/", scale=1.5)
     adapter = federated(backbone, start, SIDE, CLASSES)
     layout = next(iter(backbone.layouts.values()))
     assert not ours.unheld(layout, backbone.params, adapter)
@@ -170,7 +204,7 @@ def test_what_the_command_line_writes_is_loaded_as_it_says(tmp_path, monkeypatch
     assert len(whole.peft_config["default"].target_modules) == 6
 
 
-HF = {"timm": "head", "ViT": "classifier", "DINOv2": "classifier"}  # the layer that is the head
+HEAD = {"timm": "head", "timm's Mixer": "head", "ViT": "classifier", "DINOv2": "classifier"}
 COMING = {
     "ViT, a list": ("ViT", {"target_modules": ["q_proj", "fc2", "o_proj"], "lora_alpha": 6}),
     "ViT, an expression and sqrt(r)": (
@@ -198,6 +232,7 @@ COMING = {
         "DINOv2",
         {"target_modules": ["v_proj", "fc1", "fc2"], "lora_alpha": 7, "rank_pattern": {"fc2": 1}, "use_rslora": True},
     ),
+    "timm's Mixer": ("timm's Mixer", {"target_modules": ["fc2"], "use_rslora": True}),
     "timm": ("timm", {"target_modules": r"blocks\.\d\.(attn\.qkv|mlp\.fc2)", "alpha_pattern": {"qkv": 3}}),
 }
 
@@ -207,7 +242,7 @@ def test_what_peft_has_written_comes_in_as_it_is_there(case, tmp_path):
     name, options = COMING[case]
     made = model(name)
     weights, before = published(made, tmp_path / "weights"), logits(made)
-    saved = peft.LoraConfig(**{"r": 3, "modules_to_save": [HF[name]], "lora_dropout": 0.1, **options})
+    saved = peft.LoraConfig(**{"r": 3, "modules_to_save": [HEAD[name]], "lora_dropout": 0.1, **options})
     whole = peft.get_peft_model(made, saved).eval()
     with torch.no_grad():
         for x in (x for x in whole.parameters() if x.requires_grad):

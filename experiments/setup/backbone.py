@@ -83,7 +83,7 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     for name, value in optional.items():
         if name not in asked and value != getattr(Config, name):
             raise ValueError(f"{chosen} does not take --{name.replace('_', '-')}: leave it out, got {value}")
-    known = {"classes": classes, "image_size": side, "adapter": config.adapter} | optional
+    known = {"classes": classes, "image_size": side} | optional | ({} if own else {"adapter": config.adapter})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         given = {name: value for name, value in known.items() if name in asked}

@@ -16,16 +16,9 @@ from experiments.bench import works
 from experiments.bench.contenders import torch_common as common
 from experiments.bench.measure import Contender
 from experiments.bench.works import Arrays, Work
+from fedlora_jax import lora
+from models import huggingface, tables
 
-DENSE = {  # theirs: ours
-    "attention.q_proj": "attn/query",
-    "attention.k_proj": "attn/key",
-    "attention.v_proj": "attn/value",
-    "attention.o_proj": "attn/out",
-    "mlp.fc1": "mlp/fc1",
-    "mlp.fc2": "mlp/fc2",
-}
-NORMS = {"layernorm_before": "norm1", "layernorm_after": "norm2"}
 LAYER = "base_model.model.vit.layers.{}.attention.{}.lora_{}.default.weight"
 HEAD = "base_model.model.classifier.modules_to_save.default.{}"
 FACTORS = {  # ours: theirs
@@ -66,27 +59,9 @@ def build(work: Work) -> torch.nn.Module:
 
 
 def _named(work: Work) -> Arrays:
-    """The weights under the names and in the layouts of transformers."""
-    w, p = works.weights(work), work.patch
-    patches = w["embed/kernel"].T.reshape(-1, p, p, 3)
-    named = {
-        "vit.embeddings.cls_token": w["cls"][None],
-        "vit.embeddings.position_embeddings": w["pos"][None],
-        "vit.embeddings.patch_embeddings.projection.weight": patches.transpose(0, 3, 1, 2),
-        "vit.embeddings.patch_embeddings.projection.bias": w["embed/bias"],
-        "vit.layernorm.weight": w["norm/scale"],
-        "vit.layernorm.bias": w["norm/bias"],
-        "classifier.weight": w["head/kernel"].T,
-        "classifier.bias": w["head/bias"],
-    }
-    for i in range(work.depth):
-        for theirs, ours in DENSE.items():
-            named[f"vit.layers.{i}.{theirs}.weight"] = w[f"blocks/{ours}/kernel"][i].T
-            named[f"vit.layers.{i}.{theirs}.bias"] = w[f"blocks/{ours}/bias"][i]
-        for theirs, ours in NORMS.items():
-            named[f"vit.layers.{i}.{theirs}.weight"] = w[f"blocks/{ours}/scale"][i]
-            named[f"vit.layers.{i}.{theirs}.bias"] = w[f"blocks/{ours}/bias"][i]
-    return named
+    """The weights under the names and in the layouts of transformers, version 5."""
+    params = lora.unflatten(works.weights(work))
+    return {name: np.array(x) for name, x in tables.write_params(huggingface.VIT_5, params, work.patch).items()}
 
 
 def start(work: Work) -> Arrays:
