@@ -243,10 +243,24 @@ def test_odd_images_are_read_as_a_viewer_shows_them(tmp_path):
         np.testing.assert_array_equal(x, colours if y == 1 else np.rot90(colours, -1))
 
 
+def test_sixteen_bits_become_eight(tmp_path):
+    """White is white: 65,535 is 255, and the rest in proportion; turned as the file says."""
+    values = np.array([[0, 257 * 7, 257 * 7 + 129], [60_000, 65_535, 128]], np.uint16)
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.fromarray(values).save(tmp_path / name / f"{i}.png", exif=turned)
+    shown = np.asarray(data.load(str(tmp_path), test_share=0.5).x[:])
+    expected = np.rint(np.float64(values) / 65_535 * 255)[::-1, ::-1]
+    np.testing.assert_array_equal(shown, np.broadcast_to(expected[..., None], shown.shape))
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda root: picture(root / "a" / "2.png", (4, 4), 60_000, "I;16"), "more than 8 bits a pixel"),
+        (lambda root: picture(root / "a" / "2.tif", (4, 4), 60_000, "I"), "32 bits a pixel"),
         (lambda root: root.mkdir(exist_ok=True), "holds no images"),
         (lambda root: picture(root / "1.png", (4, 4), 0, "L"), "lie 0 and"),
         (lambda root: picture(root / "a" / "b" / "c" / "1.png", (4, 4), 0, "L"), "3 folders deep"),

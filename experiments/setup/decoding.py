@@ -32,8 +32,9 @@ from experiments.setup.on_disk import summed
 from experiments.setup.resizing import Resizing
 from models import archive
 
-FORMAT = 3  # of what is kept, and of how images are decoded: a change of either is another number
-DEEP = ("I", "F")  # Pillow's modes of more than 8 bits begin so; making RGB of them cuts off what is above 255
+FORMAT = 4  # of what is kept, and of how images are decoded: a change of either is another number
+DEEP, SIXTEEN = ("I", "F"), "I;16"  # Pillow's modes of more than 8 bits begin so; those of 16, of which it is known
+#   what is white: making RGB of them would cut off what is above 255
 SHOWN = 3  # damaged images that are named
 FILES = ("x", "rest.npz", "columns.npz")
 
@@ -210,9 +211,11 @@ def opened(encoded: Path | bytes, side: int | Resizing | None) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as file:
-                if file.mode.startswith(DEEP):
-                    raise ValueError(f"it has more than 8 bits a pixel (mode {file.mode}): convert it to 8")
+                if file.mode.startswith(DEEP) and not file.mode.startswith(SIXTEEN):
+                    raise ValueError(f"it has 32 bits a pixel (mode {file.mode}), of unknown range: convert it to 8")
                 image = ImageOps.exif_transpose(file)  # reads it
+            if image.mode.startswith(SIXTEEN):
+                image = Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
