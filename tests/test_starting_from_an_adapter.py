@@ -219,6 +219,7 @@ def test_what_is_no_adapter_of_this_model_is_refused(tmp_path, capsys, monkeypat
     [
         ({"rank": (4,)}, "--rank 4 is not that of --adapter"),
         ({"scale": 1.0}, "--scale 1 is not that of --adapter"),
+        ({"alpha": 1.0}, "--alpha 1 is not that of --adapter"),
         ({"targets": ("qv",)}, "--targets qv finds blocks/attn/query/kernel, blocks/attn/value/kernel, --adapter"),
         ({"full": ("head", "fc2/kernel")}, "would be adapted"),
         ({"head": "cosine"}, "none there has the head of --head cosine: leave one of them out"),

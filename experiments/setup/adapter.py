@@ -144,9 +144,9 @@ def _refuse_other_options(config: Config, top: Backbone, kernels: list[str], ran
             f"--rank {','.join(map(str, config.rank))} is not that of --adapter {config.adapter}, {rank}: leave it out"
         )
     if not math.isclose(config.factor, scale):
-        raise ValueError(
-            f"--scale {config.factor:g} is not that of --adapter {config.adapter}, {scale:g}: leave it out"
-        )
+        typed, got = ("--scale", config.factor) if config.alpha is None else ("--alpha", config.alpha)
+        own = scale if config.alpha is None else scale * rank
+        raise ValueError(f"{typed} {got:g} is not that of --adapter {config.adapter}, {own:g}: leave it out")
     if config.targets == Config().targets:
         return
     asked = lora.adapted(top.params, top.patterns(config.targets))
