@@ -98,7 +98,8 @@ def test_prototypes_are_the_means_of_the_training_clients(tmp_path, monkeypatch)
         means = np.stack([features[held[y[held] == c]].mean(0) for c in range(3)])
         logits = features @ np.float64(heads["kernel"][s]) + np.float64(heads["bias"][s])
         distances = ((features[:, None] - means) ** 2).sum(-1)
-        np.testing.assert_allclose(logits, (features**2).sum(-1)[:, None] - distances, rtol=1e-4, atol=1e-3)
+        spread = distances[held, y[held]].mean()
+        np.testing.assert_allclose(logits, ((features**2).sum(-1)[:, None] - distances) / spread, rtol=1e-4, atol=1e-3)
     assert np.abs(heads["kernel"][0] - heads["kernel"][1]).max() > 1e-3
     assert not np.asarray(made.base["head"]["kernel"]).any()
     assert made.record["head"] == "prototypes: mean features of each class over the training clients"
@@ -107,7 +108,10 @@ def test_prototypes_are_the_means_of_the_training_clients(tmp_path, monkeypatch)
 def test_a_class_that_nobody_has_is_in_the_middle():
     features, labels = np.float32([[1, 0], [3, 0], [0, 2]]), np.array([0, 0, 2])
     head = prototypes(features, labels, [np.array([0, 1]), np.array([2])], 3)
-    np.testing.assert_allclose(head["kernel"].T / 2, [[2, 0], [4 / 3, 2 / 3], [0, 2]], rtol=1e-6)
+    spread = 2 / 3  # of 1, 1 and 0
+    np.testing.assert_allclose(head["kernel"].T * spread / 2, [[2, 0], [4 / 3, 2 / 3], [0, 2]], rtol=1e-6)
+    alone = prototypes(features[1:], labels[1:], [np.array([0, 1])], 3)
+    np.testing.assert_allclose(alone["bias"], [-9, -(1.5**2 + 1), -4], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@
 
 A linear layer starts as a model has it, or from what the classes' names or the clients' images say:
 
-    logits_c = 2 f^T m_c - |m_c|^2 = |f|^2 - |f - m_c|^2        Snell et al., NeurIPS 2017, arXiv 1703.05175, sec. 2.4
+    logits_c = (2 f^T m_c - |m_c|^2) / s = (|f|^2 - |f - m_c|^2) / s
     m_c = sum_k n_kc m_kc / sum_k n_kc        m_kc: the mean feature of the n_kc images of class c on client k
 
-as clients would send them (Tan et al., *FedProto*, AAAI 2022, arXiv 2105.00243, eq. 6). A zero-shot head is what a
-model with a tower for text makes of the classes' names. Who trains a head is not said here: what ``--full`` finds is
-trained and shared, what it leaves out is frozen, and it is personal in methods whose clients keep it (FedPer, FedRep).
+(Snell et al., NeurIPS 2017, arXiv 1703.05175, section 2.4), as clients would send them (Tan et al., *FedProto*, AAAI
+2022, arXiv 2105.00243, eq. 6). The s is ours: the mean of ``|f - m_c|^2`` over the images of the clients, without which
+logits grow with the width of features, and training diverges. A zero-shot head is what a model with a tower for text
+makes of the classes' names. Who trains a head is not said here: what ``--full`` finds is trained and shared, what it
+leaves out is frozen, and it is personal in methods whose clients keep it (FedPer, FedRep).
 """
 
 from __future__ import annotations
@@ -63,12 +65,16 @@ def prototypes(features: np.ndarray, labels: np.ndarray, clients: Sequence[np.nd
       clients: rows of each that trains.
       classes: how many there are.
     """
-    sums, counts = np.zeros((classes, features.shape[1])), np.zeros(classes)
+    sums, counts, squares = np.zeros((classes, features.shape[1])), np.zeros(classes), 0.0
     for rows in clients:
-        np.add.at(sums, labels[rows], np.asarray(features[rows], float))
+        own = np.asarray(features[rows], float)
+        np.add.at(sums, labels[rows], own)
         np.add.at(counts, labels[rows], 1)
+        squares += (own**2).sum()
     means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], sums.sum(0) / counts.sum())
-    return {"kernel": np.float32(2 * means.T), "bias": np.float32(-(means**2).sum(1))}
+    within = squares - counts @ (means**2).sum(1)  # sum of |f - m_c|^2
+    spread = within / counts.sum() if within > 1e-6 * squares else 1.0
+    return {"kernel": np.float32(2 * means.T / spread), "bias": np.float32(-(means**2).sum(1) / spread)}
 
 
 def started(adapters: Adapter, heads: Sequence[Params]) -> Adapter:
