@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from weight_helpers import FACTS, reference_forward, timm_arrays, write
 
 from experiments.cli import parse
+from experiments.commands.export import Model, as_adapter, as_published
 from experiments.config import Config
 from experiments.setup import adapter as adapters
 from experiments.setup import head
@@ -231,6 +233,24 @@ def test_options_that_say_otherwise_are_refused(given, said, tmp_path):
     begun(path, backbone, rank=(1, 3), targets=("attn/query/kernel", "fc2/kernel"))
     with pytest.raises(ValueError, match=said):
         begun(path, backbone, **given)
+
+
+@pytest.mark.parametrize("full", [(), ("^head/",)])
+def test_the_head_that_an_adapter_came_with_leaves_with_the_next(full, tmp_path):
+    """Frozen or trained on, it is in no weights: a new folder has it, and makes the same model of them."""
+    _, backbone = vit(tmp_path / "vit")
+    top, started, _ = begun(made_by_peft(tmp_path / "a"), backbone, full=full)
+    own, brought = as_published(Config(full=full), SimpleNamespace(base=top.params), backbone)  # type: ignore[arg-type]
+    assert brought == ["head/bias", "head/kernel"]
+    adapter, beyond = as_adapter(own, Model("global", top.params, started), brought)
+    assert not beyond
+    expected = top.apply(top.params, started, IMAGES)[0]
+    np.testing.assert_allclose(backbone.apply(backbone.params, adapter, IMAGES)[0], expected, atol=1e-5)
+    (tmp_path / "b").mkdir()
+    for name, content in peft.files_of(next(iter(backbone.layouts.values())), own, adapter, {}).items():
+        (tmp_path / "b" / name).write_bytes(content)
+    again, restarted, _ = begun(tmp_path / "b", backbone, full=full)
+    np.testing.assert_allclose(again.apply(again.params, restarted, IMAGES)[0], expected, atol=1e-5)
 
 
 @pytest.mark.long

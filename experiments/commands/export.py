@@ -94,18 +94,19 @@ class Plan:
         whole = self.merged(model)
         if self.options.to == "merged":
             return whole
-        about, (adapter, beyond) = f"{model.name} of {self.method} is", as_adapter(self.problem.base, model)
+        published, brought = as_published(self.config, self.problem, self.top)
+        about, (adapter, beyond) = f"{model.name} of {self.method} is", as_adapter(published, model, brought)
         if beyond:
             say(
                 f"{about} more than an adapter: what is sent has other weights in {_some(beyond)}, and not of a low "
                 "rank; it is written merged"
             )
             return whole
-        if adapter is not model.adapter:
+        if changed(self.problem.base, model.base):
             say(f"{about} more than its adapter, and exactly one of rank {lora.max_rank(adapter)}")
         if self.options.to == "npz":
             return {f"{model.name}.npz": self.arrays(model._replace(adapter=adapter))}
-        base = {name: x for name, x in self.problem.base.items() if name != STEM}
+        base = {name: x for name, x in published.items() if name != STEM}
         if names := peft.unheld(self.layout, base, adapter):
             say(f"{about} more than PEFT holds, it trains {_some(names)} as well; it is written merged")
             return whole
@@ -232,8 +233,18 @@ def of_receivers(names: Sequence[str], base: Params, adapters: Adapter) -> list[
     return [Model(name, base, _without_switches(name, base, row(i))) for i, name in enumerate(names)]
 
 
-def as_adapter(base: Params, model: Model) -> tuple[Adapter, list[str]]:
+def as_published(config: Config, problem: Problem, top: Backbone) -> tuple[Params, list[str]]:
+    """The frozen parameters as the weights have them, and names of those that ``--adapter`` came with others of."""
+    flat = lora.flatten(problem.base)
+    own = lora.flatten(backbones.kept_as(config.base_dtype, top.params, config.full))
+    brought = [name for name, x in own.items() if (np.asarray(x) != np.asarray(flat[name])).any()]
+    return lora.unflatten(flat | {name: own[name] for name in brought}), brought
+
+
+def as_adapter(base: Params, model: Model, full: Sequence[str] = ()) -> tuple[Adapter, list[str]]:
     """An adapter of ``base`` that is the model, and names of the arrays for which there is none.
+
+    Arrays in ``full`` that differ become plain differences.
 
     What is sent in place of the base differs from it by a low-rank update only if that is so to the rounding of the
     weights: nothing is left out of it that float32 tells from nothing.
@@ -245,6 +256,8 @@ def as_adapter(base: Params, model: Model) -> tuple[Adapter, list[str]]:
         rounding = float(np.finfo(np.float32).eps * np.abs(now[name]).max())
         if name in flat and not lora.is_lora(flat[name]):
             flat[name] = flat[name] + jnp.asarray(difference, jnp.float32)
+        elif name in full and name not in flat:
+            flat[name] = jnp.asarray(difference, jnp.float32)
         elif (found := _factors(difference, rounding)) is None:
             beyond.append(name)
         else:
