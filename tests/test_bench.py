@@ -32,6 +32,7 @@ SMALL = {  # of each bench: options that make it quick
     "prefix": {"last": 1},
     "profile": {},
     "population": {"clients": (4, 9)},
+    "staging": {"images": 60},
     "gpu": {"works": ("toy", "base"), "contenders": ("fedlora_jax",)},
 }
 

@@ -17,6 +17,7 @@ BENCHES = {
     "memory": "predicted and measured peak memory against the number of clients trained at once",
     "server": "every method's aggregation alone, at the size of ViT-B, and its share of a round",
     "compile": "seconds to trace, lower and compile each method's round, and with a persistent cache",
+    "staging": "peak memory of a run that stages its images, and its rounds beside those with resident images",
     "gpu": "round and peers' PyTorch on every work, within eight minutes on one GPU",
 }
 
@@ -31,6 +32,7 @@ USES = {  # beside --out
     "memory": ("work", "chunks", "force"),
     "server": ("work", "repeats", "kernels", "clients", "methods"),
     "compile": ("work", "methods"),
+    "staging": ("work", "repeats", "images"),
     "gpu": ("works", "repeats", "contenders", "python", "minutes", "force"),
 }
 
@@ -40,6 +42,7 @@ BY_DEFAULT = {  # of some benches; the others' is the field's own
     "learning": {"work": "learning", "methods": LEARNING},
     "scaling": {"work": "nano", "clients": (16, 64, 256, 1024, 4096), "repeats": 1},
     "population": {"work": "nano", "clients": (100, 1000, 10_000)},
+    "staging": {"work": "photos"},
     "gpu": {"contenders": ("fedlora_jax", "torch_peft", "torch_vmap", "torch_compile")},
 }
 
@@ -49,7 +52,7 @@ class Options:
     """The options of all benches; each takes what ``USES`` says."""
 
     bench: str
-    work: str = option("tiny", "the fixed work: toy, nano, tiny, learning or base (experiments/bench/works.py)")
+    work: str = option("tiny", "the fixed work: toy, nano, tiny, learning, photos or base (experiments/bench/works.py)")
     works: tuple[str, ...] = option(("tiny", "nano", "base"), "the fixed works, comma-separated")
     repeats: int = option(3, "measurements of each program, in turns; the median is given", "[1, 1000]")
     chunk: int | None = option(None, "clients trained at once (default: as a run chooses)", COUNT)
@@ -68,6 +71,7 @@ class Options:
         "interpreters for contenders, as in torch_peft=venv/bin/python; one without a name is for all the others",
         empty=True,
     )
+    images: int = option(60_000, "images that are generated", "[40, 10000000]")
     minutes: float = option(8.0, "start no further contender after so many minutes", "(0, inf)")
     force: bool = option(False, "run works that are meant for a GPU on a CPU too")
     out: str | None = option(None, "folder for bench.jsonl and a picture (default: print only)")

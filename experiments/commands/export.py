@@ -27,6 +27,7 @@ from experiments.engine import methods, programs
 from experiments.engine.chunking import choose
 from experiments.engine.evaluation import make_serving
 from experiments.engine.facts import facts_of
+from experiments.engine.staging import arrays_of_trials
 from experiments.results.folder import CONFIG, Folder, read_json, say, write_atomically
 from experiments.setup import backbone as backbones
 from experiments.setup.local_training import make_optimizer
@@ -209,7 +210,8 @@ def served(config: Config, problem: Problem, method: Method, seed: Seed, run: Ru
     n, population = config.clients, seed.clients.population
     serving = make_serving(config, problem, method, make_optimizer(config), choose(config, problem)[0])
     onboard = any(i >= n for i in ids)
-    memory = jax.jit(serving.onboard)(problem.arrays(), seed, run) if onboard else run.memory
+    shown = arrays_of_trials(problem, serving, seed, run) if onboard else None
+    memory = jax.jit(serving.onboard)(*shown, run) if shown else run.memory
     nobody = average_client(seed.clients.training(n).cohort(jnp.arange(n), run.memory))
     clients = [i for i in ids if i >= 0]
     cohorts = [(["global"], nobody)] if -1 in ids else []
@@ -351,7 +353,7 @@ def _same_problem(command: str, config: Config) -> Problem:
       ValueError: data, weights or clients are not what they were.
     """
     folder = Folder(command, config.out, resume=True)
-    problem = prelude.built(config)
+    problem = prelude.built(config, may_stage=True)
     try:
         prelude.going_on(folder, prelude.about(command, config, problem))
     except ValueError as error:

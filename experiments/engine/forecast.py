@@ -22,17 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import Config
-from experiments.engine import chunking, evaluation, traffic
+from experiments.engine import chunking, evaluation, parts, traffic
+from experiments.engine.staging import Staged, gathered
 from experiments.engine.trial import Trial
 from experiments.results import summary
 from experiments.setup import memory
 from experiments.setup.local_training import make_optimizer
+from experiments.setup.on_disk import OnDisk
 from experiments.setup.problem import Problem
+from experiments.setup.task import AT_ONCE
 from fedlora_jax import rounds, training
 from fedlora_jax.method import Method
 from fedlora_jax.methods.fedit import fedit
 
 REPEATS = 3
+TIMED = 16  # times as many test images as are scored at once: of staged ones no more are timed
 STEPS = 5  # local steps timed in one call, as a client takes them: what a call allocates is no part of each
 
 
@@ -140,8 +144,24 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
             "run s: both, without compiling;",
             f"peak memory: of the process, which holds {_size(memory.beside_arrays())} beside arrays now; "
             f"free for arrays: {'unknown' if have is None else _size(have)}",
+            images_are(problem, trials[0]),
             *notes,
         ]
+    )
+
+
+def images_are(problem: Problem, trial: Trial) -> str:
+    """Where they are while a run goes on, and what it costs to stage them."""
+    x, count = problem.train[0], len(problem.train[1]) + len(problem.test[1])
+    what = f"{count:,} images" if x.dtype == np.uint8 else f"stored tokens of {count:,} images"
+    all_of_them = f"{what} ({_size(count * parts.bytes_of_one(problem))})"
+    if not isinstance(trial.course, Staged):
+        return f"--images resident: {all_of_them} are all on the device"
+    reading = trial.course.reading()
+    return (
+        f"--images staged: {all_of_them} stay {'on disk' if isinstance(x, OnDisk) else 'on the host'}; a round draws "
+        f"{_size(reading.of_round)} of them, in {1e3 * reading.seconds:.3g} ms now, an evaluation up to "
+        f"{_size(reading.of_scores)}, while what comes before computes; {_size(reading.held)} of memory hold both"
     )
 
 
@@ -183,7 +203,11 @@ def one_scoring(config: Config, problem: Problem) -> Scoring:
     clients = evaluation.scored_at_once(total, chunk)
     adapter = jax.tree.map(lambda x: x[0], problem.adapters)
     several = jax.tree.map(lambda x: jnp.stack([x] * clients), adapter)
-    rows, (x, y) = problem.clients.test_rows[0, :clients], problem.test[:2]
+    rows, some = np.asarray(problem.clients.test_rows[0, :clients]), problem.test[:2]
+    (x, y), count = some, len(some[1])
+    if problem.staged:
+        (x, y), places = gathered(some, rows, rows.size)
+        rows, some = places[rows], tuple(a[: TIMED * AT_ONCE] for a in some)
 
     def own(base, x, y, adapters, rows):
         one = lambda row: problem.correct_fn(base, row[0], (x[row[1]], y[row[1]]))
@@ -191,7 +215,7 @@ def one_scoring(config: Config, problem: Problem) -> Scoring:
         return jax.vmap(one)(many) if clients > 1 else one(jax.tree.map(lambda x: x[0], many))
 
     whole = lambda base, adapter, *test: problem.correct_fn(base, adapter, test)
-    took = _timed(whole, problem.base, adapter, x, y)
+    took = _timed(whole, problem.base, adapter, *some) * count / len(some[1])
     return Scoring(took, _timed(own, problem.base, x, y, several, rows) / clients)
 
 

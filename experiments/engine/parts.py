@@ -7,6 +7,7 @@ the library's own drawing of batches, given row numbers in place of images, tell
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -97,7 +98,9 @@ def make_draws(config: Config, problem: Problem, method: Method, sizes: Sizes, s
     whose, keys = problem.clients, problem.keys
     # How many of its batches each client goes through is left out: they are drawn all the same.
     population = Population(whose.population.rows, whose.population.sizes, whose.population.ranks)
-    on_cpu = jax.device_put((whose._replace(population=population), keys), cpu)
+    of = lambda first, x: jax.device_put(x[first : first + sizes.seeds], cpu)
+    bare = whose._replace(population=population), keys
+    some = {first: jax.tree.map(partial(of, first), bare) for first in range(0, len(keys), sizes.seeds)}
 
     # A round that computes nothing, and reports what it was given.
     seen = lambda base, state, cohort, key, round=None: (state, cohort.memory, (cohort.batches, cohort.queries))
@@ -117,11 +120,6 @@ def make_draws(config: Config, problem: Problem, method: Method, sizes: Sizes, s
 
     def told(draw: Callable) -> Callable:
         many = jax.jit(lambda everyone, number: jax.lax.map(lambda row: draw(*row, number), everyone))
-
-        def of_seeds(first: int, done: int) -> Any:
-            some = jax.tree.map(lambda x: x[first : first + sizes.seeds], on_cpu)
-            return jax.device_get(many(some, jax.device_put(np.int32(done), cpu)))
-
-        return of_seeds
+        return lambda first, done: jax.device_get(many(some[first], np.int32(done)))
 
     return Draws(told(of_rounds), told(serving.draws))

@@ -98,6 +98,15 @@ def make_calls(config: Config, problem: Problem, method: Method, serving: Servin
     return Calls(jit(train, donate_argnums=3), *map(jit, (trials, sent, tuned, whole)))
 
 
+class Reading(NamedTuple):
+    """What it costs to stage images; bytes and seconds."""
+
+    of_round: int  # read for a round of all seeds
+    of_scores: int  # for an evaluation, after local steps too, at most
+    seconds: float  # to draw and read what a round sees
+    held: int  # by the largest part and the one that is read meanwhile
+
+
 class Staged:
     """Images stay where they are, and are read as they are drawn; otherwise as ``Resident``.
 
@@ -151,8 +160,21 @@ class Staged:
 
     @property
     def held(self) -> int:
-        p, shown = self._problem, 2 * self.sizes.largest * parts.bytes_of_one(self._problem)
+        p, shown = self._problem, 2 * self.sizes.largest * parts.bytes_of_one(self._problem)  # one is read meanwhile
         return memory.bytes_of((p.base, self._everyone, self._start)) + shown
+
+    def reading(self) -> Reading:
+        """What it costs to stage images, from a part of the rounds that is read now."""
+        self._of_rounds(0, 0)  # compiles what draws
+        begin = time.perf_counter()
+        rows = self._draws.of_rounds(0, self.sizes.rounds)
+        gathered(self._problem.train, rows, self.sizes.by_rounds)
+        took, each = time.perf_counter() - begin, parts.bytes_of_one(self._problem)
+        seen = len(np.unique(np.concatenate([np.ravel(part) for part in jax.tree.leaves(rows)])))
+        times = len(self._firsts) / self.sizes.rounds
+        tests = len(self._problem.test[1]) + int(self._test_counts.sum())
+        tuned = (self.sizes.by_trials + self.sizes.by_steps * len(self._scored)) * len(self._firsts)
+        return Reading(round(seen * each * times), (tests + tuned) * each, took * times, 2 * self.sizes.largest * each)
 
     def begin(self, done: int) -> None:
         self._ahead = ahead(self._parts(done))
@@ -177,7 +199,7 @@ class Staged:
             sent, after, seen = jax.tree.map(lambda x: x[:, :total], _joined(found, 1))
             personal.append(sent)
             tuned.append(after)
-            apart = [_apart(own) for own in _rows_of(seen)] if last and mapped else np.nan
+            apart = jax.device_get(_apart(seen, len(sent))) if last and mapped else np.nan
             distances.append(np.broadcast_to(apart, (len(sent), total, total)).astype(np.float32))
         correct = [self._of_tests(next(self._ahead), run) for _ in self._tests]
         return Scores(
@@ -210,7 +232,7 @@ class Staged:
                 for ids, places in self._scored:
                     yield partial(self._for_clients, first, draws, ids[places], tune)
             for start, stop in self._tests:
-                yield lambda start=start, stop=stop: self._put(self._seen(1, np.arange(start, stop), stop - start)[0])
+                yield partial(self._of_whole, np.arange(start, stop))
 
     def _of_rounds(self, first: int, number: int) -> Shown:
         return self._shown(first, self._draws.of_rounds(first, number), self.sizes.by_rounds)
@@ -225,26 +247,16 @@ class Staged:
         tests = tests[np.arange(tests.shape[-1]) < counts[..., None]]
         return self._shown(first, draws()[1][:, ids], self.sizes.by_steps * tune, tests, self.sizes.by_clients)
 
+    def _of_whole(self, rows: np.ndarray) -> Any:
+        return self._put(gathered(self._problem.test[:2], rows, len(rows))[0])
+
     def _shown(self, first: int, train: Any, most: int, test: Any = (), most_test: int = 0) -> Shown:
         """Some seeds with the images that they see, padded to ``most``; none where that is 0."""
         own = slice(first, first + self.sizes.seeds)
-        images, places = self._seen(0, train, most)
-        tests, of_tests = self._seen(1, test, most_test)
+        images, places = gathered(self._problem.train, train, most)
+        tests, of_tests = gathered(self._problem.test[:2], test, most_test)
         shown = Shown(np.int32(first), places[self._rows[own]], of_tests[self._test_rows[own]], images, tests)
         return self._put(shown)
-
-    def _seen(self, which: int, rows: Any, most: int) -> tuple[Any, np.ndarray]:
-        """Of the training (0) or test images (1) those at ``rows``, once each, and where each of all is among them."""
-        x, y = (self._problem.train, self._problem.test)[which][:2]
-        places = np.zeros(len(y), np.int32)
-        if not most:
-            return (), places
-        found = np.unique(np.concatenate([np.ravel(part) for part in jax.tree.leaves(rows)]))
-        places[found] = np.arange(len(found))
-        images, labels = on_disk.buffer((most, *x.shape[1:]), x.dtype), np.zeros(most, y.dtype)
-        on_disk.read(x, found, images[: len(found)])
-        labels[: len(found)] = y[found]
-        return (images, labels), places
 
     def _like(self, train: int, test: int = 0) -> Shown:
         """The shapes of ``_shown``."""
@@ -252,6 +264,35 @@ class Staged:
         places = lambda rows: ShapeDtypeStruct((self.sizes.seeds, *rows.shape[1:]), np.int32)
         p, one = self._problem, ShapeDtypeStruct((), np.int32)
         return Shown(one, places(self._rows), places(self._test_rows), of(p.train, train), of(p.test[:2], test))
+
+
+def gathered(data: tuple[Any, Any], rows: Any, most: int) -> tuple[Any, np.ndarray]:
+    """What lies at these rows of ``x, y``, once each, padded to ``most``, and at which place of it each of all rows is.
+
+    ``()`` where ``most`` is 0. The place of what is not there is 0.
+    """
+    x, y = data
+    places = np.zeros(len(y), np.int32)
+    if not most:
+        return (), places
+    found = np.unique(np.concatenate([np.ravel(part) for part in jax.tree.leaves(rows)]))
+    places[found] = np.arange(len(found))
+    images, labels = on_disk.buffer((most, *x.shape[1:]), x.dtype), np.zeros(most, y.dtype)
+    on_disk.read(x, found, images[: len(found)])
+    labels[: len(found)] = y[found]
+    return (images, labels), places
+
+
+def arrays_of_trials(problem: Problem, serving: Serving, seed: Seed, run: Run) -> tuple[Arrays, Seed]:
+    """What ``Serving.onboard`` reads, for one seed, with no other images where these are staged."""
+    if not problem.staged:
+        return problem.arrays(), seed
+    population = seed.clients.population
+    bare = seed.clients._replace(population=population._replace(signatures=(), weights=(), examples=()))
+    rows = jax.device_get(jax.jit(serving.draws)(bare, seed.key, run.round)[0])
+    train, places = gathered(problem.train, rows, max(1, rows.size))
+    population = population._replace(rows=places[np.asarray(population.rows)])
+    return Arrays(problem.base, train, ()), seed._replace(clients=seed.clients._replace(population=population))  # type: ignore
 
 
 def ahead(makers: Iterable[Callable[[], Any]]) -> Iterator[Any]:
@@ -265,13 +306,10 @@ def ahead(makers: Iterable[Callable[[], Any]]) -> Iterator[Any]:
         yield from (last.result() for last in made)
 
 
-@jax.jit
-def _apart(bases: Any) -> Array:
-    return clustering.distances(bases, bases)
-
-
-def _rows_of(tree: Any) -> list[Any]:
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(jax.tree.leaves(tree)[0]))]
+@partial(jax.jit, static_argnums=1)
+def _apart(bases: Any, seeds: int) -> Array:
+    """Distances ``[seeds, C, C]`` of clients' subspaces."""
+    return training.map_clients(lambda own: clustering.distances(own, own), bases, seeds)
 
 
 def _joined(trees: list[Any], axis: int) -> Any:

@@ -35,6 +35,7 @@ from models import archive
 FORMAT = 4  # of what is kept, and of how images are decoded: a change of either is another number
 DEEP, SIXTEEN = ("I", "F"), "I;16"  # Pillow's modes of more than 8 bits begin so; those of 16, of which it is known
 #   what is white: making RGB of them would cut off what is above 255
+FOLDER = "fedlora-jax-images"  # below that of all caches
 SHOWN = 3  # damaged images that are named
 FILES = ("x", "rest.npz", "columns.npz")
 
@@ -71,7 +72,7 @@ def decoded(listing: Listing, side: int | Resizing | None, skip: bool = False) -
       ValueError: images that cannot be read, or of several sizes and no side; there is no room to keep them.
     """
     key = hashlib.sha256(json.dumps([FORMAT, listing.identity, side, skip]).encode()).hexdigest()[:32]
-    kept = caches() / "fedlora-jax-images" / key
+    kept = caches() / FOLDER / key
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(kept.with_suffix(".lock")):  # let go of by the kernel, whatever ends its owner

@@ -62,8 +62,8 @@ class OnDisk:
         first, *rest = index if isinstance(index, tuple) else (index,)
         rows = np.arange(len(self))[first]
         out = np.empty((np.size(rows), *self.shape[1:]), self.dtype)
-        self.read(np.atleast_1d(rows), out)
-        return out[(slice(None) if np.ndim(rows) else 0, *rest)]
+        self.read(np.ravel(rows), out)
+        return out.reshape(*np.shape(rows), *self.shape[1:])[(*[slice(None)] * np.ndim(rows), *rest)]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(self.dtype if dtype is None else dtype, copy=False)

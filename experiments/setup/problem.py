@@ -27,6 +27,7 @@ from experiments.setup import backbone as backbones
 from experiments.setup.caches import caches
 from experiments.setup.data import Images
 from experiments.setup.dealing import dealt, partition_hash
+from experiments.setup.decoding import FOLDER
 from experiments.setup.on_disk import taken
 from experiments.setup.task import STEM, TASKS, objectives
 from fedlora_jax import lora
@@ -227,7 +228,7 @@ def _shown(config: Config, stem: Stem | None, x: Any, may_stage: bool) -> tuple[
     if stem is None or not backbones.is_stored(config, stem, x):
         return stem, x, may_stage and is_staged(config, x.nbytes)
     stay = may_stage and is_staged(config, memory.bytes_of(backbones.shape_of_tokens(stem, x)))
-    return None, backbones.tokens_of(stem, x, partial(on_disk.scratch, caches()) if stay else np.empty), stay
+    return None, backbones.tokens_of(stem, x, partial(on_disk.scratch, caches() / FOLDER) if stay else np.empty), stay
 
 
 def _placed(arrays: tuple, rows: np.ndarray, staged: bool) -> tuple:
@@ -244,8 +245,8 @@ def _refuse_too_many(config: Config, images: Images, side: int, may_stage: bool)
         memory.refuse_more_than_there_is(
             size if as_they_are else 2 * size,  # on the device, and resized ones on the host too
             f"{len(images.x)} images of {side} x {side}",
-            "use a smaller --image-size or fewer images"
-            + ("" if may_stage else ", or compare and run, which need not hold all of them"),
+            f"use {'--images staged, ' * (may_stage and as_they_are)}a smaller --image-size or fewer images"
+            + ", or compare and run, which need not hold all of them" * (not may_stage),
         )
     steps = 1 if config.local_epochs else config.local_steps  # epochs: when it is known how much each client has
     memory.refuse_draws(backbones.image_of(side), config.cohort, steps, config.batch)

@@ -1,0 +1,121 @@
+"""A run on more images than should be in memory: its peak memory, and its rounds beside those with resident images.
+
+A folder of JPEG files is generated and decoded where temporary files lie, which takes the room of the decoded images
+(60,000 of 224 x 224: 9 GB). ``decoding`` and ``staged`` are whole runs on all of them, each in a process of its own, of
+which the first finds nothing decoded. ``in turns`` are rounds in one process, on the images of three classes alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from experiments.bench import works
+from experiments.bench.children import OWN, ROOT
+from experiments.bench.contenders import fedlora_jax as ours
+from experiments.bench.measure import Line, interleaved, line
+from experiments.bench.options import Options
+from experiments.bench.works import Work
+from experiments.cli import parse
+from experiments.engine.facts import describe
+from experiments.engine.trial import Trial
+from experiments.setup import problem
+from models.backbone import Backbone
+from models.pretrained import Pretrained, backbone
+
+RESIDENT = 3  # classes that are compared
+BLOCK = 5  # rounds of one measurement
+WORKS = {8: "toy", 224: "photos"}  # by the side of the images
+
+
+def run(options: Options) -> Iterator[Line]:
+    work = works.find(options.work)
+    with tempfile.TemporaryDirectory(prefix="fedlora-staging-") as folder:
+        source = generated(Path(folder) / "images", options.images, work)
+        os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")  # of the children too
+        for contender in ("decoding", "staged"):  # the first of the two finds nothing decoded
+            yield line(options.bench, work, contender, images=options.images, **of_a_run(work, source), **describe())
+        calls = {images: blocks(work, source, images) for images in ("resident", "staged")}
+        for call in calls.values():
+            call()  # what is read for the first time, and allocated
+        seconds = interleaved(calls, tqdm(range(options.repeats), desc="turns", dynamic_ncols=True))
+        for images, taken in seconds.items():
+            found = {"seconds_per_round": taken / BLOCK, "times_resident": taken / seconds["resident"]}
+            count = options.images * min(RESIDENT, work.classes) // work.classes
+            yield line(options.bench, work, f"{images}, in turns", images=count, **found, **describe())
+
+
+def typed(work: Work, source: Path, *more: str) -> list[str]:
+    """A run of a work on a folder of images."""
+    options = {"method": "fedit", "data": source, "model": f"{__file__}:model", "image-size": work.side, "seeds": 1,
+               "clients": work.clients, "holdout-clients": 2, "partition": "iid", "minimum": 1, "rank": work.rank,
+               "local-steps": work.steps, "batch": work.batch}  # fmt: skip
+    return ["run", *(text for name, value in options.items() for text in (f"--{name}", f"{value}")), *more]
+
+
+def of_a_run(work: Work, source: Path) -> dict[str, Any]:
+    """Seconds of a round and peak memory of a whole run that stages its images."""
+    with tempfile.TemporaryDirectory(prefix="fedlora-staging-") as folder:
+        out = Path(folder) / "run"
+        more = ["--images", "staged", "--rounds", "4", "--eval-every", "2", "--out", str(out)]
+        code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+        code += "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        command = [sys.executable, "-c", code, sys.executable, "-m", "experiments", *typed(work, source, *more)]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | OWN, stdout=subprocess.PIPE, text=True, check=True)
+        entry = json.loads((out / "summary.json").read_text())["methods"]["fedit"]
+    peak = int(done.stdout.split()[-1]) / (2**20 if sys.platform == "darwin" else 2**10)
+    return {"peak_memory_mb": peak} | {name: entry[name] for name in ("seconds_per_round", "compile_seconds")}
+
+
+def blocks(work: Work, source: Path, images: str) -> Callable[[], Any]:
+    """Rounds between two evaluations, one call after another."""
+    more = ["--images", images, "--rounds", f"{BLOCK}", "--eval-every", f"{BLOCK}", "--classes", f"{RESIDENT}"]
+    config = parse(typed(work, source, *more))[1]
+    trial = Trial(config, problem.build(config, may_stage=True), "fedit")
+    trial.compile()
+    start = trial.programs.start(trial.problem.adapters, trial.problem.keys)
+
+    def call() -> Any:
+        trial.course.begin(0)  # so that the images of the first round are waited for
+        return trial.course.block(jax.tree.map(jax.numpy.copy, start))
+
+    return call
+
+
+def generated(root: Path, count: int, work: Work) -> Path:
+    """A folder of so many JPEG files, of classes that differ in colour."""
+
+    def one(i: int) -> None:
+        rng = np.random.default_rng(i)
+        coarse = rng.integers(0, 256, (7, 7, 3), np.uint8)
+        coarse[..., 0] = coarse[..., 0] // 2 + 127 * (i % work.classes) // work.classes
+        buffer = io.BytesIO()
+        Image.fromarray(coarse).resize((work.side, work.side)).save(buffer, "JPEG", quality=60)
+        (root / f"class{i % work.classes}" / f"{i}.jpg").write_bytes(buffer.getvalue())
+
+    for j in range(work.classes):
+        (root / f"class{j}").mkdir(parents=True)
+    with ThreadPoolExecutor() as pool:
+        for _ in tqdm(pool.map(one, range(count)), total=count, desc="generating images", dynamic_ncols=True):
+            pass
+    return root
+
+
+def model(classes: tuple[str, ...], image_size: int) -> Backbone:
+    """The model of the work with images of that size."""
+    work = works.find(WORKS[image_size])._replace(classes=len(classes))
+    params = ours.problem(work._replace(clients=1, steps=1)).base
+    return backbone(Pretrained(ours.model(work), params, np.full(3, 0.5), np.full(3, 0.5), work.name))
