@@ -7,6 +7,7 @@ which the first finds nothing decoded. ``in turns`` are rounds in one process, o
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -29,7 +30,7 @@ from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.measure import Line, interleaved, line
 from experiments.bench.options import Options
 from experiments.bench.works import Work
-from experiments.cli import parse
+from experiments.config import Config
 from experiments.engine.facts import describe
 from experiments.engine.trial import Trial
 from experiments.setup import problem
@@ -58,22 +59,24 @@ def run(options: Options) -> Iterator[Line]:
             yield line(options.bench, work, f"{images}, in turns", images=count, **found, **describe())
 
 
-def typed(work: Work, source: Path, *more: str) -> list[str]:
+def config_of(work: Work, source: Path, **more: Any) -> Config:
     """A run of a work on a folder of images."""
-    options = {"method": "fedit", "data": source, "model": f"{__file__}:model", "image-size": work.side, "seeds": 1,
-               "clients": work.clients, "holdout-clients": 2, "partition": "iid", "minimum": 1, "rank": work.rank,
-               "local-steps": work.steps, "batch": work.batch}  # fmt: skip
-    return ["run", *(text for name, value in options.items() for text in (f"--{name}", f"{value}")), *more]
+    return Config(methods=("fedit",), data=str(source), model=f"{__file__}:model", image_size=work.side, seeds=(0,),
+                  clients=work.clients, holdout_clients=2, partition="iid", minimum=1, rank=(work.rank,),
+                  local_steps=work.steps, batch=work.batch, **more)  # fmt: skip
 
 
 def of_a_run(work: Work, source: Path) -> dict[str, Any]:
     """Seconds of a round and peak memory of a whole run that stages its images."""
     with tempfile.TemporaryDirectory(prefix="fedlora-staging-") as folder:
         out = Path(folder) / "run"
-        more = ["--images", "staged", "--rounds", "4", "--eval-every", "2", "--out", str(out)]
+        config = config_of(work, source, images="staged", rounds=4, eval_every=2, out=str(out))
+        changed = {name: x for name, x in dataclasses.asdict(config).items() if x != getattr(Config, name)}
+        shown = lambda x: f"{','.join(map(str, x))}," if isinstance(x, tuple) else f"{x}"
+        typed = [text for name, x in changed.items() for text in (f"--{name.replace('_', '-')}", shown(x))]
         code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
         code += "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-        command = [sys.executable, "-c", code, sys.executable, "-m", "experiments", *typed(work, source, *more)]
+        command = [sys.executable, "-c", code, sys.executable, "-m", "experiments", "compare", *typed]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | OWN, stdout=subprocess.PIPE, text=True, check=True)
         entry = json.loads((out / "summary.json").read_text())["methods"]["fedit"]
     peak = int(done.stdout.split()[-1]) / (2**20 if sys.platform == "darwin" else 2**10)
@@ -82,8 +85,8 @@ def of_a_run(work: Work, source: Path) -> dict[str, Any]:
 
 def blocks(work: Work, source: Path, images: str) -> Callable[[], Any]:
     """Rounds between two evaluations, one call after another."""
-    more = ["--images", images, "--rounds", f"{BLOCK}", "--eval-every", f"{BLOCK}", "--classes", f"{RESIDENT}"]
-    config = parse(typed(work, source, *more))[1]
+    classes = (f"{RESIDENT}",)
+    config = config_of(work, source, images=images, rounds=BLOCK, eval_every=BLOCK, classes=classes)
     trial = Trial(config, problem.build(config, may_stage=True), "fedit")
     trial.compile()
     start = trial.programs.start(trial.problem.adapters, trial.problem.keys)
