@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,10 +25,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.bench import works
+from experiments.bench import machine, works
 from experiments.bench.children import OWN, ROOT
 from experiments.bench.contenders import fedlora_jax as ours
-from experiments.bench.measure import Line, interleaved, line
+from experiments.bench.measure import Line, line
 from experiments.bench.options import Options
 from experiments.bench.works import Work
 from experiments.config import Config
@@ -52,9 +53,17 @@ def run(options: Options) -> Iterator[Line]:
         calls = {images: blocks(work, source, images) for images in ("resident", "staged")}
         for call in calls.values():
             call()  # what is read for the first time, and allocated
-        seconds = interleaved(calls, tqdm(range(options.repeats), desc="turns", dynamic_ncols=True))
-        for images, taken in seconds.items():
-            found = {"seconds_per_round": taken / BLOCK, "times_resident": taken / seconds["resident"]}
+        turns: dict[str, list[dict[str, Any]]] = {images: [] for images in calls}
+        for _ in tqdm(range(options.repeats), desc="turns", dynamic_ncols=True):
+            for images, call in calls.items():
+                watch = machine.Watch()
+                call()
+                turns[images].append(watch.read())
+        for images, own in turns.items():
+            median = lambda name, images=images: statistics.median(turn[name] for turn in turns[images])
+            found = {"seconds_per_round": median("seconds") / BLOCK, "cpu_seconds": median("cpu_seconds") / BLOCK}
+            others = [turn["others_share"] for turn in own if turn["others_share"] is not None]
+            found["quiet"] = max(others) <= machine.NOISE if others else None
             count = options.images * min(RESIDENT, work.classes) // work.classes
             yield line(options.bench, work, f"{images}, in turns", images=count, **found, **describe())
 
