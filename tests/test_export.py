@@ -1,6 +1,7 @@
 """What leaves a run computes what was evaluated in it: read by the door for weights alone, in another program."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -106,6 +107,18 @@ def holds_what_was_evaluated(name, out):
 def test_weights_compute_what_was_evaluated(quick, tmp_path, monkeypatch):
     monkeypatch.chdir(quick)
     holds_what_was_evaluated("ditto", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("to", "last"), [("merged", None), ("peft", None), ("npz", 2)])
+def test_a_head_that_no_layout_holds_does_not_leave_unsaid(to, last, quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(quick / "run", "run")
+    said = json.loads(Path("run/config.json").read_text())
+    said["config"] |= {"head": "cosine", "adapt_last": last}
+    Path("run/config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=f"--to {to}: no published layout has a head of cosines"):
+        export(tmp_path / "out", "--method", "ditto", "--to", to)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.long

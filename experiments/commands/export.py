@@ -64,6 +64,11 @@ class Plan:
             raise ValueError(f"the run has the seeds {','.join(map(str, config.seeds))}: got --seed {self.seed}")
         ids = _clients(options.model, config.clients + config.holdout_clients)
         prelude.checked(config)
+        if config.head == "cosine" and (options.to != "npz" or config.adapt_last is not None):
+            raise ValueError(
+                f"--to {options.to}: no published layout has a head of cosines (--head cosine), so what was learned "
+                "leaves by --to npz alone, and there from a run without --adapt-last"
+            )
         self.folder = Folder("export", options.out)
         self.config, self.problem = config, _same_problem(command, config)
         self.top = backbones.cut(self.problem.backbone, config.adapt_last)[1]
