@@ -1,14 +1,20 @@
 """A checkpoint is what was written, or none; the one before it is still there."""
 
 import errno
+import json
 import shutil
 import subprocess
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from experiments.results import checkpoints
 from experiments.results.checkpoints import Checkpoints, spans
+from experiments.results.folder import sealed
+from fedlora_jax.rounds import Run
 
 ABOUT = {"run": "abc", "method": "fedit", "seeds": (0, 1)}
 
@@ -36,6 +42,30 @@ def test_the_newest_two_are_kept(store, path):
     assert store.notes(4) == {"seconds_per_round": 4}
     back = store.restore(4, {"x": jnp.zeros(4000, int), "key": jnp.zeros(3, int)})
     np.testing.assert_array_equal(back["x"], np.full(4000, 4))
+
+
+def test_arrays_have_names_and_those_that_had_numbers_are_read(tmp_path, monkeypatch):
+    """Without any class of ours, by the names that Python reaches them by."""
+    run = Run({"a.b": jnp.arange(3), "a": {"b": jnp.ones(2)}, "none": jnp.zeros((2, 0))}, {}, jax.random.key(7))
+    store = Checkpoints(tmp_path / "0-2", ABOUT)
+    store.save(2, run)
+    held = ocp.StandardCheckpointer().restore(tmp_path / "0-2" / "2")
+    assert held.keys() == {".state['a.b']", ".state['a']['b']", ".round"}
+    np.testing.assert_array_equal(held[".state['a.b']"], np.arange(3))
+    monkeypatch.setattr(checkpoints, "_names", lambda run: [f"{i:04d}" for i in range(4)])
+    store.save(3, run)
+    manifest = json.loads((tmp_path / "0-2" / "3" / "manifest.json").read_text())
+    manifest = {key: x for key, x in manifest.items() if key not in ("named", "sum")}
+    (tmp_path / "0-2" / "3" / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    monkeypatch.undo()
+    like = jax.tree.map(jnp.zeros_like, run._replace(round=jax.random.key(0)))
+    for rounds in (2, 3):
+        assert store.whole() == ([3, 2], [])
+        jax.tree.map(np.testing.assert_array_equal, *map(_plain, (store.restore(rounds, like), run)))
+
+
+def _plain(run):
+    return run._replace(round=jax.random.key_data(run.round))
 
 
 def test_one_flipped_byte_in_any_file_is_noticed(store, path):

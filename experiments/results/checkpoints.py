@@ -56,19 +56,23 @@ class Checkpoints:
         path = self._path / str(rounds_done)
         _remove(path)
         with _as_os_error(path), _quiet():
-            _ORBAX.save(path, args=ocp.args.StandardSave(_arrays(run)))
-        about = {**self._about, "rounds": rounds_done, "notes": notes, "files": _sums(path)}
+            _ORBAX.save(path, args=ocp.args.StandardSave(_arrays(_names(run), jax.tree.leaves(run))))
+        about = {**self._about, "rounds": rounds_done, "notes": notes, "named": True, "files": _sums(path)}
         write_atomically(path / MANIFEST, json.dumps(sealed(about)).encode())
         self.keep(self._steps()[:2])
 
     def restore(self, rounds_done: int, like: Any) -> Any:
         """A checkpoint, in the structure of ``like``."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(like))
+        leaves, structure = jax.tree.flatten(like)
+        named = (self._manifest(rounds_done) or {}).get("named")
+        names = _names(like) if named else [f"{i:04d}" for i in range(len(leaves))]  # as they once were
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(names, leaves))
         with _quiet():
             arrays = _ORBAX.restore(self._path / str(rounds_done), args=ocp.args.StandardRestore(abstract))
-        leaves, structure = jax.tree.flatten(like)
-        arrays = {name: jax.random.wrap_key_data(x) if _is_key(leaves[int(name)]) else x for name, x in arrays.items()}
-        return jax.tree.unflatten(structure, [arrays.get(_name(i), old) for i, old in enumerate(leaves)])
+        keys = {name for name, x in zip(names, leaves, strict=True) if _is_key(x)}
+        arrays = {name: jax.random.wrap_key_data(x) if name in keys else x for name, x in arrays.items()}
+        kept = [arrays.get(name, old) for name, old in zip(names, leaves, strict=True)]
+        return jax.tree.unflatten(structure, kept)
 
     def keep(self, rounds_done: list[int]) -> None:
         """Delete all other checkpoints, and what a kill has left of any."""
@@ -161,17 +165,18 @@ def _as_os_error(path: Path) -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def _arrays(run: Any) -> dict[str, Any]:
-    """A run's leaves under numbers: no class of ours is needed to read a checkpoint.
+def _names(run: Any) -> list[str]:
+    """Of a run's leaves, each as Python reaches it: ``.state.adapter['head']['kernel']``."""
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(run)]
+
+
+def _arrays(names: list[str], leaves: list[Any]) -> dict[str, Any]:
+    """Leaves by name: no class of ours is needed to read a checkpoint.
 
     Orbax does not write arrays of size zero (the labels of a signature that says nothing of them): they are left out.
     """
     plain = lambda x: jax.random.key_data(x) if _is_key(x) else x
-    return {_name(i): plain(x) for i, x in enumerate(jax.tree.leaves(run)) if x.size}
-
-
-def _name(i: int) -> str:
-    return f"{i:04d}"
+    return {name: plain(x) for name, x in zip(names, leaves, strict=True) if x.size}
 
 
 def _is_key(x: Any) -> bool:
