@@ -80,7 +80,7 @@ def test_a_head_of_names_is_the_models_that_reads_them(capsys, monkeypatch):
     assert load(Config(head="linear"), CLASSES, 16).facts == load(Config(), CLASSES, 16).facts
     capsys.readouterr()
     said = refused(["run", "--method", "fedit", "--head", "zero_shot", "--model", "vit"], capsys, monkeypatch)
-    assert "vit does not take --head: leave it out, got zero_shot" in said
+    assert "vit reads no text to make --head zero_shot of: use linear, cosine or prototype" in said
 
 
 def test_prototypes_are_the_means_of_the_training_clients(tmp_path, monkeypatch):

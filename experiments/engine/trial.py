@@ -106,6 +106,10 @@ class Trial:
     def _check_moved(self, info: Info, end: int) -> None:
         failed = ~np.isfinite(info.aggregation.bias) | ~np.isfinite(info.loss).any(-1)  # one client may, if left out
         if failed.any():
-            raise FloatingPointError(f"{self.name}: the loss became infinite by round {end}; try a smaller --lr")
+            first = " (or, as it is so from the first round on, look at what the model makes of an image)"
+            raise FloatingPointError(
+                f"{self.name}: the loss became infinite by round {end}; try a smaller --lr"
+                + first * (end == self.config.eval_every and not np.isfinite(np.asarray(info.loss)[:, 0]).any())
+            )
         if not (np.asarray(info.moved) > 0).any(-1).all():
             raise FloatingPointError(f"{self.name}: nothing that is trained moved by round {end}; is --lr too small?")

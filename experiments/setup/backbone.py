@@ -81,6 +81,8 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         optional["class_names"] = config.class_names
     asked = inspect.signature(function).parameters
     for name, value in optional.items():
+        if name == "head" and value == "zero_shot" and name not in asked:
+            raise ValueError(f"{chosen} reads no text to make --head zero_shot of: use linear, cosine or prototype")
         if name not in asked and value != getattr(Config, name):
             raise ValueError(f"{chosen} does not take --{name.replace('_', '-')}: leave it out, got {value}")
     known = {"classes": classes, "image_size": side} | optional | ({} if own else {"adapter": config.adapter})
