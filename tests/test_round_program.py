@@ -299,7 +299,9 @@ def test_only_servers_that_learn_from_signatures_are_told_of_random_parts():
     clients = population(SIZES)._replace(signatures=told)
     config = Config(clients=len(SIZES), local_steps=1, batch=BATCH, seeds=(0,))
     images = examples()
-    data = SimpleNamespace(loss_fn=loss_fn, smallest=min(SIZES), longest=None, train=(images["x"], images["y"]))
+    data = SimpleNamespace(
+        loss_fn=loss_fn, judge_fn=None, smallest=min(SIZES), longest=None, train=(images["x"], images["y"])
+    )
 
     def keep(base, state, cohort, sent, received):
         return state._replace(adapter=cohort.signatures)
