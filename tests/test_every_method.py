@@ -449,7 +449,7 @@ def forward(w, x):
     return x @ w["head/kernel"] + w["head/bias"]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@every(EVERY)
 def test_what_is_exported_computes_what_is_sent(name, tmp_path):
     """As an adapter that PEFT holds, of a higher rank where there is more than one, and that is read; or merged."""
     run, x = compiled(name), examples(count=8)["x"]

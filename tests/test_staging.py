@@ -28,7 +28,8 @@ OPTIONS = (
     "compare --clients 4 --holdout-clients 2 --partition dirichlet:1 --minimum 4 --rounds 4 --eval-every 2 --seeds 2 "
     "--local-steps 2 --batch 3 --rank 2 --test-images 7"
 ).split()
-DRAWN = "--methods fedit+scaffold,hyperlora --clients-per-round 3 --rank 1,2 --augment flip"
+DRAWN = "--methods fedit+scaffold --clients-per-round 3 --rank 1,2 --augment flip"
+JUDGED = "--methods hyperlora --clients-per-round 3 --rank 1,2"
 STORED = "--methods hilora:root=0.4:cluster=0.6 --adapt-last 1 --prefix stored --seeds-at-once 2 --clients-per-round 2"
 UNEQUAL = "--methods ditto --adapt-last 1 --prefix anew --chunk 2 --local-epochs 0.3"
 
@@ -70,8 +71,12 @@ def run(folder: Path, out: Path, images: str, more: str) -> bytes:
 
 @pytest.mark.parametrize(
     ("more", "most"),
-    [(DRAWN, parts.STAGE), (DRAWN, 1), (STORED, 1), (UNEQUAL, parts.STAGE)],
-    ids=["as drawn", "a round and few clients at a time", "stored tokens, newcomers", "unequal work"],
+    [
+        pytest.param(DRAWN, 1, id="a round and few clients at a time"),
+        pytest.param(JUDGED, 1, id="queries and signatures", marks=pytest.mark.long),
+        pytest.param(STORED, 1, id="stored tokens, newcomers", marks=pytest.mark.long),
+        pytest.param(UNEQUAL, parts.STAGE, id="unequal work", marks=pytest.mark.long),
+    ],
 )
 def test_every_row_is_the_same_to_the_last_bit(more, most, folder, resident, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "STAGE", most)
@@ -150,6 +155,7 @@ def test_what_needs_all_images_at_once_says_so(tmp_path, monkeypatch):
         problem.build(Config(data=config.data, images="staged"))
 
 
+@pytest.mark.long
 def test_models_of_a_staged_run_are_exported_as_of_a_resident_one(folder, resident, tmp_path, monkeypatch):
     """Newcomers find their place by images, which are then staged as well."""
     resident(STORED)
