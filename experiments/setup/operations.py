@@ -1,4 +1,6 @@
-"""What is done to one image, uint8 ``[H, W, 3]``: colours and places, to the byte as Pillow does them.
+"""What is done to one image, uint8 ``[H, W, 3]``: colours and places, as Pillow does them.
+
+Colours agree with it to one grey level; turned and sheared, less than one pixel in a hundred may differ.
 
 The names are those of RandAugment's operations (Cubuk et al., 2020, arXiv 1909.13719), which are Pillow's; factors of
 brightness, contrast and saturation mean what they mean in torchvision. Everything can be traced and vmapped.
