@@ -164,7 +164,7 @@ def users_programs():
 HOOKS = ("penalty", "model", "objective", "mask_schedule")  # all of a method that local steps depend on
 
 
-def _quick_options() -> dict[str, Any]:
+def quick_options() -> dict[str, Any]:
     """For tiny problems compilation is all the time there is: compile quickly, run slowly."""
     options = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
     options["xla_cpu_use_fusion_emitters"] = False
@@ -175,7 +175,9 @@ def _quick_options() -> dict[str, Any]:
     return options
 
 
-jit = functools.partial(jax.jit, compiler_options=_quick_options())
+jit = functools.partial(jax.jit, compiler_options=quick_options())
+
+PLATFORMS = ("cpu", "cuda", "tpu")  # whatever tests run on, programs are lowered for all of them
 
 # What a method is before its server has learned anything: then it may promise more.
 UNLEARNED = METHODS | {

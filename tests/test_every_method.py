@@ -18,6 +18,7 @@ from helpers import (
     KEY,
     METHODS,
     OPTIMIZER,
+    PLATFORMS,
     RANK,
     STACKS,
     STEPS,
@@ -206,6 +207,26 @@ def test_it_is_traced_once(name):
     before = len(m.traces)
     m.fast(BASE, m.state, m.cohort(5), jax.random.key(9))
     assert len(m.traces) == before
+
+
+def lowered(f, *arguments):
+    """The function's text for every platform at once; refused where one of them cannot do what it does, or where it
+    asks the host."""
+    return f.trace(*arguments).lower(lowering_platforms=PLATFORMS).as_text()
+
+
+@every_method
+def test_a_round_is_one_program_on_cpu_cuda_and_tpu(name):
+    m = compiled(name)
+    before = len(m.traces)
+    assert "platform_index" in lowered(m.fast, BASE, m.state, m.cohort(), KEY)
+    assert len(m.traces) == before
+
+
+def test_what_a_platform_cannot_do_and_what_asks_the_host_is_refused():
+    for f in jax.lax.linalg.schur, lambda x: jax.pure_callback(np.sin, x, x):
+        with pytest.raises(NotImplementedError, match=r"tpu|callback"):
+            lowered(jax.jit(f), jnp.eye(3))
 
 
 @every_method
