@@ -224,6 +224,12 @@ class Config:
         "set this share of the training images apart and score on it instead of the test images; to tune on",
         "[0, 1)",
     )
+    eval_clients: int | None = option(
+        None,
+        "score so many of the training clients, and of the unseen ones, at most, drawn once for each seed; intervals "
+        "of mean accuracies then also hold what drawing them adds (default: all are scored)",
+        COUNT,
+    )
     rounds: int = option(10, "rounds", COUNT)
     local_steps: int = option(5, "local optimizer steps per round", COUNT)
     local_steps_from: int | None = option(
@@ -351,6 +357,12 @@ class Config:
     def cohort(self) -> int:
         """Clients of a round."""
         return self.clients_per_round or self.clients
+
+    @property
+    def scored(self) -> tuple[int, int]:
+        """Training and unseen clients that are scored."""
+        most = self.eval_clients or max(self.clients, self.holdout_clients)
+        return min(self.clients, most), min(self.holdout_clients, most)
 
     @property
     def factor(self) -> float:

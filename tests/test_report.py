@@ -75,7 +75,7 @@ def make(names=("FedIT", "FLoRA"), seeds=3, classes=4, held=3, **options):
     counts = rng.poisson(8 * rng.dirichlet(np.ones(classes), total))[:, None].repeat(len(domains), 1)
     counts *= (np.arange(total)[:, None] % len(domains) == np.arange(len(domains)))[:, :, None]
     counts[0] = 3  # one client with several domains
-    holdings = {"counts": counts, "training": clients, "domains": domains,
+    holdings = {"counts": counts, "training": clients, "scored": list(range(len(counts))), "domains": domains,
                 "classes": [f"class {c}" for c in range(classes)], "seed": 0}  # fmt: skip
     return summary, rows, holdings
 

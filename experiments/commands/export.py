@@ -212,6 +212,10 @@ def served(config: Config, problem: Problem, method: Method, seed: Seed, run: Ru
     Raises:
       ValueError: one of them is not its weights alone.
     """
+    config, seed = (
+        dataclasses.replace(config, eval_clients=None),
+        seed._replace(clients=seed.clients._replace(scored=())),
+    )
     n, population = config.clients, seed.clients.population
     serving = make_serving(config, problem, method, make_optimizer(config), choose(config, problem)[0])
     onboard = any(i >= n for i in ids)

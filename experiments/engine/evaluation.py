@@ -26,29 +26,31 @@ GROUP = 256  # clients that hold a model at a time when they are scored
 
 
 class Scores(NamedTuple):
-    """Accuracies after a block of rounds; clients are the training ones, then the unseen ones."""
+    """Accuracies after a block of rounds; clients are those that are scored, ``E``: training ones, then unseen ones."""
 
     correct: Array  # [n_test] 1 where the global model is right
-    personal: Array  # [N + K] each client's model, as dispatched, on the client's own test images; of unseen clients
+    personal: Array  # [E] each client's model, as dispatched, on the client's own test images; of unseen clients
     #   after the trial by which the method gets to know them, where it has one (Method.onboard)
-    tuned: Array  # [N + K] the same after local steps; nan where they were not asked for
-    distances: Array | None  # [N + K, N + K] distances of their subspaces after the last round and local steps; or nan;
+    tuned: Array  # [E] the same after local steps; nan where they were not asked for
+    distances: Array | None  # [E, E] distances of their subspaces after the last round and local steps; or nan;
     #   None where there are too many for a map
 
 
 class Serving(NamedTuple):
-    """How clients are served the models of a run, the training ones, then the unseen ones; of one seed."""
+    """How the clients that are scored, ``E``, are served the models of a run; of one seed."""
 
     whole: Callable  # (arrays, seed, run) -> [n_test] 1 where the global model is right
-    # (arrays, seed, run) -> memory [N + K, ...], of unseen clients after the trial by which the method gets to know
+    # (arrays, seed, run) -> memory [E, ...], of unseen clients after the trial by which the method gets to know
     # them, where it has one (Method.onboard)
     onboard: Callable
-    score: Callable  # (arrays, seed, run, memory, steps, read) -> (accuracy [N + K] of each client's model on its own
-    #   test images after so many local steps, read(model) [N + K, ...])
-    part: Callable  # (arrays, seed, run, memory, steps, read, ids [G], places [C]) -> score of the clients ids[places],
+    score: Callable  # (arrays, seed, run, memory, steps, read) -> (accuracy [E] of each client's model on its own
+    #   test images after so many local steps, read(model) [E, ...])
+    part: (
+        Callable  # (arrays, seed, run, memory, steps, read, ids [G], places [C]) -> score of those at ids[places] of E,
+    )
     #   where models are dispatched to all of ids at once
     draws: Callable  # (clients, key of a seed, round) -> rows of the training images that are drawn for all that in
-    #   that round: for trials [K, steps, batch], and for local steps [N + K, steps, batch]
+    #   that round: for trials [unseen, steps, batch], and for local steps [E, steps, batch]
 
 
 def make_serving(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int) -> Serving:
@@ -57,16 +59,17 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
     Clients are scored in chunks of at most ``chunk``, as they are trained. Of many clients no more than ``GROUP`` hold
     a model at a time; images are looked up where they are used.
     """
-    total, n = config.clients + config.holdout_clients, config.clients
+    n, strange = config.scored
+    total = n + strange
     longest = problem.longest or config.local_steps
     many, own_chunk = total > GROUP, scored_at_once(total, chunk)
     score_one = rounds.make_evaluate(method, problem.correct_fn)
     key_at = lambda key, round: partial(purpose, purpose(jax.random.fold_in(key, round), "evaluation"))
     key_of = lambda seed, run: key_at(seed.key, run.round)
 
-    def drawn(arrays: Arrays, clients: Clients, ids: Array, key: Array, steps: int) -> Any:
+    def drawn(arrays: Arrays, clients: Clients, places: Array, key: Array, steps: int) -> Any:
         """Rows of the training images of so many local steps, ``[C, steps, batch]``; padded where some take fewer."""
-        rows = jnp.arange(arrays.train[1].shape[0])
+        rows, ids = jnp.arange(arrays.train[1].shape[0]), clients.who(places)
         return sample_batches(key, rows, clients.population, ids, steps, config.batch, problem.smallest)
 
     def loss_of(arrays: Arrays) -> Callable:
@@ -78,22 +81,22 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         return lambda base, adapter, rows, key: problem.loss_fn(base, adapter, images(rows), key)
 
     def whole(arrays: Arrays, seed: Seed, run: Run) -> Array:
-        (x, y), training = arrays.test, seed.clients.training(n).cohort(jnp.arange(n), run.memory)
+        (x, y), training = arrays.test, everybody_trained(config, seed, run)
         one, key = average_client(training), key_of(seed, run)("nothing")
         return score_one(arrays.base, run.state, one, (x[None], y[None]), key).before[0]
 
     def onboard(arrays: Arrays, seed: Seed, run: Run) -> Any:
-        key, population = key_of(seed, run), seed.clients.population
-        fresh = rounds.start(method, key("newcomers"), seed.adapter, config.holdout_clients)
-        memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), run.memory, fresh.memory)
-        if method.onboard is None or not config.holdout_clients:
+        key, trained = key_of(seed, run), run.memory
+        fresh = rounds.start(method, key("newcomers"), seed.adapter, strange)
+        if n < config.clients:
+            trained = jax.tree.map(lambda x: x[seed.clients.who(jnp.arange(n))], trained)
+        memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), trained, fresh.memory)
+        if method.onboard is None or not strange:
             return memory
         unseen = jnp.arange(n, total)
         trial = drawn(arrays, seed.clients, unseen, key("batches of trials"), longest)
-        introduce = rounds.make_onboard(
-            method, loss_of(arrays), optimizer, chunk=divisor(config.holdout_clients, chunk)
-        )
-        cohort = population.cohort(unseen, memory, trial)
+        introduce = rounds.make_onboard(method, loss_of(arrays), optimizer, chunk=divisor(strange, chunk))
+        cohort = cohort_of(seed.clients, memory, unseen, trial)
         told = introduce(arrays.base, run.state, cohort, key("trials"), run.round)
         return jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
 
@@ -104,10 +107,10 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         def group(ids: Array, method: Method = method) -> tuple[Array, Any]:
             evaluate = rounds.make_evaluate(method, metric, loss_of(arrays), optimizer, chunk=own_chunk)
             batches = drawn(arrays, clients, ids, key("batches"), steps) if steps else ()
-            cohort = clients.population.cohort(ids, memory, batches)
-            scores = evaluate(arrays.base, run.state, cohort, clients.test_rows[ids], key("steps"), run.round)
+            cohort, who = cohort_of(clients, memory, ids, batches), clients.who(ids)
+            scores = evaluate(arrays.base, run.state, cohort, clients.test_rows[who], key("steps"), run.round)
             correct, seen = scores.after if steps else scores.before
-            return own_accuracy(correct, clients.test_counts[ids]), seen
+            return own_accuracy(correct, clients.test_counts[who]), seen
 
         return group
 
@@ -119,7 +122,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], jax.lax.map(group, ids))
 
     def part(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable, ids: Array, places: Array):
-        everybody = seed.clients.population.cohort(ids, memory)
+        everybody = cohort_of(seed.clients, memory, ids)
         return serve(arrays, seed, run, memory, steps, read)(ids[places], among(method, everybody, places))
 
     def draws(clients: Clients, key: Array, round: Array) -> tuple[Array, Array]:
@@ -128,6 +131,17 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         return own(jnp.arange(n, total), "batches of trials"), own(jnp.arange(total), "batches")
 
     return Serving(whole, onboard, score, part, draws)
+
+
+def everybody_trained(config: Config, seed: Seed, run: Run) -> Cohort:
+    """All clients that train, with what they keep."""
+    return seed.clients.training(config.clients).cohort(jnp.arange(config.clients), run.memory)
+
+
+def cohort_of(clients: Clients, memory: Any, places: Array, batches: Any = ()) -> Cohort:
+    """The clients at some places among those that are scored, of whom ``memory [E, ...]`` is."""
+    own = jax.tree.map(lambda x: x[places], memory)
+    return clients.population.cohort(clients.who(places), (), batches)._replace(memory=own)
 
 
 def among(method: Method, everybody: Cohort, places: Array) -> Method:
@@ -142,7 +156,7 @@ def among(method: Method, everybody: Cohort, places: Array) -> Method:
 
 def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int) -> Callable:
     """``(arrays, seed, run, tune) -> Scores`` of one seed; tune: also after local steps?"""
-    total = config.clients + config.holdout_clients
+    total = sum(config.scored)
     serving = make_serving(config, problem, method, optimizer, chunk)
     mapped = client_map.is_drawn(total)
 

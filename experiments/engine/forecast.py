@@ -199,7 +199,7 @@ def one_step(config: Config, problem: Problem) -> Step:
 
 def one_scoring(config: Config, problem: Problem) -> Scoring:
     """Time of the two parts of an evaluation."""
-    total, (chunk, _) = config.clients + config.holdout_clients, chunking.choose(config, problem)
+    total, (chunk, _) = sum(config.scored), chunking.choose(config, problem)
     clients = evaluation.scored_at_once(total, chunk)
     adapter = jax.tree.map(lambda x: x[0], problem.adapters)
     several = jax.tree.map(lambda x: jnp.stack([x] * clients), adapter)
@@ -235,11 +235,11 @@ def seconds(config: Config, method: Method, step: Step, scoring: Scoring, passes
 
     On several devices the clients of a round are shared; every device scores all.
     """
-    everybody, seeds, one = config.clients + config.holdout_clients, len(config.seeds), step.seconds / step.clients
+    everybody, seeds, one = sum(config.scored), len(config.seeds), step.seconds / step.clients
     training = config.rounds * passes * one / config.devices
     times = config.rounds // config.eval_every
     tuned = min(times, -(-summary.WINDOW // config.eval_every))
-    trials = config.holdout_clients * config.local_steps if method.onboard else 0
+    trials = config.scored[1] * config.local_steps if method.onboard else 0
     steps = times * trials + tuned * everybody * config.local_steps
     evaluation = times * scoring.whole + (times + tuned) * everybody * scoring.own + steps * one
     return seeds * training, seeds * evaluation

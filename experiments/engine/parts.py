@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
 
 def sizes(config: Config, problem: Problem, method: Method) -> Sizes:
     """As many rounds and clients as see no more than ``STAGE``: one round, and the clients scored at once, at least."""
-    (chunk, seeds), total = choose(config, problem), config.clients + config.holdout_clients
+    (chunk, seeds), total, unseen = choose(config, problem), sum(config.scored), config.scored[1]
     held = np.asarray(problem.clients.population.sizes)  # [S, N + K]
     batches, widest = steps_of(config, problem) * config.batch, problem.clients.test_rows.shape[-1]
     n, n_test = len(problem.train[1]), len(problem.test[1])
@@ -70,7 +70,7 @@ def sizes(config: Config, problem: Problem, method: Method) -> Sizes:
     each = max([x for x in many if of_rounds(x) <= fits], default=1)
     scored = max([x for x in among if of_steps(x) + of_clients(x) <= fits], default=own)
     tests = min(n_test, max(1, fits // AT_ONCE) * AT_ONCE)
-    trials = of_steps(config.holdout_clients) if method.onboard and config.holdout_clients else 0
+    trials = of_steps(unseen) if method.onboard and unseen else 0
     return Sizes(seeds, each, scored, tests, of_rounds(each), trials, of_steps(scored), of_clients(scored))
 
 
@@ -89,7 +89,7 @@ class Draws(NamedTuple):
     """Rows of training images, of some seeds ``[s]``; computed on the CPU, whatever else is busy."""
 
     of_rounds: Callable  # (first of the seeds, rounds done) -> what the next part's rounds see
-    of_scores: Callable  # (first of the seeds, rounds done) -> of trials [s, K, T, B], of local steps [s, N + K, T, B]
+    of_scores: Callable  # (first of the seeds, rounds done) -> of trials [s, unseen, T, B], of local steps [s, E, T, B]
 
 
 def make_draws(config: Config, problem: Problem, method: Method, sizes: Sizes, serving: Serving) -> Draws:

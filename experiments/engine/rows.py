@@ -78,14 +78,15 @@ class Rows:
         return self._traffic[cohort]
 
     def _accuracies(self, scores: Scores, final: bool) -> dict[str, Any]:
-        n, correct = self._config.clients, np.asarray(scores.correct)
+        (n, unseen), correct = self._config.scored, np.asarray(scores.correct)
+        shares = n / self._config.clients, unseen / self._config.holdout_clients if unseen else 1.0
         label, domain = map(np.asarray, self._problem.test[1:])
         row: dict[str, Any] = {"per_domain": domain_accuracies(self._problem, correct)}
         for tuned, values in ((False, scores.personal), (True, scores.tuned)):
             accuracy = np.asarray(values)
             if tuned and np.isnan(accuracy).all():
                 continue
-            row |= metrics.of(Evaluation(correct, label, domain, accuracy[:n], accuracy[n:]), tuned)
+            row |= metrics.of(Evaluation(correct, label, domain, accuracy[:n], accuracy[n:], shares), tuned)
             if final:
                 row["client_accuracies" + metrics.TUNED * tuned] = [number(x) for x in accuracy[:n]]
         distances = np.asarray(scores.distances, float)  # nan for None
@@ -117,4 +118,5 @@ def holdings(config: Config, problem: Problem) -> dict[str, Any]:
         "classes": list(images.classes),
         "superclasses": None if images.superclass is None else images.superclass.tolist(),
         "seed": config.seeds[0],
+        "scored": problem.clients.all_scored()[0].tolist(),
     }

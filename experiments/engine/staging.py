@@ -57,7 +57,7 @@ class Calls(NamedTuple):
     """Jitted functions; ``everyone`` and ``runs`` have an axis of all seeds, what comes out one of those shown."""
 
     train: Any  # (base, shown, everyone, runs) -> (runs, info [s, rounds, ...]); donates runs
-    trials: Any  # (base, shown, everyone, runs) -> memory [s, N + K, ...], of Serving.onboard
+    trials: Any  # (base, shown, everyone, runs) -> memory [s, E, ...], of Serving.onboard
     sent: Any  # (base, shown, everyone, runs, memory, ids, places) -> (accuracy [s, C], ()), of Serving.part
     tuned: Any  # the same after local steps; and subspaces [s, C, ...], where a map is drawn
     whole: Any  # (base, (x, y), everyone, runs) -> [seeds, n], of all seeds
@@ -68,7 +68,7 @@ def make_calls(config: Config, problem: Problem, method: Method, serving: Servin
     chunk, at_once = choose(config, problem)
     several = dataclasses.replace(config, eval_every=of_rounds)
     block = programs.make_block(several, problem, method, make_optimizer(config), chunk)
-    mapped = client_map.is_drawn(config.clients + config.holdout_clients)
+    mapped = client_map.is_drawn(sum(config.scored))
 
     def train(base, shown: Shown, everyone: Seed, runs: Run):
         one = lambda row: block(base, shown.train, row[0].clients.training(config.clients), row[1], row[0].key)
@@ -131,7 +131,8 @@ class Staged:
         rows = whose.population.rows, whose.test_rows, whose.test_counts
         self._rows, self._test_rows, self._test_counts = jax.device_get(rows)
         self._firsts = range(0, len(config.seeds), self.sizes.seeds)
-        groups = np.asarray(together(self._rows.shape[1], scored_at_once(self._rows.shape[1], chunk)))
+        self._who = whose.all_scored()
+        groups = np.asarray(together(self._who.shape[1], scored_at_once(self._who.shape[1], chunk)))
         spans = [np.arange(i, i + self.sizes.clients) for i in range(0, groups.shape[1], self.sizes.clients)]
         self._scored = [(ids, places) for ids in groups for places in spans]
         count = len(problem.test[1])
@@ -190,7 +191,7 @@ class Staged:
         return run, _joined(of_seeds, 0)
 
     def scores(self, run: Run, end: int) -> Scores:
-        total, mapped = self._rows.shape[1], client_map.is_drawn(self._rows.shape[1])
+        total, mapped = self._who.shape[1], client_map.is_drawn(self._who.shape[1])
         tune, last = end > self._config.rounds - summary.WINDOW, end == self._config.rounds
         personal, tuned, distances = [], [], []
         for _ in self._firsts:
@@ -242,8 +243,9 @@ class Staged:
 
     def _for_clients(self, first: int, draws: Callable, ids: np.ndarray, tune: bool) -> Shown:
         own = slice(first, first + self.sizes.seeds)
-        counts = self._test_counts[own][:, ids]
-        tests = self._test_rows[own][:, ids]
+        who = self._who[own][:, ids]
+        counts = np.take_along_axis(self._test_counts[own], who, 1)
+        tests = np.take_along_axis(self._test_rows[own], who[..., None], 1)
         tests = tests[np.arange(tests.shape[-1]) < counts[..., None]]
         return self._shown(first, draws()[1][:, ids], self.sizes.by_steps * tune, tests, self.sizes.by_clients)
 

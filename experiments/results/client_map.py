@@ -73,9 +73,8 @@ def picture(styles: Styles, rows: list[dict[str, Any]], holdings: dict[str, Any]
         axes.set(xticks=[], yticks=[])
         axes.margins(0.1)
         axes.spines[:].set_color("#dddddd")
-        for i, ((x, y), cluster) in enumerate(
-            zip(last[name]["client_positions"], last[name]["client_clusters"], strict=True)
-        ):
+        places, groups = last[name]["client_positions"], last[name]["client_clusters"]
+        for i, (x, y), cluster in zip(holdings["scored"], places, groups, strict=True):
             face = own[kinds[i]] if i < holdings["training"] else "none"
             axes.scatter(x, y, 26, facecolor=face, edgecolor=own[kinds[i]], marker=MARKERS[cluster % len(MARKERS)])
     present = sorted(set(kinds.tolist()))

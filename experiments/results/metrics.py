@@ -16,6 +16,7 @@ from experiments.results.record import number
 
 TERMINAL, REPORT, BARS = "terminal", "report", "bars"  # its table, the report's, the report's picture of accuracies
 EVERYWHERE = (TERMINAL, REPORT, BARS)
+ERROR = "_error"  # behind the name: the standard error that the drawing of clients to be scored gives it
 TUNED = "_tuned"  # behind the name: after the local steps of one round on the client's own training images
 
 
@@ -27,6 +28,7 @@ class Evaluation(NamedTuple):
     domain: np.ndarray  # [n_test] its domain
     training: np.ndarray  # [N] accuracy of each training client's model, as dispatched, on its own test images
     unseen: np.ndarray  # [K] the same of clients that never trained
+    shares: tuple[float, float] = (1.0, 1.0)  # of all training and all unseen clients those that are among these
 
 
 class Metric(NamedTuple):
@@ -39,6 +41,7 @@ class Metric(NamedTuple):
     shown: tuple[str, ...] = ()  # where it stands
     tuned: tuple[str, ...] | None = None  # where it stands after local steps; None: it is not taken then
     short: str = ""  # its title in the terminal, where that is another; it is explained there
+    error: Callable[[Evaluation], float] | None = None  # of it, where it is a mean over clients that were drawn
 
 
 def mean_over(groups: np.ndarray, correct: np.ndarray) -> float:
@@ -60,6 +63,15 @@ def known(values: np.ndarray) -> np.ndarray:
 def mean(values: np.ndarray) -> float:
     own = known(values)
     return float(own.mean()) if len(own) else math.nan
+
+
+def error_of_mean(values: np.ndarray, share: float) -> float:
+    """Standard error of ``mean``, of values drawn without replacement that are this share of all.
+
+    Source: Cochran, Sampling Techniques, 3rd edition, 1977, section 2.6.
+    """
+    own = known(values)
+    return math.sqrt((1 - share) / len(own)) * float(np.std(own, ddof=1)) if len(own) > 1 else math.nan
 
 
 def lowest(values: np.ndarray, percent: float) -> float:
@@ -111,6 +123,7 @@ METRICS = (
         "the model that each training client is sent, on that client's own test images, mean over clients",
         EVERYWHERE,
         tuned=EVERYWHERE,
+        error=lambda e: error_of_mean(e.training, e.shares[0]),
     ),
     Metric(
         "worst10_accuracy",
@@ -153,6 +166,7 @@ METRICS = (
         "as personal, of clients that never train",
         EVERYWHERE,
         tuned=EVERYWHERE,
+        error=lambda e: error_of_mean(e.unseen, e.shares[1]),
     ),
 )
 
@@ -162,14 +176,24 @@ def taken(tuned: bool) -> list[Metric]:
     return [metric for metric in METRICS if not tuned or metric.tuned is not None]
 
 
+def error_name(name: str) -> str:
+    """Where the error of a metric stands."""
+    return name.removesuffix(TUNED) + ERROR + TUNED * name.endswith(TUNED)
+
+
 def names() -> list[str]:
     """Of all metrics in rows and summaries: as sent, then after local steps."""
     return [metric.name for metric in taken(False)] + [metric.name + TUNED for metric in taken(True)]
 
 
 def of(evaluation: Evaluation, tuned: bool = False) -> dict[str, float | None]:
-    """Every metric of an evaluation by its name; ``None`` where it has no value."""
-    return {metric.name + TUNED * tuned: number(metric.of(evaluation)) for metric in taken(tuned)}
+    """Every metric of an evaluation by its name, ``None`` where it has no value; where not all clients were scored, the
+    errors of means over clients too."""
+    found = {metric.name + TUNED * tuned: number(metric.of(evaluation)) for metric in taken(tuned)}
+    if min(evaluation.shares) < 1:
+        errors = {metric.name: metric.error for metric in taken(tuned) if metric.error}
+        found |= {name + ERROR + TUNED * tuned: number(error(evaluation)) for name, error in errors.items()}
+    return found
 
 
 def columns(place: str, after: str) -> dict[str, str]:

@@ -40,7 +40,8 @@ def write(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]], hol
       summary: as in ``summary.json``.
       rows: all rows of ``metrics.jsonl``.
       holdings: ``counts`` integer ``[clients, domains, classes]``, training images of the first seed; ``training``,
-        the number of clients that train (the first ones); the names of ``domains`` and ``classes``; ``seed``.
+        the number of clients that train (the first ones); ``scored``, the numbers of those that are scored; the names
+        of ``domains`` and ``classes``; ``seed``.
 
     Returns:
       The path of ``report.html``.
@@ -68,7 +69,7 @@ def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, b
         "<h2>Figures</h2>",
         f'<p class="note">{INTERVALS}</p>' if len(config["seeds"]) > 1 else "",
         *(page.figure(name, CAPTIONS[name], image) for name, image in images.items()),
-        _without_map(len(holdings["counts"])),
+        _without_map(len(holdings["scored"])),
         *(["<h2>Global model on each domain</h2>", _domains(summary)] if len(holdings["domains"]) > 1 else []),
         "<h2>Methods</h2>",
         _methods(methods),
@@ -91,11 +92,17 @@ def _sentence(config: dict[str, Any], holdings: dict[str, Any], names: list[str]
     return (
         f"{', '.join(names)} on {data} ({f'{domains} domains, ' if domains > 1 else ''}{classes} classes): "
         f"{_count(config['clients'], 'training client')}, {cohort or 'all'} of them in every round, and "
-        f"{_count(unseen, 'unseen client')}; data split by {config['partition']}; "
+        f"{_count(unseen, 'unseen client')}{_drawn(config)}; data split by {config['partition']}; "
         f"{_count(config['rounds'], 'round')} of {_work(config)}; "
         f"{_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
         + ("; the same clients, starts and batches for every method." if len(names) > 1 else ".")
     )
+
+
+def _drawn(config: dict[str, Any]) -> str:
+    """How many of them are scored."""
+    most = config.get("eval_clients")
+    return "" if most is None else f", of each at most {most} drawn to be scored for each seed"
 
 
 def _work(config: dict[str, Any]) -> str:
@@ -109,7 +116,10 @@ def _work(config: dict[str, Any]) -> str:
 def _statistics(summary: dict[str, Any]) -> str:
     seeds = len(summary["config"]["seeds"])
     over = window(summary["config"])
+    drawn = "the clients drawn to be scored" if summary["config"].get("eval_clients") is not None else ""
     spread = f"mean and 95 % t-interval over {seeds} seeds" if seeds > 1 else "mean; one seed, so there is no interval"
+    if drawn:
+        spread += f", nor narrower than {drawn} make it" if seeds > 1 else f" but for {drawn}"
     paired = " Differences are in percentage points of global accuracy, paired by seed." if summary["paired"] else ""
     return f"<b>{over[0].upper()}{over[1:]}, {spread}.</b> Accuracies in %.{paired}"
 

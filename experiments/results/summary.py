@@ -3,8 +3,10 @@
 Schema 1. For each method and each measure ``{"last": S, "last5": S}`` with
 ``S = {"mean", "std", "ci95": [low, high] or null, "seeds": [...]}``: the last round, and the mean over the evaluated
 rounds among the last five. Intervals are 95 % t-intervals over seeds; they know nothing of 0 and 1, where pictures cut
-them. There is no best round: picking one on test data would be selection. (``--best-test-leaky`` adds
-``best_test_leaky``, a spread of the global model's, beside what published code reports so.)
+them. Where clients are drawn to be scored (``--eval-clients``, anew for each seed), those of means over clients are no
+narrower than their drawing alone makes them, which is all there is for a single seed. There is no best round: picking
+one on test data would be selection. (``--best-test-leaky`` adds ``best_test_leaky``, a spread of the global model's,
+beside what published code reports so.)
 
     each of ``metrics.py``     of an evaluation; with ``_tuned`` behind its name the same after the local steps of one
                                round on the client's own training images
@@ -21,7 +23,7 @@ them. There is no best round: picking one on test data would be selection. (``--
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -30,21 +32,28 @@ from scipy import stats
 from experiments.results import metrics
 
 WINDOW = 5
+NORMAL = 1.96  # standard errors to either side that hold 95 %
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
-def spread(values: Iterable[float | None]) -> dict[str, Any]:
-    """Mean, deviation and 95 % t-interval over seeds; ``None`` where a seed has no value."""
-    seeds = list(values)
+def spread(values: Iterable[float | None], errors: Iterable[float | None] = ()) -> dict[str, Any]:
+    """Mean, deviation and 95 % t-interval over seeds; ``None`` where a seed has no value.
+
+    Args:
+      values: of each seed.
+      errors: their standard errors, where each is of a sample; the interval is then no narrower than these make it.
+    """
+    seeds, errors = list(values), list(errors)
     known = np.array([v for v in seeds if v is not None], float)
     if len(known) < len(seeds) or not len(seeds):
         return {"mean": None, "std": None, "ci95": None, "seeds": seeds}
     mean, n = float(known.mean()), len(known)
-    if n == 1:
-        return {"mean": mean, "std": None, "ci95": None, "seeds": seeds}
-    std = float(known.std(ddof=1))
-    half = float(stats.t.ppf(0.975, n - 1)) * std / n**0.5
-    return {"mean": mean, "std": std, "ci95": [mean - half, mean + half], "seeds": seeds}
+    halves = [NORMAL * float(np.linalg.norm(errors)) / n] if errors and None not in errors else []  # type: ignore
+    std = float(known.std(ddof=1)) if n > 1 else None
+    if std is not None:
+        halves.append(float(stats.t.ppf(0.975, n - 1)) * std / n**0.5)
+    ci95 = [mean - max(halves), mean + max(halves)] if halves else None
+    return {"mean": mean, "std": std, "ci95": ci95, "seeds": seeds}
 
 
 def measures() -> list[str]:
@@ -61,7 +70,7 @@ def summarise(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
     """One method's entry, timings and descriptions left out."""
     seeds = sorted({row["seed"] for row in rows})
     by_seed = [sorted((r for r in rows if r["seed"] == seed), key=lambda r: r["round"]) for seed in seeds]
-    entry: dict[str, Any] = {name: _both(by_seed, lambda r, n=name: r.get(n)) for name in measures()}
+    entry: dict[str, Any] = {name: _both(by_seed, *_readers(name)) for name in measures()}
     domains = by_seed[0][-1]["per_domain"]
     entry["per_domain"] = {d: _both(by_seed, lambda r, d=d: r["per_domain"][d] if "per_domain" in r else None)
                            for d in domains}  # fmt: skip
@@ -92,11 +101,18 @@ def paired(entries: dict[str, Any], measure: str = "global_accuracy") -> dict[st
     return differences
 
 
-def _both(by_seed: list[list[dict[str, Any]]], read) -> dict[str, Any]:
+def _readers(name: str) -> tuple[Callable, Callable]:
+    """What read a measure, and its error where it has one, from a row."""
+    return (lambda row: row.get(name)), (lambda row: row.get(metrics.error_name(name)))
+
+
+def _both(by_seed: list[list[dict[str, Any]]], read: Callable, error: Callable = lambda row: None) -> dict[str, Any]:
     end = by_seed[0][-1]["round"]
-    last = [read(own[-1]) for own in by_seed]
-    window = [[read(r) for r in own if r["round"] > end - WINDOW] for own in by_seed]
-    return {"last": spread(last), "last5": spread(map(_mean, window))}
+    of_rounds = lambda read: [[read(r) for r in own if r["round"] > end - WINDOW] for own in by_seed]
+    values, errors = map(of_rounds, (read, error))
+    ends = ([read(own[-1]) for own in by_seed], [error(own[-1]) for own in by_seed])
+    # The same clients are scored in all rounds, so that their errors do not average out.
+    return {"last": spread(*ends), "last5": spread(map(_mean, values), map(_mean, errors))}
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -119,7 +135,10 @@ def meaning(config: dict[str, Any]) -> str:
     """What stands under a table of the terminal."""
     seeds = len(config["seeds"])
     shown = [m for m in metrics.METRICS if m.short and metrics.TERMINAL in m.shown]
-    taken = f"accuracies in %, mean over {window(config)} and 95 % interval over {seeds} seed{'s' * (seeds > 1)};\n"
+    among = f"over {seeds} seed{'s' * (seeds > 1)}" + " and the clients scored" * (
+        config.get("eval_clients") is not None
+    )
+    taken = f"accuracies in %, mean over {window(config)} and 95 % interval {among};\n"
     words = [
         "+steps: after one round of local steps",
         *(f"{m.short}: {m.meaning}" for m in shown),

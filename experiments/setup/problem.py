@@ -45,6 +45,18 @@ class Clients(NamedTuple):
     population: Population  # [N + K]
     test_rows: Array  # [N + K, m] rows of each client's test images, padded at the end
     test_counts: Array  # [N + K] how many of them are the client's
+    scored: Any = ()  # [E] numbers of those that are scored, the training ones first; (): all, in their order
+
+    def who(self, places: Array) -> Array:
+        """Numbers of the clients at some places among those of one seed that are scored."""
+        return places if isinstance(self.scored, tuple) else self.scored[places]
+
+    def all_scored(self) -> np.ndarray:
+        """``[seeds, E]`` who is scored, on the host."""
+        shape = self.test_counts.shape
+        return (
+            np.broadcast_to(np.arange(shape[1]), shape) if isinstance(self.scored, tuple) else np.asarray(self.scored)
+        )
 
     def training(self, count: int) -> Population:
         return jax.tree.map(lambda x: x[:count], self.population)
@@ -291,7 +303,18 @@ def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray,
         own = zip(sizes, config.seeds, strict=True)
         work = np.stack([local_training.examples_of_a_round(config, *one) for one in own])
         population = population._replace(examples=jnp.asarray(work))
-    return Clients(population, jnp.asarray(tests), jnp.asarray(counts))
+    return Clients(population, jnp.asarray(tests), jnp.asarray(counts), _scored(config))
+
+
+def _scored(config: Config) -> Any:
+    """Who is scored, ``[S, E]``, where these are not all."""
+    of, most = (config.clients, config.holdout_clients), config.scored
+    if most == of:
+        return ()
+    draw = lambda rng, count, most: np.sort(rng.permutation(count)[:most])
+    rngs = [np.random.default_rng([seed, 3]) for seed in config.seeds]
+    own = [np.concatenate([draw(rng, of[0], most[0]), of[0] + draw(rng, of[1], most[1])]) for rng in rngs]
+    return jnp.asarray(np.stack(own).astype(np.int32))
 
 
 def _widened(rows: list[np.ndarray]) -> np.ndarray:
