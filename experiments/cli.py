@@ -194,6 +194,7 @@ _WEIGHTS = {"weights", "mean", "std", "heads", "epsilon", "keep_head"}
 _MODEL = _WEIGHTS | {
     "head",
     "prompts",
+    "context",
     "class_names",
     "model",
     "data",

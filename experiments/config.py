@@ -43,7 +43,7 @@ SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid")
 DTYPES = ("float32", "bfloat16")
-HEADS = ("linear", "cosine", "prototype", "zero_shot")
+HEADS = ("linear", "cosine", "prototype", "zero_shot", "text")
 FORMS = ("merged", "peft", "npz")  # of what is exported
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
@@ -115,15 +115,21 @@ class Config:
     head: str | None = option(
         None,
         "what makes logits of features: linear; cosine, a temperature times cosines; prototype, by distance from the "
-        "mean features of each class, over the training clients, to start from; or zero_shot, of the classes' names, "
-        "where a model reads text (default: as the model has it). What --full finds of it is trained and shared (of "
-        "fedper and fedrep each client's own), the rest is frozen",
+        "mean features of each class, over the training clients, to start from; where a model reads text, zero_shot, "
+        "of the names of classes, to start from, or text, its text tower, computed in every step: for --targets in it, "
+        "or to train head/logit_scale or --context (default: as the model has it). What --full finds of it is trained "
+        "and shared (of fedper and fedrep each client's own), the rest is frozen",
         among=HEADS,
     )
     prompts: str | None = option(
         None,
-        "what a zero-shot head is made of, with {} for the name of a class; several, with | between them, are averaged "
-        "(default: 'a photo of a {}.')",
+        "what a zero-shot head or the text tower is given, with {} for the name of a class; several, with | between "
+        "them, are averaged (default: 'a photo of a {}.', with --context '{}.')",
+    )
+    context: str | None = option(
+        None,
+        "with --head text, vectors to be learned before the words of every prompt, head/context: how many, or the "
+        "words that they begin as (default: none)",
     )
     class_names: tuple[str, ...] = option(
         (),
@@ -146,9 +152,11 @@ class Config:
     )
     targets: tuple[str, ...] = option(
         ("default",),
-        "kernels that get low-rank adapters, comma-separated: sets of the model by name (of a vit or clip "
-        "qv, default, and qkv, qkvo, attn, mlp, all, out_fc2; of a mixer out_fc2, default, and tokens, channels, all), "
+        "kernels that get low-rank adapters, comma-separated ('': none): sets of the model by name (of a vit or clip "
+        "qv, default, and qkv, qkvo, attn, mlp, all, out_fc2, with --head text of both towers, or image_qv, default, "
+        "text_qv and so on of one; of a mixer out_fc2, default, and tokens, channels, all), "
         "or regular expressions such as attn/(query|value)/kernel",
+        empty=True,
     )
     adapt_last: int | None = option(
         None,
@@ -451,6 +459,8 @@ def check(config: Config) -> None:
         raise ValueError(f"--alpha {config.alpha:g} and --scale {config.scale:g} both set the factor: give one of them")
     if config.keep_head and config.head == "prototype":
         raise ValueError("--keep-head and --head prototype both say where the head starts: give one of them")
+    if not config.targets and not config.full:
+        raise ValueError("--targets '' and --full '' leave nothing to be trained: name kernels or parameters in one")
     if config.scale == 0:
         raise ValueError("--scale must not be 0: nothing that adapters learn would count")
     for name in ("methods", "seeds", "lrs", "budgets", "tuning_seeds"):

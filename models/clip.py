@@ -25,7 +25,8 @@ from .bpe import Bpe
 from .parts import LayerNorm, stacked
 from .vit import Block, ViT, vit
 
-SIZES = {"B/32": 512, "B/16": 512, "L/14": 768, "H/14": 1024}  # width of the features: table 20; H is OpenCLIP's
+# width of the features: table 20; H is OpenCLIP's, nano ours
+SIZES = {"nano/4": 32, "B/32": 512, "B/16": 512, "L/14": 768, "H/14": 1024}
 PROMPT = "a photo of a {}."  # section 3.1.4
 TOGETHER = 64  # texts that the text tower sees at once
 
@@ -37,6 +38,9 @@ def clip_image(variant: str, classes: int) -> ViT:
 
 class Text(nn.Module):
     """``tokens [.., length], ends [..] -> features [.., projection]`` of length 1.
+
+    ``context [n, width]``, if there is one, stands between the first token and the others, as embeddings of n words
+    would: Zhou et al., *Learning to Prompt for Vision-Language Models*, IJCV 2022, arXiv 2109.01134, eq. 2.
 
     Attributes:
       vocabulary, length, width, depth, heads, mlp_width, projection: sizes; ``length`` of the longest text.
@@ -54,10 +58,14 @@ class Text(nn.Module):
     act: str = "quick_gelu"
 
     @nn.compact
-    def __call__(self, tokens: Array, ends: Array) -> Array:
+    def __call__(self, tokens: Array, ends: Array, context: Array | None = None) -> Array:
         table = self.param("tokens", nn.initializers.normal(0.02), (self.vocabulary, self.width))
         positions = self.param("pos", nn.initializers.normal(0.01), (self.length, self.width))
-        x = table[tokens] + positions[: tokens.shape[-1]]
+        x = table[tokens]
+        if context is not None:
+            own = jnp.broadcast_to(context, (*x.shape[:-2], *context.shape))
+            x, ends = jnp.concatenate([x[..., :1, :], own, x[..., 1:, :]], -2), ends + len(context)
+        x = x + positions[: x.shape[-2]]
         block = Block(self.heads, self.mlp_width, self.epsilon, self.act, causal=True, name="blocks")
         x = LayerNorm(self.epsilon, name="norm")(stacked(block, x, self.depth, unroll=False))
         x = jnp.take_along_axis(x, ends[..., None, None], -2)[..., 0, :]

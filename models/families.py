@@ -54,7 +54,7 @@ FAMILIES = {
         clip_backbone,
         clip_files.claims,
         ("transformers' CLIPModel", "OpenCLIP"),
-        dict.fromkeys(clip.SIZES, 224),
+        {**dict.fromkeys(clip.SIZES, 224), "nano/4": 16},
         _shapes(clip.clip_image),
         vit.TARGETS,
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,12 +13,14 @@ import numpy as np
 
 from fedlora_jax.lora import Params
 
-from . import bpe, clip, clip_files, facts, files, peft_in, tables
+from . import clip, clip_files, facts, files, peft_in, tables, two_towers
+from . import prompts as reading
 from .backbone import Backbone, Layout, Published
 from .clip import PROMPT, Text
 from .clip_files import Format
 from .positions import resized
 from .pretrained import Pretrained, backbone, start_of_head
+from .two_towers import Told
 from .vit import TARGETS, ViT
 
 SECTIONS = {"image": "vision_config", "text": "text_config"}
@@ -32,13 +35,17 @@ OPEN_KNOWN = {  # entries of OpenCLIP's configuration that the arrays, or these 
 
 
 class Clip(NamedTuple):
-    """Both towers of a file: the image tower with a head, and the text tower with its parameters (on the host)."""
+    """Both towers of a file: the image tower with a head, and the text tower with its parameters (on the host).
+
+    ``text_layouts`` are of the text tower as PyTorch sees it, where ``head`` is ``text``.
+    """
 
     image: Pretrained
     text: Text
     text_params: dict[str, Any]
     logit_scale: np.ndarray
     format: Format
+    text_layouts: Mapping[str, Layout] = MappingProxyType({})
 
 
 def load_clip(
@@ -49,7 +56,7 @@ def load_clip(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     keep_head: bool = False,
-    head: Literal["zero_shot", "linear"] = "zero_shot",
+    head: Literal["zero_shot", "linear", "text"] = "zero_shot",
     prompts: Sequence[str] = (),
     class_names: Sequence[str] = (),
     adapter: str | Path | None = None,
@@ -63,7 +70,7 @@ def load_clip(
         ``tokenizer.json``.
       classes, image_size, mean, std, keep_head: as for ``load_vit``; a head is in files of our own alone.
       head: where the file has none for these classes: ``zero_shot``, that of prompts with their names; or ``linear``,
-        zero, to be learned.
+        zero, to be learned; or ``text``, none, as the text tower takes its place (``clip_backbone``).
       prompts: with ``{}`` for the name of a class; features of several are averaged. None: ``clip.PROMPT``.
       class_names: what prompts call the classes, in their order. None: as they are called, with a space for ``_``.
       adapter: a folder of PEFT that a run starts from; what it has of the text tower is put into that tower, which then
@@ -86,12 +93,15 @@ def load_clip(
     )
     told = {"epsilon": of_text.epsilon, "heads": of_text.heads, "act": of_text.act}
     text = text.clone(**told)
-    layouts, text_params = _with_adapter(format, model, text, text_params, adapter)
-    kernels, kept = start_of_head(path, params.pop("head", None), model.projection, known.labels, classes, keep_head)
+    layouts, text_layouts, text_params = _with_adapter(format, model, text, text_params, adapter, head == "text")
+    there = params.pop("head", None)
+    there = None if head == "text" else there
+    kernels, kept = start_of_head(path, there, model.projection, known.labels, classes, keep_head)
     if head == "zero_shot" and not kept.startswith("kept"):
-        kernels = _zero_shot(path, _texts(classes, prompts or (PROMPT,), class_names), text, text_params, scale)
-        kept = f"zero-shot, {', '.join(map(repr, prompts or (PROMPT,)))} with "
-        kept += f"{', '.join(class_names)}" if class_names else "the classes' names"
+        kernels = _zero_shot(path, reading.texts(classes, prompts or (PROMPT,), class_names), text, text_params, scale)
+        kept = f"zero-shot, {reading.said(prompts or (PROMPT,), class_names)}"
+    elif head == "text":
+        kept = "the text tower"
     elif prompts or class_names:
         raise ValueError(
             "--prompts and --class-names are of a zero-shot head, and the head is "
@@ -107,7 +117,7 @@ def load_clip(
     about = {"text": {"heads": text.heads, "ln_eps": text.epsilon, "act": text.act}}
     origins = {**known.origins, "head": kept}
     image = Pretrained(model, params, known.mean, known.std, files.name_of(source), origins, about, layouts)
-    return Clip(image, text, text_params, scale, format)
+    return Clip(image, text, text_params, scale, format, text_layouts)
 
 
 def clip_backbone(
@@ -117,13 +127,24 @@ def clip_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     keep_head: bool = False,
-    head: Literal["zero_shot", "linear"] = "zero_shot",
+    head: Literal["zero_shot", "linear", "text"] = "zero_shot",
     prompts: Sequence[str] = (),
+    context: str | None = None,
     class_names: Sequence[str] = (),
     adapter: str | Path | None = None,
     dtype: str = "float32",
 ) -> Backbone:
-    """The ``Backbone`` of a file, its image tower with a head; arguments and errors as for ``load_clip``."""
+    """The ``Backbone`` of a file, its image tower with a head, or both towers (``models.two_towers``).
+
+    Arguments and errors are those of ``load_clip``, and
+
+    Args:
+      context: of ``head="text"``, vectors to be learned before the words of every prompt: how many, or the words that
+        they begin as; prompts are ``"{}."`` then, where nothing else is asked for. ``None``: there are none.
+    """
+    if context is not None and head != "text":
+        raise ValueError(f"--context is of --head text, and the head is {head}: leave it out")
+    prompts = prompts or ((PROMPT,) if context is None else ("{}.",)) if head == "text" else prompts
     given = {"mean": mean, "std": std, "keep_head": keep_head, "head": head}
     given |= {"prompts": prompts, "class_names": class_names, "adapter": adapter}
     made = load_clip(weights, classes, image_size, **given, dtype=getattr(jnp, dtype))
@@ -132,12 +153,31 @@ def clip_backbone(
         if np.any(params["embed"]["bias"]):
             raise ValueError("embed/bias was trained, and no CLIP has one: leave it out of --full")
         own = {**params, "cls": params["cls"][0], "logit_scale": made.logit_scale}
+        if head == "text":
+            scale = params["head"]["logit_scale"].reshape(made.logit_scale.shape)
+            own = {name: x for name, x in own.items() if name not in ("text", "head")} | {"logit_scale": scale}
         table = made.format.image._replace(top={**made.format.image.top, **clip_files.HEAD})
         arrays = tables.write_params(table, own, made.image.model.patch)
-        arrays |= tables.write_params(made.format.text, made.text_params, 1)
+        arrays |= tables.write_params(made.format.text, params.get("text", made.text_params), 1)
         return {name: np.array(x, np.float32, order="C") for name, x in arrays.items()}
 
-    return backbone(made.image, TARGETS, lambda params: Published(names(params), made.image.said()))
+    image = backbone(made.image, TARGETS, lambda params: Published(names(params), made.image.said()))
+    if head != "text":
+        return image
+    image = image._replace(facts={**image.facts, "head": reading.said_of_text(prompts, class_names, context)})
+    texts = reading.texts(classes, prompts, class_names)
+    return _with_text(files.located(Path(weights)), image, made, texts, context)
+
+
+def _with_text(path: Path, image: Backbone, made: Clip, texts: list[list[str]], context: str | None) -> Backbone:
+    """Both towers; the text tower reads, for every prompt, the text of each class."""
+    tokenizer, text = reading.tokenizer_of(path, made.text, "a text tower"), made.text
+    start = {"logit_scale": np.reshape(np.float32(made.logit_scale), 1)}
+    if context is not None:
+        start["context"] = reading.context_of(context, text, made.text_params, tokenizer)
+    tokens, ends = reading.tokens(texts, tokenizer, text.length - len(start.get("context", ())))
+    params = {"text": jax.tree.map(lambda x: np.asarray(x, np.float32), made.text_params), "head": start}
+    return two_towers.two_towers(image, text, Told(tokens, ends, len(texts)), params, made.text_layouts)
 
 
 class Said(NamedTuple):
@@ -186,45 +226,21 @@ def _part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _with_adapter(
-    format: Format, image: ViT, text: Text, text_params: dict[str, Any], adapter: str | Path | None
-) -> tuple[dict[str, Layout], dict[str, Any]]:
-    """The image tower as PyTorch sees it, and the text tower with what an adapter has of it."""
+    format: Format, image: ViT, text: Text, text_params: dict[str, Any], adapter: str | Path | None, both_train: bool
+) -> tuple[dict[str, Layout], dict[str, Layout], dict[str, Any]]:
+    """Both towers as PyTorch sees them, and the text tower, where it is not trained, with what an adapter has of it."""
     adapted = set() if adapter is None else peft_in.modules_of(Path(adapter))
     both = clip_files.layouts(format, image, text, adapted)
     if both is None:
-        return {}, text_params
-    if adapter is not None and any(both[0].elsewhere.values()):
+        return {}, {}, text_params
+    if adapter is not None and any(both[0].elsewhere.values()) and not both_train:
         found = peft_in.read(Path(adapter), {"transformers": both[1]}, text_params)
         text_params = peft_in.folded(found, text_params)
-    return {"transformers": both[0]}, text_params
-
-
-def _texts(classes: int | Sequence[str] | None, prompts: Sequence[str], class_names: Sequence[str]) -> list[list[str]]:
-    """Of every prompt, one for each class."""
-    if classes is None or isinstance(classes, int):
-        raise ValueError(f"a zero-shot head is made of the classes' names, got {classes}: give them, or head='linear'")
-    if wrong := [prompt for prompt in prompts if "{}" not in prompt]:
-        raise ValueError(f"the prompt {wrong[0]!r} has no {{}} for the name of a class")
-    if class_names and len(class_names) != len(classes):
-        raise ValueError(
-            f"--class-names are {len(class_names)}, the data has {len(classes)} classes: name each in its order "
-            f"({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})"
-        )
-    names = class_names or [name.replace("_", " ") for name in classes]
-    return [[prompt.replace("{}", name) for name in names] for prompt in prompts]
+    return {"transformers": both[0]}, {"transformers": both[1]}, text_params
 
 
 def _zero_shot(path: Path, texts: list[list[str]], text: Text, params: Any, scale: np.ndarray) -> dict[str, np.ndarray]:
-    tokenizer = bpe.find(path.parent)
-    if tokenizer is None:
-        raise ValueError(
-            f"{path} has no vocabulary beside it, which a zero-shot head of the classes' names needs: put "
-            f"{bpe.VOCABULARY} and {bpe.MERGES}, or {bpe.BOTH}, there"
-        )
-    if max(tokenizer.ids.values()) >= text.vocabulary:
-        raise ValueError(
-            f"the vocabulary beside {path} has {len(tokenizer.ids)} tokens, its text tower {text.vocabulary}: they are "
-            "not of one model"
-        )
+    tokenizer = reading.tokenizer_of(path, text, "a zero-shot head of the classes' names")
+    reading.tokens(texts, tokenizer, text.length)
     features = clip.text_features(text, params, tokenizer, [text for own in texts for text in own])
     return clip.zero_shot(features.reshape(len(texts), len(texts[0]), -1), float(scale))

@@ -14,10 +14,13 @@ from safetensors.numpy import save_file
 from experiments.config import Config
 from experiments.setup import adapter as adapters
 from experiments.setup import backbone as backbones
+from experiments.setup.backbone import BUILT_IN
 from experiments.setup.problem import new_adapter
+from fedlora_jax.lora import flatten
 from models import bpe
 from models import peft as ours_peft
 from models.pretrained_clip import clip_backbone, load_clip
+from models.two_towers import TARGETS as BOTH
 from models.vit import TARGETS
 
 torch = pytest.importorskip("torch")
@@ -190,3 +193,47 @@ def test_an_adapter_of_both_towers_comes_in(words, folder, tmp_path):
     for name, x in whole.merge_and_unload().state_dict().items():
         if name in merged:
             np.testing.assert_allclose(merged[name], x.numpy(), atol=1e-5)
+
+
+def test_an_adapter_of_both_towers_goes_out_and_comes_back(words, folder, tmp_path):
+    """Trained in both for two rounds: torch's logits with the folder that is written are ours, and so are they here."""
+    peft = pytest.importorskip("peft")
+    model(words, "quick_gelu").save_pretrained(folder)
+    backbone = clip_backbone(folder, NAMES, head="text")
+    before = theirs(transformers.CLIPModel.from_pretrained(folder).eval(), words)
+    np.testing.assert_allclose(ours(backbone), before, atol=1e-4)
+    start = random_adapter(backbone.params, (*BOTH["all"], "projection"), full=())
+    assert {name.split("/")[0] for name in flatten(start)} == {"blocks", "projection", "text"}
+    adapter = federated(backbone, start, SIDE, len(NAMES))
+    moved = [np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (start, adapter)), strict=True)]
+    assert min(moved) > 1e-6
+    layout = backbone.layouts["transformers"]
+    assert not ours_peft.unheld(layout, backbone.params, adapter)
+    (tmp_path / "out").mkdir()
+    for file, content in ours_peft.files_of(layout, backbone.params, adapter, {}).items():
+        (tmp_path / "out" / file).write_bytes(content)
+    whole = peft.PeftModel.from_pretrained(transformers.CLIPModel.from_pretrained(folder), str(tmp_path / "out")).eval()
+    expected = backbone.apply(backbone.params, adapter, IMAGES)[0]
+    np.testing.assert_allclose(theirs(whole, words), expected, atol=1e-4)
+    assert np.abs(theirs(whole, words) - before).max() > 0.01
+    path = str(tmp_path / "out")
+    config = Config(**{**adapters.options(path), "weights": str(folder), "adapter": path, "head": "text", "full": ()})
+    again = backbones.read(config, tuple(NAMES), SIDE)
+    config, top, begin = adapters.begins(config, again, again, tuple(NAMES))
+    assert {target.strip("^$") for target in config.targets} == set(flatten(adapter))
+    own = begin.onto(new_adapter(config, top, jax.random.key(0)))
+    np.testing.assert_allclose(top.apply(top.params, own, IMAGES)[0], expected, atol=1e-4)
+
+
+def test_the_clip_that_comes_along_is_one_for_transformers_too():
+    """Its folder as it is: tokenizer, both towers and logits."""
+    nano = transformers.CLIPModel.from_pretrained(BUILT_IN["clip"]).eval().float()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(BUILT_IN["clip"])
+    digits = tuple(map(str, range(10)))
+    backbone = clip_backbone(BUILT_IN["clip"], digits, head="text")
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3)).astype(np.uint8)
+    tokens = tokenizer([f"a photo of a {name}." for name in digits], padding=True, return_tensors="pt")
+    x = torch.tensor((images / 255 - 0.5) / 0.5, dtype=torch.float32).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = nano(**tokens, pixel_values=x).logits_per_image.numpy()
+    np.testing.assert_allclose(backbone.apply(backbone.params, {}, images)[0], expected, atol=1e-3)

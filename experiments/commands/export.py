@@ -64,10 +64,13 @@ class Plan:
             raise ValueError(f"the run has the seeds {','.join(map(str, config.seeds))}: got --seed {self.seed}")
         ids = _clients(options.model, config.clients + config.holdout_clients)
         prelude.checked(config)
-        if config.head == "cosine" and (options.to != "npz" or config.adapt_last is not None):
+        learned = {"a head of cosines (--head cosine)": config.head == "cosine"}
+        learned |= {"learned vectors (--context)": config.context is not None}
+        own = [what for what, is_so in learned.items() if is_so]
+        if own and (options.to != "npz" or config.adapt_last is not None):
             raise ValueError(
-                f"--to {options.to}: no published layout has a head of cosines (--head cosine), so what was learned "
-                "leaves by --to npz alone, and there from a run without --adapt-last"
+                f"--to {options.to}: no published layout has {own[0]}, so what was learned leaves by --to npz alone, "
+                "and there from a run without --adapt-last"
             )
         self.folder = Folder("export", options.out)
         self.config, self.problem = config, _same_problem(command, config)

@@ -29,7 +29,9 @@ FORWARD = 256  # images that a frozen model sees at once
 KEPT = 0.25  # of the memory there is, at most, for what the stem makes of all images
 NANO = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
 BUILT_IN_NAME = "nano"
-BUILT_IN = {"vit": NANO, "mixer": NANO.with_name("nano_mixer.npz")}  # by family; made by ``setup.pretrain``
+# by family; made by ``setup.pretrain`` and ``setup.pretrain_clip``
+BUILT_IN = {"vit": NANO, "mixer": NANO.with_name("nano_mixer.npz"), "clip": NANO.with_name("nano_clip")}
+OF_TEXT = ("zero_shot", "text")  # heads of models that read text
 
 
 def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
@@ -73,16 +75,18 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     if config.adapter is not None and peft_in.summary(Path(config.adapter)).full:
         optional["keep_head"] = False  # it is the adapter's head that is kept
     optional |= {} if own and built_in else {"weights": weights}
-    if config.head == "zero_shot" or (config.head == "linear" and "head" in inspect.signature(function).parameters):
+    if config.head in OF_TEXT or (config.head == "linear" and "head" in inspect.signature(function).parameters):
         optional["head"] = config.head
     if config.prompts is not None:
         optional["prompts"] = tuple(config.prompts.split("|"))
+    if config.context is not None:
+        optional["context"] = config.context
     if config.class_names:
         optional["class_names"] = config.class_names
     asked = inspect.signature(function).parameters
     for name, value in optional.items():
-        if name == "head" and value == "zero_shot" and name not in asked:
-            raise ValueError(f"{chosen} reads no text to make --head zero_shot of: use linear, cosine or prototype")
+        if name == "head" and value in OF_TEXT and name not in asked:
+            raise ValueError(f"{chosen} reads no text to make --head {value} of: use linear, cosine or prototype")
         if name not in asked and value != getattr(Config, name):
             raise ValueError(f"{chosen} does not take --{name.replace('_', '-')}: leave it out, got {value}")
     known = {"classes": classes, "image_size": side} | optional | ({} if own else {"adapter": config.adapter})

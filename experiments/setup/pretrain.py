@@ -1,10 +1,11 @@
 """Make the built-in weights: a nano ViT and a nano MLP-Mixer that can read printed digits and have seen no handwriting.
 
 ``python -m experiments.setup.pretrain [--model NAME] [--out FOLDER]`` takes about four minutes for each on two CPU
-cores, and writes ``nano_glyphs.npz`` (ViT) and ``nano_mixer.npz``. The fonts are those that matplotlib ships (DejaVu:
-Bitstream Vera licence; STIX: STIX Font Licence; cm*: BaKoMa Fonts Licence); every training image is drawn inside the
-jitted program from a glyph's signed distance field, in which stroke weight is an offset. Letters are learnt along with
-the digits, half of the images, and their outputs dropped in the end: features tune better so.
+cores, and writes ``nano_glyphs.npz`` (ViT) and ``nano_mixer.npz``; ``pretrain_clip`` makes the CLIP. The fonts are
+those that matplotlib ships (DejaVu: Bitstream Vera licence; STIX: STIX Font Licence; cm*: BaKoMa Fonts Licence); every
+training image is drawn inside the jitted program from a glyph's signed distance field, in which stroke weight is an
+offset. Letters are learnt along with the digits, half of the images, and their outputs dropped in the end: features
+tune better so.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,18 @@ def pretrain(nano: Nano, glyphs: np.ndarray, steps: int = STEPS) -> dict[str, An
     params: dict[str, Any] = dict(model.init(init_key, jnp.zeros((1, SIDE, SIDE, 3)))["params"])
     if "pos" in params:
         params["pos"] = params["pos"].at[1:].set(positions(*params["pos"][1:].shape))
+    fields = jnp.asarray(glyphs, jnp.float32)
+
+    def loss_fn(params, key):
+        x, y = batch(key, fields, BATCH)
+        return optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, x)[0], y).mean()
+
+    params = descended(params, loss_fn, data_key, steps)
+    return {**params, "head": {name: value[..., :10] for name, value in params["head"].items()}}
+
+
+def descended(params: Any, loss_fn: Callable[[Any, Array], Array], data_key: Array, steps: int) -> Any:
+    """Parameters after so many steps down ``loss_fn(params, key)``, each with a key of its own."""
     rate = optax.warmup_cosine_decay_schedule(0.0, PEAK, steps // 20, steps)
     optimizer = optax.contrib.muon(
         rate,
@@ -168,11 +181,6 @@ def pretrain(nano: Nano, glyphs: np.ndarray, steps: int = STEPS) -> dict[str, An
         weight_decay=DECAY,
         muon_weight_dimension_numbers=_block_matrices,
     )
-    fields = jnp.asarray(glyphs, jnp.float32)
-
-    def loss_fn(params, key):
-        x, y = batch(key, fields, BATCH)
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, x)[0], y).mean()
 
     def step(carry, i):
         params, opt_state = carry
@@ -187,14 +195,14 @@ def pretrain(nano: Nano, glyphs: np.ndarray, steps: int = STEPS) -> dict[str, An
             carry, losses = scan(carry, first)
             bar.set_postfix(loss=f"{losses.mean():.3f}")
             bar.update(SCAN)
-    params = carry[0]
-    return {**params, "head": {name: value[..., :10] for name, value in params["head"].items()}}
+    return carry[0]
 
 
 def _block_matrices(params: Any) -> Any:
     """Which axes Muon takes for a matrix: the last two of every kernel in a block (the first one stacks the blocks)."""
     matrix = optax.contrib.MuonDimensionNumbers(-2, -1)
-    choose = lambda path, _: matrix if (path[0].key, path[-1].key) == ("blocks", "kernel") else None
+    in_blocks = lambda names: "blocks" in names and names[-1] == "kernel"
+    choose = lambda path, _: matrix if in_blocks([entry.key for entry in path]) else None
     return jax.tree_util.tree_map_with_path(choose, params)
 
 
@@ -221,11 +229,17 @@ def save(path: Path, nano: Nano, params: dict[str, Any]) -> None:
         "classes": list(DIGITS),
         "naming": "timm",
     }
+    named = nano.names(params)
+    write(path, lambda file: np.savez_compressed(file, meta=json.dumps(meta), **named))  # type: ignore[arg-type]
+
+
+def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """A file, there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            np.savez_compressed(file, meta=json.dumps(meta), **nano.names(params))  # type: ignore[arg-type]
+            fill(file)
         os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
         os.replace(temporary, path)
     except BaseException:

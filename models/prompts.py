@@ -1,0 +1,93 @@
+"""Prompts: templates with the names of classes, as tokens that a text tower reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedlora_jax.lora import Params
+
+from . import bpe
+from .bpe import Bpe
+from .clip import Text
+
+DRAWN = 0.02  # deviation of vectors to be learned that begin as no words: CoOp's code
+FEWEST = 3  # tokens of a text: its start, a word, its end
+
+
+def texts(classes: int | Sequence[str] | None, prompts: Sequence[str], class_names: Sequence[str]) -> list[list[str]]:
+    """Of every prompt, one for each class."""
+    if classes is None or isinstance(classes, int):
+        raise ValueError(f"a zero-shot head is made of the classes' names, got {classes}: give them, or head='linear'")
+    if wrong := [prompt for prompt in prompts if "{}" not in prompt]:
+        raise ValueError(f"the prompt {wrong[0]!r} has no {{}} for the name of a class")
+    if class_names and len(class_names) != len(classes):
+        raise ValueError(
+            f"--class-names are {len(class_names)}, the data has {len(classes)} classes: name each in its order "
+            f"({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})"
+        )
+    names = class_names or [name.replace("_", " ") for name in classes]
+    return [[prompt.replace("{}", name) for name in names] for prompt in prompts]
+
+
+def tokens(prompts: list[list[str]], tokenizer: Bpe, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of all texts, prompt by prompt, ``[texts, tokens]``, and where each ends ``[texts]``.
+
+    Raises:
+      ValueError: two classes cannot be told apart, as a text is longer than ``length`` and is cut.
+    """
+    for own in prompts:
+        seen: dict[tuple[int, ...], str] = {}
+        for text in own:
+            whole = tokenizer.encode(text)
+            other = seen.setdefault(tuple(whole[: length - 1]), text)
+            if len(whole) > length and other != text:
+                raise ValueError(
+                    f"{text!r} has {len(whole)} tokens and is cut at {length}, where it is the same as {other!r}: use "
+                    "shorter --prompts or --class-names"
+                )
+    return tokenizer.encode_all([text for own in prompts for text in own], length)
+
+
+def tokenizer_of(path: Path, text: Text, what: str) -> Bpe:
+    """The vocabulary beside weights, which the text tower reads."""
+    tokenizer = bpe.find(path.parent)
+    if tokenizer is None:
+        raise ValueError(
+            f"{path} has no vocabulary beside it, which {what} needs: put {bpe.VOCABULARY} and {bpe.MERGES}, or "
+            f"{bpe.BOTH}, there"
+        )
+    if max(tokenizer.ids.values()) >= text.vocabulary:
+        raise ValueError(
+            f"the vocabulary beside {path} has {len(tokenizer.ids)} tokens, its text tower {text.vocabulary}: they are "
+            "not of one model"
+        )
+    return tokenizer
+
+
+def context_of(asked: str, text: Text, params: Params, tokenizer: Bpe) -> np.ndarray:
+    """Where learned vectors begin, ``[n, width]``: at random, or as embeddings of words."""
+    words = [] if asked.isdigit() else tokenizer.encode(asked)[1:-1]
+    count = len(words) or int(asked)
+    if not 1 <= count <= text.length - FEWEST:
+        raise ValueError(
+            f"--context {asked} is {count} vectors, and the text tower has {text.length} places in all: choose 1 to "
+            f"{text.length - FEWEST}"
+        )
+    if words:
+        return np.asarray(params["tokens"], np.float32)[words]
+    return np.asarray(DRAWN * np.random.default_rng(0).normal(size=(count, text.width)), np.float32)
+
+
+def said(prompts: Sequence[str], class_names: Sequence[str]) -> str:
+    names = ", ".join(class_names) if class_names else "the classes' names"
+    return f"{', '.join(map(repr, prompts))} with {names}"
+
+
+def said_of_text(prompts: Sequence[str], class_names: Sequence[str], context: str | None) -> str:
+    whole = f"the text tower, {said(prompts, class_names)}"
+    if context is None:
+        return whole
+    return f"{whole}, behind {f'{context} vectors' if context.isdigit() else repr(context)} to be learned"
