@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import fedlora_jax
 from experiments.bench import options as bench
-from experiments.config import MANY, SPEED, Config, Data, Export, Models, Recipes
+from experiments.config import SPEED, Config, Data, Export, Models, Recipes
 from experiments.results.folder import asked, program
 from experiments.setup import adapter, option_files
+from experiments.setup.option_values import converter, from_file, is_a
 
 _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments run --method hyperlora --rounds 50"
 
@@ -91,15 +91,18 @@ def parse(
     if nothing := [name for name, value in given.items() if value == []]:  # what argparse makes of --data=--
         parser.error(f"argument --{nothing[0].replace('_', '-')}: expected one argument")
     files = [given[name] for name in _FROM_FILES if given.get(name) is not None]
+    own, typed = commands.choices[command], _typed(command, arguments)
+    for name in ("alpha", "local_epochs"):
+        if name in typed and (both := typed & set(option_files.INSTEAD[name])):
+            own.error(f"--{name} and --{min(both)} say the same in two ways: give one of them".replace("_", "-"))
     if (given.get("resume") and given["out"]) or files or given.get("adapter"):
-        own = commands.choices[command]
         filed = _filed(own, given, {kind: given.get(kind) for kind in _FROM_FILES})
         out, goes_on = given.get("out") or filed.get("out"), given.get("resume") or filed.get("resume")
         held = (_held(out, given.keys()) if goes_on and out else {}) | filed
         of_adapter = _of_adapter(own, given.get("adapter") or held.get("adapter"))
         if given.get("alpha", held.get("alpha")) is not None:
             of_adapter.pop("scale", None)  # which alpha stands for
-        own.set_defaults(**of_adapter | held)
+        own.set_defaults(**option_files.over(of_adapter | held, {name: given[name] for name in typed}))
         given = vars(parser.parse_args(arguments))
         del given["command"]
     shows = given.pop("print_config", False)
@@ -107,13 +110,23 @@ def parse(
     if command in OWN:
         return command, OWN[command](**given)
     if "method" in given and given["method"] is None:
-        commands.choices[command].error("the following arguments are required: --method")
+        own.error("the following arguments are required: --method")
     if "method" in given:
         given["methods"] = (given.pop("method"),)
     if shows:
         print(option_files.text(Config(**given)), end="")
         sys.exit(0)
     return command, Config(**given)
+
+
+def _typed(command: str, arguments: Sequence[str] | None) -> set[str]:
+    """The options that are given on the command line itself."""
+    if command not in _LEFT_OUT:
+        return set()
+    parser, commands = _parsers()
+    for action in commands.choices[command]._actions:
+        action.default = argparse.SUPPRESS
+    return {name for name in vars(parser.parse_args(arguments)) if name != "command"}
 
 
 def _of_adapter(parser: _Parser, folder: str | None) -> dict[str, Any]:
@@ -139,7 +152,8 @@ def _filed(parser: _Parser, given: Collection[str], paths: dict[str, str | None]
             if unknown := sorted(values.keys() - hints.keys()):
                 near = "".join(f"; did you mean {own!r}?" for own in get_close_matches(unknown[0], hints, 1))
                 raise ValueError(f"--{kind} {name} has the key {unknown[0]!r}, which is no option{near}")
-            found |= {key: _from_file(f"--{kind} {name}", key, value, hints[key]) for key, value in values.items()}
+            own = {key: from_file(f"--{kind} {name}", key, value, hints[key]) for key, value in values.items()}
+            found = option_files.over(found, own) | own
         except ValueError as error:
             parser.error(str(error))
     if "method" in given and len(found.get("methods", ())) == 1:
@@ -147,42 +161,16 @@ def _filed(parser: _Parser, given: Collection[str], paths: dict[str, str | None]
     return {name: value for name, value in found.items() if name in given}
 
 
-def _from_file(origin: str, name: str, value: Any, hint: Any) -> Any:
-    """A value as the option has it: a text is read as if it had been typed, a list may stand for several."""
-    if isinstance(value, str) and hint is not bool and not _is_a(value, hint):
-        try:
-            return _converter(name, hint)[0](value)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f"{origin}: {name} = {value!r}: {error}") from None
-    whole = tuple(value) if isinstance(value, list) else value
-    several = any(typing.get_origin(part) is tuple for part in (hint, *typing.get_args(hint)))
-    if several and type(value) in (int, float):
-        return _from_file(origin, name, str(value), hint)  # one number for several
-    floats = lambda x: float(x) if type(x) is int else x
-    for own in (whole, tuple(map(floats, whole)) if isinstance(whole, tuple) else floats(whole)):
-        if _is_a(own, hint):
-            return own
-    raise ValueError(f"{origin}: {name} = {value!r} is not what --{name.replace('_', '-')} takes")
-
-
 def _held(out: str, names: Collection[str]) -> dict[str, Any]:
     """The options of the run that goes on in a folder: what is not given stays as it was."""
     hints, found = typing.get_type_hints(Config), {}
     for name, value in asked(out).items():
         value = tuple(value) if isinstance(value, list) else value
-        if name == "methods" and "method" in names and _is_a(value, hints[name]) and len(value) == 1:
+        if name == "methods" and "method" in names and is_a(value, hints[name]) and len(value) == 1:
             found["method"] = value[0]
-        if name in names and _is_a(value, hints[name]):
+        if name in names and is_a(value, hints[name]):
             found[name] = value
     return found
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return any(_is_a(value, part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_a(x, typing.get_args(hint)[0]) for x in value)
-    return type(value) is hint
 
 
 _RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
@@ -281,7 +269,10 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
 def _add_files(parser: argparse.ArgumentParser) -> None:
     text = "a TOML file of options, a key for each, or the config.json of a run; what is typed goes before it"
     parser.add_argument("--config", metavar="FILE", help=text)
-    text = "a published protocol ('python -m experiments recipes'); what is typed, or in --config, goes before it"
+    text = (
+        "a published protocol ('python -m experiments recipes'); what is typed, or in --config, goes before it: --NAME "
+        "default and --no-NAME take back what it says of an option that need not be given, or of a switch"
+    )
     parser.add_argument("--recipe", metavar="NAME", help=text)
     parser.add_argument("--print-config", action="store_true", help="print all options as such a file, and end")
 
@@ -290,46 +281,12 @@ def _add_option(parser: argparse._ActionsContainer, field: dataclasses.Field, hi
     flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
     if hint is bool:
         parser.add_argument(flag, action="store_true", help=text)
+        parser.add_argument(f"--no-{flag[2:]}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
         return
     shown = "" if default in (None, ()) else f" (default: {_show(default)})"
-    kind, metavar = _converter(field.name, hint)
+    kind, metavar = converter(field.name, hint)
     parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=(text + shown).replace("%", "%%"))
 
 
 def _show(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _converter(name: str, hint: Any) -> tuple[Callable[[str], Any], str]:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    if typing.get_origin(hint) is tuple:
-        kind = typing.get_args(hint)[0]
-        convert = _seeds if name == "seeds" else _list_of(kind)
-        return convert, "N[,N...]" if kind is int else "A[,B...]"
-    return hint, {int: "N", float: "X", str: "TEXT"}[hint]
-
-
-def _list_of(kind: type) -> Callable[[str], tuple]:
-    def convert(text: str) -> tuple:
-        parts = [part.strip() for part in text.split(",")]
-        entries = parts[:-1] if not parts[-1] else parts  # "42," is a list of one, "" of none
-        return tuple(kind(part) for part in entries)
-
-    convert.__name__ = f"comma-separated {kind.__name__}"  # argparse names it in its error
-    return convert
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    if "," in text or not text.strip():
-        return _list_of(int)(text)
-    first, colon, end = text.partition(":")
-    start, stop = (int(first), int(end)) if colon else (0, int(first))
-    if not stop - start <= MANY:  # before a tuple of them is made
-        raise argparse.ArgumentTypeError(f"{text} means {stop - start} seeds: expected at most {MANY}")
-    if not stop > start:
-        raise argparse.ArgumentTypeError(f"{text} holds no seeds: expected a count, or FIRST:END with END above FIRST")
-    return tuple(range(start, stop))
-
-
-_seeds.__name__ = "count, range (0:5) or comma-separated int"

@@ -247,8 +247,9 @@ class Config:
     )
     local_epochs: float | None = option(
         None,
-        "how often a client goes through its training images in a round, in place of --local-steps: a client with n of "
-        "them takes ceil(this * n / batch) steps, of which the last has what is left",
+        "how often (E) a client goes through its training images in a round, in place of --local-steps: with n of them "
+        "it takes ceil(E n / batch) steps, not E ceil(n / batch): an epoch begins in the batch in which the one before "
+        "ends, and the last step alone has what is left",
         "(0, 1000]",
     )
     local_cap: str | None = option(
@@ -486,6 +487,12 @@ def check(config: Config) -> None:
     if config.local_steps_from is not None and config.local_steps_from > config.local_steps:
         raise ValueError(
             f"--local-steps-from {config.local_steps_from} is more than --local-steps {config.local_steps}"
+        )
+    both = config.local_epochs is not None and config.local_steps != Config.local_steps
+    if both and not config.resume:  # a run that has begun so goes on
+        raise ValueError(
+            f"--local-epochs {config.local_epochs:g} and --local-steps {config.local_steps} both say how much each "
+            "client does: give one of them"
         )
     if config.local_steps_from is not None and config.local_epochs is not None:
         raise ValueError("--local-epochs and --local-steps-from both say how much each client does: give one of them")

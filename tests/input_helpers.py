@@ -8,7 +8,8 @@ import pytest
 
 from experiments.__main__ import main
 
-SMALL = "--clients 4 --holdout-clients 0 --minimum 2 --rounds 2 --seeds 1 --local-steps 1 --batch 4".split()
+FEW = "--clients 4 --holdout-clients 0 --minimum 2 --rounds 2 --seeds 1 --batch 4".split()
+SMALL = [*FEW, "--local-steps", "1"]
 
 
 def good_arrays(n: int = 96) -> dict[str, np.ndarray]:

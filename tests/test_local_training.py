@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from input_helpers import SMALL, change, refused
+from input_helpers import FEW, change, refused
 
 from experiments.__main__ import main
 from experiments.cli import parse
@@ -121,7 +121,7 @@ def test_an_epoch_is_every_image_once_and_unequal_steps_are_drawn_for_each_clien
 def test_a_run_of_epochs_says_how_many_steps_they_are(tmp_path, monkeypatch):
     """Unseen clients are tuned as long as they would train; nothing else of a run is another."""
     change()(tmp_path / "data.npz")
-    few = [*SMALL, "--data", str(tmp_path / "data.npz"), "--holdout-clients", "2", "--partition", "dirichlet:1"]
+    few = [*FEW, "--data", str(tmp_path / "data.npz"), "--holdout-clients", "2", "--partition", "dirichlet:1"]
     few += ["--methods", "fedit+scaffold", "--local-epochs", "1", "--rank", "2", "--adapt-last", "1"]
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["experiments", "compare", *few, "--out", str(out)])
@@ -187,7 +187,7 @@ def test_smoothed_labels_give_a_share_to_every_class():
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, said, capsys, monkeypatch):
-    assert said in refused(["compare", *SMALL, *options.split()], capsys, monkeypatch)
+    assert said in refused(["compare", *FEW, *options.split()], capsys, monkeypatch)
 
 
 def test_defaults_are_plain_sgd():

@@ -12,7 +12,7 @@ from experiments.__main__ import main
 from experiments.cli import parse
 from experiments.commands import prelude
 from experiments.commands.compare import Plan
-from experiments.config import Config
+from experiments.config import Config, check
 from experiments.setup import data, option_files
 
 RECIPES = option_files.recipes()
@@ -69,8 +69,52 @@ def test_a_file_may_say_that_a_run_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("--local-steps 3", {"local_steps": 3, "local_epochs": None, "local_cap": None}),
+        ("--local-steps-from 2", {"local_steps_from": 2, "local_epochs": None, "local_cap": None}),
+        ("--alpha 16", {"alpha": 16.0, "scale": Config.scale}),
+        ("--optimizer adam", {"optimizer": "adam", "momentum": None}),
+        ("--optimizer momentum", {}),
+        ("--local-cap default", {"local_cap": None}),
+        ("--clip-norm default --mean default", {"clip_norm": None, "mean": None}),
+        ("--no-ranks-in-order", {}),
+    ],
+)
+def test_what_is_typed_takes_back_what_a_recipe_says_in_another_way(typed, expected):
+    recipe = "fedra/domainnet_compat"
+    config = parse(["compare", "--recipe", recipe, *typed.split()])[1]
+    assert config == Config(**{**_of_recipe(recipe), **expected})
+
+
+def test_a_switch_of_a_file_is_taken_back(tmp_path):
+    path = written(tmp_path, "ranks_in_order = true\nkeep_head = true")
+    config = parse(["compare", "--config", path, "--no-ranks-in-order"])[1]
+    assert (config.ranks_in_order, config.keep_head) == (False, True)
+    path = written(tmp_path, 'local_steps = 4\nmean = "default"')  # goes before a recipe as what is typed does
+    config = parse(["compare", "--config", path, "--recipe", "fedra/domainnet_compat"])[1]
+    assert (config.local_steps, config.local_epochs, config.local_cap, config.mean) == (4, None, None, None)
+
+
+@pytest.mark.parametrize(
+    "typed", ["--local-steps 5 --local-epochs 1", "--local-epochs 1 --local-steps-from 2", "--scale 2 --alpha 8"]
+)
+def test_what_says_the_same_in_two_ways_is_refused(typed, capsys, monkeypatch):
+    assert "in two ways: give one of them" in refused(["compare", *typed.split()], capsys, monkeypatch)
+
+
+def test_a_run_that_began_with_steps_and_epochs_goes_on():
+    both = Config(local_steps=3, local_epochs=1.0)
+    with pytest.raises(ValueError, match="both say how much"):
+        check(both)
+    check(dataclasses.replace(both, resume=True))
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("local-steps = 3\nlocal_steps = 4", "both local-steps and local_steps, which are one option"),
+        ("local_steps = 3\nlocal_epochs = 1", "both say how much each client does"),
         ("lrr = 0.1", "the key 'lrr', which is no option; did you mean 'lr'?"),
         ('lr = "fast"', "lr = 'fast'"),
         ("rounds = 1.5", "rounds = 1.5 is not what --rounds takes"),
@@ -125,12 +169,9 @@ def images(tmp_path_factory):
 
 def tried(name, images, *more):
     data = images / f"{4 if 'office' in name else 6}.npz"
-    small = (
-        f"--data {data} --weights nano --image-size 16 --rounds 2 --eval-every 2 --local-steps 1 --batch 4 --seeds 1"
-    )
+    small = f"--data {data} --weights nano --image-size 16 --rounds 2 --eval-every 2 --batch 4 --seeds 1"
     values = option_files.read(option_files.recipe(name))
-    if "local_epochs" in values:
-        small += " --local-epochs 0.05"
+    small += " --local-epochs 0.05" if "local_epochs" in values else " --local-steps 1"
     if values.get("model") == "clip":  # of which there is none that is small
         small += " --model vit --head linear --full ^head/"
     return parse(["compare", "--recipe", name, *small.split(), "--minimum", "4", "--test-images", "2", *more])[1]

@@ -26,11 +26,12 @@ from experiments.setup import memory, on_disk, problem
 
 OPTIONS = (
     "compare --clients 4 --holdout-clients 2 --partition dirichlet:1 --minimum 4 --rounds 4 --eval-every 2 --seeds 2 "
-    "--local-steps 2 --batch 3 --rank 2 --test-images 7"
+    "--batch 3 --rank 2 --test-images 7"
 ).split()
 DRAWN = "--methods fedit+scaffold --clients-per-round 3 --rank 1,2 --augment flip"
 JUDGED = "--methods hyperlora --clients-per-round 3 --rank 1,2"
 STORED = "--methods hilora:root=0.4:cluster=0.6 --adapt-last 1 --prefix stored --seeds-at-once 2 --clients-per-round 2"
+STEPS = lambda more: [] if "--local-epochs" in more else ["--local-steps", "2"]
 UNEQUAL = "--methods ditto --adapt-last 1 --prefix anew --chunk 2 --local-epochs 0.3"
 
 
@@ -59,7 +60,17 @@ def resident(folder):
 
 
 def typed(folder: Path, out: Path, images: str, more: str) -> list[str]:
-    return [*OPTIONS, "--data", str(folder / "data"), "--images", images, "--out", str(out), *more.split()]
+    return [
+        *OPTIONS,
+        "--data",
+        str(folder / "data"),
+        "--images",
+        images,
+        "--out",
+        str(out),
+        *more.split(),
+        *STEPS(more),
+    ]
 
 
 def run(folder: Path, out: Path, images: str, more: str) -> bytes:

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from input_helpers import SMALL, good_arrays, refused
+from input_helpers import FEW, good_arrays, refused
 
 from experiments.config import Config
 from experiments.results import summary
@@ -109,4 +109,4 @@ def test_the_patch_embedding_may_be_adapted_too():
     ],
 )
 def test_switches_that_mean_nothing_are_refused(options, said, capsys, monkeypatch):
-    assert said in refused(["compare", *SMALL, *options.split()], capsys, monkeypatch)
+    assert said in refused(["compare", *FEW, *options.split()], capsys, monkeypatch)

@@ -16,6 +16,13 @@ from typing import Any
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ABOUT = "about"
+INSTEAD = {  # what an option says, these say too: where it is given, what stands further down of them is taken back
+    "alpha": ("scale",),
+    "scale": ("alpha",),
+    "local_steps": ("local_epochs", "local_cap"),
+    "local_steps_from": ("local_epochs", "local_cap"),
+    "local_epochs": ("local_steps", "local_steps_from"),
+}
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -37,7 +44,22 @@ def read(path: str | Path) -> dict[str, Any]:
         if not all(isinstance(part, dict) for part in parts):
             raise ValueError(f"--config {path} is not the config.json of a run, which has 'config' and 'speed'")
         found = {name: value for part in parts for name, value in part.items() if value is not None}
-    return {name.replace("-", "_"): value for name, value in found.items()}
+    own = {name.replace("-", "_"): value for name, value in found.items()}
+    if len(own) < len(found):
+        twice = next(name for name in found if name.replace("-", "_") != name and name.replace("-", "_") in found)
+        raise ValueError(f"--config {path} has both {twice} and {twice.replace('-', '_')}, which are one option")
+    return own
+
+
+def over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Of the options ``below`` those that stay where others are given ``above`` them: not what these take back.
+
+    A momentum is taken back by another optimizer.
+    """
+    back = {name for key, value in above.items() if value is not None for name in INSTEAD.get(key, ())}
+    if above.get("optimizer", "momentum") != "momentum":
+        back.add("momentum")
+    return {name: value for name, value in below.items() if name not in back - above.keys()}
 
 
 def recipe(name: str) -> Path:
