@@ -15,7 +15,8 @@ from input_helpers import SMALL, refused
 from PIL import Image
 
 from experiments.commands import describe_data
-from experiments.setup import columns, data, decoding, image_folder, tfds
+from experiments.config import Config
+from experiments.setup import columns, data, decoding, image_folder, problem, tfds
 from experiments.setup.on_disk import OnDisk
 
 
@@ -167,6 +168,22 @@ def test_split_lists_say_what_is_used(tmp_path):
         assert (y, domain, test) == (i // 2 % 3, i // 12, i // 6 % 2 == 1)
 
 
+def test_split_lists_may_lie_in_a_folder_of_their_own(tmp_path):
+    """Read in UTF-8, also where it says so itself; two of one name are not guessed between."""
+    folder(tmp_path)
+    (tmp_path / "splits").mkdir()
+    for split, i in (("train", 0), ("test", 1)):
+        (tmp_path / "splits" / f"own_{split}.txt").write_text(f"a/{i}.png 1\nb/{3 + i}.png 0\n", "utf-8-sig")
+    images = data.load(str(tmp_path))
+    assert images.classes == ("b", "a")
+    assert [i for x in images.x for i in range(6) if (pixels(i) == x).all()] == [1, 4, 0, 3]
+    np.testing.assert_array_equal(images.test, [True, True, False, False])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "own_train.txt").write_text("a/0.png 0\n")
+    with pytest.raises(ValueError, match=r"other/own_train.txt and .*splits/own_train.txt are two lists of one name"):
+        data.load(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
@@ -176,6 +193,7 @@ def test_split_lists_say_what_is_used(tmp_path):
         ("a/0.png 0\nb/3.png 0\n", r"line 2: class 0 is b here and a before"),
         ("a/0.png 0\na/1.png 1\n", r"two numbers to images in folders of one name"),
         ("\n", r"name no images"),
+        ("a/0.png 0\na/1.png 0\na/0.png 0\n", r"line 3: a/0.png is there before"),
     ],
 )
 def test_wrong_split_lists_are_refused(lines, said, tmp_path):
@@ -199,6 +217,36 @@ def test_what_lies_beside_splits_is_refused_and_an_image_has_one_split(tmp_path)
     put(tmp_path / "flat" / "1.png", 0)
     with pytest.raises(ValueError, match="lie in no folder of their class"):
         data.load(str(tmp_path / "flat"))
+
+
+@pytest.mark.parametrize("above", ["", "cat/"])
+def test_folders_for_training_and_testing_are_no_classes(above, tmp_path):
+    for i, split in enumerate(("train", "Test")):
+        put(tmp_path / above / split / "1.png", i)
+        put(tmp_path / above.replace("cat", "dog") / split / "2.png", i)
+    with pytest.raises(ValueError, match="expected train/CLASS/IMAGE, or DOMAIN/train/CLASS/IMAGE"):
+        data.load(str(tmp_path))
+
+
+def test_a_class_without_images_for_training_is_said(tmp_path, capsys):
+    for split, names in (("train", "ab"), ("test", "abc")):
+        for i, name in enumerate(names):
+            put(tmp_path / split / name / "1.png", i)
+    (tmp_path / "train" / "c").mkdir()
+    (tmp_path / "train" / "c" / "1.heic").write_bytes(b"of a phone")
+    (tmp_path / "train" / "a" / "notes.txt").write_text("beside an image")
+    images, _ = problem._images(Config(data=str(tmp_path)))
+    assert images.classes == ("a", "b", "c")
+    said = capsys.readouterr().err
+    assert "no training images of class c\n" in said
+    assert "1 folders hold files but no images that are read, as train/c\n" in said
+
+
+def test_what_is_left_out_is_said_each_time(tmp_path, capsys):
+    (folder(tmp_path / "images") / "a" / "0.png").write_bytes(b"damaged")
+    for _ in range(2):
+        assert len(data.load(str(tmp_path / "images"), skip=True, test_share=0.34).x) == 5
+        assert "left out, 1 of 6 images cannot be used" in capsys.readouterr().err
 
 
 def test_an_image_much_longer_than_wide_takes_no_more_memory_than_its_middle(tmp_path):
@@ -338,29 +386,60 @@ def test_an_extra_that_is_missing_is_named(monkeypatch):
         data.load("hf:cifar100")
 
 
-def saved(root: Path, **columns):
+def saved(root: Path, numbered=("cat dog", "cat dog"), **columns):
+    """Classes are cat, dog in turn, as each split numbers them."""
     datasets = pytest.importorskip("datasets")
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
-    features |= {name: datasets.Value("string") for name in columns}
-    make = lambda rows: datasets.Dataset.from_dict(
-        {
-            "image": [{"bytes": png(i), "path": None} for i in rows],
-            "label": [i % 2 for i in rows],
-            **{name: [value(i) for i in rows] for name, value in columns.items()},
-        },
-        features=datasets.Features(features),
-    )
-    datasets.DatasetDict({"train": make(range(12)), "test": make(range(12, 16))}).save_to_disk(str(root))
+
+    def make(rows, names):
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        features |= {name: kind for name, (kind, _) in columns.items() if kind is not None}
+        held = {name: [value(i) for i in rows] for name, (_, value) in columns.items()}
+        held |= {"image": [{"bytes": png(i), "path": None} for i in rows]}
+        held.setdefault("label", [names.index(("cat", "dog")[i % 2]) for i in rows])
+        return datasets.Dataset.from_dict(held, features=datasets.Features(features))
+
+    train, test = (make(rows, names.split()) for rows, names in zip((range(12), range(12, 16)), numbered, strict=True))
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(str(root))
 
 
 def test_a_folder_that_datasets_saved(tmp_path):
-    saved(tmp_path / "set", domain=lambda i: "pq"[i // 2 % 2], hospital=lambda i: f"h{i % 5}")
+    text = pytest.importorskip("datasets").Value("string")
+    saved(tmp_path / "set", domain=(text, lambda i: "pq"[i // 2 % 2]), hospital=(text, lambda i: f"h{i % 5}"))
     images = data.load(str(tmp_path / "set"))
     seen = check(images, 16, ("cat", "dog"))
     np.testing.assert_array_equal(images.test, seen >= 12)
     assert images.domains == ("p", "q")
     np.testing.assert_array_equal(images.domain, seen // 2 % 2)
     np.testing.assert_array_equal(columns.of(images, "hospital"), [f"h{i % 5}" for i in seen])
+
+
+def test_splits_may_number_their_classes_in_their_own_way(tmp_path):
+    saved(tmp_path / "set", ("cat dog", "dog cat"))
+    check(data.load(str(tmp_path / "set")), 16, ("cat", "dog"))
+    saved(tmp_path / "other", ("cat dog", "dog cat cow"), label=(None, lambda i: 1 + (i > 11)))
+    with pytest.raises(ValueError, match="label is cow, which train does not have, in 4 of 16 rows"):
+        data.load(str(tmp_path / "other"))
+
+
+def test_what_is_missing_is_nobodys(tmp_path):
+    """An unknown writer is no client; nor is -1 the last class, domain or site."""
+    library = pytest.importorskip("datasets")
+    site = library.ClassLabel(names=["north", "south"]), lambda i: i % 3 - 1
+    number = library.Value("int32"), lambda i: None if i < 3 else i % 2
+    saved(tmp_path / "set", site=site, number=number)
+    images = data.load(str(tmp_path / "set"))
+    seen = check(images, 16, ("cat", "dog"))
+    np.testing.assert_array_equal(columns.of(images, "site"), [("", "north", "south")[i % 3] for i in seen])
+    np.testing.assert_array_equal(columns.of(images, "number"), ["" if i < 3 else f"{i % 2}" for i in seen])
+    values, rng = columns.of(images, "site"), np.random.default_rng(0)
+    parts, names = columns.natural(values, 2, 1, rng, "column:site")
+    assert sorted(names) == ["north", "south"]
+    assert sorted(np.concatenate(parts)) == np.flatnonzero(values != "").tolist()
+    with pytest.raises(ValueError, match="and 3 clients are asked for"):
+        columns.natural(values, 3, 1, rng, "column:site")
+    saved(tmp_path / "domains", domain=site)
+    with pytest.raises(ValueError, match="domain is missing in 6 of 16 rows"):
+        data.load(str(tmp_path / "domains"))
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, capsys):

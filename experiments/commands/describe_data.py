@@ -37,6 +37,7 @@ class Plan:
                 raise ValueError(f"cannot write {path}: expected a name that ends in {suffix}, in an existing folder")
         self.options = options
         self.images = data.load(options.source, options.image_size, skip=options.skip_damaged, classes=options.classes)
+        data.note_untrained(self.images)
         self.train, self.test = np.flatnonzero(~self.images.test), np.flatnonzero(self.images.test)
         self.config = Config(
             partition=options.partition or "iid",

@@ -14,6 +14,7 @@ import numpy as np
 
 PREFIX = "column:"
 IMAGE = "image"  # what each decoded image is called
+MISSING = ""  # a text that stands for none: such an image is nobody's
 KEPT = "column/"  # begins the names of columns among the arrays of a source that is being decoded
 
 
@@ -50,11 +51,13 @@ def of(images: Any, name: str) -> np.ndarray:
 def natural(values: np.ndarray, clients: int, minimum: int, rng: np.random.Generator, text: str) -> tuple[list, list]:
     """Rows of as many clients, each all that has one of the ``values [n]``, drawn among those with enough; and which.
 
+    What has no value (``MISSING``) is nobody's.
+
     Raises:
       ValueError: there are fewer such values.
     """
     names, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    enough = np.flatnonzero(counts >= minimum)
+    enough = np.flatnonzero((counts >= minimum) & (names.astype(str) != MISSING))
     if len(enough) < clients:
         raise ValueError(
             f"--partition {text}: {len(enough)} of {len(names)} values have at least {minimum} training images, and "

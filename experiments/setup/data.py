@@ -8,6 +8,7 @@ integer ``[n_classes]`` (the one of each class; those of CIFAR-100 are known by 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,7 +175,8 @@ def _checked(name: str, arrays: dict[str, Any], test_share: float) -> Images:
         test = _split(domain * len(classes) + y, test_share)
     groups, told = _superclass(name, arrays, classes), arrays.get("columns", columns.NONE)
     images = Images(name, x, y, domain, test, classes, domains, groups, told)
-    _check_parts(images, "give it some, leave the domain out, or the array split")
+    apart = f"of each of its classes {test_share:g} is set apart for testing, rounded: give it more"
+    _check_parts(images, "give it some, or leave the domain out" if "split" in arrays else apart)
     return images
 
 
@@ -208,6 +210,14 @@ def _check_parts(images: Images, remedy: str) -> None:
         if not counts.all():
             where = f"domain {images.domains[int(np.argmin(counts))]!r} has" if images.has_domains else "it has"
             raise ValueError(f"{images.name}: {where} no {part} images: {remedy}")
+
+
+def note_untrained(images: Images) -> None:
+    """Say which classes have no training images, as one that is misspelt in a folder for testing."""
+    counts = np.bincount(images.y[~images.test], minlength=len(images.classes))
+    if len(none := np.flatnonzero(counts == 0)):
+        more = f" and {len(none) - 1} more" if len(none) > 1 else ""
+        print(f"note: {images.name}: no training images of class {images.classes[none[0]]}{more}", file=sys.stderr)
 
 
 def _superclass(name: str, arrays: dict[str, np.ndarray], classes: tuple[str, ...]) -> np.ndarray | None:

@@ -80,6 +80,10 @@ def decoded(listing: Listing, side: int | Resizing | None, skip: bool = False) -
             if arrays is None:
                 _make(kept, listing, side, skip)
                 arrays = _whole(kept)
+            elif count := json.loads((kept / "about.json").read_bytes())["left_out"]:
+                _note(
+                    f"{listing.name}: left out, {count} of {len(listing.names)} images cannot be used (named at first)"
+                )
     except OSError as error:
         raise ValueError(
             f"cannot keep the decoded images of {listing.name} in {kept.parent}: {error.strerror}; set XDG_CACHE_HOME "
@@ -168,13 +172,17 @@ def _decode(path: Path, listing: Listing, side: int | Resizing | None, skip: boo
         said = f"{len(bad)} of {count} images cannot be used ({some}{'; ...' * (len(bad) > SHOWN)})"
         if not skip or len(bad) == count:
             raise ValueError(f"{listing.name}: {said}: mend them, or leave them out with --skip-damaged")
-        print(f"note: {listing.name}: left out, {said}", file=sys.stderr, flush=True)
+        _note(f"{listing.name}: left out, {said}")
     good = np.setdiff1d(np.arange(count), list(bad))
     for place, i in enumerate(good):  # close the gaps, from the front
         if place != i:
             x[int(place)] = x[int(i)]
     os.truncate(path, len(good) * int(np.prod(pixels)))
     return [len(good), *pixels], good
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _in_parallel(one: Callable[[int], Any], count: int, what: str) -> Iterator[Any]:

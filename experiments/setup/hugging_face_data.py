@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.setup.columns import KEPT
+from experiments.setup import columns
 from experiments.setup.decoding import Listing, decoded
 from experiments.setup.resizing import Resizing
 
@@ -43,6 +43,9 @@ def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[s
     test = next((name for name in TESTS if name in splits), None)
     used = {"train": 0, **({} if test is None else {test: 1})}
     image, label, classes = _columns(source, splits["train"])
+    domains = ["domain"] if "domain" in splits["train"].column_names else []
+    if lacking := [x for x in (image, label, *domains) if test is not None and x not in splits[test].column_names]:
+        raise ValueError(f"--data {source}: the split {test} has no column {lacking[0]}, which train has")
     splits = {name: splits[name].cast_column(image, _library().Image(decode=False)) for name in used}
     places = [(name, i) for name in used for i in range(len(splits[name]))]
 
@@ -54,23 +57,49 @@ def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[s
         return held["bytes"] if held.get("bytes") is not None else Path(held["path"])
 
     def arrays() -> dict[str, np.ndarray]:
-        joined = lambda column: np.concatenate([np.asarray(splits[name][column]) for name in used])
-        own: dict[str, Any] = {"y": joined(label), "classes": np.array(classes)}
-        if "domain" in splits["train"].column_names:
-            kind, values = splits["train"].features["domain"], joined("domain")
-            values = np.asarray(kind.names)[values] if hasattr(kind, "names") else values.astype(str)
-            own["domains"], own["domain"] = np.unique(values, return_inverse=True)
+        joined = lambda column: _values([splits[name] for name in used], column)
+        own: dict[str, Any] = {"y": _numbers(source, label, joined(label), classes), "classes": np.array(classes)}
+        if domains:
+            values = joined("domain").astype(str)
+            own["domains"] = np.unique(values[values != columns.MISSING])
+            own["domain"] = _numbers(source, "domain", values, own["domains"].tolist())
         for name, kind in splits["train"].features.items():
-            if name not in (image, label) and all(name in splits[part].column_names for part in used):
-                if hasattr(kind, "names"):
-                    own[KEPT + name] = np.asarray(kind.names)[joined(name)]
-                elif getattr(kind, "dtype", "") in PLAIN:
-                    own[KEPT + name] = joined(name).astype(str if kind.dtype.endswith("string") else np.int64)
+            told = name not in (image, label) and all(name in splits[part].column_names for part in used)
+            if told and (hasattr(kind, "names") or getattr(kind, "dtype", "") in PLAIN):
+                own[columns.KEPT + name] = joined(name)
         return own if test is None else {**own, "split": np.array([used[name] for name, _ in places])}
 
-    identity = " ".join(splits[name]._fingerprint for name in used)
+    identity = " ".join(("classes by name", *(splits[name]._fingerprint for name in used)))
     names = [f"{name} {i}" for name, i in places]
     return decoded(Listing(source, identity, names, encoded, arrays), side, skip)
+
+
+def _values(splits: list[Any], column: str) -> np.ndarray:
+    """A column of all splits, class labels by their names, which each split numbers in its own way.
+
+    Where some are missing (of class labels -1 is that too), all are text.
+    """
+    values: list[Any] = []
+    for split in splits:
+        own, names = list(split[column]), getattr(split.features[column], "names", None)
+        values += own if names is None else [None if x is None or x < 0 else names[x] for x in own]
+    missing = any(x is None for x in values)
+    return np.array([columns.MISSING if x is None else str(x) for x in values]) if missing else np.array(values)
+
+
+def _numbers(source: str, column: str, values: np.ndarray, names: list[str]) -> np.ndarray:
+    """Names as numbers of them.
+
+    Raises:
+      ValueError: some are missing, or are none of these.
+    """
+    number = {name: i for i, name in enumerate(names)}
+    found = [number.get(str(x), -1) for x in values.tolist()]
+    if (count := found.count(-1)) > 0:
+        first = values[found.index(-1)]
+        what = f"is {first}, which train does not have," if first != columns.MISSING else "is missing"
+        raise ValueError(f"--data {source}: {column} {what} in {count} of {len(found)} rows: mend or leave them out")
+    return np.array(found)
 
 
 def _library() -> Any:

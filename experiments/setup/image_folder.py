@@ -2,8 +2,8 @@
 where there is no ``test``; else it is left out) above that where the folder is split, or between domain and class.
 
 So are PACS, Office-Home, VLCS, TerraIncognita and NICO++ laid out. Where lists ``DOMAIN_train.txt`` and
-``DOMAIN_test.txt`` lie in the folder, as DomainNet and NICO++ are published, they say which images there are, of which
-class, and how they are split.
+``DOMAIN_test.txt`` lie in the folder or in one right below it, as DomainNet and NICO++ are published, they say which
+images there are, of which class, and how they are split.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import numpy as np
 from experiments.setup.decoding import Listing, decoded
 from experiments.setup.resizing import Resizing
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".jfif", ".ppm", ".pgm")
 SPLITS = {"train": 0, "training": 0, "test": 1, "val": 1, "valid": 1, "validation": 1}
 LIST = re.compile(r"(?P<domain>.+)_(?P<split>train|test)\.txt")
 
@@ -46,9 +47,10 @@ def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[s
       ValueError: no images, folders of different depth, lists that do not fit, or as for ``decoded``.
     """
     root = Path(source)
-    lists = sorted(path for path in root.glob("*.txt") if LIST.fullmatch(path.name))
+    among = lambda pattern: sorted(path for path in root.glob(pattern) if LIST.fullmatch(path.name))
+    lists = among("*.txt") or among("*/*.txt")
     found, order = _listed(root, lists) if lists else (_placed(root), None)
-    names = [str(path.relative_to(root)) for path in found.paths]
+    names = [os.path.relpath(path, root) for path in found.paths]
 
     def arrays() -> dict[str, np.ndarray]:
         classes = order or sorted(set(found.classes))
@@ -72,9 +74,11 @@ def _placed(root: Path) -> Found:
     Raises:
       ValueError: there are no images, or they lie at different depths.
     """
-    paths = sorted(p for p in _files(root) if p.suffix.lower() in SUFFIXES and _is_shown(p.relative_to(root)))
+    shown = [path for path in _files(root) if _is_shown(path.relative_to(root))]
+    paths = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"{root} holds no images ({', '.join(SUFFIXES)}): expected FOLDER/CLASS/IMAGE")
+    _note_folders_without({path.parent for path in shown} - {root}, {path.parent for path in paths}, root)
     places = [path.relative_to(root).parts[:-1] for path in paths]
     at = next((i for i in (0, 1) if _is_split(places, i)), None)
     splits = None if at is None else [place[at].lower() for place in places]
@@ -91,9 +95,29 @@ def _placed(root: Path) -> Found:
             f"{root}: {shallow.relative_to(root)} and {deep.relative_to(root)} lie {min(depths)} and {max(depths)} "
             "folders deep: expected all of them in CLASS, or all in DOMAIN/CLASS"
         )
+    _refuse_splits_for_classes(root, {place[-1].lower() for place in named})
     domains = [place[0] for place in named] if depths == {2} else None
     of_split = None if splits is None else [SPLITS[split] for split in splits]
     return Found(paths, [place[-1] for place in named], domains, of_split)
+
+
+def _note_folders_without(held: set[Path], used: set[Path], root: Path) -> None:
+    """Say which folders hold files, and no image in or below them: it may have been meant as a class."""
+    above = {folder for path in used for folder in (path, *path.parents)}
+    if without := sorted(held - above):
+        first = without[0].relative_to(root)
+        print(
+            f"note: {root}: {len(without)} folders hold files but no images that are read, as {first}", file=sys.stderr
+        )
+
+
+def _refuse_splits_for_classes(root: Path, classes: set[str]) -> None:
+    training, testing = ({name for name, own in SPLITS.items() if own == split} for split in (0, 1))
+    if classes <= SPLITS.keys() and classes & training and classes & testing:
+        raise ValueError(
+            f"{root}: its images lie in {' and '.join(sorted(classes))}, and below these in no folder of their class: "
+            "expected train/CLASS/IMAGE, or DOMAIN/train/CLASS/IMAGE"
+        )
 
 
 def _is_split(places: list[tuple[str, ...]], at: int) -> bool:
@@ -114,21 +138,24 @@ def _is_split(places: list[tuple[str, ...]], at: int) -> bool:
 
 
 def _listed(root: Path, lists: list[Path]) -> tuple[Found, list[str]]:
-    """What lists of ``PATH NUMBER`` say, a path from the folder; and the classes in the order of their numbers, by the
-    name of the folder that their images lie in.
+    """What lists of ``PATH NUMBER`` say, a path from the folder, or from that of the list; and the classes in the order
+    of their numbers, by the name of the folder that their images lie in.
 
     Raises:
       ValueError: a list cannot be read, an image is not there, or numbers and folders do not agree.
     """
     rows, names, seen = [], {}, {}
+    first = {path.name: path for path in reversed(lists)}
+    if twice := [path for path in lists if path != first[path.name]]:
+        raise ValueError(f"{first[twice[0].name]} and {twice[0]} are two lists of one name: move one of them away")
     for path in lists:
         match = LIST.fullmatch(path.name)
         assert match is not None
-        for line, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        for line, text in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
             place, _, number = text.strip().rpartition(" ")
             if not text.strip():
                 continue
-            image = root / place
+            image = root / place if (root / place).is_file() else path.parent / place
             if not place or not re.fullmatch(r"\d{1,9}", number):
                 raise ValueError(f"{path}, line {line}: expected PATH NUMBER, got {text[:80]!r}")
             if not image.is_file():
@@ -140,10 +167,10 @@ def _listed(root: Path, lists: list[Path]) -> tuple[Found, list[str]]:
                 raise ValueError(
                     f"{path}, line {line}: class {number} is {image.parent.name} here and {names[int(number)]} before"
                 )
-            if seen.setdefault(place, path.name) != path.name:
-                raise ValueError(
-                    f"{path}, line {line}: {place} is in {seen[place]} too: an image has one domain and split"
-                )
+            if place in seen:
+                where = "there before" if seen[place] == path.name else f"in {seen[place]} too"
+                raise ValueError(f"{path}, line {line}: {place} is {where}: an image has one line, domain and split")
+            seen[place] = path.name
             rows.append((image, int(number), match["domain"], SPLITS[match["split"]]))
     if not rows:
         raise ValueError(f"{lists[0]} and the other lists beside it name no images")

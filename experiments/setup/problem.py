@@ -189,7 +189,9 @@ def _images(config: Config) -> tuple[Images, dict[str, str]]:
     images = data.load(config.data, size, skip=config.skip_damaged, classes=config.classes)
     if config.resplit is not None:
         images = data.resplit(images, config.resplit)
-    return data.validation(images, config.validation) if config.validation else images, resized
+    images = data.validation(images, config.validation) if config.validation else images
+    data.note_untrained(images)
+    return images, resized
 
 
 def _draws(config: Config, population: Population) -> dict[str, Any]:
