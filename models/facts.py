@@ -109,6 +109,13 @@ def find(
         told = _first(sources, names)
         found[fact], origins[fact] = told or (_guess(path, fact, width, channels), GUESS)
         _check(f"{path.name}: {fact} ({origins[fact]})", fact, found[fact], width, channels)
+        said = _first({origin: x for origin, x in sources.items() if origin != "given"}, names)
+        if origins[fact] == "given" and said is not None and _differ(found[fact], said[0]):
+            warnings.warn(
+                f"{path.name}: {fact} {shown(found[fact])} is given, and {said[1]} says {shown(said[0])}: the given "
+                "one is used, and a wrong one costs accuracy silently",
+                stacklevel=3,
+            )
         if fact in WORDS:
             found[fact] = WORDS[fact][found[fact]]
     if guessed := [fact for fact, origin in origins.items() if origin == GUESS]:
@@ -134,6 +141,14 @@ def _first(sources: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]) -> 
     """The first that a source says under one of the names, and which source."""
     told = ((source[name], origin) for origin, source in sources.items() for name in names if name in source)
     return next(((value, origin) for value, origin in told if value is not None and value != ""), None)
+
+
+def _differ(given: Any, said: Any) -> bool:
+    """Are these other numbers? (What is no number is looked at where it is used.)"""
+    try:
+        return not np.allclose(np.asarray(given, float), np.asarray(said, float), 1e-3, 1e-9)
+    except (TypeError, ValueError):
+        return False
 
 
 def _beside(folder: Path) -> dict[str, Mapping[str, Any]]:

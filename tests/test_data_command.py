@@ -1,5 +1,6 @@
 """What the data command says is what a run gets; a partition that it saves is dealt out again."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -54,9 +55,19 @@ def test_a_partition_is_the_one_of_a_run_and_can_be_kept(file, tmp_path, capsys)
     train, test = np.flatnonzero(~images.test), np.flatnonzero(images.test)
     parts, tests, _ = problem.dealt(Config(**options), images, train, test, 3)
     assert problem.partition_hash(parts, tests) in text
-    again, _, _ = problem.dealt(Config(**options | {"partition": f"file:{kept}"}), images, train, test, 7)
-    for one, other in zip(parts, again, strict=True):
+    config = Config(**options | {"partition": f"file:{kept}"})
+    again, their_tests, _ = problem.dealt(config, images, train, test, 7)
+    for one, other in zip(
+        [*parts, *tests], [*again, *their_tests], strict=True
+    ):  # the same clients, in an order of rows
         np.testing.assert_array_equal(np.sort(one), other)
+    with np.load(kept) as found:
+        np.savez(tmp_path / "other.npz", **{**found, "test_client": found["test_client"][1:]})
+    with pytest.raises(ValueError, match="one for each test image, below 6"):
+        problem.dealt(config, images, train, test[1:], 7)
+    other = dataclasses.replace(config, partition=f"file:{tmp_path / 'other.npz'}")
+    with pytest.raises(ValueError, match="one for each test image, below 6"):
+        problem.dealt(other, images, train, test, 7)
 
 
 def test_natural_clients_come_from_any_column(file, tmp_path):

@@ -92,6 +92,14 @@ def wide(classes, width):
 
 def fails():
     return {}["no"]
+
+
+def divides(classes):
+    return made(classes, lambda logits, features: (jnp.log(0 * logits), features))
+
+
+def scales(classes):
+    return made(classes, lambda logits, features: (logits, features / 0))
 """
 
 
@@ -136,6 +144,8 @@ def test_a_model_of_ones_own_is_compared_like_any_other(files):
         ("--model own.py:cnn", "a small CNN does not say which kernels get adapters: name one of its sets (all)"),
         ("--model own.py:cnn --targets all --adapt-last 1", "a small CNN has no blocks to count"),
         ("--model own.py:letters", "own.py:letters: targets is {'all': 'neck/kernel'}: expected lists"),
+        ("--model own.py:divides --targets all", "makes logits that are nan or infinite of 1 of 1 images"),
+        ("--model own.py:scales --targets all", "makes features that are nan or infinite of 72 of 72 images"),
         ("--model own.py:wide", "nothing gives it width: a default would, and there are classes"),
         ("--model own.py:fails", "own.py, line 74: KeyError: 'no'"),
         ("--model own.py:cnn --heads 3", "own.py:cnn does not take --heads: leave it out, got 3"),

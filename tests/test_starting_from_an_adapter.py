@@ -227,10 +227,13 @@ def test_what_is_no_adapter_of_this_model_is_refused(tmp_path, capsys, monkeypat
         ({"head": "cosine"}, "none there has the head of --head cosine: leave one of them out"),
     ],
 )
-def test_options_that_say_otherwise_are_refused(given, said, tmp_path):
+def test_options_that_say_otherwise_are_refused(given, said, tmp_path, capsys):
     _, backbone = vit(tmp_path / "vit")
     path = made_by_peft(tmp_path / "a")
     begun(path, backbone, rank=(1, 3), targets=("attn/query/kernel", "fc2/kernel"))
+    assert "note: --rank 1,3: clients of less than 3 are sent a part of the adapter" in capsys.readouterr().err
+    begun(path, backbone)
+    assert "note:" not in capsys.readouterr().err
     with pytest.raises(ValueError, match=said):
         begun(path, backbone, **given)
 

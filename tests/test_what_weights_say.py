@@ -82,11 +82,14 @@ def test_who_goes_before_whom(tmp_path):
     }
     rest = {"heads": 3, "ln_eps": 1e-3}
     path = write(tmp_path / "tiny.npz", None, {**rest, **of(2)}, **beside)
-    first = load_vit(path, **of(1))
+    with pytest.warns(UserWarning, match=r"mean 0.1,0.1,0.1 is given, and tiny.npz says 0.2,0.2,0.2: the given one is"):
+        first = load_vit(path, mean=of(1)["mean"], std=of(2)["std"])
     assert first.facts()["mean"] == "0.1,0.1,0.1 (given)"
     assert load_vit(path).facts()["mean"] == "0.2,0.2,0.2 (tiny.npz)"
-    assert load_vit(path, heads=4).model.heads == 4
-    assert load_vit(path, std=[0.7] * 3).facts()["mean"] == "0.2,0.2,0.2 (tiny.npz)"
+    with pytest.warns(UserWarning, match="heads 4 is given, and tiny.npz says 3"):
+        assert load_vit(path, heads=4).model.heads == 4
+    with pytest.warns(UserWarning, match=r"std 0.7,0.7,0.7 is given"):
+        assert load_vit(path, std=[0.7] * 3).facts()["mean"] == "0.2,0.2,0.2 (tiny.npz)"
     write(path, None, rest, **beside)
     third = load_vit(path)
     assert third.facts()["std"] == "0.3,0.3,0.3 (config.json)"
@@ -268,7 +271,7 @@ def test_a_command_says_once_what_it_uses_and_keeps_it_with_the_results(tmp_path
     # where something else says it now, the run would go on as another
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text(json.dumps({"record": kept}))
-    (tmp_path / "config.json").write_text(json.dumps(NORMAL))
+    (tmp_path / "config.json").write_text(json.dumps({**NORMAL, "std": [0.2] * 3}))
     with pytest.warns(UserWarning, match="GUESS"):
         other = load_vit(path, 10, heads=3, std=(0.2, 0.2, 0.2))
     with pytest.raises(ValueError, match=r"mean was \"0.5,0.5,0.5 \(guessed\)\", is \"0.1,0.2,0.3 \(config.json\)\""):

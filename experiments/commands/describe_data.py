@@ -56,9 +56,8 @@ class Plan:
             parts, tests, _ = self.dealt
             print("\n".join(["", *clients(self.images, self.train, parts, tests, self.config)]))
             if self.options.save:
-                content = partition_file.content(
-                    parts, len(self.train), partition_file.fingerprint(self.images, self.train)
-                )
+                held = parts, len(self.train), tests, len(self.test)
+                content = partition_file.content(*held, partition_file.fingerprint(self.images, self.train))
                 write_atomically(Path(self.options.save), content)
                 print(f"\nwrote {self.options.save}")
         if self.options.sheet:

@@ -104,6 +104,12 @@ def begins(config: Config, whole: Backbone, top: Backbone, classes: tuple[str, .
     print(
         f"adapter {folder}: of rank {rank}, scale {said.scale:g}, in {', '.join(updates)}; head {head}", file=sys.stderr
     )
+    if min(config.rank) < rank:
+        print(
+            f"note: --rank {','.join(map(str, config.rank))}: clients of less than {rank} are sent a part of the "
+            "adapter, as their method cuts it: they do not start from all that it has learned",
+            file=sys.stderr,
+        )
     digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()[:16]
     start = Start(updates, held, {"adapter": digest, "adapter_head": head})
     exactly = tuple(f"^{re.escape(kernel)}$" for kernel in updates)

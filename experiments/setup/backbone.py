@@ -217,7 +217,18 @@ def tokens_of(stem: Stem, x: np.ndarray | OnDisk, new: Callable[..., Any] = np.e
 
 def frozen_features(backbone: Backbone, x: np.ndarray | OnDisk) -> np.ndarray:
     """What the frozen model makes of images, ``[n, width]``."""
-    return _applied(lambda params, x: backbone.apply(params, NO_ADAPTER, x)[1], backbone.params, x)
+    return _applied(lambda params, x: backbone.apply(params, NO_ADAPTER, x, training=False)[1], backbone.params, x)
+
+
+def refuse_not_finite(backbone: Backbone, features: np.ndarray, x: np.ndarray | OnDisk) -> None:
+    """Refuse a model that makes no numbers of images: of all by its ``features``, of the first by its logits too."""
+    first = jax.jit(lambda params, x: backbone.apply(params, NO_ADAPTER, x, training=False)[0])(backbone.params, x[:1])
+    for what, made in (("features", features), ("logits", np.asarray(first))):
+        if bad := int((~np.isfinite(made).all(-1)).sum()):
+            raise ValueError(
+                f"{backbone.name} makes {what} that are nan or infinite of {bad} of {len(made)} images: look for a "
+                "division by 0, a logarithm of 0, or weights that are not finite"
+            )
 
 
 def _applied(

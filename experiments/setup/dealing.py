@@ -20,9 +20,13 @@ def dealt(config: Config, images: Images, train: np.ndarray, test: np.ndarray, s
         values = columns.of(images, config.partition.removeprefix(columns.PREFIX))
         parts, names = columns.natural(values[train], total, config.minimum, rng, config.partition)
         tests = [np.flatnonzero(values[test] == name) for name in names]  # of the same writers, hospitals, ...
+        tests = tests if all(map(len, tests)) else []
     else:
         parts, tests = _parts(config, images, train, rng), []
-    if not all(map(len, tests or [()])):
+        if config.partition.startswith(partition_file.PREFIX) and not config.validation:
+            path = config.partition.removeprefix(partition_file.PREFIX)
+            tests = partition_file.tests_of(path, len(test), total)
+    if not tests:
         cell = images.domain * len(images.classes) + images.y
         tests = partition.matching_tests(parts, cell[train], cell[test], rng)
     if config.test_images is not None:
@@ -38,6 +42,10 @@ def _parts(config: Config, images: Images, train: np.ndarray, rng: np.random.Gen
     """Rows of every client's training images, by a rule or by a file."""
     total, y, domain = config.clients + config.holdout_clients, images.y[train], images.domain[train]
     if not config.partition.startswith(partition_file.PREFIX):
+        try:
+            partition.parse(config.partition)
+        except ValueError as error:
+            raise ValueError(f"{error}; or {columns.PREFIX}NAME, {partition_file.PREFIX}PATH") from None
         groups = None if images.superclass is None else images.superclass[y]
         domains = domain if images.has_domains else None
         return partition.split(config.partition, y, domains, total, rng, config.minimum, groups)

@@ -1,9 +1,9 @@
 """A split over clients in a file: whose each training image is. Natural ones too, by writer or hospital.
 
 ``.npz`` with ``client`` integer ``[training images]``, in the order of the data (its test images left out): from 0, the
-unseen clients last, -1 of nobody; and ``images``, a fingerprint of the training images' classes and domains, where it
-was saved here: the images may well be of another size. With ``--validation`` a client's images that are set apart are
-left out.
+unseen clients last, -1 of nobody. Where it was saved here also ``test_client``, the same of the test images (which else
+are dealt out by class and domain), and ``images``, a fingerprint of the training images' classes and domains: the
+images may well be of another size. With ``--validation`` a client's images that are set apart are left out.
 """
 
 from __future__ import annotations
@@ -26,13 +26,31 @@ def fingerprint(images: Images, rows: np.ndarray) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(own).tobytes() for own in held)).hexdigest()[:16]
 
 
-def content(parts: list[np.ndarray], count: int, fingerprint: str) -> bytes:
-    """What a file says of ``count`` training images in these parts."""
-    client, buffer = np.full(count, -1, np.int32), io.BytesIO()
-    for i, part in enumerate(parts):
-        client[part] = i
-    np.savez_compressed(buffer, client=client, images=np.array(fingerprint))
+def content(parts: list[np.ndarray], count: int, tests: list[np.ndarray], tested: int, fingerprint: str) -> bytes:
+    """What a file says of ``count`` training images in these parts, and of ``tested`` test images."""
+    buffer, owners = io.BytesIO(), [np.full(n, -1, np.int32) for n in (count, tested)]
+    for client, own in zip(owners, (parts, tests), strict=True):
+        for i, rows in enumerate(own):
+            client[rows] = i
+    np.savez_compressed(buffer, client=owners[0], test_client=owners[1], images=np.array(fingerprint))
     return buffer.getvalue()
+
+
+def tests_of(path: str | Path, count: int, clients: int) -> list[np.ndarray]:
+    """Rows of every client's test images, of ``count``; ``[]`` where the file does not say.
+
+    Raises:
+      ValueError: the file cannot be read, or is of other test images or clients.
+    """
+    client = archive.read_npz(str(path), ("test_client",)).get("test_client")
+    if client is None:
+        return []
+    if client.shape != (count,) or client.dtype.kind not in "iu" or (count and client.max() >= clients):
+        raise ValueError(
+            f"--partition file:{path}: test_client is {client.dtype} {list(client.shape)}, expected integers "
+            f"[{count}], one for each test image, below {clients}"
+        )
+    return [np.flatnonzero(client == i) for i in range(clients)]
 
 
 def read(path: str | Path, count: int, clients: int, minimum: int, fingerprint: str) -> list[np.ndarray]:

@@ -22,6 +22,7 @@ from experiments.setup import (
     local_training,
     memory,
     on_disk,
+    user_code,
 )
 from experiments.setup import backbone as backbones
 from experiments.setup.caches import caches
@@ -149,6 +150,8 @@ def build(
     vary = config.label_smoothing, config.augment, config.dropout
     loss_fn, correct_fn, judge_fn = objectives(TASKS[config.task], top, stem, *vary)
     features = backbones.frozen_features(backbone, taken(images.x, train_rows))
+    if user_code.is_own(config.model or ""):
+        backbones.refuse_not_finite(backbone, features, images.x)
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
     adapters = _with_heads(config, jax.vmap(new)(keys), made, features, images.y[train_rows], len(images.classes))
