@@ -158,6 +158,24 @@ def test_what_nobody_asks_for_is_not_looked_at(tmp_path, case):
     assert set(members(path)) == {"x", "y"}
 
 
+def test_arrays_that_are_not_packed_are_found_in_the_file(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", first=np.arange(9), x=x, by_columns=np.asfortranarray(x), one=x[:, 0, 0])
+    for name, expected in (("x", x), ("one", x[:, 0, 0]), ("first", np.arange(9))):
+        place = archive.stored(tmp_path / "a.npz", name)
+        assert place is not None
+        found = np.fromfile(tmp_path / "a.npz", place.dtype, expected.size, offset=place.start).reshape(place.shape)
+        np.testing.assert_array_equal(found, expected)
+    assert archive.stored(tmp_path / "a.npz", "by_columns") is None
+    assert archive.stored(tmp_path / "a.npz", "y") is None
+    np.savez_compressed(tmp_path / "b.npz", x=x)
+    assert archive.stored(tmp_path / "b.npz", "x") is None
+    content = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(content.replace(b"(5, 4, 3)", b"(9, 4, 3)"))
+    with pytest.raises(ValueError, match=r"damaged, truncated or no .npz file"):
+        archive.stored(tmp_path / "a.npz", "x")
+
+
 def test_arrays_beyond_the_memory_of_the_machine_are_refused_unread(tmp_path, monkeypatch):
     """Zeros pack a thousand to one: a small file may well hold what no memory does."""
     np.savez_compressed(tmp_path / "zeros.npz", x=np.zeros(2**20), y=np.zeros(3))

@@ -22,7 +22,8 @@ from experiments.config import Config, Export
 from experiments.engine import evaluation, parts, staging
 from experiments.engine.trial import Trial
 from experiments.results.checkpoints import Checkpoints
-from experiments.setup import memory, on_disk, problem
+from experiments.setup import data, memory, on_disk, problem
+from models import archive
 
 OPTIONS = (
     "compare --clients 4 --holdout-clients 2 --partition dirichlet:1 --minimum 4 --rounds 4 --eval-every 2 --seeds 2 "
@@ -156,6 +157,26 @@ def test_images_are_staged_where_they_take_more_than_half_of_memory(monkeypatch)
         assert not problem.is_staged(Config(images="resident"), 100)
 
 
+def test_images_of_a_npz_larger_than_memory_are_read_as_they_are_needed(tmp_path, monkeypatch):
+    change()(tmp_path / "whole.npz")
+    whole = data.load(str(tmp_path / "whole.npz"))
+    monkeypatch.setattr(memory, "RESIDENT", 0)
+    monkeypatch.setattr(archive, "_memory", lambda: 4000)  # all but x
+    images = data.load(str(tmp_path / "whole.npz"))
+    assert isinstance(images.x, on_disk.OnDisk)
+    assert images.fingerprint() == whole.fingerprint()
+    for some in (lambda x: data.of_classes(x, ["c", "a"]), lambda x: data.validation(x, 0.25)):
+        np.testing.assert_array_equal(np.asarray(some(images).x), some(whole).x)
+    np.savez_compressed(tmp_path / "packed.npz", **np.load(tmp_path / "whole.npz"))
+    with pytest.raises(ValueError, match=r"of images x as np.savez writes them, not packed"):
+        data.load(str(tmp_path / "packed.npz"))
+    monkeypatch.setattr(archive, "_memory", lambda: 2**40)
+    built = problem.build(
+        Config(data=str(tmp_path / "whole.npz"), clients=4, holdout_clients=0, minimum=2), may_stage=True
+    )
+    assert built.staged
+
+
 def test_what_needs_all_images_at_once_says_so(tmp_path, monkeypatch):
     change()(tmp_path / "data.npz")
     config = Config(data=str(tmp_path / "data.npz"), minimum=2)
@@ -172,8 +193,8 @@ def test_models_of_a_staged_run_are_exported_as_of_a_resident_one(folder, reside
     resident(STORED)
     (out,) = [path for path in folder.glob("resident*") if "hilora" in (path / "config.json").read_text()]
     held = []
-    for share in (problem.RESIDENT, 0):
-        monkeypatch.setattr(problem, "RESIDENT", share)
+    for share in (memory.RESIDENT, 0):
+        monkeypatch.setattr(memory, "RESIDENT", share)
         plan = export.Plan(Export(str(out), model="client:5", to="npz", out=str(tmp_path / f"{share}")))
         assert plan.problem.staged is (share == 0)
         plan.execute()

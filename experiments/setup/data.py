@@ -8,6 +8,7 @@ integer ``[n_classes]`` (the one of each class; those of CIFAR-100 are known by 
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.setup import columns, hugging_face_data, image_folder, tfds
+from experiments.setup import columns, hugging_face_data, image_folder, memory, on_disk, tfds
 from experiments.setup.columns import Columns
 from experiments.setup.on_disk import OnDisk, taken
 from experiments.setup.resizing import Resizing
@@ -143,13 +144,22 @@ def load(
 
 
 def _read(source: str) -> dict[str, Any]:
-    arrays = archive.read_npz(source, CONTRACT)
+    x = _on_disk(source)
+    arrays = archive.read_npz(source, CONTRACT if x is None else CONTRACT[1:]) | ({} if x is None else {"x": x})
     missing = [key for key in ("x", "y", "classes") if key not in arrays]
     if missing:
         has = ", ".join(archive.members(source)) or "none"
         raise ValueError(f"{source} lacks the array(s) {', '.join(missing)}; it has {has}")
     others = tuple(name for name in archive.members(source) if name not in CONTRACT)
     return {**arrays, "columns": Columns(others, lambda name: archive.read_npz(source, (name,))[name])}
+
+
+def _on_disk(source: str) -> OnDisk | None:
+    """Images of a ``.npz`` that would take more than a part of memory, where it has not packed them: read as needed."""
+    place, have = archive.stored(source, "x"), memory.available()
+    if place is None or have is None or place.dtype != np.uint8 or math.prod(place.shape) <= memory.RESIDENT * have:
+        return None
+    return on_disk.opened(Path(source), place.shape, place.dtype, start=place.start)
 
 
 def _checked(name: str, arrays: dict[str, Any], test_share: float) -> Images:

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+RESIDENT = 0.5  # of the memory there is, at most, for images that are all on the device, or read whole
+
 
 def available() -> int | None:
     """Bytes that a device has for arrays: an accelerator's limit; of a CPU what is free and what ours hold already.

@@ -41,14 +41,22 @@ class OnDisk:
       dtype: of each number.
       rows: which of them; ``None``: all.
       digest: of ``hashlib``, of all that is in the file, where somebody has read it whole.
+      start: byte of the file at which the first begins.
     """
 
     def __init__(
-        self, file: File, name: str, shape: tuple[int, ...], dtype: Any, rows: np.ndarray | None = None, digest=None
+        self,
+        file: File,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        rows: np.ndarray | None = None,
+        digest: Any = None,
+        start: int = 0,
     ):
         self._file, self.name, self.dtype, self._rows, self.digest = file, name, np.dtype(dtype), rows, digest
         self.shape = (shape[0] if rows is None else len(rows), *shape[1:])
-        self._of_all = shape
+        self._of_all, self._start = shape, start
         self._each = int(np.prod(shape[1:], dtype=np.int64)) * self.dtype.itemsize  # bytes
 
     ndim = property(lambda self: len(self.shape))
@@ -74,7 +82,7 @@ class OnDisk:
     def of(self, rows: np.ndarray) -> OnDisk:
         """Some of them alone; nothing is read."""
         own = np.arange(len(self))[rows] if self._rows is None else self._rows[rows]
-        return OnDisk(self._file, self.name, self._of_all, self.dtype, own)
+        return OnDisk(self._file, self.name, self._of_all, self.dtype, own, start=self._start)
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Into ``out [len(rows), ...]``; rows that lie beside one another are read together.
@@ -86,12 +94,12 @@ class OnDisk:
         into = _bytes(out)
         starts = np.flatnonzero(np.diff(places, prepend=-2) != 1)
         for begin, end in zip(starts, [*starts[1:], len(places)], strict=True):
-            self._fill(into[begin * self._each : end * self._each], int(places[begin]) * self._each)
+            self._fill(into[begin * self._each : end * self._each], self._start + int(places[begin]) * self._each)
 
     def __setitem__(self, index: slice | int, values: np.ndarray) -> None:
         """Write one, or neighbours, of a file made for that."""
         start = index if isinstance(index, int) else index.start
-        left, at = _bytes(np.ascontiguousarray(values)), start * self._each
+        left, at = _bytes(np.ascontiguousarray(values)), self._start + start * self._each
         while len(left):
             done = os.pwrite(self._file.descriptor, left, at)
             left, at = left[done:], at + done
@@ -118,9 +126,9 @@ def _lost(name: str, why: str) -> OSError:
                    "with --resume, when they are there")  # fmt: skip
 
 
-def opened(path: Path, shape: tuple[int, ...], dtype: Any, digest: Any = None) -> OnDisk:
-    """What is in a file."""
-    return OnDisk(File(os.open(path, os.O_RDONLY)), str(path), shape, dtype, digest=digest)
+def opened(path: Path, shape: tuple[int, ...], dtype: Any, digest: Any = None, start: int = 0) -> OnDisk:
+    """What is in a file, from a byte on."""
+    return OnDisk(File(os.open(path, os.O_RDONLY)), str(path), shape, dtype, digest=digest, start=start)
 
 
 def made(path: Path, shape: tuple[int, ...], dtype: Any) -> OnDisk:

@@ -37,8 +37,6 @@ from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.signatures import Signature
 from models.backbone import Backbone, Stem
 
-RESIDENT = 0.5  # of the memory there is, at most, for images that are all on the device
-
 
 class Clients(NamedTuple):
     """All clients, the training ones first, then the unseen ones (in ``Problem`` with a leading axis of seeds)."""
@@ -234,7 +232,7 @@ def of_seeds(problem: Problem, start: int, stop: int) -> Problem:
 def is_staged(config: Config, size: int) -> bool:
     """Do images (or tokens) of so many bytes stay where they are, and only those that are drawn go to the device?"""
     have = memory.available()
-    return config.images == "staged" or (config.images == "auto" and have is not None and size > RESIDENT * have)
+    return config.images == "staged" or (config.images == "auto" and have is not None and size > memory.RESIDENT * have)
 
 
 def _shown(config: Config, stem: Stem | None, x: Any, may_stage: bool) -> tuple[Stem | None, Any, bool]:
