@@ -147,9 +147,7 @@ def build(
     base = jax.device_put(base)
     vary = config.label_smoothing, config.augment, config.dropout
     loss_fn, correct_fn, judge_fn = objectives(TASKS[config.task], top, stem, *vary)
-    features = backbones.frozen_features(backbone, taken(images.x, train_rows))
-    if user_code.is_own(config.model or ""):
-        backbones.refuse_not_finite(backbone, features, images.x)
+    features = _features(config, backbone, taken(images.x, train_rows))
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
     adapters = _with_heads(config, jax.vmap(new)(keys), made, features, images.y[train_rows], len(images.classes))
@@ -193,6 +191,14 @@ def _images(config: Config) -> tuple[Images, dict[str, str]]:
     images = data.validation(images, config.validation) if config.validation else images
     data.note_untrained(images)
     return images, resized
+
+
+def _features(config: Config, backbone: Backbone, x: Any) -> np.ndarray:
+    """Of training images; a model of one's own must make numbers of them."""
+    features = backbones.frozen_features(backbone, x)
+    if user_code.is_own(config.model or ""):
+        backbones.refuse_not_finite(backbone, features, x)
+    return features
 
 
 def _draws(config: Config, population: Population) -> dict[str, Any]:
