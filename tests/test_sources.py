@@ -360,6 +360,16 @@ def test_configs_are_domains(tmp_path, monkeypatch):
     np.testing.assert_array_equal(images.test, seen % 16 >= 12)
 
 
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: os.truncate(path, 70_000)])
+def test_prepared_files_that_are_damaged_or_gone_are_one_line(change, tmp_path, monkeypatch):
+    prepared(monkeypatch, tmp_path / "sets", "array_record")
+    (path,) = (tmp_path / "sets").rglob("*test.array_record-*")
+    assert path.stat().st_size != 70_000
+    change(path)
+    with pytest.raises(ValueError, match=r"record 0 of tfds:own/.* test cannot be read from .*prepare it anew$"):
+        data.load("tfds:own")
+
+
 def test_what_is_not_prepared_is_said_in_one_line(tmp_path, monkeypatch, capsys):
     prepared(monkeypatch, tmp_path / "sets", "tfrecord")
     capsys.readouterr()

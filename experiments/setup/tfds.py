@@ -60,12 +60,11 @@ def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[s
     places = [(part, i) for part in parts for i in range(len(part.records))]
 
     def encoded(i: int) -> bytes:
-        part, own = places[i]
-        return bytes(part.records[own][image])
+        return bytes(_record(*places[i])[image])
 
     def arrays() -> dict[str, np.ndarray]:
         names = (label, *_columns(builders, (image, label)))
-        records = (part.records[i] for part, i in places)
+        records = (_record(part, i) for part, i in places)
         said = np.array([[record[name] for name in names] for record in records], object).reshape(-1, len(names)).T
         own: dict[str, Any] = {"y": said[0].astype(np.int32), "classes": np.array(classes)}
         own |= {KEPT + name: _plain(values) for name, values in zip(names[1:], said[1:], strict=True)}
@@ -75,6 +74,19 @@ def read(source: str, side: int | Resizing | None, skip: bool = False) -> dict[s
 
     names = [f"{part.name} {i}" for part, i in places]
     return decoded(Listing(source, _identity(builders), names, encoded, arrays), side, skip)
+
+
+def _record(part: Part, i: int) -> dict[str, Any]:
+    """One record.
+
+    Raises:
+      ValueError: its file is not there, damaged or truncated; array_record's own errors are of any kind.
+    """
+    try:
+        return part.records[i]
+    except Exception as error:
+        said = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"cannot be read from the files of {part.name} ({said}): prepare it anew") from None
 
 
 def _library() -> Any:
@@ -145,7 +157,19 @@ def _parts(builder: Any, domain: int, image: str) -> list[Part]:
         raise ValueError(f"{builder.info.full_name} has the splits {', '.join(splits)}: expected train")
     test = next((name for name in TESTS if name in splits), None)
     own = lambda name, split: Part(f"{builder.info.full_name} {name}", domain, split, _records(builder, name, image))
-    return [own("train", 0)] + ([] if test is None else [own(test, 1)])
+    parts = [own("train", 0)] + ([] if test is None else [own(test, 1)])
+    for part, name in zip(parts, ("train", test), strict=False):
+        _refuse_damaged(part, splits[name].shard_lengths)
+    return parts
+
+
+def _refuse_damaged(part: Part, lengths: Sequence[int]) -> None:
+    """The first record of every file can be read: array_record finds it by the end of the file."""
+    for i in np.cumsum([0, *lengths])[:-1][np.array(lengths) > 0].tolist():
+        try:
+            _record(part, i)
+        except ValueError as error:
+            raise ValueError(f"record {i} of tfds:{part.name} {error}") from None
 
 
 def _records(builder: Any, split: str, image: str) -> Sequence[dict[str, Any]]:
