@@ -55,7 +55,7 @@ class Plan:
 
     def forecast(self) -> None:
         """Print what the run would need."""
-        print(forecast.table(self.config, self.problem, self._compiled(self.trials.values())))
+        print(forecast.table(self.config, self.problem, list(self.trials.values())))
 
     def execute(self) -> Path:
         """Run, write, print. Returns the report's path.

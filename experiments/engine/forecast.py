@@ -1,18 +1,20 @@
 """What a run would need, before it is run: memory, traffic, arithmetic, time (``--dry-run``).
 
-Memory is that of the process: what it holds now beside arrays (libraries, compiled programs, images on the host),
-arrays that stay (model, images, clients, runs) and what the larger of the two programs, rounds and evaluation, computes
-with. Arithmetic is that of local steps. Time is that of local steps and of evaluation, each compiled alone and timed
-now: one step of as many clients as are trained at once, times the passes of a method; the global model on the test
-images; as many clients' models as are scored at once on their own. Aggregation is left out, and so are compiling and
-setting up.
+No method's programs are compiled. Memory is that of the process: what it holds beside arrays (libraries, images on the
+host), what compiling takes of it (by how long the longest program is), arrays that stay (model, images, clients, runs)
+and what a round or an evaluation computes with. Arithmetic is that of local steps. Time is that of compiling (by how
+long programs are), of local steps and of evaluation. Two things are compiled alone and timed now: one step of as many
+clients as are trained at once, which counts as often as a method passes over batches; and the scores of the global
+model on the test images and of as many clients' models as are scored at once on their own. Aggregation is left out, and
+so is setting up.
+
+What was compiled for a run says exactly what it takes (``need``), and is refused where that is too much.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,21 +25,18 @@ import numpy as np
 
 from experiments.config import Config
 from experiments.engine import chunking, evaluation, parts, traffic
-from experiments.engine.staging import Staged, gathered
+from experiments.engine.staging import Staged
+from experiments.engine.timed import Scoring, Step, one_scoring, one_step
 from experiments.engine.trial import Trial
 from experiments.results import summary
 from experiments.setup import memory
-from experiments.setup.local_training import make_optimizer
 from experiments.setup.on_disk import OnDisk
 from experiments.setup.problem import Problem
-from experiments.setup.task import AT_ONCE
-from fedlora_jax import rounds, training
+from fedlora_jax import rounds
 from fedlora_jax.method import Method
-from fedlora_jax.methods.fedit import fedit
 
-REPEATS = 3
-TIMED = 16  # times as many test images as are scored at once: of staged ones no more are timed
-STEPS = 5  # local steps timed in one call, as a client takes them: what a call allocates is no part of each
+COMPILING = 650  # bytes that XLA takes of a CPU's memory for each letter of a program's text; jaxlib 0.10
+ROUND = 5  # times what clients are sent: sent, received, their changes, and what the server makes of them
 
 
 class Need(NamedTuple):
@@ -45,7 +44,7 @@ class Need(NamedTuple):
 
     held: int  # of arrays that stay on the device
     work: int  # of temporaries and results of the larger program
-    process: int = 0  # that are there already, beside arrays; of a CPU
+    process: int = 0  # that are there beside arrays, or will be; of a CPU
 
     @property
     def arrays(self) -> int:
@@ -56,21 +55,6 @@ class Need(NamedTuple):
         return self.arrays + self.process
 
 
-class Step(NamedTuple):
-    """One local step of ``clients`` clients at once."""
-
-    clients: int
-    seconds: float
-    flops: float
-
-
-class Scoring(NamedTuple):
-    """Seconds of one evaluation."""
-
-    whole: float  # the global model on all test images
-    own: float  # one client's model on its own ones, where as many are scored at once as in a run
-
-
 def need(trial: Trial) -> Need | None:
     """Memory of a compiled trial, whose programs run one after another; ``None`` where XLA does not tell."""
     works = [program.memory_analysis() for program in trial.course.compiled]
@@ -79,6 +63,27 @@ def need(trial: Trial) -> Need | None:
     new = lambda m: m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     work = max(new(m) + m.generated_code_size_in_bytes for m in works)
     return Need(trial.course.held, work, memory.beside_arrays())
+
+
+def foretold(trial: Trial, letters: int, step: Step, scoring: Scoring, process: int) -> Need:
+    """Memory of a trial that is not compiled.
+
+    Args:
+      trial: the method; of what its clients train all steps are taken to be those of FedIT.
+      letters: of the text of the longest program.
+      step, scoring: what was timed.
+      process: bytes that the process held beside arrays before anything compiled.
+    """
+    config, problem = trial.config, trial.problem
+    _, together = chunking.choose(config, problem)
+    drawn = parts.steps_of(config, problem) * config.batch + trial.method.query
+    rows = lambda tree: memory.bytes_of(tree) // len(config.seeds)  # of one seed
+    sent = ROUND * config.cohort * rows(problem.adapters)
+    of_round = step.work + sent + config.cohort * drawn * parts.bytes_of_one(problem)
+    served = min(sum(config.scored), evaluation.GROUP) * rows(problem.adapters)
+    work = together * max(of_round, max(scoring.work, step.work) + ROUND * served)
+    on_cpu = jax.default_backend() == "cpu"
+    return Need(trial.course.held, work, process + COMPILING * letters * on_cpu)
 
 
 def too_large(config: Config, problem: Problem, name: str, needed: Need | None) -> str | None:
@@ -102,11 +107,12 @@ def too_large(config: Config, problem: Problem, name: str, needed: Need | None) 
 
 
 def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
-    """One line for each compiled method, and how its numbers were found."""
-    notes = unequal(problem)
+    """One line for each method, and how its numbers were found."""
+    notes, process = unequal(problem), memory.beside_arrays()
     config = dataclasses.replace(config, local_steps=problem.longest or config.local_steps)
     step, scoring, have = one_step(config, problem), one_scoring(config, problem), memory.available()
-    frozen = _count(problem.base)
+    frozen, done = _count(problem.base), (step.compiled, scoring.compiled)
+    of_letter = sum(x.seconds for x in done) / sum(x.letters for x in done)
     rows = [["method", "frozen", "trained", "KiB up", "KiB down", "GFLOP/round", "peak memory", "compile s"]]
     rows[0] += ["rounds s", "scores s", "run s"]
     for trial in trials:
@@ -115,8 +121,9 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
         up, down = (x / len(cohort) / 1024 for x in traffic.whole_round(trial.method, shapes, cohort))
         passes = trial.method.meta_gradient.passes(config.local_steps) * len(cohort)
-        needed = need(trial)
-        training, evaluation = seconds(config, trial.method, step, scoring, passes)
+        letters = [len(x.as_text()) for x in (trial.course.lowered, *trial.course.lowered_scores())]
+        needed = foretold(trial, max(letters), step, scoring, process)
+        took = of_letter * sum(letters), *seconds(config, trial.method, step, scoring, passes)
         rows.append(
             [
                 trial.name,
@@ -125,9 +132,8 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
                 f"{up:.1f}",
                 f"{down:.1f}",
                 f"{passes * step.flops / step.clients / 1e9:.3g}",
-                "unknown" if needed is None else _size(needed.peak),
-                f"{trial.compile_seconds:.1f}",
-                *(f"{took:.3g}" for took in (training, evaluation, training + evaluation)),
+                _size(needed.peak),
+                *(f"{x:.3g}" for x in (*took, sum(took))),
             ]
         )
         if reason := too_large(config, problem, trial.name, needed):
@@ -141,8 +147,9 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
             f"{step.clients} clients timed now ({1e3 * step.seconds:.3g} ms);",
             f"scores s: {config.rounds // config.eval_every} evaluations, from the global model on all test images "
             f"({1e3 * scoring.whole:.3g} ms) and a client's on its own ({1e3 * scoring.own:.3g} ms);",
-            "run s: both, without compiling;",
-            f"peak memory: of the process, which holds {_size(memory.beside_arrays())} beside arrays now; "
+            f"compile s: by the length of programs, a million letters in the {1e6 * of_letter:.3g} s that it took now; "
+            "run s: all three;",
+            f"peak memory: of the process, which holds {_size(process)} beside arrays; "
             f"free for arrays: {'unknown' if have is None else _size(have)}",
             images_are(problem, trials[0]),
             *notes,
@@ -174,60 +181,6 @@ def unequal(problem: Problem) -> list[str]:
         f"clients take {fewest.min()} to {most.max()} local steps, mean {mean.mean():.1f}; counted are "
         f"{most.max()} for each, which is what clients side by side compute (--chunk 1 skips what is not taken)"
     ]
-
-
-def one_step(config: Config, problem: Problem) -> Step:
-    """Time of a local step of as many clients as are trained at once: the best of a few calls; and its arithmetic."""
-    clients, _ = chunking.choose(config, problem)
-    local = training.make_local(fedit(), problem.loss_fn, make_optimizer(config))
-    adapter = jax.tree.map(lambda x: x[0], problem.adapters)
-    mask = jax.tree.map(jnp.ones_like, adapter)
-
-    def train(base, *one):
-        train = lambda *one: local(base, *one, jax.random.key(0))
-        return train(*one) if clients == 1 else jax.vmap(train)(*one)
-
-    def arguments(steps: int) -> tuple:
-        rows = jnp.tile(jnp.arange(config.batch), (steps, 1))
-        one = (adapter, mask, adapter, tuple(x[rows % len(x)] for x in problem.train))
-        return problem.base, *(one if clients == 1 else jax.tree.map(lambda x: jnp.stack([x] * clients), one))
-
-    steps = min(config.local_steps, STEPS)
-    flops = (jax.jit(train).lower(*arguments(1)).cost_analysis() or {}).get("flops", math.nan)
-    return Step(clients, _timed(train, *arguments(steps)) / steps, flops)
-
-
-def one_scoring(config: Config, problem: Problem) -> Scoring:
-    """Time of the two parts of an evaluation."""
-    total, (chunk, _) = sum(config.scored), chunking.choose(config, problem)
-    clients = evaluation.scored_at_once(total, chunk)
-    adapter = jax.tree.map(lambda x: x[0], problem.adapters)
-    several = jax.tree.map(lambda x: jnp.stack([x] * clients), adapter)
-    rows, some = np.asarray(problem.clients.test_rows[0, :clients]), problem.test[:2]
-    (x, y), count = some, len(some[1])
-    if problem.staged:
-        (x, y), places = gathered(some, rows, rows.size)
-        rows, some = places[rows], tuple(a[: TIMED * AT_ONCE] for a in some)
-
-    def own(base, x, y, adapters, rows):
-        one = lambda row: problem.correct_fn(base, row[0], (x[row[1]], y[row[1]]))
-        many = (adapters, rows)
-        return jax.vmap(one)(many) if clients > 1 else one(jax.tree.map(lambda x: x[0], many))
-
-    whole = lambda base, adapter, *test: problem.correct_fn(base, adapter, test)
-    took = _timed(whole, problem.base, adapter, *some) * count / len(some[1])
-    return Scoring(took, _timed(own, problem.base, x, y, several, rows) / clients)
-
-
-def _timed(function: Any, *arguments: Any) -> float:
-    """Seconds of one call, compiled: the best of a few."""
-    compiled, took = jax.jit(function).lower(*arguments).compile(), []
-    jax.block_until_ready(compiled(*arguments))  # the first call also allocates
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        took.append(time.perf_counter() - begin)
-    return min(took)
 
 
 def seconds(config: Config, method: Method, step: Step, scoring: Scoring, passes: float) -> tuple[float, float]:

@@ -27,12 +27,17 @@ class Resident:
 
     def compile(self) -> float:
         """Everything, once; seconds that the rounds took."""
-        p, begin = self._problem, time.perf_counter()
+        begin = time.perf_counter()
         self._train = self.lowered.compile()
         took = time.perf_counter() - begin
-        arguments = (p.base, p.train, p.test, p.clients, self._start, p.keys, np.bool_(True))
-        self._evaluate = self._made.evaluate.lower(*arguments).compile()
+        (evaluate,) = self.lowered_scores()
+        self._evaluate = evaluate.compile()
         return took
+
+    def lowered_scores(self) -> list[Any]:
+        """The programs of an evaluation."""
+        p = self._problem
+        return [self._made.evaluate.lower(p.base, p.train, p.test, p.clients, self._start, p.keys, np.bool_(True))]
 
     @property
     def compiled(self) -> tuple[Any, ...]:

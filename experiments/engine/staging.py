@@ -143,17 +143,24 @@ class Staged:
     def compile(self) -> float:
         begin = time.perf_counter()
         self._train = self.lowered.compile()
-        took, p, common = time.perf_counter() - begin, self._problem, (self._everyone, self._start)
-        trials = self._calls.trials.lower(p.base, self._like(self.sizes.by_trials), *common)
-        held = trials.out_info
-        self._trials = trials.compile()
-        sent, tuned = self._like(0, self.sizes.by_clients), self._like(self.sizes.by_steps, self.sizes.by_clients)
-        self._sent = self._calls.sent.lower(p.base, sent, *common, held, *self._scored[0]).compile()
-        self._tuned = self._calls.tuned.lower(p.base, tuned, *common, held, *self._scored[0]).compile()
-        lengths = {stop - start for start, stop in self._tests}
-        whole = lambda n: self._calls.whole.lower(p.base, self._like(0, n).test, *common).compile()
-        self._whole = {n: whole(n) for n in lengths}
+        took = time.perf_counter() - begin
+        self._trials, self._sent, self._tuned, *whole = (program.compile() for program in self.lowered_scores())
+        self._whole = dict(zip(self._lengths(), whole, strict=True))
         return took
+
+    def lowered_scores(self) -> list[Any]:
+        """The programs of an evaluation."""
+        p, common = self._problem, (self._everyone, self._start)
+        trials = self._calls.trials.lower(p.base, self._like(self.sizes.by_trials), *common)
+        sent, tuned = self._like(0, self.sizes.by_clients), self._like(self.sizes.by_steps, self.sizes.by_clients)
+        own = *common, trials.out_info, *self._scored[0]
+        of_clients = [self._calls.sent.lower(p.base, sent, *own), self._calls.tuned.lower(p.base, tuned, *own)]
+        whole = [self._calls.whole.lower(p.base, self._like(0, n).test, *common) for n in self._lengths()]
+        return [trials, *of_clients, *whole]
+
+    def _lengths(self) -> list[int]:
+        """Test images of a part that scores the global model: of the last one perhaps fewer."""
+        return sorted({stop - start for start, stop in self._tests})
 
     @property
     def compiled(self) -> tuple[Any, ...]:
