@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ from helpers import jit
 from jax.extend.core import jaxprs_in_params
 
 from experiments import bench, cli
-from experiments.bench import bench_profile, children, machine, measure, works
-from experiments.bench.contenders import INSTALL
+from experiments.bench import bench_peers, bench_profile, children, machine, measure, works
+from experiments.bench.contenders import INSTALL, NEEDS
 from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.options import BENCHES, BY_DEFAULT, CONTENDERS, USES, Options, interpreter
 from experiments.engine.facts import describe
@@ -150,15 +151,32 @@ def test_weights_and_adapters_are_those_of_the_model():
     }
 
 
-def test_a_contender_that_is_not_installed_says_how_to_install_it(tmp_path):
-    assert set(INSTALL) == set(CONTENDERS)
-    (tmp_path / "python").write_text('#!/bin/sh\necho \'{"skipped": "pip install it"}\'\n')
-    (tmp_path / "python").chmod(0o755)
-    lines = bench.execute(
-        Options("peers", "toy", contenders=("fedlora_jax", "flwr"), repeats=1, python=(f"flwr={tmp_path / 'python'}",))
-    )
-    assert [line.get("skipped") for line in lines] == [None, "pip install it"]
-    assert lines[1]["seconds_per_round"] is None
+def test_a_contender_that_is_not_installed_says_so_before_any_other_starts(monkeypatch):
+    assert set(INSTALL) == set(NEEDS) == set(CONTENDERS)
+    monkeypatch.setitem(NEEDS, "flwr", ("json", "no_such_flower"))
+    monkeypatch.setattr(bench_peers, "Child", lambda *_, **__: pytest.fail("a contender was started"))
+    lines = bench_peers.run(Options("peers", "toy", contenders=("fedlora_jax", "flwr"), repeats=2))
+    first = next(lines)
+    assert (first["contender"], first["seconds_per_round"]) == ("flwr", None)
+    assert first["skipped"] == f"pip install {INSTALL['flwr']}"
+    assert first["reason"] == "there is no module no_such_flower"
+    monkeypatch.undo()
+    (own,) = lines
+    assert own["contender"] == "fedlora_jax"
+    assert own["spread"][0] <= own["seconds_per_round"] <= own["spread"][1]
+
+
+def test_every_line_says_what_processor_it_is_of_and_how_wide_its_vectors():
+    name, bits = machine.processor()
+    if Path("/proc/cpuinfo").exists():
+        assert bits in (None, 128, 256, 512)
+    assert [measure.line("round", TOY, "fedlora_jax")[key] for key in ("processor", "vector_bits")] == [name, bits]
+    told = measure.line("peers", TOY, "torch_peft", vector_bits=128)  # what a library says of itself
+    assert (told["processor"], told["vector_bits"]) == (name, 128)
+
+
+def test_medians_come_with_the_least_and_the_most():
+    assert measure.times([3.0, 1.0, 2.5]) == (2.5, [1.0, 3.0])
 
 
 def test_a_contender_that_dies_is_told_apart(tmp_path):

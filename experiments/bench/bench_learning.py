@@ -32,13 +32,15 @@ def run(options: Options) -> Iterator[Line]:
         made = ours.compiled(*ours.arguments(work, p, method, remat=not name.endswith(KEPT)))
         compile_seconds[name] = sum(made.seconds.values())
         calls |= {(name, "round"): made.call, (name, "server"): alone(work, p, method, learn=True).call}
-    median = interleaved(calls, tqdm(range(options.repeats), desc="rounds", dynamic_ncols=True))
+    seconds = interleaved(calls, tqdm(range(options.repeats), desc="rounds", dynamic_ncols=True))
+    median = {key: own.median for key, own in seconds.items()}
     for name in names:
         yield line(
             options.bench,
             work,
             name,
             seconds_per_round=median[name, "round"],
+            spread=seconds[name, "round"].spread,
             of_a_fedit_round=median[name, "round"] / median["fedit", "round"] if "fedit" in names else None,
             server_seconds=median[name, "server"],
             server_share=median[name, "server"] / median[name, "round"],

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from experiments.bench import works
-from experiments.bench.children import Child, together
+from experiments.bench.children import Child, absent, together
+from experiments.bench.contenders import INSTALL
 from experiments.bench.measure import Line, digits, line
 from experiments.bench.options import Options, interpreter
 from experiments.bench.works import Work
@@ -23,16 +24,23 @@ def run(options: Options) -> Iterator[Line]:
 
 
 def compare(options: Options, work: Work, deadline: float = float("inf")) -> Iterator[Line]:
-    """One line for each contender.
+    """One line for each contender; first, before any starts, of those that are not installed.
 
     Args:
       deadline: ``time.perf_counter()`` after which no further contender starts and no further round.
     """
     refuse_on_cpu(work, options.force)
+    missing = {name: absent(name, interpreter(options, name)) for name in options.contenders}
+    for name, modules in missing.items():
+        if modules:
+            why = {"skipped": f"pip install {INSTALL[name]}", "reason": f"there is no module {modules[0]}"}
+            yield line(options.bench, work, name, **why)
     children: list[Child] = []
     late = []
     try:
-        for name in tqdm(options.contenders, desc=f"{work.name}: starting", dynamic_ncols=True):
+        for name in tqdm(
+            [name for name in missing if not missing[name]], desc=f"{work.name}: starting", dynamic_ncols=True
+        ):
             if time.perf_counter() > deadline:
                 late.append(name)
                 continue

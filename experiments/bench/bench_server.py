@@ -40,17 +40,20 @@ def _lines(options: Options, work: Work, chosen: tuple[str, ...], whole: bool = 
     calls: dict[str, Callable[[], Any]] = {name: program.call for name, program in made.items()}
     if whole:
         calls["round"] = ours.compiled(*ours.arguments(work, p, "fedit")).call
-    seconds = interleaved(calls, tqdm(range(options.repeats), desc=f"{work.name}: turns", dynamic_ncols=True))
+    took = interleaved(calls, tqdm(range(options.repeats), desc=f"{work.name}: turns", dynamic_ncols=True))
+    seconds = {name: own.median for name, own in took.items()}
     for name in chosen:
         yield line(
             options.bench,
             work,
             "fedlora_jax",
             seconds_per_round=seconds["round"] if whole else None,
+            spread=took["round"].spread if whole else None,
             compile_seconds=sum(made[name].seconds.values()),
             method=name,
             clients=work.clients,
             server_seconds=seconds[name],
+            server_spread=took[name].spread,
             share_of_round=seconds[name] / seconds["round"] if whole else None,
             **describe(),
         )

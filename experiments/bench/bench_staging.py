@@ -28,7 +28,7 @@ from tqdm import tqdm
 from experiments.bench import machine, works
 from experiments.bench.children import OWN, ROOT
 from experiments.bench.contenders import fedlora_jax as ours
-from experiments.bench.measure import Line, line
+from experiments.bench.measure import Line, line, times
 from experiments.bench.options import Options
 from experiments.bench.works import Work
 from experiments.config import Config
@@ -61,7 +61,8 @@ def run(options: Options) -> Iterator[Line]:
                 turns[images].append(watch.read())
         for images, own in turns.items():
             median = lambda name, images=images: statistics.median(turn[name] for turn in turns[images])
-            found = {"seconds_per_round": median("seconds") / BLOCK, "cpu_seconds": median("cpu_seconds") / BLOCK}
+            found = {"cpu_seconds": median("cpu_seconds") / BLOCK}
+            found |= zip(("seconds_per_round", "spread"), times(turn["seconds"] / BLOCK for turn in own), strict=True)
             others = [turn["others_share"] for turn in own if turn["others_share"] is not None]
             found["quiet"] = max(others) <= machine.NOISE if others else None
             count = options.images * min(RESIDENT, work.classes) // work.classes

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench import measure
+from experiments.bench.contenders import NEEDS
 from experiments.bench.measure import Line
 from experiments.bench.works import Work
 
@@ -68,6 +69,13 @@ class Child:
         if text:
             return json.loads(text)
         return {"failed": f"ended with exit status {self._process.wait()}; see its messages on stderr"}
+
+
+def absent(name: str, python: str | None = None) -> list[str]:
+    """Modules that a contender needs and its interpreter does not find; none is imported, which would take a while."""
+    look = "import importlib.util, sys; print(*(m for m in sys.argv[1:] if importlib.util.find_spec(m) is None))"
+    ask = [python or sys.executable, "-c", look, *NEEDS[name]]
+    return subprocess.run(ask, cwd=ROOT, capture_output=True, text=True).stdout.split()
 
 
 def together(children: list[Child], repeats: Any) -> None:

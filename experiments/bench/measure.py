@@ -16,6 +16,7 @@ FIELDS = (
     "work",
     "contender",
     "seconds_per_round",  # median
+    "spread",  # of these, the least and the most
     "peak_fraction",  # of the rate of a large matrix product, in the same process, just before and after each round
     "cpu_seconds",  # of one round, all threads and child processes, median
     "peak_memory_mb",  # of the process since it started; on an accelerator of the device
@@ -23,6 +24,9 @@ FIELDS = (
     "quiet",  # nobody else used the CPU
     "versions",
     "device",
+    "processor",
+    "vector_bits",  # of the widest vectors that its library says it uses (XLA: that there are). A library for products
+    #   below it may use narrower ones, as PyTorch's does on processors of AMD: that shows in peak_gflops
     "date",
 )
 EXACT = ("squares", "moved")  # compared to the last digits
@@ -38,6 +42,18 @@ class Contender(NamedTuple):
     about: dict[str, Any]  # versions, device, compile_seconds, and what else belongs on the line
     device_memory_mb: Callable[[], float | None] = lambda: None  # the peak, where the device has memory of its own
     clock: Callable[[Any], dict[str, Any]] = lambda out: {}  # its own measurements, where ``round`` does more
+
+
+class Times(NamedTuple):
+    """Seconds of several calls."""
+
+    median: float
+    spread: list[float]  # the least and the most
+
+
+def times(values: Iterable[float]) -> Times:
+    seconds = sorted(values)
+    return Times(statistics.median(seconds), [digits(seconds[0]), digits(seconds[-1])])
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -72,10 +88,11 @@ def turn(work: Work, contender: Contender) -> dict[str, Any]:
 def summary(work: Work, turns: list[dict[str, Any]]) -> Line:
     """The fields of a line that several turns of one contender decide."""
     median = lambda values: statistics.median(values)
-    seconds = median(t["seconds"] for t in turns)
+    seconds, spread = times(t["seconds"] for t in turns)
     others = [t["others_share"] for t in turns if t["others_share"] is not None]
     return {
         "seconds_per_round": digits(seconds),
+        "spread": spread,
         "peak_fraction": digits(median(works.flops(work) / t["seconds"] / t["peak_flops"] for t in turns)),
         "peak_gflops": digits(median(t["peak_flops"] for t in turns) / 1e9),
         "cpu_seconds": digits(median(t["cpu_seconds"] for t in turns)),
@@ -88,18 +105,19 @@ def summary(work: Work, turns: list[dict[str, Any]]) -> Line:
     }
 
 
-def interleaved(calls: Mapping[Any, Callable[[], Any]], repeats: Iterable[Any]) -> dict[Any, float]:
-    """Median seconds of calls that take turns, so that a busy moment of the machine hits all of them."""
-    times: dict[Any, list[float]] = {key: [] for key in calls}
+def interleaved(calls: Mapping[Any, Callable[[], Any]], repeats: Iterable[Any]) -> dict[Any, Times]:
+    """Seconds of calls that take turns, so that a busy moment of the machine hits all of them."""
+    took: dict[Any, list[float]] = {key: [] for key in calls}
     for _ in repeats:
         for key, call in calls.items():
-            times[key].append(timed(call))
-    return {key: statistics.median(values) for key, values in times.items()}
+            took[key].append(timed(call))
+    return {key: times(values) for key, values in took.items()}
 
 
 def line(bench: str, work: Work, contender: str, **found: Any) -> Line:
     """A line with every field of ``FIELDS`` (``None`` where it does not apply), then what else was found."""
     found |= {"bench": bench, "work": work.name, "contender": contender, "date": f"{datetime.date.today()}"}
+    found = dict(zip(("processor", "vector_bits"), machine.processor(), strict=True)) | found
     rounded = lambda name, x: digits(x) if isinstance(x, float) and name not in EXACT else x
     found = {name: rounded(name, x) for name, x in found.items()}
     return {name: found.pop(name, None) for name in FIELDS} | found

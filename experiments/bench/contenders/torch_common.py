@@ -18,6 +18,7 @@ from experiments.bench.works import Arrays, Work
 Tensors = dict[str, torch.Tensor]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
+VECTORS = {"DEFAULT": 128, "AVX2": 256, "AVX512": 512}
 if ON_GPU:  # as JAX does by default there: TensorFloat-32 products
     torch.set_float32_matmul_precision("high")
 
@@ -112,7 +113,8 @@ def arrays(adapter: Tensors) -> Arrays:
 def about(*packages: str, **more: Any) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if ON_GPU else f"cpu, {torch.get_num_threads()} threads"
     versions = {name: importlib.metadata.version(name) for name in ("torch", *packages)}
-    return {"versions": versions, "device": f"{device} (torch), {platform.machine()}", **more}
+    used = {"vector_bits": VECTORS.get(torch.backends.cpu.get_cpu_capability())}
+    return {"versions": versions, "device": f"{device} (torch), {platform.machine()}", **used, **more}
 
 
 def device_memory_mb() -> float | None:
