@@ -13,10 +13,10 @@ from helpers import jit
 from jax.extend.core import jaxprs_in_params
 
 from experiments import bench, cli
-from experiments.bench import bench_peers, bench_profile, children, machine, measure, works
+from experiments.bench import bench_forecast, bench_peers, bench_profile, children, machine, measure, works
 from experiments.bench.contenders import INSTALL, NEEDS
 from experiments.bench.contenders import fedlora_jax as ours
-from experiments.bench.options import BENCHES, BY_DEFAULT, CONTENDERS, USES, Options, interpreter
+from experiments.bench.options import BENCHES, BY_DEFAULT, CONTENDERS, RUNS, USES, Options, interpreter
 from experiments.engine.facts import describe
 from fedlora_jax import lora
 from models.vit import SIZES, vit
@@ -34,6 +34,7 @@ SMALL = {  # of each bench: options that make it quick
     "profile": {},
     "population": {"clients": (4, 9)},
     "staging": {"images": 60},
+    "forecast": {"runs": ("toy",)},
     "gpu": {"works": ("toy", "base"), "contenders": ("fedlora_jax",)},
 }
 
@@ -173,6 +174,12 @@ def test_every_line_says_what_processor_it_is_of_and_how_wide_its_vectors():
     assert [measure.line("round", TOY, "fedlora_jax")[key] for key in ("processor", "vector_bits")] == [name, bits]
     told = measure.line("peers", TOY, "torch_peft", vector_bits=128)  # what a library says of itself
     assert (told["processor"], told["vector_bits"]) == (name, 128)
+
+
+def test_runs_that_are_forecast_are_runs():
+    assert set(bench_forecast.RUNS) == set(RUNS)
+    for options in bench_forecast.RUNS.values():
+        cli.parse(["compare", *options.split()])
 
 
 def test_medians_come_with_the_least_and_the_most():

@@ -18,6 +18,7 @@ BENCHES = {
     "server": "every method's aggregation alone, at the size of ViT-B, and its share of a round",
     "compile": "seconds to trace, lower and compile each method's round, and with a persistent cache",
     "staging": "peak memory of a run that stages its images, and its rounds beside those with resident images",
+    "forecast": "what --dry-run foretells of some runs, and what they take: memory and CPU seconds",
     "gpu": "round and peers' PyTorch on every work, within eight minutes on one GPU",
 }
 
@@ -33,10 +34,12 @@ USES = {  # beside --out
     "server": ("work", "repeats", "kernels", "clients", "methods"),
     "compile": ("work", "methods"),
     "staging": ("work", "repeats", "images"),
+    "forecast": ("runs",),
     "gpu": ("works", "repeats", "contenders", "python", "minutes", "force"),
 }
 
 CONTENDERS = ("fedlora_jax", "torch_peft", "torch_vmap", "torch_compile", "flwr", "fedjax")
+RUNS = ("toy", "digits", "mixer", "photos", "hundred", "many")
 LEARNING = ("fedit", "flexlora", "hyperlora", "hyperlora:mode=first_order", "hyperlora:mode=exact")
 BY_DEFAULT = {  # of some benches; the others' is the field's own
     "learning": {"work": "learning", "methods": LEARNING},
@@ -70,6 +73,9 @@ class Options:
         (),
         "interpreters for contenders, as in torch_peft=venv/bin/python; one without a name is for all the others",
         empty=True,
+    )
+    runs: tuple[str, ...] = option(
+        RUNS[1:], "the runs, comma-separated (experiments/bench/bench_forecast.py)", among=RUNS
     )
     images: int = option(60_000, "images that are generated", "[40, 10000000]")
     minutes: float = option(8.0, "start no further contender after so many minutes", "(0, inf)")

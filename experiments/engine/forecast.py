@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from experiments.setup.problem import Problem
 from fedlora_jax import rounds
 from fedlora_jax.method import Method
 
+LATER = 150 * 2**20  # bytes that a process takes for what comes last: checkpoints, pictures
 COMPILING = 650  # bytes that XLA takes of a CPU's memory for each letter of a program's text; jaxlib 0.10
 ROUND = 5  # times what clients are sent: sent, received, their changes, and what the server makes of them
 
@@ -82,8 +84,10 @@ def foretold(trial: Trial, letters: int, step: Step, scoring: Scoring, process: 
     of_round = step.work + sent + config.cohort * drawn * parts.bytes_of_one(problem)
     served = min(sum(config.scored), evaluation.GROUP) * rows(problem.adapters)
     work = together * max(of_round, max(scoring.work, step.work) + ROUND * served)
-    on_cpu = jax.default_backend() == "cpu"
-    return Need(trial.course.held, work, process + COMPILING * letters * on_cpu)
+    if jax.default_backend() != "cpu":
+        return Need(trial.course.held, work)
+    more = max(0, COMPILING * letters - work)  # what compiling has given back is used again
+    return Need(trial.course.held, work, process + LATER + more)
 
 
 def too_large(config: Config, problem: Problem, name: str, needed: Need | None) -> str | None:
@@ -106,24 +110,52 @@ def too_large(config: Config, problem: Problem, name: str, needed: Need | None) 
     return text + f"--seeds-at-once {fits[0]} --chunk {fits[1]} should fit, with about {_size(part(*fits))}"
 
 
+class Own(NamedTuple):
+    """What one method would need."""
+
+    need: Need
+    seconds: tuple[float, float, float]  # of compiling, of all rounds, of all scores; of all seeds
+    passes: float  # of clients over batches in a round
+
+
+class Foretold(NamedTuple):
+    """What all of them would need, and from what that was found."""
+
+    methods: list[Own]
+    step: Step
+    scoring: Scoring
+    of_letter: float  # seconds of compiling
+    process: int  # bytes that the process holds beside arrays
+
+
+def foretell(
+    config: Config, problem: Problem, trials: Sequence[Trial], clock: Callable[[], float] = time.perf_counter
+) -> Foretold:
+    """What traced methods would need; ``clock`` says of what seconds are, of the CPU say (``time.process_time``)."""
+    process = memory.beside_arrays()
+    config = dataclasses.replace(config, local_steps=problem.longest or config.local_steps)
+    step, scoring = one_step(config, problem, clock), one_scoring(config, problem, clock)
+    compiled, methods = (step.compiled, scoring.compiled), []
+    of_letter = sum(x.seconds for x in compiled) / sum(x.letters for x in compiled)
+    for trial in trials:
+        passes = trial.method.meta_gradient.passes(config.local_steps) * config.cohort
+        letters = [len(x.as_text()) for x in (trial.course.lowered, *trial.course.lowered_scores())]
+        took = of_letter * sum(letters), *seconds(config, trial.method, step, scoring, passes)
+        methods.append(Own(foretold(trial, max(letters), step, scoring, process), took, passes))
+    return Foretold(methods, step, scoring, of_letter, process)
+
+
 def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
     """One line for each method, and how its numbers were found."""
-    notes, process = unequal(problem), memory.beside_arrays()
-    config = dataclasses.replace(config, local_steps=problem.longest or config.local_steps)
-    step, scoring, have = one_step(config, problem), one_scoring(config, problem), memory.available()
-    frozen, done = _count(problem.base), (step.compiled, scoring.compiled)
-    of_letter = sum(x.seconds for x in done) / sum(x.letters for x in done)
+    notes, have, frozen = unequal(problem), memory.available(), _count(problem.base)
+    methods, step, scoring, of_letter, process = foretell(config, problem, trials)
     rows = [["method", "frozen", "trained", "KiB up", "KiB down", "GFLOP/round", "peak memory", "compile s"]]
     rows[0] += ["rounds s", "scores s", "run s"]
-    for trial in trials:
+    for trial, own in zip(trials, methods, strict=True):
         ranks = np.asarray(problem.clients.population.ranks)[0]
         cohort = tuple(int(r) for r in np.resize(ranks, config.cohort))
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
         up, down = (x / len(cohort) / 1024 for x in traffic.whole_round(trial.method, shapes, cohort))
-        passes = trial.method.meta_gradient.passes(config.local_steps) * len(cohort)
-        letters = [len(x.as_text()) for x in (trial.course.lowered, *trial.course.lowered_scores())]
-        needed = foretold(trial, max(letters), step, scoring, process)
-        took = of_letter * sum(letters), *seconds(config, trial.method, step, scoring, passes)
         rows.append(
             [
                 trial.name,
@@ -131,12 +163,12 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
                 f"{trained(config, problem, trial.method):,.0f}",
                 f"{up:.1f}",
                 f"{down:.1f}",
-                f"{passes * step.flops / step.clients / 1e9:.3g}",
-                _size(needed.peak),
-                *(f"{x:.3g}" for x in (*took, sum(took))),
+                f"{own.passes * step.flops / step.clients / 1e9:.3g}",
+                _size(own.need.peak),
+                *(f"{x:.3g}" for x in (*own.seconds, sum(own.seconds))),
             ]
         )
-        if reason := too_large(config, problem, trial.name, needed):
+        if reason := too_large(config, problem, trial.name, own.need):
             notes.append(reason)
     return "\n".join(
         [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +59,7 @@ class Timed(NamedTuple):
     compiled: Compiled
 
 
-def one_step(config: Config, problem: Problem) -> Step:
+def one_step(config: Config, problem: Problem, clock: Callable[[], float] = time.perf_counter) -> Step:
     """Time of a local step of as many clients as are trained at once: the best of a few calls; and its arithmetic."""
     clients, _ = chunking.choose(config, problem)
     local = training.make_local(fedit(), problem.loss_fn, make_optimizer(config))
@@ -76,11 +77,11 @@ def one_step(config: Config, problem: Problem) -> Step:
 
     steps = min(config.local_steps, STEPS)
     flops = (jax.jit(train).lower(*arguments(1)).cost_analysis() or {}).get("flops", math.nan)
-    timed = _timed(train, *arguments(steps))
+    timed = _timed(clock, train, *arguments(steps))
     return Step(clients, timed.seconds / steps, flops, timed.work, timed.compiled)
 
 
-def one_scoring(config: Config, problem: Problem) -> Scoring:
+def one_scoring(config: Config, problem: Problem, clock: Callable[[], float] = time.perf_counter) -> Scoring:
     """Time of the two parts of an evaluation."""
     total, (chunk, _) = sum(config.scored), chunking.choose(config, problem)
     clients = evaluation.scored_at_once(total, chunk)
@@ -99,26 +100,27 @@ def one_scoring(config: Config, problem: Problem) -> Scoring:
         return jax.vmap(one)(many) if clients > 1 else one(jax.tree.map(lambda x: x[0], many))
 
     score = lambda base, adapter, *test: problem.correct_fn(base, adapter, test)
-    of_all, of_own = _timed(score, problem.base, adapter, *some), _timed(own, problem.base, x, y, several, rows)
+    of_all = _timed(clock, score, problem.base, adapter, *some)
+    of_own = _timed(clock, own, problem.base, x, y, several, rows)
     whole = of_all.seconds * count / len(some[1])
     both = of_all.compiled, of_own.compiled
     compiled = Compiled(sum(x.seconds for x in both), sum(x.letters for x in both))
     return Scoring(whole, of_own.seconds / clients, max(of_all.work, of_own.work), compiled)
 
 
-def _timed(function: Any, *arguments: Any) -> Timed:
+def _timed(clock: Callable[[], float], function: Any, *arguments: Any) -> Timed:
     lowered, took = jax.jit(function).lower(*arguments), []
-    compiled, compiling = _compile(lowered)
+    compiled, compiling = _compile(clock, lowered)
     jax.block_until_ready(compiled(*arguments))  # the first call also allocates
     for _ in range(REPEATS):
-        begin = time.perf_counter()
+        begin = clock()
         jax.block_until_ready(compiled(*arguments))
-        took.append(time.perf_counter() - begin)
+        took.append(clock() - begin)
     held = compiled.memory_analysis()
     return Timed(min(took), 0 if held is None else held.temp_size_in_bytes, compiling)
 
 
-def _compile(lowered: Any) -> tuple[Any, Compiled]:
+def _compile(clock: Callable[[], float], lowered: Any) -> tuple[Any, Compiled]:
     """A program, and what it takes to compile it; where it is found in the cache, what that saved is counted too."""
     saved: list[float] = []
 
@@ -127,8 +129,8 @@ def _compile(lowered: Any) -> tuple[Any, Compiled]:
             saved.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    begin = time.perf_counter()
+    begin = clock()
     compiled = lowered.compile()
-    took = time.perf_counter() - begin
+    took = clock() - begin
     jax.monitoring.unregister_event_duration_listener(listen)
     return compiled, Compiled(took + sum(saved), len(lowered.as_text()))
