@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedlora_jax.decomposition import eigh, rotation
 from fedlora_jax.keys import purpose
 from fedlora_jax.product import matmul
 
@@ -46,7 +47,7 @@ def bases(b: Array) -> Array:
     largest = jnp.linalg.norm(b, axis=(-2, -1), keepdims=True)
     q = b / jnp.where(largest > 0, largest, 1.0)
     for dead in (_DEAD, 0.5):  # after the first pass a row has norm 1 or 0
-        s2, u = jnp.linalg.eigh(matmul(q, q.mT))  # ascending
+        s2, u = eigh(matmul(q, q.mT))  # ascending
         alive = s2 > dead**2 * jnp.maximum(s2[..., -1:], 1e-30)
         inverse = jnp.where(alive, jax.lax.rsqrt(jnp.where(alive, s2, 1.0)), 0.0)
         q = inverse[..., None] * matmul(u.mT, q)
@@ -96,8 +97,7 @@ def moving_average(old: Array, b: Array, lam: float, *, align: bool = True) -> A
     size = jnp.linalg.norm(b, axis=(-2, -1), keepdims=True)
     unit = b / jnp.where(size > 0, size, 1.0)
     if align:
-        x, _, yt = jnp.linalg.svd(matmul(old, unit.mT))  # R = X Y^T maximises <old, R unit>
-        unit = matmul(matmul(x, yt), unit)
+        unit = matmul(rotation(matmul(old, unit.mT)), unit)  # R = X Y^T maximises <old, R unit>
     return (lam * old + (1.0 - lam) * unit).astype(kept)
 
 
@@ -117,7 +117,7 @@ def spectral(key: Array, d: Array, known: Array, k_min: int, k_max: int) -> Clus
     k_max = min(k_max, max(clients - 1, 1))
     if k_max < max(k_min, 2):
         return Clusters(jnp.zeros(clients, jnp.int32), jnp.ones((), jnp.int32), jnp.zeros((), d.dtype))
-    values, vectors = jnp.linalg.eigh(laplacian(affinity(d, known), known))
+    values, vectors = eigh(laplacian(affinity(d, known), known))
     k, gap = eigengap(values, known.sum(), k_min, k_max)
     columns = vectors[:, :k_max] * (jnp.arange(k_max) < k)
     length = jnp.linalg.norm(columns, axis=1, keepdims=True)

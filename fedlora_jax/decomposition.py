@@ -67,6 +67,27 @@ def _eigh(x: Array) -> tuple[Array, Array]:
     return tuple(jnp.linalg.eigh(x))  # type: ignore[return-value]
 
 
+# LAPACK of a batch waits, in a thread of XLA's CPU pool, for parts that other threads of the pool are to compute: where
+# as many batches are begun at once as there are threads, all wait for ever (jaxlib 0.10.2). Hence one after another.
+
+
+def eigh(x: Array) -> tuple[Array, Array]:
+    """Eigenvalues ``[..., n]``, ascending, and eigenvectors ``[..., n, n]`` of symmetric ``x [..., n, n]``."""
+    flat = x.reshape(-1, *x.shape[-2:])
+    return tuple(y.reshape(*x.shape[:-2], *y.shape[1:]) for y in jax.vmap(_eigh)(flat))  # type: ignore[return-value]
+
+
+def rotation(overlap: Array) -> Array:
+    """The orthogonal ``R [..., n, n]`` that maximises ``trace(R^T overlap)`` of ``overlap [..., n, n]``."""
+    return jax.vmap(_rotation)(overlap.reshape(-1, *overlap.shape[-2:])).reshape(overlap.shape)
+
+
+def solve(g: Array, y: Array) -> Array:
+    """``g^-1 y [..., n, m]`` of ``g [..., n, n]`` and ``y [..., n, m]`` of the same leading axes; has derivatives."""
+    flat = tuple(x.reshape(-1, *x.shape[-2:]) for x in (g, y))
+    return jax.lax.map(lambda gy: jnp.linalg.solve(*gy), flat).reshape(y.shape)
+
+
 def _inverse(x: Array, largest: Array, tolerance: float = _DEAD) -> Array:
     """``1 / x``, and 0 where ``x`` is at most ``tolerance * largest``."""
     alive = x > tolerance * largest

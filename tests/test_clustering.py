@@ -1,5 +1,7 @@
 """Clusters that were planted are found; what the distance and the average promise holds."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,3 +150,18 @@ def test_ranges_of_k_that_make_no_sense(low, high):
         clustering.spectral(jax.random.key(0), jnp.zeros((5, 5)), jnp.ones(5, bool), low, high)
     one = spectral(jax.random.key(0), jnp.zeros((5, 5)), jnp.ones(5, bool), 1, 1)
     np.testing.assert_array_equal(one.assignment, 0)
+
+
+def test_lapack_is_given_one_matrix_at_a_time():
+    """Batches of several kernels at once hang for ever on a CPU of two cores (jaxlib 0.10.2)."""
+
+    def server(b: list) -> list:
+        q = jax.vmap(lambda b: [clustering.bases(x) for x in b])(b)
+        kept = [clustering.moving_average(jnp.ones_like(x), x, 0.5) for x in b]
+        d = clustering.distances(q, q)
+        return [*q, *kept, clustering.spectral(jax.random.key(0), d, jnp.ones(len(d), bool), 2, 3).assignment]
+
+    text = jax.jit(server).lower([jnp.ones((5, 3, 2, 4)), jnp.ones((5, 3, 2, 6))]).as_text()
+    batched = re.findall(r'@lapack_\w+.*num_batch_dims = "(\d+)"', text)
+    assert len(batched) >= 3  # eigh, svd, and eigh of another size
+    assert set(batched) == {"0"}

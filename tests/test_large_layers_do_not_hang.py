@@ -12,7 +12,9 @@ import pytest
 
 PREAMBLE = """
 import jax, jax.numpy as jnp
-from fedlora_jax import product
+from experiments.engine.evaluation import subspaces
+from fedlora_jax import clustering, product
+from fedlora_jax.decomposition import solve
 from fedlora_jax.lora import LoRA
 from fedlora_jax.method import Cohort
 from fedlora_jax.methods.fedhl import fedhl
@@ -43,6 +45,19 @@ def aggregate(method):
 """
 
 CASES = {
+    "bases of clients' models, as a run's last scores": """
+adapter = {name: factors(i, 8) for i, name in enumerate(("query", "value", "out", "fc2"))}
+scores = jax.jit(lambda x: clustering.distances(q := jax.vmap(subspaces)(x), q))
+for _ in range(5):
+    out = jax.block_until_ready(scores(adapter))
+""",
+    "equations of several kernels at once": """
+keys = jax.random.split(jax.random.key(0), 4)
+matrices = [jax.random.normal(key, (24, 64, 64)) for key in keys]
+steps = jax.jit(lambda xs: [solve(x @ x.mT + jnp.eye(64), x) for x in xs])
+for _ in range(20):
+    out = jax.block_until_ready(steps(matrices))
+""",
     "truncation and norm": """
 total = product.total(factors(0, CLIENTS), p)
 out = jax.jit(lambda x: (product.truncate(x, RANK, like=factors(2)), product.norm(x)))(total)

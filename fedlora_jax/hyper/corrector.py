@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedlora_jax import lora, product
+from fedlora_jax.decomposition import solve
 from fedlora_jax.hyper.networks import Conditioned, Place, per_layer, places
 from fedlora_jax.hyper.synthesizer import FEATURES, Synthesis, Uploads, steady
 from fedlora_jax.lora import Adapter, LoRA, flatten, unflatten
@@ -101,7 +102,7 @@ def _ridge(gamma: Array, lam: Array, t: LoRA, x: LoRA, w: Array) -> Array:
     ideal = jnp.einsum("...ir,c...,c...iq,c...qo->...ro", t.a, w, x.a, x.b, precision="highest", optimize="optimal")
     unit = jnp.trace(g, axis1=-2, axis2=-1) / g.shape[-1]
     shift = (lam * unit + 1e-12)[..., None, None] * jnp.eye(g.shape[-1], dtype=g.dtype)
-    return gamma[..., None, None] * jnp.linalg.solve(g + shift, ideal - matmul(g, t.b))
+    return gamma[..., None, None] * solve(g + shift, ideal - matmul(g, t.b))
 
 
 def _gates() -> Conditioned:

@@ -20,6 +20,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.checks import refuse_outside
+from fedlora_jax.decomposition import solve
 from fedlora_jax.lora import LoRA
 from fedlora_jax.method import About, Method, mean, revived
 from fedlora_jax.methods.fedit import FedITState, fedit
@@ -96,7 +97,7 @@ def ridge(g: Array, y: Array, bbar: Array, lam: float | Array) -> Array:
     g, right = g.astype(wide), (y - matmul(g, bbar)).astype(wide)
     identity = jnp.eye(g.shape[-1], dtype=wide)
     empty = jnp.diagonal(g, axis1=-2, axis2=-1) == 0  # a zero column: without lam any d does, and 0 is the smallest
-    return jnp.linalg.solve(g + (lam + empty[..., None, :]) * identity, right).astype(bbar.dtype)
+    return solve(g + (lam + empty[..., None, :]) * identity, right).astype(bbar.dtype)
 
 
 def cosine(
