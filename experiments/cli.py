@@ -204,13 +204,16 @@ _LEFT_OUT = {
     | _RECORDED
     | _AT_ONCE
     | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
-    | {"signature", "theta", "schedule", "local_schedule", "adapter", "eval_clients"},
+    | {"signature", "theta", "schedule", "local_schedule", "adapter", "eval_clients", "novel"},
     "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META | _AT_ONCE,
-    "budget": {"checkpoint_every", "dry_run", "lr", "validation", "vary", "eval_clients"} | _META | _WORK | _AT_ONCE,
+    "budget": {"checkpoint_every", "dry_run", "lr", "validation", "vary", "eval_clients", "novel"}
+    | _META
+    | _WORK
+    | _AT_ONCE,
     "meta": (_TUNED - _META)
     | _RECORDED
     | _AT_ONCE
-    | {"devices", "seeds_at_once", "adapter", "eval_clients"}
+    | {"devices", "seeds_at_once", "adapter", "eval_clients", "novel"}
     | (_WORK - {"local_steps"}),
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }

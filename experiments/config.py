@@ -78,6 +78,13 @@ class Config:
         "them, as in 0,1,2 (default: all)",
         empty=True,
     )
+    novel: tuple[str, ...] = option(
+        (),
+        "classes that nobody trains on, by name, comma-separated, or half, those behind the first half: the model that "
+        "each client is sent is also scored on all test images of the others (base), and on those of the novel ones, "
+        "each among its own side's classes (default: none)",
+        empty=True,
+    )
     image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
     resize: str | None = option(
         None,
@@ -462,6 +469,11 @@ def check(config: Config) -> None:
         raise ValueError("--keep-head and --head prototype both say where the head starts: give one of them")
     if not config.targets and not config.full:
         raise ValueError("--targets '' and --full '' leave nothing to be trained: name kernels or parameters in one")
+    if config.novel and config.images == "staged":
+        raise ValueError(
+            "--images staged reads what is drawn, and --novel scores every model on all test images: leave "
+            "one of them out"
+        )
     if config.scale == 0:
         raise ValueError("--scale must not be 0: nothing that adapters learn would count")
     for name in ("methods", "seeds", "lrs", "budgets", "tuning_seeds"):

@@ -60,6 +60,7 @@ def measure(sent: Dispatch, received, weights: Array, after: Dispatch) -> Aggreg
         center = LoRA(mean(x.a, weights), mean(x.b, weights), x.scale)
         factor = product.total(LoRA(x.a - center.a, x.b - center.b, x.scale), weights)
         squares.append([jnp.sum(n**2) for n in (product.norm(update), bias_norm, product.norm(factor))])
+    squares = squares or [[jnp.zeros(())] * 3]  # nothing is of a low rank
     update, bias, factor = (product.safe_sqrt(jnp.stack(column).sum()) for column in zip(*squares, strict=True))
     return jax.lax.stop_gradient(Aggregation(update, bias, factor, bias / jnp.maximum(update, 1e-30)))
 

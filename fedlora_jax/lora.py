@@ -309,9 +309,15 @@ def mean(stacked: Any, weights: Array) -> Any:
     return jax.tree.map(one, stacked)
 
 
+def needs_low_rank(adapter: Adapter, what: str) -> None:
+    """Refuse an adapter that trains everything in full, for a method that does ``what`` with the rest."""
+    if not low_rank_leaves(adapter):
+        raise ValueError(f"{what} are of low-rank updates, and the adapter has none: see targets in lora.new")
+
+
 def max_rank(adapter: Adapter) -> int:
-    """The largest rank of its low-rank updates."""
-    return max(x.a.shape[-1] for x in low_rank_leaves(adapter))
+    """The largest rank of its low-rank updates; 0 where there are none."""
+    return max((x.a.shape[-1] for x in low_rank_leaves(adapter)), default=0)
 
 
 def first_columns(adapter: Adapter, rank: int) -> Adapter:

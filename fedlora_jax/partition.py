@@ -17,8 +17,8 @@ import numpy as np
 
 from fedlora_jax.checks import refuse_outside
 
-KINDS = ("iid", "dirichlet", "classes", "superclass_dirichlet", "domain", "domain_dirichlet")
-FORMS = "iid, dirichlet:ALPHA, classes:N, superclass_dirichlet:ALPHA, domain or domain_dirichlet:ALPHA"
+KINDS = ("iid", "dirichlet", "classes", "blocks", "superclass_dirichlet", "domain", "domain_dirichlet")
+FORMS = "iid, dirichlet:ALPHA, classes:N, blocks, superclass_dirichlet:ALPHA, domain or domain_dirichlet:ALPHA"
 _TRIES = 100
 
 
@@ -35,7 +35,7 @@ def parse(text: str) -> Partition:
     kind = re.sub(r"\s*( x |_| )\s*", "_", found[1]) if found else ""
     if found is None or kind not in KINDS:
         raise ValueError(f"unknown partition {text!r}: expected {FORMS}")
-    needs_value = kind not in ("iid", "domain")
+    needs_value = kind not in ("iid", "domain", "blocks")
     if needs_value != (found[2] is not None):
         raise ValueError(f"partition {text!r} {'lacks its number' if needs_value else 'takes no number'}: use {FORMS}")
     if not needs_value:
@@ -80,6 +80,8 @@ def split(
             return _shuffled(_dirichlet(everything, labels, clients, float(value or 0), rng, minimum), rng)
         case "classes":
             return _shuffled(_classes(labels, clients, int(value or 0), rng, minimum), rng)
+        case "blocks":
+            return _shuffled(_blocks(labels, clients, minimum, rng), rng)
         case "superclass_dirichlet":
             if superclasses is None:
                 raise ValueError(
@@ -210,6 +212,28 @@ def _classes(
         f"classes:{per_client} over {clients} clients left one with fewer than {minimum} examples in {_TRIES} tries: "
         "use fewer clients, more classes per client or a smaller minimum"
     )
+
+
+def _blocks(labels: np.ndarray, clients: int, minimum: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Classes in random order, round(classes / clients) for each client, whatever is left for the last one.
+
+    The pathological split of FedPGP's and pFedMMA's public code, in which no class has two owners.
+    """
+    names = rng.permutation(np.unique(labels))
+    each = max(1, round(len(names) / clients))
+    if each * (clients - 1) >= len(names):
+        raise ValueError(
+            f"blocks: {clients} clients with {each} of {len(names)} classes each leave the last one without any: use "
+            "fewer clients, or classes:N"
+        )
+    hands = np.split(names, each * np.arange(1, clients))
+    parts = [np.flatnonzero(np.isin(labels, hand)) for hand in hands]
+    if min(map(len, parts)) < minimum:
+        raise ValueError(
+            f"blocks over {clients} clients leave one with fewer than {minimum} examples: use fewer clients or a "
+            "smaller minimum"
+        )
+    return parts
 
 
 def _superclasses(

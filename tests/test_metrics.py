@@ -35,7 +35,7 @@ def of_table(tuned=False):
 def row_of(scores, final=True):
     """The row that a run writes, of made-up scores."""
     clients = SimpleNamespace(population=SimpleNamespace(ranks=np.full((1, N + K), 2)))
-    images = SimpleNamespace(domains=("ink", "chalk"))
+    images = SimpleNamespace(domains=("ink", "chalk"), known=None)
     problem = SimpleNamespace(clients=clients, adapters={}, test=(None, LABEL, DOMAIN), images=images)
     return Rows(Config(clients=N, holdout_clients=K, seeds=(0,)), problem, "fedit", fedit())._accuracies(scores, final)
 

@@ -51,7 +51,7 @@ def opened(command: str, config: Config, grows: Iterable[str] = (), free: Collec
 
 def built(config: Config, backbone: Backbone | None = None, may_stage: bool = False) -> Problem:
     """The problem, if the methods accept it."""
-    made = problem.build(config, partial(acceptable, config), backbone, may_stage)
+    made = problem.build(config, partial(acceptable, config), backbone, may_stage and not config.novel)
     if config.targets != Config().targets:
         for line in found(config, made):
             say(line)

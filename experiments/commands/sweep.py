@@ -91,7 +91,7 @@ class Plan:
                 entries += self._entries(name, info, scores)
                 _write(folder, {"schema": 1, **self.about, "took": took, "entries": entries})
                 bar.update(len(self.grid))
-        print(f"\n{table(entries, self.axis.name)}\n\n{summary.meaning(self.about['config'])}")
+        print(f"\n{table(entries, self.axis.name, self.about['config'])}\n\n{summary.meaning(self.about['config'])}")
         print(f"\n{folder / 'summary.json'}")
         return folder
 
@@ -189,15 +189,16 @@ def axis_of(vary: str | None) -> Axis:
     return Axis(name, values)
 
 
-def table(entries: list[dict[str, Any]], option: str | None) -> str:
+def table(entries: list[dict[str, Any]], option: str | None, config: dict[str, Any] | None = None) -> str:
     """The terminal's: means over ``summary.window`` and half-width of the 95 % interval, in per cent."""
-    header = ["method", "lr", *([option] if option else []), *summary.columns().values()]
+    shown = summary.columns(config)
+    header = ["method", "lr", *([option] if option else []), *shown.values()]
     rows = [[*header, "bias"]]
     for e in entries:
         cells = [e["method"], f"{e['lr']:g}", *([f"{e['value']:g}"] if option else [])]
         if e["diverged"]:
-            rows.append([*cells, "diverged", *[""] * len(summary.columns())])
+            rows.append([*cells, "diverged", *[""] * len(shown)])
             continue
         bias = e["bias_share"]["last5"]["mean"]
-        rows.append([*cells, *(summary.percent(e[key]["last5"]) for key in summary.columns()), f"{100 * bias:.1f}%"])
+        rows.append([*cells, *(summary.percent(e[key]["last5"]) for key in shown), f"{100 * bias:.1f}%"])
     return "\n".join(summary.aligned(rows))

@@ -34,6 +34,9 @@ class Scores(NamedTuple):
     tuned: Array  # [E] the same after local steps; nan where they were not asked for
     distances: Array | None  # [E, E] distances of their subspaces after the last round and local steps; or nan;
     #   None where there are too many for a map
+    sides: Any = ()  # [E, 2] each client's model, as dispatched, on all test images of classes that are trained on, and
+    #   of novel ones; () where there are none
+    tuned_sides: Any = ()  # [E, 2] the same after local steps; nan where they were not asked for
 
 
 class Serving(NamedTuple):
@@ -44,7 +47,7 @@ class Serving(NamedTuple):
     # them, where it has one (Method.onboard)
     onboard: Callable
     score: Callable  # (arrays, seed, run, memory, steps, read) -> (accuracy [E] of each client's model on its own
-    #   test images after so many local steps, read(model) [E, ...])
+    #   test images after so many local steps, read(base, model) [E, ...])
     part: (
         Callable  # (arrays, seed, run, memory, steps, read, ids [G], places [C]) -> score of those at ids[places] of E,
     )
@@ -102,7 +105,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
 
     def serve(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable) -> Callable:
         (x, y), key, clients = arrays.test, key_of(seed, run), seed.clients
-        metric = lambda base, model, rows: (problem.correct_fn(base, model, (x[rows], y[rows])), read(model))
+        metric = lambda base, model, rows: (problem.correct_fn(base, model, (x[rows], y[rows])), read(base, model))
 
         def group(ids: Array, method: Method = method) -> tuple[Array, Any]:
             evaluate = rounds.make_evaluate(method, metric, loss_of(arrays), optimizer, chunk=own_chunk)
@@ -114,7 +117,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
 
         return group
 
-    def score(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable = lambda model: ()):
+    def score(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable = nothing):
         group = serve(arrays, seed, run, memory, steps, read)
         if not many:
             return group(jnp.arange(total))
@@ -158,23 +161,27 @@ def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any
     """``(arrays, seed, run, tune) -> Scores`` of one seed; tune: also after local steps?"""
     total = sum(config.scored)
     serving = make_serving(config, problem, method, optimizer, chunk)
-    mapped = client_map.is_drawn(total)
+    mapped, known = is_mapped(config, problem), problem.images.known
 
     def scores(arrays: Arrays, seed: Seed, run: Run, tune: Array) -> Scores:
         memory = serving.onboard(arrays, seed, run)
+        on_sides = nothing if known is None else partial(accuracy_on_sides, problem.correct_fn, arrays.test, known)
 
-        def tuned() -> tuple[Array, Array | None]:
-            read = subspaces if mapped else lambda model: ()
-            accuracy, q = serving.score(arrays, seed, run, memory, problem.longest or config.local_steps, read)
+        def tuned() -> tuple[Array, Array | None, Any]:
+            spanned = subspaces if mapped else nothing
+            read = lambda base, model: (spanned(base, model), on_sides(base, model))
+            steps = problem.longest or config.local_steps
+            accuracy, (q, sides) = serving.score(arrays, seed, run, memory, steps, read)
             if not mapped:
-                return accuracy, None
+                return accuracy, None, sides
             nowhere = jnp.full((total, total), jnp.nan)
             last = run.round == config.rounds
-            return accuracy, jax.lax.cond(last, lambda: clustering.distances(q, q), lambda: nowhere)
+            return accuracy, jax.lax.cond(last, lambda: clustering.distances(q, q), lambda: nowhere), sides
 
-        personal, _ = serving.score(arrays, seed, run, memory, 0)
-        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(tuned))
-        return Scores(serving.whole(arrays, seed, run), personal, *jax.lax.cond(tune, tuned, lambda: nothing))
+        personal, sides = serving.score(arrays, seed, run, memory, 0, on_sides)
+        none = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(tuned))
+        after, distances, tuned_sides = jax.lax.cond(tune, tuned, lambda: none)
+        return Scores(serving.whole(arrays, seed, run), personal, after, distances, sides, tuned_sides)
 
     return scores
 
@@ -196,6 +203,22 @@ def scored_at_once(total: int, chunk: int) -> int:
     return min(chunk, GROUP) if total > GROUP else divisor(total, chunk)
 
 
-def subspaces(model: Adapter) -> list[Array]:
+def is_mapped(config: Config, problem: Problem) -> bool:
+    """Are clients drawn in a plane, by the subspaces of their low-rank updates?"""
+    return client_map.is_drawn(sum(config.scored)) and bool(lora.low_rank_leaves(problem.adapters))
+
+
+def nothing(base: Params, model: Adapter) -> tuple[()]:
+    """Nothing is read of a model."""
+    return ()
+
+
+def accuracy_on_sides(correct_fn: Callable, test: tuple[Array, Array], known: int, base: Params, model: Adapter):
+    """``[2]`` accuracy of a model on all test images of classes below ``known``, and on all of the others."""
+    correct, novel = correct_fn(base, model, test), test[1] >= known
+    return jnp.stack([jnp.mean(correct, where=side) for side in (~novel, novel)])
+
+
+def subspaces(base: Params, model: Adapter) -> list[Array]:
     """Orthonormal bases ``[..., r, out]`` of what the rows of ``b`` span in one model, for each adapted kernel."""
     return [clustering.bases(x.b) for x in lora.low_rank_leaves(model)]

@@ -78,15 +78,18 @@ class Rows:
         return self._traffic[cohort]
 
     def _accuracies(self, scores: Scores, final: bool) -> dict[str, Any]:
-        (n, unseen), correct = self._config.scored, np.asarray(scores.correct)
+        (n, unseen), known = self._config.scored, self._problem.images.known
         shares = n / self._config.clients, unseen / self._config.holdout_clients if unseen else 1.0
-        label, domain = map(np.asarray, self._problem.test[1:])
-        row: dict[str, Any] = {"per_domain": domain_accuracies(self._problem, correct)}
-        for tuned, values in ((False, scores.personal), (True, scores.tuned)):
-            accuracy = np.asarray(values)
+        correct, label, domain = map(np.asarray, (scores.correct, *self._problem.test[1:]))
+        if known is not None:
+            correct, label, domain = (x[np.asarray(self._problem.test[1]) < known] for x in (correct, label, domain))
+        row: dict[str, Any] = {"per_domain": domain_accuracies(self._problem, domain, correct)}
+        after = (False, scores.personal, scores.sides), (True, scores.tuned, scores.tuned_sides)
+        for tuned, values, of_sides in after:
+            accuracy, sides = np.asarray(values), None if known is None else np.asarray(of_sides)[:n]
             if tuned and np.isnan(accuracy).all():
                 continue
-            row |= metrics.of(Evaluation(correct, label, domain, accuracy[:n], accuracy[n:], shares), tuned)
+            row |= metrics.of(Evaluation(correct, label, domain, accuracy[:n], accuracy[n:], shares, sides), tuned)
             if final:
                 row["client_accuracies" + metrics.TUNED * tuned] = [number(x) for x in accuracy[:n]]
         distances = np.asarray(scores.distances, float)  # nan for None

@@ -24,8 +24,17 @@ from jax import Array, ShapeDtypeStruct
 from experiments.config import Config
 from experiments.engine import parts, programs
 from experiments.engine.chunking import choose
-from experiments.engine.evaluation import Scores, Serving, make_serving, scored_at_once, subspaces, together
-from experiments.results import client_map, summary
+from experiments.engine.evaluation import (
+    Scores,
+    Serving,
+    is_mapped,
+    make_serving,
+    nothing,
+    scored_at_once,
+    subspaces,
+    together,
+)
+from experiments.results import summary
 from experiments.setup import memory, on_disk
 from experiments.setup.local_training import make_optimizer
 from experiments.setup.problem import Arrays, Problem, Seed
@@ -68,7 +77,7 @@ def make_calls(config: Config, problem: Problem, method: Method, serving: Servin
     chunk, at_once = choose(config, problem)
     several = dataclasses.replace(config, eval_every=of_rounds)
     block = programs.make_block(several, problem, method, make_optimizer(config), chunk)
-    mapped = client_map.is_drawn(sum(config.scored))
+    mapped = is_mapped(config, problem)
 
     def train(base, shown: Shown, everyone: Seed, runs: Run):
         one = lambda row: block(base, shown.train, row[0].clients.training(config.clients), row[1], row[0].key)
@@ -89,7 +98,6 @@ def make_calls(config: Config, problem: Problem, method: Method, serving: Servin
         one = lambda row: serving.whole(Arrays(base, (), test), *row)  # type: ignore[arg-type]
         return training.map_clients(one, (everyone, runs), at_once)
 
-    nothing = lambda model: ()
     sent, tuned = (
         partial(score, 0, nothing),
         partial(score, parts.steps_of(config, problem), subspaces if mapped else nothing),
@@ -198,7 +206,7 @@ class Staged:
         return run, _joined(of_seeds, 0)
 
     def scores(self, run: Run, end: int) -> Scores:
-        total, mapped = self._who.shape[1], client_map.is_drawn(self._who.shape[1])
+        total, mapped = self._who.shape[1], is_mapped(self._config, self._problem)
         tune, last = end > self._config.rounds - summary.WINDOW, end == self._config.rounds
         personal, tuned, distances = [], [], []
         for _ in self._firsts:

@@ -29,6 +29,8 @@ class Evaluation(NamedTuple):
     training: np.ndarray  # [N] accuracy of each training client's model, as dispatched, on its own test images
     unseen: np.ndarray  # [K] the same of clients that never trained
     shares: tuple[float, float] = (1.0, 1.0)  # of all training and all unseen clients those that are among these
+    sides: np.ndarray | None = None  # [N, 2] accuracy of each training client's model on all test images of classes
+    #   that are trained on, and on those of novel ones, of which the arrays above have none; None: there are none
 
 
 class Metric(NamedTuple):
@@ -42,6 +44,7 @@ class Metric(NamedTuple):
     tuned: tuple[str, ...] | None = None  # where it stands after local steps; None: it is not taken then
     short: str = ""  # its title in the terminal, where that is another; it is explained there
     error: Callable[[Evaluation], float] | None = None  # of it, where it is a mean over clients that were drawn
+    novel: bool = False  # is it taken only where some classes are novel?
 
 
 def mean_over(groups: np.ndarray, correct: np.ndarray) -> float:
@@ -91,9 +94,19 @@ def gap(values: np.ndarray) -> float:
     return -worst_tenth(-values) - worst_tenth(values)
 
 
+def side(evaluation: Evaluation, which: int) -> np.ndarray:
+    """Of classes that are trained on (0), or of novel ones (1)."""
+    return np.asarray(evaluation.sides)[:, which]
+
+
 def deviation(values: np.ndarray) -> float:
     own = known(values)
     return float(np.std(own)) if len(own) else math.nan
+
+
+def harmonic_mean(values: list[float]) -> float:
+    """0 where one of them is."""
+    return len(values) / sum(1 / x for x in values) if min(values) != 0 else 0.0
 
 
 METRICS = (
@@ -168,12 +181,41 @@ METRICS = (
         tuned=EVERYWHERE,
         error=lambda e: error_of_mean(e.unseen, e.shares[1]),
     ),
+    Metric(
+        "base_accuracy",
+        lambda e: mean(side(e, 0)),
+        "base",
+        "the model that each training client is sent, on all test images of the classes that are trained on, mean over "
+        "clients",
+        EVERYWHERE,
+        tuned=EVERYWHERE,
+        novel=True,
+    ),
+    Metric(
+        "novel_accuracy",
+        lambda e: mean(side(e, 1)),
+        "novel",
+        "the same on all test images of the classes that nobody trains on, among these",
+        EVERYWHERE,
+        tuned=EVERYWHERE,
+        novel=True,
+    ),
+    Metric(
+        "harmonic_mean",
+        lambda e: harmonic_mean([mean(e.training), mean(side(e, 0)), mean(side(e, 1))]),
+        "harmonic mean",
+        "of personal, base and novel",
+        EVERYWHERE,
+        tuned=EVERYWHERE,
+        short="HM",
+        novel=True,
+    ),
 )
 
 
-def taken(tuned: bool) -> list[Metric]:
-    """The metrics that are taken as models are sent, or after local steps."""
-    return [metric for metric in METRICS if not tuned or metric.tuned is not None]
+def taken(tuned: bool, novel: bool = False) -> list[Metric]:
+    """The metrics that are taken as models are sent, or after local steps; are some classes novel?"""
+    return [metric for metric in METRICS if metric.novel <= novel and (not tuned or metric.tuned is not None)]
 
 
 def error_name(name: str) -> str:
@@ -181,25 +223,26 @@ def error_name(name: str) -> str:
     return name.removesuffix(TUNED) + ERROR + TUNED * name.endswith(TUNED)
 
 
-def names() -> list[str]:
-    """Of all metrics in rows and summaries: as sent, then after local steps."""
-    return [metric.name for metric in taken(False)] + [metric.name + TUNED for metric in taken(True)]
+def names(novel: bool = False) -> list[str]:
+    """Of all metrics in rows and summaries: as sent, then after local steps; are some classes novel?"""
+    return [metric.name for metric in taken(False, novel)] + [metric.name + TUNED for metric in taken(True, novel)]
 
 
 def of(evaluation: Evaluation, tuned: bool = False) -> dict[str, float | None]:
     """Every metric of an evaluation by its name, ``None`` where it has no value; where not all clients were scored, the
     errors of means over clients too."""
-    found = {metric.name + TUNED * tuned: number(metric.of(evaluation)) for metric in taken(tuned)}
+    novel = evaluation.sides is not None
+    found = {metric.name + TUNED * tuned: number(metric.of(evaluation)) for metric in taken(tuned, novel)}
     if min(evaluation.shares) < 1:
         errors = {metric.name: metric.error for metric in taken(tuned) if metric.error}
         found |= {name + ERROR + TUNED * tuned: number(error(evaluation)) for name, error in errors.items()}
     return found
 
 
-def columns(place: str, after: str) -> dict[str, str]:
+def columns(place: str, after: str, novel: bool = False) -> dict[str, str]:
     """Titles and names of what stands in a place; ``after`` is the title of a metric ``{}`` after local steps."""
     found = {}
-    for metric in METRICS:
+    for metric in taken(False, novel):
         title = metric.short or metric.title if place == TERMINAL else metric.title
         if place in metric.shown:
             found[metric.name] = title

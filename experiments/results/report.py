@@ -11,7 +11,7 @@ from typing import Any
 from experiments.results import client_map, figures, metrics, page
 from experiments.results.folder import write_atomically
 from experiments.results.style import png
-from experiments.results.summary import window
+from experiments.results.summary import has_novel, window
 
 INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals, cut at 0 and 100 %."
 CAPTIONS = {
@@ -65,7 +65,7 @@ def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, b
         f"<p>{escape(_sentence(config, holdings, names, data))}</p>",
         "<h2>Results</h2>",
         _headline(summary),
-        f'<p class="note">{_statistics(summary)} {_meaning()}</p>',
+        f'<p class="note">{_statistics(summary)} {_meaning(summary["config"])}</p>',
         "<h2>Figures</h2>",
         f'<p class="note">{INTERVALS}</p>' if len(config["seeds"]) > 1 else "",
         *(page.figure(name, CAPTIONS[name], image) for name, image in images.items()),
@@ -124,9 +124,9 @@ def _statistics(summary: dict[str, Any]) -> str:
     return f"<b>{over[0].upper()}{over[1:]}, {spread}.</b> Accuracies in %.{paired}"
 
 
-def _meaning() -> str:
+def _meaning(config: dict[str, Any]) -> str:
     """What stands under the table of results."""
-    shown = [(m.title, m.meaning) for m in metrics.METRICS if metrics.REPORT in m.shown]
+    shown = [(m.title, m.meaning) for m in metrics.taken(False, has_novel(config)) if metrics.REPORT in m.shown]
     shown += [
         ("local steps", "after one round's local steps on the client's own training images"),
         (
@@ -146,7 +146,7 @@ def _headline(summary: dict[str, Any]) -> str:
     target = f"{100 * first['rounds_to_target']['target']:g}"
     difference = [f"difference to {first['about']['name']}"] if paired else []
     rest = (f"rounds to {target}\u00a0%", "up, per client and round", "bias share,\u00a0%", "seconds per round")
-    shown, table = metrics.columns(metrics.REPORT, after="{}, local steps"), []
+    shown, table = metrics.columns(metrics.REPORT, "{}, local steps", has_novel(summary["config"])), []
     titles = [title.replace(" %", "\u00a0%") for title in shown.values()]
     for name, entry in methods.items():
         row = [entry["about"]["name"], *(_percent(entry[key]["last5"]) for key in shown)]

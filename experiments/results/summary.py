@@ -56,21 +56,27 @@ def spread(values: Iterable[float | None], errors: Iterable[float | None] = ()) 
     return {"mean": mean, "std": std, "ci95": ci95, "seeds": seeds}
 
 
-def measures() -> list[str]:
+def measures(novel: bool = False) -> list[str]:
     """What a summary has of both the last round and the mean of the last five, besides ``per_domain``."""
-    return [*metrics.names(), "bias", "bias_share"]
+    return [*metrics.names(novel), "bias", "bias_share"]
 
 
-def columns() -> dict[str, str]:
-    """Titles of accuracies in the terminal's tables, by their names."""
-    return metrics.columns(metrics.TERMINAL, after="+steps")
+def columns(config: dict[str, Any] | None = None) -> dict[str, str]:
+    """Titles of accuracies in the terminal's tables, by their names; of a run with these options."""
+    return metrics.columns(metrics.TERMINAL, "+steps", has_novel(config or {}))
+
+
+def has_novel(config: dict[str, Any]) -> bool:
+    """Are some classes novel to a run with these options?"""
+    return bool(config.get("novel"))
 
 
 def summarise(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
     """One method's entry, timings and descriptions left out."""
     seeds = sorted({row["seed"] for row in rows})
     by_seed = [sorted((r for r in rows if r["seed"] == seed), key=lambda r: r["round"]) for seed in seeds]
-    entry: dict[str, Any] = {name: _both(by_seed, *_readers(name)) for name in measures()}
+    novel = any("novel_accuracy" in row for row in rows)
+    entry: dict[str, Any] = {name: _both(by_seed, *_readers(name)) for name in measures(novel)}
     domains = by_seed[0][-1]["per_domain"]
     entry["per_domain"] = {d: _both(by_seed, lambda r, d=d: r["per_domain"][d] if "per_domain" in r else None)
                            for d in domains}  # fmt: skip
@@ -134,7 +140,7 @@ def window(config: dict[str, Any]) -> str:
 def meaning(config: dict[str, Any]) -> str:
     """What stands under a table of the terminal."""
     seeds = len(config["seeds"])
-    shown = [m for m in metrics.METRICS if m.short and metrics.TERMINAL in m.shown]
+    shown = [m for m in metrics.taken(False, has_novel(config)) if m.short and metrics.TERMINAL in m.shown]
     among = f"over {seeds} seed{'s' * (seeds > 1)}" + " and the clients scored" * (
         config.get("eval_clients") is not None
     )
@@ -149,7 +155,8 @@ def meaning(config: dict[str, Any]) -> str:
 
 def table(summary: dict[str, Any]) -> str:
     """The terminal's table: means over ``window`` and half-width of the 95 % interval, in per cent."""
-    header = ["method", *columns().values(), "vs first", "bias", "KiB up", "s/round"]
+    shown = columns(summary["config"])
+    header = ["method", *shown.values(), "vs first", "bias", "KiB up", "s/round"]
     rows = [header]
     for name, entry in summary["methods"].items():
         difference = summary["paired"].get(name)
@@ -157,7 +164,7 @@ def table(summary: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                *(percent(entry[key]["last5"]) for key in columns()),
+                *(percent(entry[key]["last5"]) for key in shown),
                 percent(difference, signed=True) if difference else "",
                 _share(entry["bias_share"]["last5"]["mean"]),
                 f"{entry['bytes_up']['per_client_round'] / 1024:.1f}",

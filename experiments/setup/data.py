@@ -63,6 +63,7 @@ class Images(NamedTuple):
     superclass: np.ndarray | None = None  # int32 [n_classes], where classes belong to superclasses
     columns: Columns = columns.NONE  # what else the source says of each of its images
     rows: np.ndarray | None = None  # [N] which of them these are; None: all of them, in order
+    known: int | None = None  # how many of the classes, the first, are trained on; None: all of them
 
     @property
     def has_domains(self) -> bool:
@@ -261,6 +262,36 @@ def of_classes(images: Images, wanted: Sequence[str]) -> Images:
     groups = None if images.superclass is None else images.superclass[order]
     own = own._replace(classes=tuple(wanted), superclass=groups, rows=_rows(images, kept))
     _check_parts(own, "use other --classes")
+    return own
+
+
+def base_to_novel(images: Images, novel: Sequence[str]) -> Images:
+    """The images with some classes behind all others, of which test images alone are left: nobody trains on them.
+
+    As in Zhou et al., *Conditional Prompt Learning for Vision-Language Models*, CVPR 2022, arXiv 2203.05557, section
+    4.1, where the base classes are the first half, rounded up.
+
+    Args:
+      images: of all classes.
+      novel: these classes by name; or ``half``, where none is called so: those behind the first half.
+
+    Raises:
+      ValueError: there is no such class; fewer than two are novel, or left to train on; a domain is left without any.
+    """
+    if not novel:
+        return images
+    if tuple(novel) == ("half",) and "half" not in images.classes:
+        novel = images.classes[-(-len(images.classes) // 2) :]
+    missing = [name for name in novel if name not in images.classes]
+    base = [name for name in images.classes if name not in novel]
+    if missing or len(set(novel)) < len(novel) or min(len(base), len(novel)) < 2:
+        what = f"there is no {missing[0]}" if missing else f"leaves {len(base)}: expected two at least on either side"
+        raise ValueError(f"--novel {','.join(novel)}: {what} (of {images.name}'s {len(images.classes)} classes)")
+    own = of_classes(images, (*base, *novel))
+    kept = np.flatnonzero(own.test | (own.y < len(base)))
+    own = own._replace(x=taken(own.x, kept), y=own.y[kept], domain=own.domain[kept], test=own.test[kept])
+    own = own._replace(rows=_rows(own, kept), known=len(base))
+    _check_parts(own._replace(test=own.test & (own.y < len(base))), "use other --novel classes")
     return own
 
 

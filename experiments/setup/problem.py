@@ -85,7 +85,7 @@ class Problem(NamedTuple):
     base: Params
     train: tuple[Any, Any]  # x [n, H, W, 3] uint8 (or tokens [n, ...], where the model begins later), y [n]: on the
     #   device; where images are staged, on the host or on disk
-    test: tuple[Any, Any, Any]  # x, y, domain
+    test: tuple[Any, Any, Any]  # x, y, domain; those of novel classes behind all others
     clients: Clients  # every array with a leading axis of seeds
     adapters: Adapter  # [seeds, ...]
     keys: Array  # [seeds]
@@ -137,8 +137,9 @@ def build(
     new, targets = lambda key: start.onto(new_adapter(config, top, key)), top.patterns(config.targets)
     shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
     accept(descriptions.shapes_of_one(config.signature, len(images.classes)), shapes)
-    train_rows, test_rows = np.flatnonzero(~images.test), np.flatnonzero(images.test)
-    made = [dealt(config, images, train_rows, test_rows, seed) for seed in config.seeds]
+    train_rows, *sides = (np.flatnonzero(part) for part in (~images.test, *_tested(images)))
+    test_rows = np.concatenate(sides)
+    made = [dealt(config, images, train_rows, sides[0], seed) for seed in config.seeds]
 
     images, base = data.resized(images, side), backbones.kept_as(config.base_dtype, top.params, config.full)
     stem, shown, stay = _shown(config, stem, images.x, may_stage)
@@ -146,7 +147,7 @@ def build(
         base = {**base, STEM: backbones.kept_as(config.base_dtype, stem.params, ())}
     base = jax.device_put(base)
     vary = config.label_smoothing, config.augment, config.dropout
-    loss_fn, correct_fn, judge_fn = objectives(TASKS[config.task], top, stem, *vary)
+    loss_fn, correct_fn, judge_fn = objectives(TASKS[config.task], top, stem, *vary, known=images.known)
     features = _features(config, backbone, taken(images.x, train_rows))
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
@@ -190,7 +191,13 @@ def _images(config: Config) -> tuple[Images, dict[str, str]]:
         images = data.resplit(images, config.resplit)
     images = data.validation(images, config.validation) if config.validation else images
     data.note_untrained(images)
-    return images, resized
+    return data.base_to_novel(images, config.novel), resized
+
+
+def _tested(images: Images) -> tuple[np.ndarray, np.ndarray]:
+    """Which images are test images, ``[N]``, of classes that are trained on, and of others."""
+    known = len(images.classes) if images.known is None else images.known
+    return images.test & (images.y < known), images.test & (images.y >= known)
 
 
 def _features(config: Config, backbone: Backbone, x: Any) -> np.ndarray:
@@ -281,9 +288,8 @@ def own_accuracy(correct: Array, counts: Array) -> Array:
     return jnp.sum(correct * (jnp.arange(correct.shape[1]) < counts[:, None]), 1) / counts
 
 
-def domain_accuracies(problem: Problem, correct: np.ndarray) -> dict[str, float]:
-    """Share of right answers in each domain, of ``correct [n_test]``."""
-    domain = np.asarray(problem.test[2])
+def domain_accuracies(problem: Problem, domain: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    """Share of right answers in each domain, of ``correct [n]`` in ``domain [n]``."""
     return {name: float(np.mean(correct[domain == j])) for j, name in enumerate(problem.images.domains)}
 
 

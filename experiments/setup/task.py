@@ -53,6 +53,12 @@ def most_likely(logits: Array, y: Array) -> Array:
     return (logits.argmax(-1) == y).astype(jnp.float32)
 
 
+def among(logits: Array, y: Array, known: int) -> Array:
+    """Logits of the classes on the side of each label alone, of those below ``known`` or of the others."""
+    same = (jnp.arange(logits.shape[-1]) < known) == (y < known)[:, None]
+    return jnp.where(same, logits, -jnp.inf)
+
+
 TASKS = {
     "softmax": Task(cross_entropy, most_likely, "cross-entropy of one distribution over classes"),
     # Wightman et al., ResNet strikes back, 2021, arXiv 2110.00476: the loss DeiT III is trained with.
@@ -67,6 +73,7 @@ def objectives(
     smoothing: float = 0.0,
     augment: Sequence[str] = (),
     drop: float = 0.0,
+    known: int | None = None,
 ) -> tuple[Callable, Callable, Callable]:
     """Mean loss of a batch, which predictions are right, and the loss that models are judged by, which drops nothing.
 
@@ -80,6 +87,8 @@ def objectives(
         1512.00567, section 7).
       augment: how images are varied before they are trained on (``augment.WAYS``).
       drop: share of the inputs of low-rank updates that are dropped, in the loss (``fedlora_jax.dropout``).
+      known: how many classes, the first, are trained on and predicted among themselves; the others are novel, which
+        alone are predicted for an image of one. ``None``: there are no novel ones.
     """
     vary = augmentation(augment)
 
@@ -87,7 +96,8 @@ def objectives(
         if stem is not None:
             base, before = {name: x for name, x in base.items() if name != STEM}, base[STEM]
             x = stem.apply(before, x)
-        return backbone.apply(base, adapter, x, training=training)[0]
+        out = backbone.apply(base, adapter, x, training=training)[0]
+        return out[:, :known] if training else out
 
     def loss(drop: float, base, adapter, batch, key):
         x, y = examples = batch.examples if isinstance(batch, Padded) else batch
@@ -101,7 +111,11 @@ def objectives(
         return batch.mean(losses) if isinstance(batch, Padded) else losses.mean()
 
     def correct_fn(base, adapter, examples):
-        one = lambda xy: task.right(logits(base, adapter, xy[0][None], False), xy[1][None])[0]
+        def one(xy: tuple[Array, Array]) -> Array:
+            x, y = (part[None] for part in xy)
+            out = logits(base, adapter, x, False)
+            return task.right(out if known is None else among(out, y, known), y)[0]
+
         return jax.lax.map(one, examples, batch_size=AT_ONCE)  # bounds memory whatever the number of examples
 
     loss_fn = partial(loss, drop)

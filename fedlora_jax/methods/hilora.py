@@ -174,6 +174,7 @@ def _check(k_min: int, k_max: int, subspace: str, newcomers: str, signature: Sig
 
 
 def _init(s: Settings, key, adapter):
+    lora.needs_low_rank(adapter, "tiers")
     fresh, own, key = jax.random.split(key, 3)
     clusters = jax.vmap(lambda key: lora.restart(key, adapter))(jax.random.split(fresh, s.most))
     nobody = jnp.zeros(s.population, jnp.int32)

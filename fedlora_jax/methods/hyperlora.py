@@ -151,6 +151,7 @@ def hyperlora(
 
 
 def _init(s: Settings, key, adapter):
+    lora.needs_low_rank(adapter, "generated starts")
     keys = jax.random.split(key, 3)
     fresh = Theta(
         generator.init(keys[0], adapter, s.signature, s.form),
