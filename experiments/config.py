@@ -43,7 +43,7 @@ SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid")
 DTYPES = ("float32", "bfloat16")
-HEADS = ("linear", "cosine", "prototype", "zero_shot", "text")
+HEADS = ("linear", "cosine", "prototype", "zero_shot", "text", "gate")
 FORMS = ("merged", "peft", "npz")  # of what is exported
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
@@ -124,7 +124,8 @@ class Config:
         "what makes logits of features: linear; cosine, a temperature times cosines; prototype, by distance from the "
         "mean features of each class, over the training clients, to start from; where a model reads text, zero_shot, "
         "of the names of classes, to start from, or text, its text tower, computed in every step: for --targets in it, "
-        "or to train head/logit_scale or --context (default: as the model has it). What --full finds of it is trained "
+        "or to train head/logit_scale or --context; gate, that of names (or as the model has it) behind a softmax gate "
+        "on features, head/gate (default: as the model has it). What --full finds of it is trained "
         "and shared (of fedper and fedrep each client's own), the rest is frozen",
         among=HEADS,
     )

@@ -43,6 +43,7 @@ from fedlora_jax.methods.ffa_lora import ffa_lora
 from fedlora_jax.methods.finetune import finetune
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
+from fedlora_jax.methods.frozen import frozen
 from fedlora_jax.methods.fslora import fslora
 from fedlora_jax.methods.hetlora import hetlora
 from fedlora_jax.methods.hilora import hilora
@@ -116,6 +117,7 @@ __all__ = [
     "finetune",
     "flexlora",
     "flora",
+    "frozen",
     "fslora",
     "hetlora",
     "hilora",

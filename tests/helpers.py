@@ -37,6 +37,7 @@ from fedlora_jax.methods.ffa_lora import ffa_lora
 from fedlora_jax.methods.finetune import finetune
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
+from fedlora_jax.methods.frozen import frozen
 from fedlora_jax.methods.fslora import fslora
 from fedlora_jax.methods.hetlora import hetlora
 from fedlora_jax.methods.hilora import hilora
@@ -98,6 +99,7 @@ EXACT = ["ffa_lora", "flora", "fedex_lora", "rolora", "fed_sb", "rac_lora", "fed
 # Baselines and personalised methods. Clients' ids in ``cohort`` stay below 100.
 CLASSICS: dict[str, Callable[[], Method]] = {
     "local_only": local_only,
+    "frozen": frozen,
     "centralized": centralized,
     "finetune": lambda: finetune(0.5),
     "ditto": ditto,

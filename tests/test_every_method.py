@@ -71,6 +71,7 @@ EXCEPTIONS = {
     "whole state": dict.fromkeys(("hyperlora", "hyperlora_exact"), "the server keeps uploads beside their weights"),
     "fixed point": {
         "local_only": "the server has no model",
+        "frozen": "the server has no other model than the one it came with",
         "pfedhn": "the server learns a network from what clients changed and averages nothing",
         "noise": "noise is added",
         "clip": "the clients' update is cut before it is averaged",
@@ -112,6 +113,7 @@ SECOND = {
     "hyperlora_exact",
     "fedproto",
     "hilora_cluster",
+    "frozen",
 }
 SECOND |= {"server", "trimmed_mean", "norm_bound", "clip", "feddyn", "fedlc", "signature_bias"}
 
@@ -159,7 +161,18 @@ LOOPED = (
 )
 # Whose servers average as another one here: derivatives are looked at of one of each kind, and of all that decompose,
 # solve or choose.
-ALIKE = {"ffa_lora", "rolora", "fedsa_lora", "fedvlm", "fedproto", "local_only", "centralized", "finetune", "fedper"}
+ALIKE = {
+    "ffa_lora",
+    "rolora",
+    "fedsa_lora",
+    "fedvlm",
+    "fedproto",
+    "local_only",
+    "frozen",
+    "centralized",
+    "finetune",
+    "fedper",
+}
 ALIKE |= {"fedrep", "hilora_cluster", "personal", "hyperlora_exact", "fed_hello", "fslora"}
 DERIVED = [name for name in WHOLE if name not in ALIKE]
 # Whose clients' local steps are those of FedIT.

@@ -50,6 +50,28 @@ def test_what_is_trained_of_it_moves_its_logits_and_a_cut_changes_nothing():
     np.testing.assert_allclose(again, model.apply(model.params, NO_ADAPTER, IMAGES)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["vit", "clip"])
+def test_a_gate_is_the_softmax_of_two_layers_and_starts_open(family):
+    given = {"head": "zero_shot"} if family == "clip" else {}
+    plain, gated = (
+        load(Config(model=family, **given), CLASSES, 16),
+        load(Config(model=family, head="gate"), CLASSES, 16),
+    )
+    logits, features = plain.apply(plain.params, NO_ADAPTER, IMAGES)
+    np.testing.assert_allclose(gated.apply(gated.params, NO_ADAPTER, IMAGES)[0], logits, rtol=1e-3, atol=1e-3)
+    adapter = new_adapter(Config(targets=(), full=("^head/gate/",)), gated, jax.random.key(0))
+    assert set(lora.flatten(adapter)) == {f"head/gate/fc{i}/{kind}" for i in (1, 2) for kind in ("kernel", "bias")}
+    adapter = jax.tree.map(lambda x: 0.5 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
+    flat = {name: np.float64(x) for name, x in lora.flatten(lora.merge(gated.params["head"], adapter["head"])).items()}
+    f = np.float64(features)
+    scores = np.tanh(f @ flat["gate/fc1/kernel"] + flat["gate/fc1/bias"]) @ flat["gate/fc2/kernel"]
+    gate = np.exp(scores + flat["gate/fc2/bias"])
+    h = unit(f * gate / gate.sum(-1, keepdims=True), -1) * np.linalg.norm(f, axis=-1, keepdims=True)
+    expected = h @ flat["kernel"] + flat["bias"]
+    np.testing.assert_allclose(gated.apply(gated.params, adapter, IMAGES)[0], expected, rtol=1e-3, atol=1e-3)
+    assert np.abs(expected - logits).max() > 0.1
+
+
 def test_a_new_head_begins_with_columns_that_have_directions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     change()(tmp_path / "data.npz")

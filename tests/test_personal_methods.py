@@ -37,6 +37,7 @@ from fedlora_jax.methods.fedper import fedper
 from fedlora_jax.methods.fedproto import fedproto
 from fedlora_jax.methods.fedrep import fedrep
 from fedlora_jax.methods.finetune import finetune
+from fedlora_jax.methods.frozen import frozen
 from fedlora_jax.methods.ifca import ifca
 from fedlora_jax.methods.local_only import local_only
 from fedlora_jax.methods.per_fedavg import per_fedavg
@@ -60,6 +61,13 @@ def test_the_report_of_a_round_is_on_what_was_sent(make, reported):
 
 
 # --- local-only, fine-tuning, Ditto
+
+
+def test_frozen_is_the_start_whatever_clients_do():
+    state, c, _ = run(frozen(), 2)
+    assert_near(state.adapter, ADAPTER)
+    for i in range(len(c.ids)):
+        assert_near(take(personal(frozen(), state, c), i), ADAPTER)
 
 
 def test_local_only_clients_train_alone_from_where_they_were():

@@ -65,6 +65,7 @@ class Plan:
         ids = _clients(options.model, config.clients + config.holdout_clients)
         prelude.checked(config)
         learned = {"a head of cosines (--head cosine)": config.head == "cosine"}
+        learned |= {"a gate (--head gate)": config.head == "gate"}
         learned |= {"learned vectors (--context)": config.context is not None}
         own = [what for what, is_so in learned.items() if is_so]
         if own and (options.to != "npz" or config.adapt_last is not None):

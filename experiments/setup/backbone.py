@@ -77,6 +77,8 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     optional |= {} if own and built_in else {"weights": weights}
     if config.head in OF_TEXT or (config.head == "linear" and "head" in inspect.signature(function).parameters):
         optional["head"] = config.head
+    if config.head == "gate" and "head" in inspect.signature(function).parameters:
+        optional["head"] = "zero_shot"
     if config.prompts is not None:
         optional["prompts"] = tuple(config.prompts.split("|"))
     if config.context is not None:
@@ -97,7 +99,7 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     backbone = checked(made, chosen)
-    others = {"cosine": head.cosine, "prototype": head.emptied}
+    others = {"cosine": head.cosine, "prototype": head.emptied, "gate": head.gated}
     if config.head in others:
         backbone = others[config.head](backbone)
     if own:

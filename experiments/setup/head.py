@@ -10,15 +10,21 @@ A linear layer starts as a model has it, or from what the classes' names or the 
 (Snell et al., NeurIPS 2017, arXiv 1703.05175, section 2.4), as clients would send them (Tan et al., *FedProto*, AAAI
 2022, arXiv 2105.00243, eq. 6). The s is ours: the mean of ``|f - m_c|^2`` over the images of the clients, without which
 logits grow with the width of features, and training diverges. A zero-shot head is what a model with a tower for text
-makes of the classes' names. Who trains a head is not said here: what ``--full`` finds is trained and shared, what it
-leaves out is frozen, and it is personal in methods whose clients keep it (FedPer, FedRep).
+makes of the classes' names. Before it may stand a gate:
+
+    logits = W^T h,  h = |f| u / |u|,  u = f * softmax(B tanh(A f))       (Lu et al., *FedCLIP*, 2023, arXiv 2302.13485)
+
+(biases left out here); ours: B starts at zero, and so the model as it is without a gate. Who trains a head is not said
+here: what ``--full`` finds is trained and shared, what it leaves out is frozen, and it is personal in methods whose
+clients keep it (FedPer, FedRep).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -96,21 +102,51 @@ def cosine(backbone: Backbone) -> Backbone:
         start = np.random.default_rng(0).normal(size=start.shape).astype(np.float32)
     head = {"kernel": start, "temperature": np.full(1, TEMPERATURE, np.float32)}
     facts = {**backbone.facts, "head": f"{backbone.facts.get('head', 'as the model has it')}; cosines with it"}
-    return _with(head, backbone)._replace(facts=facts)
+    return _with(head, _cosines, backbone)._replace(facts=facts)
 
 
-def _with(head: dict[str, np.ndarray], backbone: Backbone) -> Backbone:
+def gated(backbone: Backbone) -> Backbone:
+    """The model with a gate on its features before its head, ``head/gate``.
+
+    Raises:
+      ValueError: it has no linear layer ``head``.
+    """
+    flat = lora.flatten(backbone.params)
+    if not all(name in flat for name in PARTS) or flat[PARTS[0]].ndim != 2:
+        raise ValueError(
+            f"--head gate needs a model with head/kernel [width, classes] and head/bias; {backbone.name} has none"
+        )
+    width, draw = len(flat[PARTS[0]]), np.random.default_rng(0).uniform
+    layer = lambda kernel: {"kernel": np.asarray(kernel, np.float32), "bias": np.zeros(width, np.float32)}
+    drawn = draw(-1, 1, (width, width)) / width**0.5
+    head = {**backbone.params["head"], "gate": {"fc1": layer(drawn), "fc2": layer(np.zeros((width, width)))}}
+    facts = {**backbone.facts, "head": f"{backbone.facts.get('head', 'as the model has it')}; behind a gate"}
+    return _with(head, _behind_a_gate, backbone)._replace(facts=facts)
+
+
+def _behind_a_gate(own: Params, features: Array) -> Array:
+    dense = lambda x, layer: x @ layer["kernel"] + layer["bias"]
+    gate = jax.nn.softmax(dense(jnp.tanh(dense(features, own["gate"]["fc1"])), own["gate"]["fc2"]))
+    length = jnp.linalg.norm(features, axis=-1, keepdims=True)
+    return dense(length * _unit(gate.shape[-1] * gate * features, -1), own)
+
+
+def _cosines(own: Params, features: Array) -> Array:
+    return own["temperature"] * (_unit(features, -1) @ _unit(own["kernel"], 0))
+
+
+def _with(head: Params, logits: Callable[[Params, Array], Array], backbone: Backbone) -> Backbone:
+    """The model with another head, and what makes logits of its parameters and features."""
     linear = backbone.params["head"]  # of the frozen model: what it makes is not read
 
     def apply(params: Params, adapter: Adapter, images: Array, *, training: bool = False) -> tuple[Array, Array]:
         body, rest = ({name: x for name, x in tree.items() if name != "head"} for tree in (params, adapter))
         _, features = backbone.apply({**body, "head": linear}, rest, images, training=training)
-        own = lora.merge(params["head"], adapter.get("head", {}))
-        return own["temperature"] * (_unit(features, -1) @ _unit(own["kernel"], 0)), features
+        return logits(lora.merge(params["head"], adapter.get("head", {})), features), features
 
     def cut(blocks: int) -> tuple[Any, Backbone]:
         stem, rest = backbone.cut(blocks)  # type: ignore[misc]
-        return stem, _with(head, rest)
+        return stem, _with(head, logits, rest)
 
     params = {**backbone.params, "head": head}
     return backbone._replace(params=params, apply=apply, cut=backbone.cut and cut, publish=None, layouts={})
