@@ -172,8 +172,8 @@ def tried(name, images, *more):
     small = f"--data {data} --weights nano --image-size 16 --rounds 2 --eval-every 2 --batch 4 --seeds 1"
     values = option_files.read(option_files.recipe(name))
     small += " --local-epochs 0.05" if "local_epochs" in values else " --local-steps 1"
-    if values.get("model") == "clip":  # of which there is none that is small
-        small += " --model vit --head linear --full ^head/"
+    if "context" in values:  # the small text tower has 16 places in all
+        small += " --context 4"
     return parse(["compare", "--recipe", name, *small.split(), "--minimum", "4", "--test-images", "2", *more])[1]
 
 
