@@ -2,9 +2,12 @@
 
 import re
 import resource
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_bad_input import change
@@ -12,7 +15,7 @@ from test_bad_input import change
 from experiments.cli import parse
 from experiments.commands import compare
 from experiments.config import Config
-from experiments.engine import chunking, forecast
+from experiments.engine import chunking, forecast, timed
 from experiments.engine.forecast import Need, Scoring, Step
 from experiments.setup import memory
 from experiments.start import planned
@@ -35,7 +38,9 @@ def plan(tmp_path_factory):
 @pytest.mark.long
 def test_a_dry_run_tells_and_writes_nothing(plan, capsys):
     assert isinstance(plan, compare.Plan)
+    before = plan.trials["ffa_lora"].compile_seconds
     plan.forecast()
+    assert plan.trials["ffa_lora"].compile_seconds == before, "no method is compiled"
     header, line, *_ = capsys.readouterr().out.splitlines()
     cells = dict(zip(re.split(r"\s{2,}", header), re.split(r"\s{2,}", line), strict=True))
     rank, width, classes = 4, 64, 3  # one block, query and value; of a pair only b moves, and the head
@@ -74,6 +79,30 @@ def test_a_run_that_does_not_fit_is_refused_before_its_first_round(plan, monkeyp
     assert not plan.folder.path.exists()
     monkeypatch.setattr(memory, "available", lambda: needed.arrays)
     assert forecast.too_large(plan.config, plan.problem, "ffa_lora", needed) is None
+
+
+@pytest.mark.long
+def test_memory_is_foretold_without_compiling_as_xla_tells_it_of_what_is_compiled(plan):
+    """Of arrays, which is all that there is on an accelerator: what it computes with is at most a few MiB here."""
+    plan.trials["ffa_lora"].compile()
+    (own,) = forecast.foretell(plan.config, plan.problem, list(plan.trials.values())).methods
+    needed = forecast.need(plan.trials["ffa_lora"])
+    assert own.need.held == needed.held
+    assert needed.work / 2 < own.need.work < 2 * needed.work + 2**20
+
+
+def test_what_is_found_in_the_cache_counts_as_if_it_were_compiled():
+    def lowered():
+        def program(x):  # each time another function of the same text
+            for i in range(40):
+                x = jnp.tanh(x @ x + i)
+            return x
+
+        return jax.jit(program).lower(jnp.ones((7, 7)))
+
+    first, again = (timed._compile(time.process_time, lowered())[1] for _ in range(2))
+    assert first.letters == again.letters == len(lowered().as_text())
+    assert again.seconds > first.seconds / 4, "seconds of the CPU, the first time perhaps of two threads"
 
 
 @pytest.mark.parametrize(
