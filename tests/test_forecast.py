@@ -91,18 +91,28 @@ def test_memory_is_foretold_without_compiling_as_xla_tells_it_of_what_is_compile
     assert needed.work / 2 < own.need.work < 2 * needed.work + 2**20
 
 
-def test_what_is_found_in_the_cache_counts_as_if_it_were_compiled():
+def test_what_is_in_the_cache_of_programs_is_compiled_all_the_same():
     def lowered():
-        def program(x):  # each time another function of the same text
-            for i in range(40):
-                x = jnp.tanh(x @ x + i)
-            return x
+        return jax.jit(lambda x: jnp.tanh(x @ x) @ x).lower(jnp.ones((7, 7)))  # each time another of the same text
 
-        return jax.jit(program).lower(jnp.ones((7, 7)))
-
-    first, again = (timed._compile(time.process_time, lowered())[1] for _ in range(2))
-    assert first.letters == again.letters == len(lowered().as_text())
-    assert again.seconds > first.seconds / 4, "seconds of the CPU, the first time perhaps of two threads"
+    hits = lambda: [event for event in seen if event.endswith("cache_retrieval_time_sec")]
+    seen: list[str] = []
+    listen = lambda event, duration_secs, **_: seen.append(event)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        lowered().compile()
+        for _ in range(2):
+            seen.clear()
+            compiled, found = timed._compile(time.perf_counter, lowered())
+            assert not hits()
+            assert found.letters == len(lowered().as_text())
+            assert found.seconds > 0
+        seen.clear()
+        lowered().compile()
+        assert hits() or not jax.config.jax_compilation_cache_dir, "after that it is asked again"
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    np.testing.assert_allclose(compiled(np.eye(7, dtype=np.float32)), np.tanh(1) * np.eye(7), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
