@@ -192,6 +192,7 @@ _MODEL = _WEIGHTS | {
     "targets",
     "adapt_last",
     "prefix",
+    "blocks",
     "full",
     "rank",
     "scale",

@@ -39,6 +39,7 @@ COUNT = "[1, 1000000]"  # clients, rounds, steps: more would be a slip, and take
 INT32 = "[0, 2147483647]"
 PREFIXES = ("auto", "stored", "anew")
 IMAGES = ("auto", "resident", "staged")
+BLOCKS = ("auto", "loop", "unrolled")
 SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid")
@@ -306,6 +307,13 @@ class Config:
         "what the blocks before --adapt-last compute: 'stored' once per image, 'anew' in every step, "
         "or 'auto': stored where that takes at most a quarter of the memory there is",
         among=PREFIXES,
+        decides=SPEED,
+    )
+    blocks: str = option(
+        "auto",
+        "how the blocks of a model are differentiated: 'unrolled', one after the other, which runs faster where they "
+        "are large, in a 'loop', which compiles faster, or 'auto': unrolled where training takes minutes",
+        among=BLOCKS,
         decides=SPEED,
     )
     images: str = option(

@@ -208,8 +208,8 @@ def test_training_sees_varied_images_and_scoring_does_not():
     class Model:
         apply = staticmethod(lambda base, adapter, x, training: (x[:, :2, 0, 0].astype(jnp.float32) / 255, x))
 
-    loss, correct, _ = task.objectives(task.TASKS["softmax"], Model(), augment=("flip",))  # type: ignore[arg-type]
-    plain, same, _ = task.objectives(task.TASKS["softmax"], Model())  # type: ignore[arg-type]
+    loss, correct, *_ = task.objectives(task.TASKS["softmax"], Model(), augment=("flip",))  # type: ignore[arg-type]
+    plain, same, *_ = task.objectives(task.TASKS["softmax"], Model())  # type: ignore[arg-type]
     batch = (jnp.asarray(X), jnp.asarray(Y % 2))
     assert loss({}, {}, batch, KEY) != plain({}, {}, batch, KEY)
     assert loss({}, {}, batch, KEY) == loss({}, {}, batch, KEY)

@@ -169,7 +169,10 @@ def test_what_decides_speed_alone_may_change_and_numbers_agree_to_rounding(small
     """
     names = "hyperlora:warmup=1,hilora:root=0.5:cluster=0.0"
     common = [*small, "--methods", names, "--rounds", "2", "--seeds", "2", "--checkpoint-every", "1"]
-    fast, slow = "--chunk 3 --seeds-at-once 2 --prefix stored", "--chunk 1 --seeds-at-once 1 --prefix anew"
+    fast, slow = (
+        "--chunk 3 --seeds-at-once 2 --prefix stored --blocks loop",
+        "--chunk 1 --seeds-at-once 1 --prefix anew",
+    )
     rows, one = run(tmp_path / "one", *common, *fast.split())
     shutil.copytree(tmp_path / "one", tmp_path / "half")
     for newest in (tmp_path / "half" / "checkpoints").glob("*/0-2/2"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -63,11 +64,11 @@ class Timed(NamedTuple):
 def one_step(config: Config, problem: Problem, clock: Callable[[], float] = time.perf_counter) -> Step:
     """Time of a local step of as many clients as are trained at once: the best of a few calls; and its arithmetic."""
     clients, _ = chunking.choose(config, problem)
-    local = training.make_local(fedit(), problem.loss_fn, make_optimizer(config))
     adapter = jax.tree.map(lambda x: x[0], problem.adapters)
     mask = jax.tree.map(jnp.ones_like, adapter)
 
-    def train(base, *one):
+    def train(loss_fn, base, *one):
+        local = training.make_local(fedit(), loss_fn, make_optimizer(config))
         train = lambda *one: local(base, *one, jax.random.key(0))
         return train(*one) if clients == 1 else jax.vmap(train)(*one)
 
@@ -77,9 +78,9 @@ def one_step(config: Config, problem: Problem, clock: Callable[[], float] = time
         return problem.base, *(one if clients == 1 else jax.tree.map(lambda x: jnp.stack([x] * clients), one))
 
     steps = min(config.local_steps, STEPS)
-    flops = (jax.jit(train).lower(*arguments(1)).cost_analysis() or {}).get("flops", math.nan)
-    timed = _timed(clock, train, *arguments(steps))
-    return Step(clients, timed.seconds / steps, flops, timed.work, timed.compiled)
+    counted = jax.jit(partial(train, problem.counted_fn)).lower(*arguments(1)).cost_analysis() or {}
+    timed = _timed(clock, partial(train, problem.loss_fn), *arguments(steps))
+    return Step(clients, timed.seconds / steps, counted.get("flops", math.nan), timed.work, timed.compiled)
 
 
 def one_scoring(config: Config, problem: Problem, clock: Callable[[], float] = time.perf_counter) -> Scoring:

@@ -37,6 +37,8 @@ from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.signatures import Signature
 from models.backbone import Backbone, Stem
 
+LONG = 5e10  # images trained on, each times the parameters it meets: half a minute of two CPU cores, with few tokens
+
 
 class Clients(NamedTuple):
     """All clients, the training ones first, then the unseen ones (in ``Problem`` with a leading axis of seeds)."""
@@ -93,8 +95,9 @@ class Problem(NamedTuple):
     smallest: int  # training images of the smallest client over all seeds
     longest: int | None  # local steps of the client that takes the most; None: all take those of the options
     loss_fn: Callable
-    judge_fn: Callable  # the loss without what varies it in training alone: dropout
-    correct_fn: Callable  # (base, adapter, (x, y)) -> 1 where the prediction is right, [n]
+    correct_fn: Callable  # these four as of task.Objectives
+    judge_fn: Callable
+    counted_fn: Callable
     record: dict[str, Any]  # what identifies it, for config.json
 
     @property
@@ -146,10 +149,10 @@ def build(
     if stem is not None:
         base = {**base, STEM: backbones.kept_as(config.base_dtype, stem.params, ())}
     base = jax.device_put(base)
-    vary = config.label_smoothing, config.augment, config.dropout
-    loss_fn, correct_fn, judge_fn = objectives(TASKS[config.task], top, stem, *vary, known=images.known)
     features = _features(config, backbone, taken(images.x, train_rows))
     stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
+    longest = local_training.longest(config, stacked.population.examples)
+    vary = config.label_smoothing, config.augment, config.dropout, unrolls(config, base, longest)
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
     adapters = _with_heads(config, jax.vmap(new)(keys), made, features, images.y[train_rows], len(images.classes))
     return Problem(
@@ -163,10 +166,8 @@ def build(
         keys=keys,
         signature=descriptions.shapes_of_one(config.signature, len(images.classes)),
         smallest=min(len(part) for parts, _, _ in made for part in parts),
-        longest=local_training.longest(config, stacked.population.examples),
-        loss_fn=loss_fn,
-        correct_fn=correct_fn,
-        judge_fn=judge_fn,
+        longest=longest,
+        **objectives(TASKS[config.task], top, stem, *vary, images.known)._asdict(),
         record={
             **backbone.facts,
             **resized,
@@ -246,6 +247,19 @@ def is_staged(config: Config, size: int) -> bool:
     """Do images (or tokens) of so many bytes stay where they are, and only those that are drawn go to the device?"""
     have = memory.available()
     return config.images == "staged" or (config.images == "auto" and have is not None and size > memory.RESIDENT * have)
+
+
+def unrolls(config: Config, params: Any, longest: int | None) -> bool:
+    """Are blocks written out one after another where they are differentiated?
+
+    That runs a few per cent faster (nothing where they are as small as the built-in ones), and costs some tenths of a
+    second of compilation for each block and method.
+    """
+    if config.blocks != "auto":
+        return config.blocks == "unrolled"
+    examples = config.rounds * config.cohort * (longest or config.local_steps) * config.batch * len(config.seeds)
+    work = examples * sum(x.size for x in jax.tree.leaves(params))
+    return work > (LONG if jax.default_backend() == "cpu" else 100 * LONG)
 
 
 def _shown(config: Config, stem: Stem | None, x: Any, may_stage: bool) -> tuple[Stem | None, Any, bool]:

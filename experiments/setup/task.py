@@ -66,6 +66,15 @@ TASKS = {
 }
 
 
+class Objectives(NamedTuple):
+    """Functions of a model and examples."""
+
+    loss_fn: Callable  # (base, adapter, batch, key) -> mean loss of a batch
+    correct_fn: Callable  # (base, adapter, (x, y)) -> 1 where the prediction is right, [n]
+    judge_fn: Callable  # the loss without what varies it in training alone: dropout
+    counted_fn: Callable  # the loss with blocks unrolled: of a loop XLA counts the arithmetic of one turn
+
+
 def objectives(
     task: Task,
     backbone: Backbone,
@@ -73,9 +82,10 @@ def objectives(
     smoothing: float = 0.0,
     augment: Sequence[str] = (),
     drop: float = 0.0,
+    unroll: bool = True,
     known: int | None = None,
-) -> tuple[Callable, Callable, Callable]:
-    """Mean loss of a batch, which predictions are right, and the loss that models are judged by, which drops nothing.
+) -> Objectives:
+    """What clients minimise and are scored by.
 
     Images are uint8, or tokens of a stem.
 
@@ -87,36 +97,36 @@ def objectives(
         1512.00567, section 7).
       augment: how images are varied before they are trained on (``augment.WAYS``).
       drop: share of the inputs of low-rank updates that are dropped, in the loss (``fedlora_jax.dropout``).
+      unroll: whether the loss unrolls blocks, see ``models.backbone.Apply``.
       known: how many classes, the first, are trained on and predicted among themselves; the others are novel, which
         alone are predicted for an image of one. ``None``: there are no novel ones.
     """
     vary = augmentation(augment)
 
-    def logits(base: Params, adapter: Adapter, x: Array, training: bool) -> Array:
+    def logits(base: Params, adapter: Adapter, x: Array, training: bool = False) -> Array:
         if stem is not None:
             base, before = {name: x for name, x in base.items() if name != STEM}, base[STEM]
             x = stem.apply(before, x)
-        out = backbone.apply(base, adapter, x, training=training)[0]
-        return out[:, :known] if training else out
+        return backbone.apply(base, adapter, x, training=training)[0]
 
-    def loss(drop: float, base, adapter, batch, key):
+    def loss(unroll: bool, drop: float, base, adapter, batch, key):
         x, y = examples = batch.examples if isinstance(batch, Padded) else batch
         if augment:
-            classes = jax.eval_shape(lambda: logits(base, adapter, x, True)).shape[-1]
+            classes = jax.eval_shape(lambda: logits(base, adapter, x)[:, :known]).shape[-1]
             x, y = vary(purpose(key, "augmentation"), examples, classes)
         if drop:
             adapter = dropout.switched_on(adapter, purpose(key, "dropout of adapters"), drop)
-        out = logits(base, adapter, x, True)
+        out = logits(base, adapter, x, unroll)[:, :known]
         losses = task.loss(out, optax.smooth_labels(shares(out, y), smoothing) if smoothing else y)
         return batch.mean(losses) if isinstance(batch, Padded) else losses.mean()
 
     def correct_fn(base, adapter, examples):
         def one(xy: tuple[Array, Array]) -> Array:
             x, y = (part[None] for part in xy)
-            out = logits(base, adapter, x, False)
+            out = logits(base, adapter, x)
             return task.right(out if known is None else among(out, y, known), y)[0]
 
         return jax.lax.map(one, examples, batch_size=AT_ONCE)  # bounds memory whatever the number of examples
 
-    loss_fn = partial(loss, drop)
-    return loss_fn, correct_fn, partial(loss, 0.0) if drop else loss_fn
+    loss_fn, counted_fn = (partial(loss, written_out, drop) for written_out in (unroll, True))
+    return Objectives(loss_fn, correct_fn, partial(loss, unroll, 0.0) if drop else loss_fn, counted_fn)
