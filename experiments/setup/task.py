@@ -103,6 +103,7 @@ def objectives(
     """
     vary = augmentation(augment)
 
+    @partial(jax.jit, static_argnames="training")
     def logits(base: Params, adapter: Adapter, x: Array, training: bool = False) -> Array:
         if stem is not None:
             base, before = {name: x for name, x in base.items() if name != STEM}, base[STEM]
