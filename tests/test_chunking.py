@@ -8,11 +8,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from experiments.config import Config
 from experiments.engine import process
 from experiments.engine.chunking import divisor, kept
+from experiments.setup.backbone import load
 from experiments.setup.memory import largest
+from experiments.setup.problem import new_adapter, unrolls
+from experiments.setup.task import TASKS, objectives
 
 
 def loss_fn(base, adapter, batch, key):
@@ -39,6 +44,31 @@ def test_what_is_kept_for_the_backward_pass_grows_with_depth_and_leaves_the_base
 @pytest.mark.parametrize(("number", "most", "expected"), [(12, 8, 6), (12, 100, 12), (7, 3, 1), (12, 0, 1), (1, 5, 1)])
 def test_the_largest_divisor_that_fits(number, most, expected):
     assert divisor(number, most) == expected
+
+
+def test_blocks_are_unrolled_where_training_is_long_or_where_one_says_so():
+    params = {"blocks": jnp.zeros((4, 250_000))}
+    of = lambda **options: unrolls(Config(clients=10, batch=10, seeds=(0,), **options), params, None)
+    assert [of(rounds=rounds, local_steps=5) for rounds in (100, 101)] == [False, True]  # 5e4 images of 1e6 numbers
+    assert unrolls(Config(clients=10, batch=10, seeds=(0, 1), rounds=100), params, 5)
+    assert [of(blocks=how) for how in ("loop", "unrolled")] == [False, True]
+
+
+def test_a_loop_and_unrolled_blocks_are_one_loss_and_the_arithmetic_of_all_blocks_is_counted():
+    """The numbers are the same to rounding; of a loop XLA would count one turn."""
+    model = load(Config(), tuple("0123456789"), 16)
+    adapter = new_adapter(Config(), model, jax.random.key(0))
+    batch = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8), jnp.arange(4)
+    loop, unrolled = (objectives(TASKS["softmax"], model, unroll=unroll) for unroll in (False, True))
+    step = lambda f: jax.jit(jax.value_and_grad(f, 1)).lower(model.params, adapter, batch, jax.random.key(0))
+    one, other = (
+        step(own.loss_fn).compile()(model.params, adapter, batch, jax.random.key(0)) for own in (loop, unrolled)
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one, other)
+    whole, counted, one_turn = (
+        step(f).cost_analysis()["flops"] for f in (unrolled.loss_fn, loop.counted_fn, loop.loss_fn)
+    )
+    assert whole == counted > 2 * one_turn
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")

@@ -102,4 +102,4 @@ def test_alpha_is_divided_by_the_rank(capsys, monkeypatch):
     assert scales(Config(alpha=12.0, rank=(2, 16))) == {0.75}, "one for all clients, of the largest"
     assert scales(Config()) == {2.0}
     said = refused(["run", "--method", "fedit", "--alpha", "16", "--scale", "3"], capsys, monkeypatch)
-    assert "--alpha 16 and --scale 3 both set the factor: give one of them" in said
+    assert "--alpha and --scale say the same in two ways: give one of them" in said

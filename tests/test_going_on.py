@@ -165,13 +165,13 @@ def test_nothing_is_cut_before_it_is_known_from_where_a_run_goes_on(whole, tmp_p
 def test_what_decides_speed_alone_may_change_and_numbers_agree_to_rounding(small, tmp_path):
     """Clients in other chunks, seeds one by one, frozen blocks anew in each step: from the start, and half-way.
 
-    HyperLoRA keeps images apart, HiLoRA has a trial for newcomers and a memory on every client.
+    HiLoRA has a trial for newcomers and a memory on every client.
     """
-    names = "hyperlora:warmup=1,hilora:root=0.5:cluster=0.0"
-    common = [*small, "--methods", names, "--rounds", "2", "--seeds", "2", "--checkpoint-every", "1"]
+    names = "hilora:root=0.5:cluster=0.0"
+    common = [*small, "--methods", names, *"--rounds 2 --seeds 2 --checkpoint-every 1 --adapt-last 2".split()]
     fast, slow = (
-        "--chunk 3 --seeds-at-once 2 --prefix stored --blocks loop",
-        "--chunk 1 --seeds-at-once 1 --prefix anew",
+        "--chunk 3 --seeds-at-once 2 --prefix stored",
+        "--chunk 1 --seeds-at-once 1 --prefix anew --blocks unrolled",
     )
     rows, one = run(tmp_path / "one", *common, *fast.split())
     shutil.copytree(tmp_path / "one", tmp_path / "half")

@@ -21,9 +21,9 @@ from experiments.results.checkpoints import Checkpoints
 from experiments.results.record import Metrics, complete
 
 ROOT = Path(__file__).parents[1]
-# flora carries a random key in its state, hyperlora an optimizer's moments and a round counter
+# flora carries a random key in its state, fedadam an optimizer's moments
 OPTIONS = (
-    "compare --methods flora,hyperlora --clients 4 --clients-per-round 2 --holdout-clients 1 --partition iid "
+    "compare --methods flora,fedit+fedadam --clients 4 --clients-per-round 2 --holdout-clients 1 --partition iid "
     "--minimum 4 --rounds 6 --checkpoint-every 2 --seeds 2 --local-steps 1 --batch 4 --rank 2 --adapt-last 1"
 ).split()
 
@@ -73,7 +73,7 @@ def test_kill_nine_then_resume_gives_the_same_bytes(tmp_path, monkeypatch):
     metrics = killed / "metrics.jsonl"
     lines = lambda: metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     kill_when(start(killed), lambda: lines() >= 5)  # in round 3 of flora: after one checkpoint, before the next
-    errors = kill_when(start(killed, "--resume"), lambda: lines() >= 17, signal.SIGINT)  # in round 3 of hyperlora
+    errors = kill_when(start(killed, "--resume"), lambda: lines() >= 17, signal.SIGINT)  # in round 3 of fedadam
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith(
         "stopped by SIGINT; to go on: python -m experiments compare --methods flora"
@@ -81,7 +81,7 @@ def test_kill_nine_then_resume_gives_the_same_bytes(tmp_path, monkeypatch):
     finish(start(killed, "--resume"))
 
     assert metrics.read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    for method in ("flora", "hyperlora"):
+    for method in ("flora", "fedit+fedadam"):
         one, two = state(whole, method), state(killed, method)
         assert one.keys() == two.keys()
         for name in one:
