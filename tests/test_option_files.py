@@ -58,6 +58,27 @@ def test_a_run_repeats_another_by_its_config_json(tmp_path):
     assert parse(["run", "--config", str(tmp_path / "config.json")])[1] == config
 
 
+@pytest.mark.parametrize(
+    ("command", "own"),
+    [
+        ("sweep", {"methods": ("fedit+proximal",), "lrs": (0.1, 0.3), "vary": "mu=0,1", "local_epochs": 2.0}),
+        ("budget", {"methods": ("fedit", "ditto"), "lrs": (0.1,), "budgets": (1, 5), "tuning_seeds": (7,)}),
+        ("meta", {"methods": ("hyperlora:mode=frozen",), "unroll": 3, "meta_lr": 0.01, "local_steps": 3}),
+        ("bounds", {"optimizer": "adam", "lr": 0.3, "local_epochs": 1.0, "augment": ("flip",)}),
+    ],
+)
+def test_what_other_commands_write_or_print_repeats_them(command, own, tmp_path, capsys):
+    config = Config(**own, rank=(4, 8), seeds=(1, 4), partition_seed=3)
+    about = {"config": config.deciding("results"), "speed": config.deciding("speed")}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    again = parse([command, "--config", str(tmp_path / "config.json")])[1]
+    assert dataclasses.replace(again, methods=config.methods) == config
+    assert command == "bounds" or again.methods == config.methods
+    with pytest.raises(SystemExit):
+        parse([command, "--config", str(tmp_path / "config.json"), "--print-config"])
+    assert parse([command, "--config", written(tmp_path, capsys.readouterr().out)])[1] == again
+
+
 def test_a_file_may_say_that_a_run_goes_on(tmp_path):
     """Then what neither file nor command line says stays as it was in the folder."""
     config = Config(methods=("fedit",), lr=0.3, rounds=4, seeds=(0,), out=str(tmp_path))
