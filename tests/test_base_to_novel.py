@@ -73,7 +73,7 @@ def test_an_image_is_scored_among_the_classes_of_its_side():
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(200, 5)).astype(np.float32), rng.integers(0, 5, 200)
     backbone = SimpleNamespace(apply=lambda params, adapter, x, training: (x + params, x))
-    loss, correct, _ = objectives(TASKS["softmax"], backbone, known=3)  # type: ignore[arg-type]
+    loss, correct, *_ = objectives(TASKS["softmax"], backbone, known=3)  # type: ignore[arg-type]
     shift = np.float32([0, 0, 0, 9, 9])  # of which nothing must be seen on the other side
     picked = np.where(y < 3, x[:, :3].argmax(1), 3 + x[:, 3:].argmax(1))
     right = np.asarray(correct(shift, {}, (jnp.asarray(x), jnp.asarray(y))))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import jit
 from jax.extend.core import jaxprs_in_params
+from quick import QUICK
 
 from experiments import bench, cli
 from experiments.bench import bench_forecast, bench_peers, bench_profile, children, machine, measure, works
@@ -43,6 +44,8 @@ SMALL = {  # of each bench: options that make it quick
 @pytest.mark.parametrize("name", BENCHES)
 def test_every_bench_gives_lines_with_the_same_fields(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ours, "jit", jit)
+    for variable, value in QUICK.items():  # of the processes that a bench starts
+        monkeypatch.setenv(variable, value)
     options = Options(name, work="toy", repeats=1, out=f"{tmp_path / 'new'}")
     lines = bench.execute(dataclasses.replace(options, **SMALL[name]))
     assert lines
