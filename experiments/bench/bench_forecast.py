@@ -88,8 +88,9 @@ def of_a_run(typed: list[str], own: dict[str, str], summary: Path) -> dict[str, 
     command = [sys.executable, "-m", "experiments", *typed]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)  # or Popen takes it for running
     if status:
-        raise RuntimeError(f"{' '.join(typed)} ended with exit status {os.waitstatus_to_exitcode(status)}")
+        raise RuntimeError(f"{' '.join(typed)} ended with exit status {process.returncode}")
     methods = json.loads(summary.read_text())["methods"].values()
     return {
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
