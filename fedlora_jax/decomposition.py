@@ -67,6 +67,11 @@ def _eigh(x: Array) -> tuple[Array, Array]:
     return tuple(jnp.linalg.eigh(x))  # type: ignore[return-value]
 
 
+@sequential_vmap
+def _solve(g: Array, y: Array) -> Array:
+    return jnp.linalg.solve(g, y)
+
+
 # LAPACK of a batch waits, in a thread of XLA's CPU pool, for parts that other threads of the pool are to compute: where
 # as many batches are begun at once as there are threads, all wait for ever (jaxlib 0.10.2). Hence one after another.
 
@@ -83,9 +88,13 @@ def rotation(overlap: Array) -> Array:
 
 
 def solve(g: Array, y: Array) -> Array:
-    """``g^-1 y [..., n, m]`` of ``g [..., n, n]`` and ``y [..., n, m]`` of the same leading axes; has derivatives."""
-    flat = tuple(x.reshape(-1, *x.shape[-2:]) for x in (g, y))
-    return jax.lax.map(lambda gy: jnp.linalg.solve(*gy), flat).reshape(y.shape)
+    """``g^-1 y [..., n, m]`` of symmetric ``g [..., n, n]`` and ``y [..., n, m]`` of the same leading axes."""
+
+    def one(g: Array, y: Array) -> Array:  # a derivative is another solution, which is found in the same way
+        product_with, solution = lambda x: matmul(g, x), lambda _, y: _solve(g, y)
+        return jax.lax.custom_linear_solve(product_with, y, solution, symmetric=True)
+
+    return jax.vmap(one)(*(x.reshape(-1, *x.shape[-2:]) for x in (g, y))).reshape(y.shape)
 
 
 def _inverse(x: Array, largest: Array, tolerance: float = _DEAD) -> Array:

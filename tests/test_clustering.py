@@ -9,6 +9,7 @@ import pytest
 from helpers import assert_near, jit
 
 from fedlora_jax import clustering
+from fedlora_jax.decomposition import solve
 
 CLIENTS, OUT, R = 100, 768, 8
 spectral = jit(clustering.spectral, static_argnums=(3, 4))
@@ -159,9 +160,10 @@ def test_lapack_is_given_one_matrix_at_a_time():
         q = jax.vmap(lambda b: [clustering.bases(x) for x in b])(b)
         kept = [clustering.moving_average(jnp.ones_like(x), x, 0.5) for x in b]
         d = clustering.distances(q, q)
-        return [*q, *kept, clustering.spectral(jax.random.key(0), d, jnp.ones(len(d), bool), 2, 3).assignment]
+        solved = jax.vmap(solve)(*(jnp.ones((5, 3, 2, 2)),) * 2)  # of several seeds, or rates of a sweep
+        return [*q, *kept, solved, clustering.spectral(jax.random.key(0), d, jnp.ones(len(d), bool), 2, 3).assignment]
 
     text = jax.jit(server).lower([jnp.ones((5, 3, 2, 4)), jnp.ones((5, 3, 2, 6))]).as_text()
     batched = re.findall(r'@lapack_\w+.*num_batch_dims = "(\d+)"', text)
-    assert len(batched) >= 3  # eigh, svd, and eigh of another size
+    assert len(batched) >= 4  # eigh, svd, what solves, and eigh of another size
     assert set(batched) == {"0"}

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora_jax import product
+from fedlora_jax.decomposition import solve
 from fedlora_jax.lora import LoRA, delta
 from fedlora_jax.method import mean
 
@@ -321,3 +322,19 @@ def test_truncation_under_vmap_is_truncation_row_by_row():
         together, f = jit(jax.vmap(f))(x, like), jit(f)
         for i in range(3):
             assert_near(take(together, i), f(take(x, i), take(like, i)), 1e-12)
+
+
+def test_equations_are_solved_and_followed_one_matrix_at_a_time(x64):
+    """Against NumPy, the derivative against differences; also under a further axis."""
+    rng = np.random.default_rng(0)
+    g, y, dg, dy = (rng.normal(size=(2, 3, 4, n)) for n in (4, 2, 4, 2))
+    g, dg = g @ g.swapaxes(-1, -2) + np.eye(4), dg + dg.swapaxes(-1, -2)
+    np.testing.assert_allclose(solve(jnp.asarray(g), jnp.asarray(y)), np.linalg.solve(g, y), rtol=1e-10)
+    np.testing.assert_allclose(jax.vmap(solve)(jnp.asarray(g), jnp.asarray(y)), np.linalg.solve(g, y), rtol=1e-10)
+    _, moved = jax.jvp(solve, (jnp.asarray(g), jnp.asarray(y)), (jnp.asarray(dg), jnp.asarray(dy)))
+    at = lambda t: np.linalg.solve(g + t * dg, y + t * dy)
+    np.testing.assert_allclose(moved, (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-5, atol=1e-7)
+    pulled = jax.vjp(solve, jnp.asarray(g), jnp.asarray(y))[1](jnp.ones_like(moved))
+    np.testing.assert_allclose(
+        sum(jnp.sum(a * b) for a, b in zip(pulled, (dg, dy), strict=True)), moved.sum(), rtol=1e-8
+    )
