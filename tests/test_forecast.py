@@ -1,5 +1,6 @@
 """What a run would need is told without writing anything, and a run that does not fit is refused with what does."""
 
+import dataclasses
 import re
 import resource
 import time
@@ -52,6 +53,12 @@ def test_a_dry_run_tells_and_writes_nothing(plan, capsys):
     parts = [float(cells[name]) for name in ("compile s", "rounds s", "scores s")]
     assert float(cells["run s"]) == pytest.approx(sum(parts), rel=0.02)
     assert not plan.folder.path.exists()
+
+
+@pytest.mark.long
+def test_a_step_is_timed_where_the_learning_rate_follows_rounds(plan):
+    config = dataclasses.replace(plan.config, schedule="cosine")
+    assert timed.one_step(config, plan.problem).seconds > 0
 
 
 @pytest.mark.long
@@ -130,20 +137,29 @@ def test_first_fewer_seeds_are_advised_then_fewer_clients(monkeypatch, have, adv
     assert f"{have:.2f} GiB" in text
 
 
+@pytest.mark.parametrize("novel", [(), ("half",)])
 @pytest.mark.parametrize("onboard", [None, "a trial"])
 @pytest.mark.parametrize(("rounds", "every"), [(10, 1), (12, 4), (3, 3), (40, 2)])
-def test_time_is_that_of_all_that_is_computed_one_after_another(onboard, rounds, every):
+def test_time_is_that_of_all_that_is_computed_one_after_another(novel, onboard, rounds, every):
     """Counted once more, round by round; a step of 4 clients takes 2 s, so one client's half a second."""
     config = Config(
-        clients=30, holdout_clients=7, local_steps=5, rounds=rounds, eval_every=every, seeds=(0, 1), devices=2
+        clients=30,
+        holdout_clients=7,
+        local_steps=5,
+        rounds=rounds,
+        eval_every=every,
+        seeds=(0, 1),
+        devices=2,
+        novel=novel,
     )
+    own = 0.1 + 11.0 * bool(novel)  # every model on its client's own images, and on all
     step, scoring, passes = Step(4, 2.0, 1.0), Scoring(whole=11.0, own=0.1), 30 * 6.0
     training = evaluation = 0.0
     for r in range(1, rounds + 1):
         training += passes * 0.5 / 2  # shared by two devices
         if r % every == 0:
-            evaluation += 11.0 + 37 * 0.1 + (7 * 5 * 0.5 if onboard else 0.0)
-            evaluation += 37 * (5 * 0.5 + 0.1) if r > rounds - 5 else 0.0
+            evaluation += 11.0 + 37 * own + (7 * 5 * 0.5 if onboard else 0.0)
+            evaluation += 37 * (5 * 0.5 + own) if r > rounds - 5 else 0.0
     found = forecast.seconds(config, SimpleNamespace(onboard=onboard), step, scoring, passes)  # type: ignore[arg-type]
     np.testing.assert_allclose(found, (2 * training, 2 * evaluation))
 

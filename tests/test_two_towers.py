@@ -61,6 +61,20 @@ def test_it_starts_as_the_zero_shot_head(path):
         np.testing.assert_allclose(logits(both(path, prompts=prompts)), logits(zero_shot), rtol=1e-4, atol=1e-4)
 
 
+def test_texts_are_computed_once_for_a_batch(path):
+    """Another image costs what it costs the image tower alone."""
+
+    def flops(backbone, count):
+        x = np.zeros((count, 4, 4, 3), np.uint8)
+        apply = jax.jit(lambda params, x: backbone.apply(params, {}, x, training=True)[0])
+        return apply.lower(backbone.params, x).cost_analysis()["flops"]
+
+    text, alone = both(path), clip_backbone(path, SHORT)
+    more = [flops(backbone, 9) - flops(backbone, 3) for backbone in (text, alone)]
+    np.testing.assert_allclose(*more, rtol=0.02)
+    assert flops(text, 3) > flops(alone, 3) + more[1] / 3, "the text tower is there"
+
+
 def test_learned_vectors_stand_where_words_would(path):
     backbone = both(path, context="a photo of a")
     np.testing.assert_allclose(logits(backbone), logits(both(path)), rtol=1e-4, atol=1e-4)

@@ -226,7 +226,8 @@ def seconds(config: Config, method: Method, step: Step, scoring: Scoring, passes
     tuned = min(times, -(-summary.WINDOW // config.eval_every))
     trials = config.scored[1] * config.local_steps if method.onboard else 0
     steps = times * trials + tuned * everybody * config.local_steps
-    evaluation = times * scoring.whole + (times + tuned) * everybody * scoring.own + steps * one
+    own = scoring.own + (scoring.whole if config.novel else 0.0)  # then every model sees all test images
+    evaluation = times * scoring.whole + (times + tuned) * everybody * own + steps * one
     return seeds * training, seeds * evaluation
 
 

@@ -69,7 +69,7 @@ def one_step(config: Config, problem: Problem, clock: Callable[[], float] = time
 
     def train(loss_fn, base, *one):
         local = training.make_local(fedit(), loss_fn, make_optimizer(config))
-        train = lambda *one: local(base, *one, jax.random.key(0))
+        train = lambda *one: local(base, *one, jax.random.key(0), 0)  # of the first round
         return train(*one) if clients == 1 else jax.vmap(train)(*one)
 
     def arguments(steps: int) -> tuple:
