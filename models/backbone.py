@@ -117,7 +117,8 @@ class Backbone(NamedTuple):
         """Regular expressions of kernels, for names of this model's sets or expressions of one's own.
 
         Raises:
-          ValueError: ``default`` is asked for, and the model has no set of that name.
+          ValueError: ``default`` is asked for, and the model has no set of that name; or a word that is neither a set
+            nor in the name of a parameter.
         """
         if "default" in targets and "default" not in self.targets:
             sets = f"one of its sets ({', '.join(self.targets)})" if self.targets else "its kernels"
@@ -125,6 +126,13 @@ class Backbone(NamedTuple):
                 f"{self.name} does not say which kernels get adapters: name {sets} in --targets, or give regular "
                 "expressions"
             )
+        names = flatten(self.params)
+        for word in targets:
+            if word.isidentifier() and word not in self.targets and not any(word in name for name in names):
+                raise ValueError(
+                    f"no parameter matches {word!r}, and the sets of {self.name} are "
+                    f"{', '.join(self.targets) or 'none'}: see --targets"
+                )
         return tuple(pattern for target in targets for pattern in self.targets.get(target, (target,)))
 
 

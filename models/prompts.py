@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,13 +24,19 @@ def texts(classes: int | Sequence[str] | None, prompts: Sequence[str], class_nam
         raise ValueError(f"a zero-shot head is made of the classes' names, got {classes}: give them, or head='linear'")
     if wrong := [prompt for prompt in prompts if "{}" not in prompt]:
         raise ValueError(f"the prompt {wrong[0]!r} has no {{}} for the name of a class")
-    if class_names and len(class_names) != len(classes):
+    if class_names:
+        refuse_other_count(classes, class_names)
+    names = class_names or [name.replace("_", " ") for name in classes]
+    return [[prompt.replace("{}", name) for name in names] for prompt in prompts]
+
+
+def refuse_other_count(classes: Sequence[str], class_names: Sequence[str]) -> None:
+    """Refuse names that are not one for each class."""
+    if len(class_names) != len(classes):
         raise ValueError(
             f"--class-names are {len(class_names)}, the data has {len(classes)} classes: name each in its order "
             f"({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})"
         )
-    names = class_names or [name.replace("_", " ") for name in classes]
-    return [[prompt.replace("{}", name) for name in names] for prompt in prompts]
 
 
 def tokens(prompts: list[list[str]], tokenizer: Bpe, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,8 +76,10 @@ def tokenizer_of(path: Path, text: Text, what: str) -> Bpe:
 
 def context_of(asked: str, text: Text, params: Params, tokenizer: Bpe) -> np.ndarray:
     """Where learned vectors begin, ``[n, width]``: at random, or as embeddings of words."""
-    words = [] if asked.isdigit() else tokenizer.encode(asked)[1:-1]
-    count = len(words) or int(asked)
+    if re.fullmatch(r"[-+]?[\d.]+", asked) and not asked.isdecimal():
+        raise ValueError(f"--context {asked} is no count and no words: expected how many vectors, as in 16, or words")
+    words = [] if asked.isdecimal() else tokenizer.encode(asked)[1:-1]
+    count = len(words) if words or not asked.isdecimal() else int(asked)
     if not 1 <= count <= text.length - FEWEST:
         raise ValueError(
             f"--context {asked} is {count} vectors, and the text tower has {text.length} places in all: choose 1 to "
@@ -90,4 +99,4 @@ def said_of_text(prompts: Sequence[str], class_names: Sequence[str], context: st
     whole = f"the text tower, {said(prompts, class_names)}"
     if context is None:
         return whole
-    return f"{whole}, behind {f'{context} vectors' if context.isdigit() else repr(context)} to be learned"
+    return f"{whole}, behind {f'{context} vectors' if context.isdecimal() else repr(context)} to be learned"

@@ -15,7 +15,8 @@ from experiments.commands.compare import Plan
 from experiments.engine.evaluation import accuracy_on_sides
 from experiments.results import metrics, summary
 from experiments.results.metrics import Evaluation
-from experiments.setup import data
+from experiments.setup import backbone as backbones
+from experiments.setup import data, problem
 from experiments.setup.task import TASKS, objectives
 from fedlora_jax import partition
 
@@ -29,6 +30,39 @@ ARRAYS = {
     "split": SPLIT,
     "classes": NAMES,
 }
+
+
+def head_of(tmp_path, *options):
+    """Classes of a run, and the column of the zero-shot head that each has."""
+    path = tmp_path / "data.npz"
+    change(**ARRAYS)(path)
+    folder(tmp_path / "tiny", arrays())
+    given = ["compare", "--data", str(path), "--weights", str(tmp_path / "tiny"), *options]
+    config, own, _ = problem._images(parse(given)[1])
+    kernel = backbones.read(config, own.classes, None).params["head"]["kernel"]
+    return dict(zip(own.classes, kernel.T, strict=True))
+
+
+@pytest.mark.parametrize("named", [(), ("--class-names", "cats,long fish,from,picture,a drink")])
+def test_a_class_keeps_the_name_that_it_was_given(named, tmp_path):
+    """Names are in the data's order, in which novel classes need not stand last."""
+    whole, split = head_of(tmp_path, *named), head_of(tmp_path, *named, "--novel", "eel,cat")
+    assert [*whole] == NAMES.tolist()
+    assert [*split] == ["of", "photo", "tea", "eel", "cat"]
+    for name, column in whole.items():
+        np.testing.assert_allclose(split[name], column, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--class-names a,b", "--class-names are 2, the data has 5 classes: name each in its order .cat, eel, of, ..."),
+        ("--keep-head", "--keep-head takes the weights' outputs in the data's order, and --novel eel,cat puts"),
+    ],
+)
+def test_what_is_said_class_by_class_must_be_known_of_each(options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        head_of(tmp_path, "--novel", "eel,cat", *options.split())
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +94,7 @@ def test_novel_classes_stand_last_and_have_test_images_alone(novel, base, images
         (("dog",), "there is no dog"),
         (("cat",), "leaves 4: expected two at least on either side"),
         (("cat", "eel", "of", "tea"), "leaves 1: expected two at least"),
-        (("cat", "cat"), "leaves 4"),
+        (("cat", "cat"), "leaves 4: expected two at least on either side, each named once"),
     ],
 )
 def test_novel_classes_that_are_none_are_refused(novel, said, images):
@@ -107,17 +141,17 @@ def test_a_run_has_base_and_novel_of_every_client(tmp_path, monkeypatch, capsys)
     options = [*SMALL, "--data", "data.npz", "--weights", "tiny", "--rank", "2", "--out", "out", "--head", "text"]
     options += ["--targets", "", "--full", "^head/logit", "--novel", "half", "--partition", "iid", "--adapt-last", "1"]
     plan = Plan(*parse(["compare", "--methods", "fedit,local_only", *options]))
-    problem = plan.problem
-    assert problem.images.known == 3
-    label, trained = np.asarray(problem.test[1]), np.asarray(problem.train[1])
+    built = plan.problem
+    assert built.images.known == 3
+    label, trained = np.asarray(built.test[1]), np.asarray(built.train[1])
     assert trained.max() == 2
-    counts, rows = np.asarray(problem.clients.test_counts[0]), np.asarray(problem.clients.test_rows[0])
+    counts, rows = np.asarray(built.clients.test_counts[0]), np.asarray(built.clients.test_rows[0])
     own = np.concatenate([row[:n] for row, n in zip(rows, counts, strict=True)])
     np.testing.assert_array_equal(np.sort(own), np.flatnonzero(label < 3))
-    backbone, adapter = problem.backbone, jax.tree.map(lambda x: x[0], problem.adapters)
-    x = problem.images.x[problem.images.test]
+    backbone, adapter = built.backbone, jax.tree.map(lambda x: x[0], built.adapters)
+    x = built.images.x[built.images.test]
     logits = np.asarray(backbone.apply(backbone.params, jax.tree.map(jnp.zeros_like, adapter), x)[0])
-    y = problem.images.y[problem.images.test]
+    y = built.images.y[built.images.test]
     picked = np.where(y < 3, logits[:, :3].argmax(1), 3 + logits[:, 3:].argmax(1))
     plan.execute()
     assert " HM " in capsys.readouterr().out

@@ -121,7 +121,10 @@ def test_prompts_are_averaged_and_call_the_classes_as_asked(tmp_path):
             {"prompts": "{}", "head": "linear"},
             "--prompts and --class-names are of a zero-shot head, and the head is lin",
         ),
-        ({"prompts": "{}", "model": "vit", "weights": "nano"}, "vit does not take --prompts: leave it out"),
+        ({"prompts": "{}", "model": "vit", "weights": "nano"}, "vit does not take --prompts: leave it out, got {}"),
+        ({"prompts": "{}", "weights": "nano", "model": None}, "--prompts: leave it out, or --model clip, got {}"),
+        ({"head": "text", "weights": "nano", "model": None}, "use linear, cosine or prototype, or --model clip"),
+        ({"class_names": ("a", "b"), "model": "mixer", "weights": "nano"}, "--class-names: leave it out, got a,b"),
     ],
 )
 def test_prompts_that_make_no_head_are_refused(options, said, tmp_path):

@@ -21,6 +21,7 @@ OPTIONS = (
 ).split()
 KEPT, TRIED = ("--methods", "ditto"), ("--methods", "hilora:root=0.4:cluster=0.6")  # memory; and trials of the unseen
 DRAWN = "--eval-clients", "3"
+ROW = {"seed": 0, "round": 1, "per_domain": {}, "clients": [0], "bytes_up": 0, "bytes_down": 0, "bytes_behind": 0}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,27 @@ def test_the_error_of_a_mean_is_that_of_all_samples_there_are(n):
     samples = np.array(list(itertools.combinations(values, n)))
     found = np.mean([metrics.error_of_mean(own, n / 6) ** 2 for own in samples])
     np.testing.assert_allclose(found, samples.mean(1).var(), atol=1e-18)
+
+
+def test_means_on_either_side_and_their_harmonic_mean_have_errors_too():
+    """That of the harmonic mean, against the means of all samples of clients that differ little, and in all three."""
+    rng = np.random.default_rng(1)
+    values = np.array([0.9, 0.6, 0.3]) + 1e-3 * rng.normal(size=(6, 3)) @ rng.normal(size=(3, 3))
+    samples = [values[list(rows)] for rows in itertools.combinations(range(6), 3)]
+    found = [
+        metrics.of(metrics.Evaluation(*np.zeros((3, 1)), own[:, 0], np.zeros(1), (0.5, 1.0), own[:, 1:]))
+        for own in samples
+    ]
+    for name, means in {
+        "base_accuracy": [own[:, 1].mean() for own in samples],
+        "novel_accuracy": [own[:, 2].mean() for own in samples],
+        "harmonic_mean": [3 / sum(1 / own.mean(0)) for own in samples],
+    }.items():
+        np.testing.assert_allclose([one[name] for one in found], means)
+        squares = [one[metrics.error_name(name)] ** 2 for one in found]
+        np.testing.assert_allclose(np.mean(squares), np.var(means), rtol=0.02)
+    told = summary.summarise([{**ROW, **found[0]}], 0.8)
+    assert np.diff(told["harmonic_mean"]["last"]["ci95"]) == pytest.approx(2 * 1.96 * found[0]["harmonic_mean_error"])
 
 
 def test_an_interval_is_no_narrower_than_drawing_makes_it():

@@ -126,6 +126,8 @@ def test_a_cut_changes_nothing_and_what_is_published_is_read_again(path, tmp_pat
     [
         ({"context": "8"}, "--context 8 is 8 vectors, and the text tower has 10 places in all: choose 1 to 7"),
         ({"context": "0"}, "--context 0 is 0 vectors"),
+        ({"context": "-3"}, "--context -3 is no count and no words: expected how many vectors, as in 16, or words"),
+        ({"context": "1.5"}, "--context 1.5 is no count and no words"),
         ({"context": "3", "head": "zero_shot"}, "--context is of --head text, and the head is zero_shot: leave it out"),
         ({"prompts": ("a photo",)}, "the prompt 'a photo' has no {} for the name of a class"),
         (
@@ -179,3 +181,12 @@ def test_nothing_to_adapt_is_an_adapter_too_and_nothing_at_all_is_refused(path):
     assert set(lora.flatten(adapter)) == {"head/context"}
     with pytest.raises(ValueError, match="leave nothing to be trained"):
         check(parse(["compare", "--targets", "", "--full", ""])[1])
+
+
+def test_a_set_of_the_text_tower_needs_it_in_the_model(path):
+    image = clip_backbone(path, SHORT, head="zero_shot")
+    with pytest.raises(
+        ValueError, match=r"no parameter matches 'text_qv', and the sets of .* are default, qv, qkv, qkvo"
+    ):
+        image.patterns(("qv", "text_qv"))
+    assert image.patterns(("attn", "query")) == (*image.targets["attn"], "query")

@@ -109,6 +109,22 @@ def harmonic_mean(values: list[float]) -> float:
     return len(values) / sum(1 / x for x in values) if min(values) != 0 else 0.0
 
 
+def three(evaluation: Evaluation) -> list[np.ndarray]:
+    """``[N]`` each: personal accuracies, and those on classes that are trained on and on novel ones."""
+    return [evaluation.training, side(evaluation, 0), side(evaluation, 1)]
+
+
+def error_of_harmonic_mean(values: list[np.ndarray], share: float) -> float:
+    """Standard error of the harmonic mean of means over the same clients, to first order (Cochran 1977, section 6.4).
+
+    It moves with a mean ``m`` of k by ``h^2 / (k m^2)``, and clients' values vary together.
+    """
+    means = [mean(x) for x in values]
+    h = harmonic_mean(means)
+    slopes = [h**2 / (len(means) * m**2) if m else math.nan for m in means]
+    return error_of_mean(sum(slope * x for slope, x in zip(slopes, values, strict=True)), share)  # type: ignore
+
+
 METRICS = (
     Metric(
         "global_accuracy",
@@ -189,6 +205,7 @@ METRICS = (
         "clients",
         EVERYWHERE,
         tuned=EVERYWHERE,
+        error=lambda e: error_of_mean(side(e, 0), e.shares[0]),
         novel=True,
     ),
     Metric(
@@ -198,16 +215,18 @@ METRICS = (
         "the same on all test images of the classes that nobody trains on, among these",
         EVERYWHERE,
         tuned=EVERYWHERE,
+        error=lambda e: error_of_mean(side(e, 1), e.shares[0]),
         novel=True,
     ),
     Metric(
         "harmonic_mean",
-        lambda e: harmonic_mean([mean(e.training), mean(side(e, 0)), mean(side(e, 1))]),
+        lambda e: harmonic_mean([mean(x) for x in three(e)]),
         "harmonic mean",
         "of personal, base and novel",
         EVERYWHERE,
         tuned=EVERYWHERE,
         short="HM",
+        error=lambda e: error_of_harmonic_mean(three(e), e.shares[0]),
         novel=True,
     ),
 )
@@ -234,7 +253,7 @@ def of(evaluation: Evaluation, tuned: bool = False) -> dict[str, float | None]:
     novel = evaluation.sides is not None
     found = {metric.name + TUNED * tuned: number(metric.of(evaluation)) for metric in taken(tuned, novel)}
     if min(evaluation.shares) < 1:
-        errors = {metric.name: metric.error for metric in taken(tuned) if metric.error}
+        errors = {metric.name: metric.error for metric in taken(tuned, novel) if metric.error}
         found |= {name + ERROR + TUNED * tuned: number(error(evaluation)) for name, error in errors.items()}
     return found
 

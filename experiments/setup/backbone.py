@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 import warnings
@@ -21,7 +22,7 @@ from experiments.setup.resizing import Resizing
 from experiments.setup.resizing import read as read_resizing
 from fedlora_jax import dropout, lora
 from fedlora_jax.lora import Adapter, Params
-from models import families, hub, peft_in, resizing
+from models import families, hub, peft_in, prompts, resizing
 from models.backbone import NO_ADAPTER, Backbone, Stem, checked
 from models.families import FAMILIES
 
@@ -87,10 +88,16 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         optional["class_names"] = config.class_names
     asked = inspect.signature(function).parameters
     for name, value in optional.items():
-        if name == "head" and value in OF_TEXT and name not in asked:
-            raise ValueError(f"{chosen} reads no text to make --head {value} of: use linear, cosine or prototype")
-        if name not in asked and value != getattr(Config, name):
-            raise ValueError(f"{chosen} does not take --{name.replace('_', '-')}: leave it out, got {value}")
+        if name in asked:
+            continue
+        others = [family for family, made in FAMILIES.items() if name in inspect.signature(made.make).parameters]
+        instead = f", or --model {' or '.join(others)}" * (built_in and config.model is None and bool(others))
+        if name == "head" and value in OF_TEXT:
+            wanted = f"use linear, cosine or prototype{instead}"
+            raise ValueError(f"{chosen} reads no text to make --head {value} of: {wanted}")
+        if value != getattr(Config, name):
+            got = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ValueError(f"{chosen} does not take --{name.replace('_', '-')}: leave it out{instead}, got {got}")
     known = {"classes": classes, "image_size": side} | optional | ({} if own else {"adapter": config.adapter})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -108,6 +115,25 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         name = backbone.name if own else on_hub.partition("@")[0].rpartition("/")[2]
         backbone = backbone._replace(name=name, facts={**backbone.facts, "hub": on_hub})
     return backbone
+
+
+def in_order(config: Config, before: Sequence[str], now: Sequence[str]) -> Config:
+    """What options say class by class in the data's order, for classes of which the novel ones now stand last.
+
+    Raises:
+      ValueError: it cannot be told class by class.
+    """
+    if tuple(before) == tuple(now):
+        return config
+    what = f"--novel {','.join(config.novel)} puts these classes behind all others"
+    if config.keep_head:
+        raise ValueError(
+            f"--keep-head takes the weights' outputs in the data's order, and {what}: leave one of them out"
+        )
+    if config.class_names:
+        prompts.refuse_other_count(before, config.class_names)
+    by_class = dict(zip(before, config.class_names, strict=False))
+    return dataclasses.replace(config, class_names=tuple(by_class[name] for name in now if by_class))
 
 
 def sizing(config: Config) -> tuple[int | Resizing | None, dict[str, str]]:

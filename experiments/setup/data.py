@@ -285,7 +285,8 @@ def base_to_novel(images: Images, novel: Sequence[str]) -> Images:
     missing = [name for name in novel if name not in images.classes]
     base = [name for name in images.classes if name not in novel]
     if missing or len(set(novel)) < len(novel) or min(len(base), len(novel)) < 2:
-        what = f"there is no {missing[0]}" if missing else f"leaves {len(base)}: expected two at least on either side"
+        told = f"leaves {len(base)}: expected two at least on either side, each named once"
+        what = f"there is no {missing[0]}" if missing else told
         raise ValueError(f"--novel {','.join(novel)}: {what} (of {images.name}'s {len(images.classes)} classes)")
     own = of_classes(images, (*base, *novel))
     kept = np.flatnonzero(own.test | (own.y < len(base)))

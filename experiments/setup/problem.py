@@ -129,7 +129,7 @@ def build(
       may_stage: whether images may be left where they are, to be staged; else all of them are brought to the device.
     """
     # Everything that can be refused is looked at on the host first; only then does anything compile.
-    images, resized = _images(config)
+    config, images, resized = _images(config)
     side = config.image_size or _side(images)
     _refuse_too_many(config, images, side, may_stage)
     backbone = backbone or backbones.load(config, images.classes, side)
@@ -184,15 +184,16 @@ def build(
     )
 
 
-def _images(config: Config) -> tuple[Images, dict[str, str]]:
-    """The images of a run, and what is said of how they were resized."""
+def _images(config: Config) -> tuple[Config, Images, dict[str, str]]:
+    """The images of a run, what is said of how they were resized, and the options in the order of their classes."""
     size, resized = backbones.sizing(config)
     images = data.load(config.data, size, skip=config.skip_damaged, classes=config.classes)
     if config.resplit is not None:
         images = data.resplit(images, config.resplit)
     images = data.validation(images, config.validation) if config.validation else images
     data.note_untrained(images)
-    return data.base_to_novel(images, config.novel), resized
+    own = data.base_to_novel(images, config.novel)
+    return backbones.in_order(config, images.classes, own.classes), own, resized
 
 
 def _tested(images: Images) -> tuple[np.ndarray, np.ndarray]:
