@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import fedlora_jax
 from experiments.bench import options as bench
-from experiments.config import SPEED, Config, Data, Export, Models, Recipes
+from experiments.config import SPEED, Config, Data, Export, Models, Recipes, check_fields
 from experiments.results.folder import asked, program
 from experiments.setup import adapter, option_files
 from experiments.setup.option_values import converter, from_file, is_a
@@ -113,10 +113,15 @@ def parse(
         own.error("the following arguments are required: --method")
     if "method" in given:
         given["methods"] = (given.pop("method"),)
+    config = Config(**given)
     if shows:
-        print(option_files.text(Config(**given)), end="")
+        try:
+            check_fields(config)
+        except ValueError as error:
+            own.error(str(error))
+        print(option_files.text(config), end="")
         sys.exit(0)
-    return command, Config(**given)
+    return command, config
 
 
 def _typed(command: str, arguments: Sequence[str] | None) -> set[str]:

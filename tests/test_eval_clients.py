@@ -121,6 +121,13 @@ def test_an_interval_is_no_narrower_than_drawing_makes_it():
     np.testing.assert_allclose(alike["ci95"], [0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025])
     assert apart == summary.spread([0.1, 0.9])
     assert summary.spread([0.5], [None]) == summary.spread([0.5])
+    assert summary.spread([0.5], [0.0]) == summary.spread([0.5])  # all are scored, and it is one seed still
+
+
+def test_a_run_that_scores_all_there_are_does_not_say_that_it_draws():
+    config = {"clients": 5, "holdout_clients": 2, "seeds": [0], "eval_every": 1, "rounds": 1}
+    for most, drawn in ((None, False), (4, True), (5, False), (50, False)):
+        assert ("the clients scored" in summary.meaning({**config, "eval_clients": most})) == drawn
 
 
 @pytest.mark.long

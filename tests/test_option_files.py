@@ -50,6 +50,11 @@ def test_what_is_printed_repeats_a_run(tmp_path, capsys):
     assert parse(["compare", "--config", path]) == parse(["compare", *typed])
 
 
+def test_what_would_be_refused_is_not_printed(capsys, monkeypatch):
+    typed = ["compare", "--recipe", "clip/fedclip", "--weights-of-clients", "default", "--print-config"]
+    assert "--weights-of-clients must be one of counts, uniform; got default" in refused(typed, capsys, monkeypatch)
+
+
 def test_a_run_repeats_another_by_its_config_json(tmp_path):
     config = Config(methods=("fedit",), lr=0.3, rank=(4, 8), chunk=2)
     about = {"config": config.deciding("results"), "speed": config.deciding("speed")}
@@ -99,6 +104,7 @@ def test_a_file_may_say_that_a_run_goes_on(tmp_path):
         ("--optimizer momentum", {}),
         ("--local-cap default", {"local_cap": None}),
         ("--clip-norm default --mean default", {"clip_norm": None, "mean": None}),
+        ("--classes default", {"classes": ()}),
         ("--no-ranks-in-order", {}),
     ],
 )

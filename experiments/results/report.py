@@ -11,7 +11,7 @@ from typing import Any
 from experiments.results import client_map, figures, metrics, page
 from experiments.results.folder import write_atomically
 from experiments.results.style import png
-from experiments.results.summary import has_novel, window
+from experiments.results.summary import draws_clients, has_novel, window
 
 INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals, cut at 0 and 100 %."
 CAPTIONS = {
@@ -101,8 +101,7 @@ def _sentence(config: dict[str, Any], holdings: dict[str, Any], names: list[str]
 
 def _drawn(config: dict[str, Any]) -> str:
     """How many of them are scored."""
-    most = config.get("eval_clients")
-    return "" if most is None else f", of each at most {most} drawn to be scored for each seed"
+    return f", of each at most {config.get('eval_clients')} drawn to be scored for each seed" * draws_clients(config)
 
 
 def _work(config: dict[str, Any]) -> str:
@@ -116,7 +115,7 @@ def _work(config: dict[str, Any]) -> str:
 def _statistics(summary: dict[str, Any]) -> str:
     seeds = len(summary["config"]["seeds"])
     over = window(summary["config"])
-    drawn = "the clients drawn to be scored" if summary["config"].get("eval_clients") is not None else ""
+    drawn = "the clients drawn to be scored" * draws_clients(summary["config"])
     spread = f"mean and 95 % t-interval over {seeds} seeds" if seeds > 1 else "mean; one seed, so there is no interval"
     if drawn:
         spread += f", nor narrower than {drawn} make it" if seeds > 1 else f" but for {drawn}"

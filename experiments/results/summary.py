@@ -42,13 +42,15 @@ def spread(values: Iterable[float | None], errors: Iterable[float | None] = ()) 
     Args:
       values: of each seed.
       errors: their standard errors, where each is of a sample; the interval is then no narrower than these make it.
+        Where all are 0, as of a sample of all there are, they say nothing.
     """
     seeds, errors = list(values), list(errors)
     known = np.array([v for v in seeds if v is not None], float)
     if len(known) < len(seeds) or not len(seeds):
         return {"mean": None, "std": None, "ci95": None, "seeds": seeds}
     mean, n = float(known.mean()), len(known)
-    halves = [NORMAL * float(np.linalg.norm(errors)) / n] if errors and None not in errors else []  # type: ignore
+    sampled = any(errors) and None not in errors
+    halves = [NORMAL * float(np.linalg.norm(errors)) / n] if sampled else []  # type: ignore
     std = float(known.std(ddof=1)) if n > 1 else None
     if std is not None:
         halves.append(float(stats.t.ppf(0.975, n - 1)) * std / n**0.5)
@@ -69,6 +71,12 @@ def columns(config: dict[str, Any] | None = None) -> dict[str, str]:
 def has_novel(config: dict[str, Any]) -> bool:
     """Are some classes novel to a run with these options?"""
     return bool(config.get("novel"))
+
+
+def draws_clients(config: dict[str, Any]) -> bool:
+    """Are fewer clients scored than there are, by a run with these options?"""
+    most = config.get("eval_clients")
+    return most is not None and most < max(config["clients"], config["holdout_clients"])
 
 
 def summarise(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
@@ -141,9 +149,7 @@ def meaning(config: dict[str, Any]) -> str:
     """What stands under a table of the terminal."""
     seeds = len(config["seeds"])
     shown = [m for m in metrics.taken(False, has_novel(config)) if m.short and metrics.TERMINAL in m.shown]
-    among = f"over {seeds} seed{'s' * (seeds > 1)}" + " and the clients scored" * (
-        config.get("eval_clients") is not None
-    )
+    among = f"over {seeds} seed{'s' * (seeds > 1)}" + " and the clients scored" * draws_clients(config)
     taken = f"accuracies in %, mean over {window(config)} and 95 % interval {among};\n"
     words = [
         "+steps: after one round of local steps",

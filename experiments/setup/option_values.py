@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from experiments.config import MANY
+from experiments.config import MANY, Config
 
 BY_DEFAULT = "default"  # takes back what a file says of an option that need not be given
 
@@ -17,17 +17,18 @@ def converter(name: str, hint: Any) -> tuple[Callable[[str], Any], str]:
     """What makes a value of a text, and what ``--help`` calls that; what argparse calls it is the function's name."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         convert, metavar = converter(name, next(part for part in typing.get_args(hint) if part is not types.NoneType))
-        return _optional(convert), metavar
+        return _or_by_default(convert, None), metavar
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
         convert = _seeds if name == "seeds" else _list_of(kind)
+        convert = _or_by_default(convert, ()) if getattr(Config, name, None) == () else convert
         return convert, "N[,N...]" if kind is int else "A[,B...]"
     return hint, {int: "N", float: "X", str: "TEXT"}[hint]
 
 
-def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def _or_by_default(kind: Callable[[str], Any], default: Any) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
-        return None if text == BY_DEFAULT else kind(text)
+        return default if text == BY_DEFAULT else kind(text)
 
     convert.__name__ = kind.__name__
     return convert
