@@ -79,12 +79,40 @@ def _solve(g: Array, y: Array) -> Array:
 def eigh(x: Array) -> tuple[Array, Array]:
     """Eigenvalues ``[..., n]``, ascending, and eigenvectors ``[..., n, n]`` of symmetric ``x [..., n, n]``."""
     flat = x.reshape(-1, *x.shape[-2:])
-    return tuple(y.reshape(*x.shape[:-2], *y.shape[1:]) for y in jax.vmap(_eigh)(flat))  # type: ignore[return-value]
+    values, vectors = jax.vmap(_followed_eigh)(flat)
+    return values.reshape(x.shape[:-1]), vectors.reshape(x.shape)
+
+
+@jax.custom_jvp
+def _followed_eigh(x: Array) -> tuple[Array, Array]:
+    return _eigh(x)
+
+
+@_followed_eigh.defjvp
+def _eigh_jvp(primals: tuple, tangents: tuple):
+    """``V^T dX V`` has the moves of eigenvalues on its diagonal; vectors of equal ones do not turn into each other."""
+    (x,), (dx,) = primals, tangents
+    w, v = _followed_eigh(x)
+    k, gap = matmul(v.T, matmul(dx, v)), w - w[:, None]
+    apart = jnp.abs(gap) > _DEAD * jnp.abs(w).max()
+    return (w, v), (jnp.diagonal(k), matmul(v, jnp.where(apart, k / jnp.where(apart, gap, 1.0), 0.0)))
 
 
 def rotation(overlap: Array) -> Array:
     """The orthogonal ``R [..., n, n]`` that maximises ``trace(R^T overlap)`` of ``overlap [..., n, n]``."""
-    return jax.vmap(_rotation)(overlap.reshape(-1, *overlap.shape[-2:])).reshape(overlap.shape)
+    return jax.vmap(_followed_rotation)(overlap.reshape(-1, *overlap.shape[-2:])).reshape(overlap.shape)
+
+
+@jax.custom_jvp
+def _followed_rotation(overlap: Array) -> Array:
+    return _rotation(overlap)
+
+
+@_followed_rotation.defjvp
+def _rotation_jvp(primals: tuple, tangents: tuple):
+    r = _followed_rotation(*primals)
+    p, n = (matmul(r.T, x) for x in (*primals, *tangents))
+    return r, matmul(r, _antisymmetric(p, n))
 
 
 def solve(g: Array, y: Array) -> Array:
@@ -229,6 +257,11 @@ def _turn(factors, d_factors, reference, d_reference) -> Array:
     (a, b), (da, db), (ref_a, ref_b), (dref_a, dref_b) = factors, d_factors, reference, d_reference
     p = matmul(a.T, ref_a) + matmul(b, ref_b.T)
     n = matmul(da.T, ref_a) + matmul(db, ref_b.T) + matmul(a.T, dref_a) + matmul(b, dref_b.T)
+    return _antisymmetric(p, n)
+
+
+def _antisymmetric(p: Array, n: Array) -> Array:
+    """``W`` with ``W P + P W = N - N^T``."""
     w, basis = _eigh((p + p.T) / 2)
     inverse = _inverse(w[:, None] + w, jnp.abs(w).max())
     return matmul(basis, matmul(matmul(basis.T, matmul(n - n.T, basis)) * inverse, basis.T))

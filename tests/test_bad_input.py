@@ -75,7 +75,6 @@ OPTIONS = {
     "a method that keeps more than there is": ("run --method pfedhn:size=2000000000", "GiB of memory"),
     "a method too long to name a file": (f"run --method fedit{':lam=1' * 400}", "at most 200 letters"),
     "a method that is a path": ("run --method fedit/../..", "is no method"),
-    "no targets": ("run --method fedit --targets=", "--targets is empty"),
     "commas for targets": ("run --method fedit --targets ,,", "--targets is empty"),
     "commas for what is trained in full": ("run --method fedit --full ,", "--full is empty"),
     "no folder": ("run --method fedit --out=", "--out is empty"),

@@ -143,10 +143,11 @@ def test_evaluation_draws_nothing_that_rounds_draw(name):
     """Local steps after which a model is scored have batches of their own, and so have the trials of newcomers."""
     method = METHODS[name]()
     run, step, seen = of_rounds(method, count=2)
-    config = SimpleNamespace(clients=5, holdout_clients=2, local_steps=STEPS, batch=BATCH, rounds=9)
+    config = SimpleNamespace(clients=5, holdout_clients=2, scored=(5, 2), local_steps=STEPS, batch=BATCH, rounds=9)
     right = lambda base, model, xy: (logits(base, model, xy[0]).argmax(-1) == xy[1]).astype(float)
     loss = lambda base, adapter, xy, key: loss_fn(base, adapter, {"x": xy[0], "y": xy[1]}, key)
-    task = SimpleNamespace(correct_fn=right, loss_fn=loss, smallest=3, longest=None)
+    what_is_told = {"smallest": 3, "longest": None, "adapters": ADAPTER, "images": SimpleNamespace(known=None)}
+    task = SimpleNamespace(correct_fn=right, loss_fn=loss, **what_is_told)
     wider = population((5, 9, 3, 7, 4, 6, 5))
     everybody = problem.Clients(wider, jnp.zeros((7, 2), int), jnp.ones(7, int))
     scores = jit(evaluation.make_scores(config, task, method, SGD, 1))  # type: ignore[arg-type]

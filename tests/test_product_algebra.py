@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora_jax import product
-from fedlora_jax.decomposition import solve
+from fedlora_jax.decomposition import eigh, rotation, solve
 from fedlora_jax.lora import LoRA, delta
 from fedlora_jax.method import mean
 
@@ -324,17 +324,46 @@ def test_truncation_under_vmap_is_truncation_row_by_row():
             assert_near(take(together, i), f(take(x, i), take(like, i)), 1e-12)
 
 
-def test_equations_are_solved_and_followed_one_matrix_at_a_time(x64):
-    """Against NumPy, the derivative against differences; also under a further axis."""
-    rng = np.random.default_rng(0)
-    g, y, dg, dy = (rng.normal(size=(2, 3, 4, n)) for n in (4, 2, 4, 2))
-    g, dg = g @ g.swapaxes(-1, -2) + np.eye(4), dg + dg.swapaxes(-1, -2)
-    np.testing.assert_allclose(solve(jnp.asarray(g), jnp.asarray(y)), np.linalg.solve(g, y), rtol=1e-10)
-    np.testing.assert_allclose(jax.vmap(solve)(jnp.asarray(g), jnp.asarray(y)), np.linalg.solve(g, y), rtol=1e-10)
-    _, moved = jax.jvp(solve, (jnp.asarray(g), jnp.asarray(y)), (jnp.asarray(dg), jnp.asarray(dy)))
-    at = lambda t: np.linalg.solve(g + t * dg, y + t * dy)
-    np.testing.assert_allclose(moved, (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-5, atol=1e-7)
-    pulled = jax.vjp(solve, jnp.asarray(g), jnp.asarray(y))[1](jnp.ones_like(moved))
-    np.testing.assert_allclose(
-        sum(jnp.sum(a * b) for a, b in zip(pulled, (dg, dy), strict=True)), moved.sum(), rtol=1e-8
+def assert_followed(f, numpy_f, x: tuple, dx: tuple) -> None:
+    """``f`` of stacks of matrices against NumPy, its derivatives against differences and each other."""
+    x, dx = (tuple(map(jnp.asarray, tree)) for tree in (x, dx))
+    at = lambda t: jax.tree.map(
+        np.asarray, numpy_f(*(np.asarray(a) + t * np.asarray(b) for a, b in zip(x, dx, strict=True)))
     )
+    assert_near(f(*x), at(0), 1e-10)
+    assert_near(jax.vmap(f)(*x), at(0), 1e-10)
+    out, moved = jax.jvp(f, x, dx)
+    differences = jax.tree.map(lambda a, b: (a - b) / 2e-6, at(1e-6), at(-1e-6))
+    assert_near(moved, differences, 1e-6)
+    pulled = jax.vjp(f, *x)[1](jax.tree.map(jnp.ones_like, out))
+    inner = sum(jnp.sum(a * b) for a, b in zip(pulled, dx, strict=True))
+    np.testing.assert_allclose(inner, sum(jnp.sum(y) for y in jax.tree.leaves(moved)), rtol=1e-8)
+
+
+def stacks(*shapes: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(2, 3, *shape)) for shape in shapes]
+
+
+def test_equations_are_solved_and_followed_one_matrix_at_a_time(x64):
+    g, y, dg, dy = stacks((4, 4), (4, 2), (4, 4), (4, 2))
+    g, dg = g @ g.swapaxes(-1, -2) + np.eye(4), dg + dg.swapaxes(-1, -2)
+    assert_followed(solve, np.linalg.solve, (g, y), (dg, dy))
+
+
+def test_rotations_are_found_and_followed_one_matrix_at_a_time(x64):
+    def by_numpy(x):
+        u, _, vt = np.linalg.svd(x)
+        return u @ vt
+
+    x, dx = stacks((4, 4), (4, 4))
+    assert_followed(rotation, by_numpy, (x,), (dx,))
+
+
+def test_eigenvectors_are_found_and_followed_one_matrix_at_a_time(x64):
+    """Their signs are nobody's: squares are compared. Vectors of equal eigenvalues have no derivative: it is finite."""
+    x, dx = (y + y.swapaxes(-1, -2) for y in stacks((4, 4), (4, 4)))
+    seen = lambda pair: (pair[0], pair[1] ** 2)
+    assert_followed(lambda x: seen(eigh(x)), lambda x: seen(np.linalg.eigh(x)), (x,), (dx,))
+    slope = jax.grad(lambda x: sum(jnp.sum(jnp.sin(y)) for y in eigh(x)))(jnp.zeros((2, 3, 3)))
+    assert jnp.isfinite(slope).all()
