@@ -105,7 +105,7 @@ def parse(
         own.set_defaults(**option_files.over(of_adapter | held, {name: given[name] for name in typed}))
         given = vars(parser.parse_args(arguments))
         del given["command"]
-    shows = given.pop("print_config", False)
+    shows, recipe = given.pop("print_config", False), given.get("recipe")
     given = {name: value for name, value in given.items() if name not in _FROM_FILES}
     if command in OWN:
         return command, OWN[command](**given)
@@ -114,6 +114,8 @@ def parse(
     if "method" in given:
         given["methods"] = (given.pop("method"),)
     config = Config(**given)
+    for note in option_files.notes(recipe, config) if recipe and not shows else ():
+        print(f"note: {note}", file=sys.stderr)
     if shows:
         try:
             check_fields(config)

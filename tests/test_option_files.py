@@ -157,6 +157,17 @@ def test_wrong_files_are_refused(text, said, tmp_path, capsys, monkeypatch):
     assert said in refused(["compare", "--config", written(tmp_path, text)], capsys, monkeypatch)
 
 
+def test_what_a_recipe_leaves_to_whoever_runs_it_is_said_where_it_is_not_given(capsys):
+    recipe = ["compare", "--recipe", "fedra/domainnet_compat"]
+    parse(recipe)
+    data, weights = capsys.readouterr().err.splitlines()
+    assert data.startswith("note: --recipe fedra/domainnet_compat leaves --data to you (folder of DomainNet with ")
+    assert " leaves --weights to you (" in weights
+    parse([*recipe, "--data", "some.npz", "--weights", "some.npz"])
+    parse([*recipe, "--data", "some.npz", "--model", "mine.py:model"])
+    assert capsys.readouterr().err == ""
+
+
 def test_files_and_recipes_that_are_not_there_are_refused(capsys, monkeypatch):
     assert "cannot be read" in refused(["compare", "--config", "nowhere.toml"], capsys, monkeypatch)
     says = refused(["compare", "--recipe", "hilora/cifar100"], capsys, monkeypatch)

@@ -76,6 +76,16 @@ def recipe(name: str) -> Path:
     return path
 
 
+def notes(name: str, options: Any) -> list[str]:
+    """What a recipe is of, where that is left to whoever runs it and not given: built-in ones are taken."""
+    about, left = (
+        read(recipe(name))[ABOUT],
+        {"data", "weights"} - ({"weights"} if ":" in (options.model or "") else set()),
+    )
+    built_in = [key for key in sorted(left) if getattr(options, key) == getattr(type(options), key)]
+    return [f"--recipe {name} leaves --{key} to you ({about[key]}): now what is built in is taken" for key in built_in]
+
+
 def recipes() -> list[str]:
     return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.toml"))
 
