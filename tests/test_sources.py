@@ -235,7 +235,7 @@ def test_a_class_without_images_for_training_is_said(tmp_path, capsys):
     (tmp_path / "train" / "c").mkdir()
     (tmp_path / "train" / "c" / "1.heic").write_bytes(b"of a phone")
     (tmp_path / "train" / "a" / "notes.txt").write_text("beside an image")
-    images, *_ = problem._images(Config(data=str(tmp_path)))
+    _, images, _ = problem._images(Config(data=str(tmp_path)))
     assert images.classes == ("a", "b", "c")
     said = capsys.readouterr().err
     assert "no training images of class c\n" in said

@@ -185,7 +185,7 @@ def build(
 
 
 def _images(config: Config) -> tuple[Config, Images, dict[str, str]]:
-    """The images of a run, what is said of how they were resized, and the options in the order of their classes."""
+    """The options in the order of the classes, the images of a run, and what is said of how they were resized."""
     size, resized = backbones.sizing(config)
     images = data.load(config.data, size, skip=config.skip_damaged, classes=config.classes)
     if config.resplit is not None:
