@@ -47,7 +47,7 @@ def aggregate(method):
 CASES = {
     "bases of clients' models, as a run's last scores": """
 adapter = {name: factors(i, 8) for i, name in enumerate(("query", "value", "out", "fc2"))}
-scores = jax.jit(lambda x: clustering.distances(q := jax.vmap(subspaces)(x), q))
+scores = jax.jit(lambda x: clustering.distances(q := jax.vmap(lambda model: subspaces({}, model))(x), q))
 for _ in range(5):
     out = jax.block_until_ready(scores(adapter))
 """,

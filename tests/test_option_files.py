@@ -206,7 +206,7 @@ def images(tmp_path_factory):
 
 
 def tried(name, images, *more):
-    data = images / f"{4 if 'office' in name else 6}.npz"
+    data = images / f"{4 if 'office' in name or name == 'clip/fedclip' else 6}.npz"
     small = f"--data {data} --weights nano --image-size 16 --rounds 2 --eval-every 2 --batch 4 --seeds 1"
     values = option_files.read(option_files.recipe(name))
     small += " --local-epochs 0.05" if "local_epochs" in values else " --local-steps 1"
