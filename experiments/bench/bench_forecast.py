@@ -14,13 +14,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from experiments.bench import works
-from experiments.bench.children import OWN, ROOT
+from experiments.bench.children import OWN, ROOT, whole_run
 from experiments.bench.measure import Line, line
 from experiments.bench.options import Options
 from experiments.engine.facts import describe
@@ -66,8 +65,7 @@ def run(options: Options) -> Iterator[Line]:
                 check=True,
             )
             foretold = json.loads(told.stdout.splitlines()[-1])
-            own["JAX_COMPILATION_CACHE_DIR"] += "-of-the-run"
-            taken = of_a_run([*typed, "--out", f"{folder}/run"], own, Path(folder) / "run" / "summary.json")
+            taken = whole_run(typed[1:], JAX_COMPILATION_CACHE_DIR=f"{folder}/programs-of-the-run")
         ratios = {
             "foretold_memory": foretold["foretold_memory_mb"] / taken["peak_memory_mb"],
             "foretold_time": foretold["foretold_cpu_seconds"] / taken["cpu_seconds"],
@@ -81,23 +79,6 @@ def run(options: Options) -> Iterator[Line]:
             **ratios,
             **describe(),
         )
-
-
-def of_a_run(typed: list[str], own: dict[str, str], summary: Path) -> dict[str, Any]:
-    """What a whole run takes; seconds of a round are of its first method."""
-    command = [sys.executable, "-m", "experiments", *typed]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # or Popen takes it for running
-    if status:
-        raise RuntimeError(f"{' '.join(typed)} ended with exit status {process.returncode}")
-    methods = json.loads(summary.read_text())["methods"].values()
-    return {
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_memory_mb": usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
-        "seconds_per_round": next(iter(methods))["seconds_per_round"],
-        "compile_seconds": sum(entry["compile_seconds"] for entry in methods),
-    }
 
 
 def data_of(name: str, folder: Path) -> list[str]:

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments.bench import machine, works
-from experiments.bench.children import OWN, ROOT
+from experiments.bench.children import whole_run
 from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.measure import Line, line, times
 from experiments.bench.options import Options
@@ -77,20 +74,11 @@ def config_of(work: Work, source: Path, **more: Any) -> Config:
 
 
 def of_a_run(work: Work, source: Path) -> dict[str, Any]:
-    """Seconds of a round and peak memory of a whole run that stages its images."""
-    with tempfile.TemporaryDirectory(prefix="fedlora-staging-") as folder:
-        out = Path(folder) / "run"
-        config = config_of(work, source, images="staged", rounds=4, eval_every=2, out=str(out))
-        changed = {name: x for name, x in dataclasses.asdict(config).items() if x != getattr(Config, name)}
-        shown = lambda x: f"{','.join(map(str, x))}," if isinstance(x, tuple) else f"{x}"
-        typed = [text for name, x in changed.items() for text in (f"--{name.replace('_', '-')}", shown(x))]
-        code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
-        code += "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-        command = [sys.executable, "-c", code, sys.executable, "-m", "experiments", "compare", *typed]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | OWN, stdout=subprocess.PIPE, text=True, check=True)
-        entry = json.loads((out / "summary.json").read_text())["methods"]["fedit"]
-    peak = int(done.stdout.split()[-1]) / (2**20 if sys.platform == "darwin" else 2**10)
-    return {"peak_memory_mb": peak} | {name: entry[name] for name in ("seconds_per_round", "compile_seconds")}
+    """What a whole run takes that stages its images."""
+    config = config_of(work, source, images="staged", rounds=4, eval_every=2)
+    changed = {name: x for name, x in dataclasses.asdict(config).items() if x != getattr(Config, name)}
+    shown = lambda x: f"{','.join(map(str, x))}," if isinstance(x, tuple) else f"{x}"
+    return whole_run([text for name, x in changed.items() for text in (f"--{name.replace('_', '-')}", shown(x))])
 
 
 def blocks(work: Work, source: Path, images: str) -> Callable[[], Any]:

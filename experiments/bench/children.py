@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,29 @@ OWN = {
     "FLWR_TELEMETRY_ENABLED": "0",  # nothing leaves this machine
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+# Run by a process that is small: of a child that has been forked the peak begins at that of its parent.
+MEASURED = """
+import json, resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)]))
+"""
+
+
+def whole_run(typed: Sequence[str], **environment: str) -> dict[str, Any]:
+    """CPU seconds and peak memory of ``compare`` with some options, seconds of a round of its first method, and of
+    compiling all."""
+    with tempfile.TemporaryDirectory(prefix="fedlora-run-") as folder:
+        command = [sys.executable, "-m", "experiments", "compare", *typed, "--out", f"{folder}/run"]
+        call = [sys.executable, "-c", MEASURED, *command]
+        env = os.environ | OWN | environment
+        done = subprocess.run(call, cwd=ROOT, env=env, stdout=subprocess.PIPE, check=True)
+        methods = json.loads((Path(folder) / "run" / "summary.json").read_text())["methods"].values()
+    found = zip(("cpu_seconds", "peak_memory_mb"), json.loads(done.stdout), strict=True)
+    compiling = sum(entry["compile_seconds"] for entry in methods)
+    return {**dict(found), "seconds_per_round": next(iter(methods))["seconds_per_round"], "compile_seconds": compiling}
 
 
 class Child:

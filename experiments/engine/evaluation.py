@@ -48,10 +48,8 @@ class Serving(NamedTuple):
     onboard: Callable
     score: Callable  # (arrays, seed, run, memory, steps, read) -> (accuracy [E] of each client's model on its own
     #   test images after so many local steps, read(base, model) [E, ...])
-    part: (
-        Callable  # (arrays, seed, run, memory, steps, read, ids [G], places [C]) -> score of those at ids[places] of E,
-    )
-    #   where models are dispatched to all of ids at once
+    part: Callable  # (arrays, seed, run, memory, steps, read, ids [G], places [C]) -> score of those at ids[places] of
+    #   E, where models are dispatched to all of ids at once
     draws: Callable  # (clients, key of a seed, round) -> rows of the training images that are drawn for all that in
     #   that round: for trials [unseen, steps, batch], and for local steps [E, steps, batch]
 

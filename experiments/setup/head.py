@@ -37,17 +37,23 @@ TEMPERATURE = 10.0  # where t begins, as in the paper's code
 PARTS = ("head/kernel", "head/bias")
 
 
+def _linear(backbone: Backbone, asked: str) -> dict[str, Any]:
+    """All parameters by name, of a model with a linear layer ``head``."""
+    flat = lora.flatten(backbone.params)
+    if not all(name in flat for name in PARTS) or flat[PARTS[0]].ndim != 2:
+        raise ValueError(
+            f"--head {asked} needs a model with head/kernel [width, classes] and head/bias; {backbone.name} has none"
+        )
+    return flat
+
+
 def emptied(backbone: Backbone) -> Backbone:
     """The model with a head of zeros, where another one is to start from.
 
     Raises:
       ValueError: it has no linear layer ``head``.
     """
-    flat = lora.flatten(backbone.params)
-    if not all(name in flat for name in PARTS) or flat[PARTS[0]].ndim != 2:
-        raise ValueError(
-            f"--head prototype needs a model with head/kernel [width, classes] and head/bias; {backbone.name} has none"
-        )
+    flat = _linear(backbone, "prototype")
     flat |= {name: np.zeros_like(flat[name]) for name in PARTS}
     facts = {**backbone.facts, "head": "prototypes: mean features of each class over the training clients"}
     return backbone._replace(params=lora.unflatten(flat), facts=facts)
@@ -111,11 +117,7 @@ def gated(backbone: Backbone) -> Backbone:
     Raises:
       ValueError: it has no linear layer ``head``.
     """
-    flat = lora.flatten(backbone.params)
-    if not all(name in flat for name in PARTS) or flat[PARTS[0]].ndim != 2:
-        raise ValueError(
-            f"--head gate needs a model with head/kernel [width, classes] and head/bias; {backbone.name} has none"
-        )
+    flat = _linear(backbone, "gate")
     width, draw = len(flat[PARTS[0]]), np.random.default_rng(0).uniform
     layer = lambda kernel: {"kernel": np.asarray(kernel, np.float32), "bias": np.zeros(width, np.float32)}
     drawn = draw(-1, 1, (width, width)) / width**0.5

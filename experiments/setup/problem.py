@@ -37,7 +37,7 @@ from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.signatures import Signature
 from models.backbone import Backbone, Stem
 
-LONG = 5e10  # images trained on, each times the parameters it meets: half a minute of two CPU cores, with few tokens
+LONG = 5e10  # images trained on, each times the parameters it meets: a guess, seven times the main job
 
 
 class Clients(NamedTuple):
@@ -253,8 +253,7 @@ def is_staged(config: Config, size: int) -> bool:
 def unrolls(config: Config, params: Any, longest: int | None) -> bool:
     """Are blocks written out one after another where they are differentiated?
 
-    That runs a few per cent faster (nothing where they are as small as the built-in ones), and costs some tenths of a
-    second of compilation for each block and method.
+    That runs a few per cent faster, and costs some tenths of a second of compilation for each block and method.
     """
     if config.blocks != "auto":
         return config.blocks == "unrolled"
