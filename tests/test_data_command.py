@@ -128,6 +128,30 @@ def test_test_images_follow_classes_where_their_writers_are_others(tmp_path):
     assert min(map(len, parts)) > 10
 
 
+def test_who_has_no_test_images_is_dealt_those_that_are_nobodys_and_that_is_said(tmp_path, capsys):
+    """The others keep their own; of what is dealt nothing is another client's; of no class that is not trained on."""
+    arrays = good_arrays(480)
+    writer = np.arange(480) % 6
+    writer[(arrays["split"] == 1) & (writer < 2)] = -1  # two have none: their test images are of nobody in particular
+    np.savez(tmp_path / "own.npz", writer=writer, **arrays)
+    images = data.load(str(tmp_path / "own.npz"))
+    options = {"partition": "column:writer", "clients": 4, "holdout_clients": 2, "minimum": 4, "seeds": (3,)}
+    (parts, tests, _), (train, test) = dealt(images, 3, **options)
+    who = [int(writer[train[part[0]]]) for part in parts]
+    said = capsys.readouterr().err
+    without = [i for i, own in enumerate(who) if own < 2]
+    count = sum(len(tests[i]) for i in without)
+    assert said.startswith("note: --partition column:writer, seed 3: 2 of 6 clients have no test images of their own: ")
+    assert f": {count} of their classes that are nobody's are dealt to them\n" in said
+    for i, (own, rows) in enumerate(zip(who, tests, strict=True)):
+        assert set(writer[test[rows]]) == ({-1} if i in without else {own})
+        assert set(images.y[test[rows]]) <= set(images.y[train[parts[i]]])
+    assert len(np.concatenate(tests)) == len(np.unique(np.concatenate(tests)))
+    _, tests, _ = problem.dealt(Config(**options), images, train, test[writer[test] >= 0], 3)
+    assert sorted(i for i, rows in enumerate(tests) if not len(rows)) == without
+    assert "; 2 of them find none and are not scored on their own" in capsys.readouterr().err
+
+
 def test_a_partition_fits_images_of_another_size_and_what_validation_leaves(tmp_path):
     arrays = good_arrays(480)
     np.savez(tmp_path / "own.npz", **arrays)

@@ -214,6 +214,9 @@ def test_what_lies_beside_splits_is_refused_and_an_image_has_one_split(tmp_path)
         (tmp_path / "lists" / f"own_{split}.txt").write_text("a/0.png 0\nb/3.png 1\n")
     with pytest.raises(ValueError, match=r"a/0.png is in own_test.txt too"):
         data.load(str(tmp_path / "lists"))
+    (tmp_path / "lists" / "own_test.txt").write_text(f"{tmp_path}/lists/a/0.png 0\nb/../b/3.png 1\n")
+    with pytest.raises(ValueError, match=r"own_train.txt, line 1: a/0.png is in own_test.txt too"):
+        data.load(str(tmp_path / "lists"))
     put(tmp_path / "flat" / "1.png", 0)
     with pytest.raises(ValueError, match="lie in no folder of their class"):
         data.load(str(tmp_path / "flat"))

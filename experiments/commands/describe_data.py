@@ -44,6 +44,7 @@ class Plan:
             clients=options.clients,
             holdout_clients=options.holdout_clients,
             minimum=options.minimum,
+            seeds=(options.seed,),
         )
         self.dealt = None
         if options.partition:

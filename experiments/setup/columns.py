@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedlora_jax import partition
+
 PREFIX = "column:"
 IMAGE = "image"  # what each decoded image is called
 MISSING = ""  # a text that stands for none: such an image is nobody's
@@ -46,6 +48,35 @@ def of(images: Any, name: str) -> np.ndarray:
             "whole number or text for each image"
         )
     return values[rows]
+
+
+def of_same(
+    names: list, values: np.ndarray, parts: list, train: np.ndarray, test: np.ndarray, rng: np.random.Generator
+):
+    """Rows of each client's test images, and what is to be said of them.
+
+    They are those of its own value. Of a client that has none they are, of each of its classes, a share of those that
+    are no other client's; where nobody has any (as where writers are divided into training and testing), of all.
+
+    Args:
+      names: the value of each client.
+      values: ``[n]`` of the test images.
+      parts: rows of each client's training images.
+      train, test: ``[n]`` a number per training and per test image that says what must be alike (its class).
+    """
+    own = [np.flatnonzero(values == name) for name in names]
+    without = [i for i, rows in enumerate(own) if not len(rows)]
+    if not without:
+        return own, ""
+    free = np.flatnonzero(~np.isin(values, names))
+    for i, rows in zip(
+        without, partition.matching_tests([parts[i] for i in without], train, test[free], rng), strict=True
+    ):
+        own[i] = free[rows]
+    who, count = f"{len(without)} of {len(own)} clients have", sum(len(own[i]) for i in without)
+    left = sum(not len(own[i]) for i in without)
+    none = f"; {left} of them find none and are not scored on their own" * bool(left)
+    return own, f"{who} no test images of their own: {count} of their classes that are nobody's are dealt to them{none}"
 
 
 def natural(values: np.ndarray, clients: int, minimum: int, rng: np.random.Generator, text: str) -> tuple[list, list]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 
 import numpy as np
 
@@ -16,18 +17,19 @@ def dealt(config: Config, images: Images, train: np.ndarray, test: np.ndarray, s
     """Rows (of the training and of the test images) and rank of every client of one seed."""
     rng = np.random.default_rng([seed if config.partition_seed is None else config.partition_seed, 1])
     total = config.clients + config.holdout_clients
+    cell = images.domain * len(images.classes) + images.y
     if config.partition.startswith(columns.PREFIX):
         values = columns.of(images, config.partition.removeprefix(columns.PREFIX))
         parts, names = columns.natural(values[train], total, config.minimum, rng, config.partition)
-        tests = [np.flatnonzero(values[test] == name) for name in names]  # of the same writers, hospitals, ...
-        tests = tests if all(map(len, tests)) else []
+        tests, note = columns.of_same(names, values[test], parts, cell[train], cell[test], rng)
+        if note and seed == config.seeds[0]:
+            print(f"note: --partition {config.partition}, seed {seed}: {note}", file=sys.stderr)
     else:
         parts, tests = _parts(config, images, train, rng), []
         if config.partition.startswith(partition_file.PREFIX) and not config.validation:
             path = config.partition.removeprefix(partition_file.PREFIX)
             tests = partition_file.tests_of(path, len(test), total)
     if not tests:
-        cell = images.domain * len(images.classes) + images.y
         tests = partition.matching_tests(parts, cell[train], cell[test], rng)
     if config.test_images is not None:
         tests = [np.sort(rng.permutation(own)[: config.test_images]) for own in tests]

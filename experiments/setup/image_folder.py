@@ -167,10 +167,11 @@ def _listed(root: Path, lists: list[Path]) -> tuple[Found, list[str]]:
                 raise ValueError(
                     f"{path}, line {line}: class {number} is {image.parent.name} here and {names[int(number)]} before"
                 )
-            if place in seen:
-                where = "there before" if seen[place] == path.name else f"in {seen[place]} too"
+            whole = os.path.abspath(image)  # one image, however its path is written
+            if whole in seen:
+                where = "there before" if seen[whole] == path.name else f"in {seen[whole]} too"
                 raise ValueError(f"{path}, line {line}: {place} is {where}: an image has one line, domain and split")
-            seen[place] = path.name
+            seen[whole] = path.name
             rows.append((image, int(number), match["domain"], SPLITS[match["split"]]))
     if not rows:
         raise ValueError(f"{lists[0]} and the other lists beside it name no images")
