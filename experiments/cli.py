@@ -163,6 +163,9 @@ def _filed(parser: _Parser, given: Collection[str], paths: dict[str, str | None]
             found = option_files.over(found, own) | own
         except ValueError as error:
             parser.error(str(error))
+    if found.get("novel") and "novel" not in given:
+        says = "in this command nothing is novel: all classes are trained on and scored"
+        print(f"note: the file's novel = {','.join(found['novel'])} is left out, {says}", file=sys.stderr)
     if "method" in given and len(found.get("methods", ())) == 1:
         found["method"] = found["methods"][0]
     return {name: value for name, value in found.items() if name in given}
@@ -282,7 +285,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help=text)
     text = (
         "a published protocol ('python -m experiments recipes'); what is typed, or in --config, goes before it: --NAME "
-        "default and --no-NAME take back what it says of an option that need not be given, or of a switch"
+        "default and --no-NAME take back what it says of an option, or of a switch"
     )
     parser.add_argument("--recipe", metavar="NAME", help=text)
     parser.add_argument("--print-config", action="store_true", help="print all options as such a file, and end")
@@ -295,7 +298,7 @@ def _add_option(parser: argparse._ActionsContainer, field: dataclasses.Field, hi
         parser.add_argument(f"--no-{flag[2:]}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
         return
     shown = "" if default in (None, ()) else f" (default: {_show(default)})"
-    kind, metavar = converter(field.name, hint)
+    kind, metavar = converter(field.name, hint, default)
     parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=(text + shown).replace("%", "%%"))
 
 

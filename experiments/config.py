@@ -463,6 +463,9 @@ class Models:
     image_size: int | None = option(
         None, "side of the images to come (default: as the weights have it, or as usual for a size)", "[1, 16384]"
     )
+    head: str | None = option(
+        None, "text: the model that compare has with --head text, its text tower in it (of a clip)", among=("text",)
+    )
     targets: tuple[str, ...] = option(
         (), "sets of kernels or regular expressions, comma-separated, as in compare (default: all sets)", empty=True
     )

@@ -40,7 +40,7 @@ def measure(sent: Dispatch, received, weights: Array, after: Dispatch) -> Aggreg
       weights: ``[C]``, summing to one.
       after: what the new state dispatches to one average client, ``[1, ...]``.
     """
-    fine = finite(received)
+    fine = finite(received) if jax.tree.leaves(received) else jnp.ones(weights.shape, bool)  # nothing is averaged
     weights = jnp.where(fine, weights, 0.0)
     weights = weights / jnp.maximum(weights.sum(), 1e-12)
     kept = lambda x, y: jnp.where(per_client(fine, x), y, x)

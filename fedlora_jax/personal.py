@@ -61,7 +61,10 @@ def own_or(cohort: Cohort, rows: Any, *, nobody: bool = True) -> Any:
 def needs_head(adapter: Adapter, what: str) -> None:
     """Refuse an adapter that trains nothing in full, for a method that does ``what`` with it."""
     if not jax.tree.leaves(lora.split(adapter)[1]):
-        raise ValueError(f"{what} need a head: the adapter trains nothing in full, see full in lora.new")
+        raise ValueError(
+            f"{what} need something that is trained in full, which stays with clients, and the adapter has nothing: "
+            "name it, as in full=('^head/',) of lora.new (--full ^head/)"
+        )
 
 
 def side_by_side(inner: Method) -> Method:

@@ -51,7 +51,7 @@ class Published(NamedTuple):
 
     arrays: dict[str, np.ndarray]  # under the names by which the family reads them
     said: dict[str, Any]  # what the arrays do not say, for the file's metadata
-    beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # JSON files by name; with any, all are a folder
+    beside: Mapping[str, bytes] = MappingProxyType({})  # files by name; with any, all are a folder
 
 
 class Linear(NamedTuple):

@@ -88,6 +88,13 @@ def _kind(x: str) -> str:
     return {"L": "letter", "N": "digit"}.get(unicodedata.category(x)[0], "other")
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The files of the vocabulary in a folder, by name; those that ``find`` reads."""
+    pair = (VOCABULARY, MERGES)
+    names = pair if all((folder / name).is_file() for name in pair) else (BOTH,)
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
 def find(folder: Path) -> Bpe | None:
     """The vocabulary in a folder, ``vocab.json`` and ``merges.txt`` or ``tokenizer.json``; ``None``: there is none.
 

@@ -27,6 +27,14 @@ from .vit import Block, ViT, vit
 
 # width of the features: table 20; H is OpenCLIP's, nano ours
 SIZES = {"nano/4": 32, "B/32": 512, "B/16": 512, "L/14": 768, "H/14": 1024}
+# of the text tower: tokens, the longest text, width, blocks, heads, width of the MLPs
+TEXT = {
+    "nano/4": (580, 16, 64, 2, 4, 128),
+    "B/32": (49408, 77, 512, 12, 8, 2048),
+    "B/16": (49408, 77, 512, 12, 8, 2048),
+    "L/14": (49408, 77, 768, 12, 12, 3072),
+    "H/14": (49408, 77, 1024, 24, 16, 4096),
+}
 PROMPT = "a photo of a {}."  # section 3.1.4
 TOGETHER = 64  # texts that the text tower sees at once
 
@@ -71,6 +79,11 @@ class Text(nn.Module):
         x = jnp.take_along_axis(x, ends[..., None, None], -2)[..., 0, :]
         x = Dense(self.projection, use_bias=False, name="projection")(x)
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def clip_text(variant: str) -> Text:
+    """The text tower by the name of the image tower."""
+    return Text(*TEXT[variant], SIZES[variant])
 
 
 def text_features(model: Text, params: Any, tokenizer: Bpe, texts: list[str]) -> np.ndarray:

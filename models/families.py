@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fedlora_jax.lora import Params
 
-from . import clip, clip_files, files, mixer, pretrained_mixer, vit
+from . import clip, clip_files, files, mixer, pretrained_mixer, two_towers, vit
 from .backbone import Backbone
 from .pretrained import vit_backbone
 from .pretrained_clip import clip_backbone
@@ -29,6 +29,7 @@ class Family(NamedTuple):
       sizes: the published ones by name -> the side of their images; ``nano`` is ours.
       shapes: ``(size, side) -> params`` as shapes, with a head for one class.
       targets: sets of kernels by name, as its backbones have them.
+      text_shapes, text_targets: the same two of a model that has a text tower in it as well (``--head text``).
     """
 
     make: Callable[..., Backbone]
@@ -37,6 +38,8 @@ class Family(NamedTuple):
     sizes: Mapping[str, int] = MappingProxyType({})
     shapes: Callable[[str, int], Params] | None = None
     targets: Mapping[str, Sequence[str]] = MappingProxyType({})
+    text_shapes: Callable[[str, int], Params] | None = None
+    text_targets: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 def _shapes(factory: Callable[[str, int], Any]) -> Callable[[str, int], Params]:
@@ -49,6 +52,12 @@ def _shapes(factory: Callable[[str, int], Any]) -> Callable[[str, int], Params]:
     return shapes
 
 
+def _both_towers(size: str, side: int) -> Params:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    text = jax.eval_shape(clip.clip_text(size).init, jax.eval_shape(jax.random.key, 0), *tokens)["params"]
+    return {**_shapes(clip.clip_image)(size, side), two_towers.TEXT: text}
+
+
 FAMILIES = {
     "clip": Family(
         clip_backbone,
@@ -57,6 +66,8 @@ FAMILIES = {
         {**dict.fromkeys(clip.SIZES, 224), "nano/4": 16},
         _shapes(clip.clip_image),
         vit.TARGETS,
+        _both_towers,
+        two_towers.TARGETS,
     ),
     "mixer": Family(
         mixer_backbone,

@@ -6,6 +6,7 @@ are read, of a bare model or of one with a classifier.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,8 +91,8 @@ def published(table: Table, pretrained: Any, classes: Sequence[str], params: Par
     head, side = params["head"]["kernel"], round((len(params["pos"]) - 1) ** 0.5) * model.patch
     if dino and len(head) == model.width:  # of a bare model: there a classifier reads the mean of the patches as well
         params = {**params, "head": {**params["head"], "kernel": np.pad(head, ((0, model.width), (0, 0)))}}
-    written = tables.write_params(_both("DINOv2" if dino else "ViT", prefix)[0], params, model.patch)
-    arrays = {name: np.array(x, np.float32, order="C") for name, x in written.items()}
+    renamed = tables.write_params(_both("DINOv2" if dino else "ViT", prefix)[0], params, model.patch)
+    arrays = {name: np.array(x, np.float32, order="C") for name, x in renamed.items()}
     act = {"gelu_tanh": "gelu_pytorch_tanh"}.get(model.act, model.act)
     own = {"mlp_ratio": _whole(model.mlp_width / model.width), "use_swiglu_ffn": False, "layerscale_value": 1.0}
     own |= {"num_register_tokens": model.registers} if model.registers else {}
@@ -112,7 +113,9 @@ def published(table: Table, pretrained: Any, classes: Sequence[str], params: Par
     mean, std = pretrained.mean.tolist(), pretrained.std.tolist()
     shown = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": side, "width": side}}
     shown |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std}
-    return Published(arrays, pretrained.said(), {"config.json": config, "preprocessor_config.json": shown})
+    beside = {"config.json": config, "preprocessor_config.json": shown}
+    written = {name: f"{json.dumps(x, indent=2)}\n".encode() for name, x in beside.items()}
+    return Published(arrays, pretrained.said(), written)
 
 
 def _whole(x: float) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedlora_jax.lora import Params
 
-from . import clip, clip_files, facts, files, peft_in, tables, two_towers
+from . import bpe, clip, clip_files, facts, files, peft_in, tables, two_towers
 from . import prompts as reading
 from .backbone import Backbone, Layout, Published
 from .clip import PROMPT, Text
@@ -161,7 +161,10 @@ def clip_backbone(
         arrays |= tables.write_params(made.format.text, params.get("text", made.text_params), 1)
         return {name: np.array(x, np.float32, order="C") for name, x in arrays.items()}
 
-    image = backbone(made.image, TARGETS, lambda params: Published(names(params), made.image.said()))
+    def publish(params: Params) -> Published:
+        return Published(names(params), made.image.said(), bpe.files_in(files.located(Path(weights)).parent))
+
+    image = backbone(made.image, TARGETS, publish)
     if head != "text":
         return image
     image = image._replace(facts={**image.facts, "head": reading.said_of_text(prompts, class_names, context)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,13 @@ def texts(classes: int | Sequence[str] | None, prompts: Sequence[str], class_nam
         raise ValueError(f"the prompt {wrong[0]!r} has no {{}} for the name of a class")
     if class_names:
         refuse_other_count(classes, class_names)
-    names = class_names or [name.replace("_", " ") for name in classes]
+    names = list(class_names) or [name.replace("_", " ") for name in classes]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        alike = f"two classes are called {twice!r}, and what reads their names cannot tell them apart"
+        if class_names:
+            raise ValueError(f"--class-names: {alike}: give each a name of its own")
+        warnings.warn(f"{alike}: --class-names calls them otherwise", stacklevel=2)
     return [[prompt.replace("{}", name) for name in names] for prompt in prompts]
 
 

@@ -11,12 +11,14 @@ from weight_helpers import write
 
 from experiments.cli import parse
 from experiments.commands.compare import Plan
+from experiments.commands.export import Plan as Export
 from experiments.config import Config
 from experiments.setup import backbone as backbones
 from models import families
 from models.bpe import BYTES, END, START, Bpe, find, split
 from models.pretrained_clip import clip_backbone, load_clip
 
+HEADS = ("zero_shot", "text")
 IMAGES = np.random.default_rng(1).integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)
 BPE = Bpe(vocabulary(), {pair: i for i, pair in enumerate(MERGES)})
 
@@ -116,6 +118,10 @@ def test_prompts_are_averaged_and_call_the_classes_as_asked(tmp_path):
         (
             {"class_names": ("a", "b")},
             "--class-names are 2, the data has 3 classes: name each in its order (cat, giant_",
+        ),
+        (
+            {"class_names": ("a", "b", "a")},
+            "two classes are called 'a', and what reads their names cannot tell",
         ),
         (
             {"prompts": "{}", "head": "linear"},
@@ -251,3 +257,19 @@ def test_it_is_federated_like_any_other_model(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert rows
     assert all(np.isfinite(row["loss"]) for row in rows)
+    Export(parse(["export", "out", "--out", "merged"])[1]).execute()
+    assert {path.name for path in (tmp_path / "merged" / "global").iterdir()} == {
+        "model.safetensors",
+        "vocab.json",
+        "merges.txt",
+    }
+    images = plan.problem.images.x[:3]
+    kept, text = (clip_backbone("merged/global", plan.problem.images.classes, 16, head=head) for head in HEADS)
+    assert kept.facts["head"] == "kept, for these classes"
+    before = clip_backbone("tiny", plan.problem.images.classes, 16, head="text")
+    features = lambda made: np.asarray(made.apply(made.params, {}, images)[1])
+    np.testing.assert_array_equal(features(text), features(kept))
+    assert np.abs(features(text) - features(before)).max() > 1e-5
+    options[options.index("tiny")], options[options.index("out")] = "merged/global", "again"
+    again = Plan(*parse(["compare", "--methods", "fedit", *options, "--head", "text"])).problem.record["head"]
+    assert again.startswith("the text tower, 'a photo of a {}.'")

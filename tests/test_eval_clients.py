@@ -67,9 +67,10 @@ def test_who_is_drawn_has_the_accuracies_that_all_have(method, images, rows):
         for tuned in ("", metrics.TUNED):
             whole = every["client_accuracies" + tuned]
             assert own["client_accuracies" + tuned] == [whole[i] for i in ids[:3]]
+        assert own["client_numbers"] == ids[:3].tolist()
         assert len(own["client_positions"]) == 6
         assert {"personal_accuracy_error", "unseen_accuracy_error_tuned"} <= own.keys()
-        assert not any(metrics.ERROR in name for name in every)
+        assert not any(metrics.ERROR in name or name == "client_numbers" for name in every)
 
 
 def test_the_interval_of_one_seed_is_that_of_drawing_clients(rows):
@@ -93,6 +94,22 @@ def test_the_error_of_a_mean_is_that_of_all_samples_there_are(n):
     samples = np.array(list(itertools.combinations(values, n)))
     found = np.mean([metrics.error_of_mean(own, n / 6) ** 2 for own in samples])
     np.testing.assert_allclose(found, samples.mean(1).var(), atol=1e-18)
+
+
+def test_errors_of_the_lowest_clients_are_as_large_as_draws_differ():
+    """Of many draws of 100 of 250 clients, against the deviation of what they give."""
+    rng = np.random.default_rng(0)
+    values = rng.beta(5, 2, 250)
+    samples = [rng.permutation(values)[:100] for _ in range(1000)]
+    for of, error in (
+        (metrics.worst_tenth, metrics.error_of_worst_tenth),
+        (lambda x: metrics.lowest(x, 10), lambda x, share: metrics.error_of_lowest(x, 10, share)),
+    ):
+        found = np.mean([error(own, 0.4) ** 2 for own in samples]) ** 0.5
+        np.testing.assert_allclose(found, np.std([of(own) for own in samples]), rtol=0.15)
+        assert error(values, 1.0) == 0
+    assert np.isnan(metrics.error_of_worst_tenth(np.array([0.5, np.nan]), 0.5))
+    assert np.isnan(metrics.error_of_lowest(np.array([0.5]), 10, 0.5))
 
 
 def test_means_on_either_side_and_their_harmonic_mean_have_errors_too():

@@ -102,12 +102,12 @@ def test_weights_leave_as_a_folder_that_is_read_again(table, tmp_path):
     """With a classifier, whatever they came as; what files beside them say is enough, and theirs are not asked."""
     made = vit_backbone(folder(tmp_path / "a", by_hand(table)), NAMES)
     published = made.publish(made.params)
-    path = folder(tmp_path / "b", published.arrays, *published.beside.values())
+    path = folder(tmp_path / "b", published.arrays, *map(json.loads, published.beside.values()))
     again = load_vit(path, NAMES)
     np.testing.assert_allclose(logits(again), LOGITS, rtol=5e-4, atol=5e-4)
     assert again.origins["head"] == "kept, for these classes"
     assert again.origins["epsilon"] == "config.json"
-    prefix = published.beside["config.json"]["model_type"]
+    prefix = json.loads(published.beside["config.json"])["model_type"]
     own = table.top["embed"].partition(".")[0]
     assert prefix == (own if own != "embeddings" else "dinov2" if table.scales else "vit")
     assert all(name.startswith((f"{prefix}.", "classifier.")) for name in published.arrays)

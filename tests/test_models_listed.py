@@ -62,6 +62,34 @@ def test_image_towers_of_clip_are_as_large_as_published(size, listed):
     assert number(listed["clip", size]["parameters"]) == pytest.approx(1e6 * CLIP[size], abs=7000)
 
 
+TEXT = {"B/32": 63.43, "B/16": 63.43, "L/14": 123.65, "H/14": 354.03}  # of the text tower, without the scale (same)
+
+
+def test_with_its_text_tower_a_clip_is_as_large_as_published_and_has_sets_of_either(listed):
+    both = rows(list_models.table(Models(rank=8, head="text", targets=("qv", "image_qv", "text_qv"))))
+    assert {family for family, _ in both} == {"clip"}
+    for size, millions in TEXT.items():
+        found = {name: number(x) for name, x in both["clip", size].items() if name not in ("size", "images")}
+        assert found["parameters"] - number(listed["clip", size]["parameters"]) == pytest.approx(
+            1e6 * millions, abs=7e3
+        )
+        assert found["image_qv"] == number(listed["clip", size]["qv"])
+        assert found["qv"] == found["image_qv"] + found["text_qv"]
+    assert number(both["clip", "B/16"]["text_qv"]) == 12 * 8 * 2 * (512 + 512)
+
+
+def test_a_file_with_a_text_tower_has_its_sets_where_it_is_in_the_model():
+    from experiments.setup.backbone import BUILT_IN
+
+    path = str(BUILT_IN["clip"])
+    with pytest.raises(ValueError, match="--targets text_qv is a set of a model with its text tower in it: add --head"):
+        list_models.table(Models(path, targets=("text_qv",)))
+    text = list_models.table(Models(path, head="text"))
+    assert text.startswith("nano_clip: clip nano/4 in 4 blocks")
+    assert "text_qv" in text
+    assert "text/blocks/attn/query/kernel [2, 64, 64]" in text
+
+
 def test_adapters_have_a_column_of_a_and_a_row_of_b_for_each_rank(listed):
     vit, mixer = listed["vit", "B/16"], listed["mixer", "B/16"]
     assert number(vit["qv"]) == 12 * 8 * 2 * (768 + 768)

@@ -51,8 +51,15 @@ def test_what_is_printed_repeats_a_run(tmp_path, capsys):
 
 
 def test_what_would_be_refused_is_not_printed(capsys, monkeypatch):
-    typed = ["compare", "--recipe", "clip/fedclip", "--weights-of-clients", "default", "--print-config"]
-    assert "--weights-of-clients must be one of counts, uniform; got default" in refused(typed, capsys, monkeypatch)
+    typed = ["compare", "--recipe", "clip/fedclip", "--weights-of-clients", "equal", "--print-config"]
+    assert "--weights-of-clients must be one of counts, uniform; got equal" in refused(typed, capsys, monkeypatch)
+
+
+def test_a_command_that_knows_no_novel_classes_says_so(capsys):
+    parse(["bounds", "--recipe", "clip/base_to_novel"])
+    assert "note: the file's novel = half is left out, in this command nothing is novel" in capsys.readouterr().err
+    parse(["sweep", "--recipe", "clip/base_to_novel"])
+    assert "is left out" not in capsys.readouterr().err
 
 
 def test_a_run_repeats_another_by_its_config_json(tmp_path):
@@ -105,6 +112,8 @@ def test_a_file_may_say_that_a_run_goes_on(tmp_path):
         ("--local-cap default", {"local_cap": None}),
         ("--clip-norm default --mean default", {"clip_norm": None, "mean": None}),
         ("--classes default", {"classes": ()}),
+        ("--lr default --rank default", {"lr": Config.lr, "rank": Config.rank}),
+        ("--optimizer default", {"optimizer": Config.optimizer, "momentum": None}),
         ("--no-ranks-in-order", {}),
     ],
 )

@@ -152,7 +152,7 @@ def test_fedper_shares_the_factors_and_keeps_the_heads():
     assert_near(body(again.adapter), copies(body(new.adapter)), 0)
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     assert count(method.traffic(ADAPTER, [ADAPTER]).up) == count(body(ADAPTER))
-    with pytest.raises(ValueError, match="need a head"):
+    with pytest.raises(ValueError, match="need something that is trained in full"):
         method.init(KEY, body(ADAPTER))
 
 

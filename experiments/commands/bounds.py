@@ -68,14 +68,14 @@ class Plan:
         what = {
             "zero_shot": "the frozen model, all test images",
             "linear_probe": f"logistic regression on frozen features of {pooled}, all test images",
-            "local_only": f"each client alone, {'up to ' * (self.problem.longest is not None)}{steps} steps of "
-            f"{self.config.batch}, own test images",
-            "centralised": f"{pooled}, {central_steps} steps of {_CENTRAL_BATCH}, all test images",
+            "local_only": f"each client alone, {'up to ' * (self.problem.longest is not None)}"
+            f"{summary.counted(steps, 'step')} of {self.config.batch}, own test images",
+            "centralised": f"{pooled}, {summary.counted(central_steps, 'step')} of {_CENTRAL_BATCH}, all test images",
         }
         print()
         for name, entry in entries.items():
             print(f"{name:<13} {summary.percent(entry):>10}  {what[name]}")
-        print(f"\naccuracies in %, mean and 95 % interval over {len(self.config.seeds)} seeds")
+        print(f"\naccuracies in %, mean and 95 % interval over {summary.counted(len(self.config.seeds), 'seed')}")
 
 
 def _local(score, p: Problem, config: Config, steps: int, clients: Clients, adapter, key):

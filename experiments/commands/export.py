@@ -137,8 +137,7 @@ class Plan:
         if not beside:
             return {f"{model.name}.safetensors": save(arrays, told)}
         files = {SINGLE: save(arrays, {"format": "pt", **told})}
-        files |= {name: f"{json.dumps(x, indent=2)}\n".encode() for name, x in beside.items()}
-        return {f"{model.name}/{name}": content for name, content in files.items()}
+        return {f"{model.name}/{name}": content for name, content in {**files, **beside}.items()}
 
     def arrays(self, model: Model) -> bytes:
         """The adapter as a ``.npz``: ``NAME/a [..., in, rank]``, ``NAME/b [..., rank, out]``, full differences by name.

@@ -18,6 +18,7 @@ from fedlora_jax.lora import Params
 from models import families
 from models.backbone import Backbone
 from models.families import FAMILIES
+from models.two_towers import TEXT
 
 
 def table(options: Models) -> str:
@@ -37,31 +38,37 @@ def _families(options: Models) -> str:
     parts = ["weights are read from .safetensors (also in shards, or a folder of Hugging Face) and .npz files"]
     parts.append(f"sets: numbers in an adapter of rank {options.rank}; parameters: without the head")
     for name, family in FAMILIES.items():
-        if family.shapes is None or options.model not in (None, name):
+        with_text = family.text_shapes, family.text_targets
+        shapes, targets = with_text if options.head == "text" else (family.shapes, family.targets)
+        if shapes is None or options.model not in (None, name):
             continue
-        sets, rows = _sets(family.targets, options.targets), []
+        sets, rows = _sets(targets, options.targets), []
         for size, usual in family.sizes.items():
             side = options.image_size or usual
             try:
-                params = family.shapes(size, side)
+                params = shapes(size, side)
             except ValueError:  # which cannot be cut into its patches
                 rows.append((size, f"{side} x {side}", "-", *("-" for _ in sets)))
                 continue
             adapters = [_adapter(params, patterns, options.rank) for patterns in sets.values()]
-            rows.append((size, f"{side} x {side}", f"{_count(_body(params)):,}", *(_number(x) for x in adapters)))
+            count = _count(_without("head", params))
+            rows.append((size, f"{side} x {side}", f"{count:,}", *(_number(x) for x in adapters)))
         parts += ["", f"{name}: reads the names of {', '.join(family.reads)}"]
-        parts += [f"  {own} = {', '.join(patterns)}" for own, patterns in family.targets.items()]
+        parts += [f"  {own} = {', '.join(patterns)}" for own, patterns in targets.items()]
         parts += ["", *lines(("size", "images", "parameters", *sets), rows)]
     return "\n".join(parts)
 
 
 def _model(options: Models) -> str:
-    config = Config(model=options.model, weights=options.file or Config.weights)
+    config = Config(model=options.model, weights=options.file or Config.weights, head=options.head)
     own = user_code.is_own(options.model or "")
     backbone = backbones.read(config, DIGITS, options.image_size or (SIDE if own else None))
     family = options.model or families.of(backbones.weights_of(config)[0])
-    size = None if own else families.size_of(family, backbone.params) or "of a size of its own"
-    body, rows, notes = _count(_body(backbone.params)), [], []
+    size = None if own else families.size_of(family, _without(TEXT, backbone.params)) or "of a size of its own"
+    body, rows, notes = _count(_without("head", backbone.params)), [], []
+    elsewhere = {} if own or options.head else FAMILIES[family].text_targets
+    if wanted := [name for name in options.targets if name in elsewhere and name not in backbone.targets]:
+        raise ValueError(f"--targets {wanted[0]} is a set of a model with its text tower in it: add --head text")
     for name, patterns in _sets(backbone.targets, options.targets).items():
         adapter = _adapter(backbone.params, patterns, options.rank)
         found = [f"{kernel} {list(x.shape)}" for kernel, x in _kernels(backbone, patterns).items()]
@@ -108,8 +115,8 @@ def _shaped(params: Params, patterns: Sequence[str], rank: int) -> Any:
     return jax.eval_shape(new, jax.eval_shape(jax.random.key, 0), params)
 
 
-def _body(params: Params) -> Params:
-    return {name: x for name, x in params.items() if name != "head"}
+def _without(part: str, params: Params) -> Params:
+    return {name: x for name, x in params.items() if name != part}
 
 
 def _count(tree: Any) -> int:

@@ -27,6 +27,7 @@ from experiments.engine.chunking import choose
 from experiments.engine.facts import facts_of
 from experiments.results import record
 from experiments.results.folder import Folder, write_json
+from experiments.results.summary import counted
 from experiments.setup.local_training import make_optimizer
 from experiments.setup.problem import Problem, Seed
 from fedlora_jax import meta, rounds
@@ -90,7 +91,7 @@ class Plan:
         about = prelude.about("meta", config, self.problem)
         write_json(folder / "meta.json", {"schema": 1, **about, "loss": losses})
         width = max(1, len(losses) // 5)
-        print(f"\nloss after {config.unroll} rounds, mean over meta-steps:")
+        print(f"\nloss after {counted(config.unroll, 'round')}, mean over meta-steps:")
         for i in range(0, len(losses), width):
             part = losses[i : i + width]
             print(f"  {i + 1:>4} to {i + len(part):>4}  {np.mean(part):.4f}")

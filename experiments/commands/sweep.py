@@ -78,13 +78,14 @@ class Plan:
 
     def _execute(self, folder: Path) -> Path:
         entries, took = [], {}
+        what = summary.counted(len(self.grid), "point"), summary.counted(len(self.config.seeds), "seed")
         with tqdm(total=len(self.grid) * len(self.config.methods), unit="point", dynamic_ncols=True) as bar:
             for name, (lowered, arguments) in self.lowered.items():
                 bar.set_description(f"{name}: compiling")
                 begin = time.perf_counter()
                 compiled = lowered.compile()
                 compile_seconds = time.perf_counter() - begin
-                bar.set_description(f"{name}: {len(self.grid)} points, {len(self.config.seeds)} seeds")
+                bar.set_description(f"{name}: {', '.join(what)}")
                 begin = time.perf_counter()
                 (info, scores), _ = jax.device_get(compiled(*arguments))
                 took[name] = {"compile_seconds": compile_seconds, "seconds": time.perf_counter() - begin}

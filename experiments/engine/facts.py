@@ -11,6 +11,7 @@ import jax
 from experiments.config import Config
 from experiments.engine import methods
 from experiments.results import record
+from experiments.results.summary import counted
 from experiments.setup import local_training, memory
 from fedlora_jax import rounds
 from fedlora_jax.lora import Adapter
@@ -51,7 +52,7 @@ def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
         run = jax.eval_shape(start, jax.eval_shape(jax.random.key, 0), adapter)
         memory.refuse_more_than_there_is(
             len(config.seeds) * memory.bytes_of(run),
-            f"what {name} keeps of {config.clients} clients and {len(config.seeds)} seeds would",
+            f"what {name} keeps of {counted(config.clients, 'client')} and {counted(len(config.seeds), 'seed')} would",
             "use fewer of them, or smaller options of the method",
         )
 

@@ -30,6 +30,7 @@ from experiments.engine.staging import Staged
 from experiments.engine.timed import Scoring, Step, one_scoring, one_step
 from experiments.engine.trial import Trial
 from experiments.results import summary
+from experiments.results.summary import counted
 from experiments.setup import memory
 from experiments.setup.on_disk import OnDisk
 from experiments.setup.problem import Problem
@@ -98,7 +99,8 @@ def too_large(config: Config, problem: Problem, name: str, needed: Need | None) 
     chunk, together = chunking.choose(config, problem)
     text = (
         f"{name} needs about {_size(needed.arrays)} of memory for arrays ({_size(needed.held)} for those that stay, "
-        f"{_size(needed.work)} to train {chunk} clients of {together} seeds at once), and there are {_size(have)}: "
+        f"{_size(needed.work)} to train {counted(chunk, 'client')} of {counted(together, 'seed')} at once), and there "
+        f"are {_size(have)}: "
     )
     cohort, seeds = config.cohort // config.devices, problem.keys.shape[0]
     fewer = [(s, chunk) for s in range(together - 1, 0, -1) if seeds % s == 0]  # first fewer seeds, then fewer clients
@@ -175,10 +177,10 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
             *summary.aligned(rows),
             "",
             "trained: numbers that may move on a client in the first round; KiB: of one client in one round;",
-            f"rounds s: {config.rounds} rounds of {len(config.seeds)} seeds without aggregation, from a local step of "
-            f"{step.clients} clients timed now ({1e3 * step.seconds:.3g} ms);",
-            f"scores s: {config.rounds // config.eval_every} evaluations, from the global model on all test images "
-            f"({1e3 * scoring.whole:.3g} ms) and a client's on its own ({1e3 * scoring.own:.3g} ms);",
+            f"rounds s: {counted(config.rounds, 'round')} of {counted(len(config.seeds), 'seed')} without aggregation, "
+            f"from a local step of {counted(step.clients, 'client')} timed now ({1e3 * step.seconds:.3g} ms);",
+            f"scores s: {counted(config.rounds // config.eval_every, 'evaluation')}, from the global model on all test "
+            f"images ({1e3 * scoring.whole:.3g} ms) and a client's on its own ({1e3 * scoring.own:.3g} ms);",
             f"compile s: by the length of programs, a million letters in the {1e6 * of_letter:.3g} s that it took now; "
             "run s: all three;",
             f"peak memory: of the process, which holds {_size(process)} beside arrays; "

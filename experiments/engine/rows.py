@@ -50,7 +50,7 @@ class Rows:
                 row |= self._bytes(s, ids[s, t], row)
                 row = {key: x for key, x in row.items() if key not in ("travels_up", "travels_down")}
                 if t == block - 1:
-                    row |= self._accuracies(jax.tree.map(lambda x, s=s: x[s], scores), end == self._config.rounds)
+                    row |= self._accuracies(jax.tree.map(lambda x, s=s: x[s], scores), end == self._config.rounds, s)
                 rows.append(row)
         return rows
 
@@ -77,7 +77,7 @@ class Rows:
                 self._traffic[cohort][:, rank] = parts
         return self._traffic[cohort]
 
-    def _accuracies(self, scores: Scores, final: bool) -> dict[str, Any]:
+    def _accuracies(self, scores: Scores, final: bool, s: int) -> dict[str, Any]:
         (n, unseen), known = self._config.scored, self._problem.images.known
         shares = n / self._config.clients, unseen / self._config.holdout_clients if unseen else 1.0
         correct, label, domain = map(np.asarray, (scores.correct, *self._problem.test[1:]))
@@ -92,6 +92,8 @@ class Rows:
             row |= metrics.of(Evaluation(correct, label, domain, accuracy[:n], accuracy[n:], shares, sides), tuned)
             if final:
                 row["client_accuracies" + metrics.TUNED * tuned] = [number(x) for x in accuracy[:n]]
+        if final and n < self._config.clients:
+            row["client_numbers"] = self._problem.clients.all_scored()[s, :n].tolist()  # whose accuracies these are
         distances = np.asarray(scores.distances, float)  # nan for None
         if final and np.isfinite(distances).all():
             row["client_positions"] = client_map.positions(distances).round(6).tolist()
@@ -101,7 +103,8 @@ class Rows:
 
 def as_of(row: dict[str, Any], rounds: int) -> dict[str, Any]:
     """The row as a run of more rounds has it: what stands in its last rows alone is left out of earlier ones."""
-    last = {"client_positions", "client_clusters", "client_accuracies", "client_accuracies" + metrics.TUNED}
+    last = {"client_positions", "client_clusters", "client_numbers"}
+    last |= {"client_accuracies", "client_accuracies" + metrics.TUNED}
     late = lambda key: key in last and row["round"] < rounds
     tuned = lambda key: key.endswith(metrics.TUNED) and row["round"] <= rounds - summary.WINDOW
     return {key: value for key, value in row.items() if not late(key) and not tuned(key)}

@@ -108,7 +108,7 @@ def table(result: dict[str, Any]) -> str:
 def _sentence(c: dict[str, Any]) -> str:
     how = {"training": "", "sent": ", both used as sent", "serving": ", used as sent"}[c["kind"]]
     return (
-        f"{c['method']} ({c['steps']} steps per round{how}) against {c['baseline']} ({c['baseline_steps']}), "
-        f"{GROUPS[c['group']]}: "
+        f"{c['method']} ({summary.counted(c['steps'], 'step')} per round{how}) against {c['baseline']} "
+        f"({c['baseline_steps']}), {GROUPS[c['group']]}: "
         f"{summary.percent(c['difference'], signed=True)}; the baseline itself loses {summary.percent(c['needed'])}"
     )

@@ -17,6 +17,7 @@ from experiments.results.record import number
 TERMINAL, REPORT, BARS = "terminal", "report", "bars"  # its table, the report's, the report's picture of accuracies
 EVERYWHERE = (TERMINAL, REPORT, BARS)
 ERROR = "_error"  # behind the name: the standard error that the drawing of clients to be scored gives it
+NORMAL = 1.96  # standard errors to either side that hold 95 %
 TUNED = "_tuned"  # behind the name: after the local steps of one round on the client's own training images
 
 
@@ -43,7 +44,7 @@ class Metric(NamedTuple):
     shown: tuple[str, ...] = ()  # where it stands
     tuned: tuple[str, ...] | None = None  # where it stands after local steps; None: it is not taken then
     short: str = ""  # its title in the terminal, where that is another; it is explained there
-    error: Callable[[Evaluation], float] | None = None  # of it, where it is a mean over clients that were drawn
+    error: Callable[[Evaluation], float] | None = None  # of it, where it is of clients that were drawn
     novel: bool = False  # is it taken only where some classes are novel?
 
 
@@ -87,6 +88,29 @@ def worst_tenth(values: np.ndarray) -> float:
     """Mean over the lowest tenth of clients, at least one."""
     own = np.sort(known(values))
     return mean(own[: max(1, math.ceil(len(own) / 10))])
+
+
+def error_of_worst_tenth(values: np.ndarray, share: float) -> float:
+    """Standard error of ``worst_tenth``, to first order: it is ``q + mean(min(x - q, 0)) / a``, ``q`` the least value
+    above the lowest ``a`` of all, and does not move with ``q``.
+
+    Source: Brazauskas et al., J. Statistical Planning and Inference 138, 2008 (conditional tail expectation).
+    """
+    own = np.sort(known(values))
+    count = max(1, math.ceil(len(own) / 10))
+    below = np.minimum(own - own[count], 0) if len(own) > count else own
+    return error_of_mean(below * len(own) / count, share)
+
+
+def error_of_lowest(values: np.ndarray, percent: float, share: float) -> float:
+    """Standard error of ``lowest``: of how many are below it, read off the values (Woodruff, J. American Statistical
+    Association 47, 1952)."""
+    own, p = known(values), percent / 100
+    rank = NORMAL * math.sqrt((1 - share) * p * (1 - p) / len(own)) if len(own) > 1 else math.nan
+    if math.isnan(rank):
+        return rank
+    low, high = np.quantile(own, np.clip([p - rank, p + rank], 0, 1))
+    return float(high - low) / (2 * NORMAL)
 
 
 def gap(values: np.ndarray) -> float:
@@ -162,6 +186,7 @@ METRICS = (
         EVERYWHERE,
         tuned=(BARS,),
         short="worst 10%",
+        error=lambda e: error_of_worst_tenth(e.training, e.shares[0]),
     ),
     Metric(
         "p10_accuracy",
@@ -171,6 +196,7 @@ METRICS = (
         EVERYWHERE,
         tuned=(BARS,),
         short="p10",
+        error=lambda e: error_of_lowest(e.training, 10, e.shares[0]),
     ),
     Metric(
         "worst_accuracy",
@@ -249,7 +275,7 @@ def names(novel: bool = False) -> list[str]:
 
 def of(evaluation: Evaluation, tuned: bool = False) -> dict[str, float | None]:
     """Every metric of an evaluation by its name, ``None`` where it has no value; where not all clients were scored, the
-    errors of means over clients too."""
+    errors of what is of them too."""
     novel = evaluation.sides is not None
     found = {metric.name + TUNED * tuned: number(metric.of(evaluation)) for metric in taken(tuned, novel)}
     if min(evaluation.shares) < 1:

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.results import client_map, figures, metrics, page
 from experiments.results.folder import write_atomically
 from experiments.results.style import png
-from experiments.results.summary import draws_clients, has_novel, window
+from experiments.results.summary import counted, draws_clients, has_novel, window
 
 INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals, cut at 0 and 100 %."
 CAPTIONS = {
@@ -91,10 +91,10 @@ def _sentence(config: dict[str, Any], holdings: dict[str, Any], names: list[str]
     domains, classes = len(holdings["domains"]), len(holdings["classes"])
     return (
         f"{', '.join(names)} on {data} ({f'{domains} domains, ' if domains > 1 else ''}{classes} classes): "
-        f"{_count(config['clients'], 'training client')}, {cohort or 'all'} of them in every round, and "
-        f"{_count(unseen, 'unseen client')}{_drawn(config)}; data split by {config['partition']}; "
-        f"{_count(config['rounds'], 'round')} of {_work(config)}; "
-        f"{_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
+        f"{counted(config['clients'], 'training client')}, {cohort or 'all'} of them in every round, and "
+        f"{counted(unseen, 'unseen client')}{_drawn(config)}; data split by {config['partition']}; "
+        f"{counted(config['rounds'], 'round')} of {_work(config)}; "
+        f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
         + ("; the same clients, starts and batches for every method." if len(names) > 1 else ".")
     )
 
@@ -109,7 +109,7 @@ def _work(config: dict[str, Any]) -> str:
         epochs = config["local_epochs"]
         return f"{epochs:g} local epoch{'s' * (epochs != 1)}"
     least = config.get("local_steps_from")
-    return f"{least} to " * (least is not None) + _count(config["local_steps"], "local step")
+    return f"{least} to " * (least is not None) + counted(config["local_steps"], "local step")
 
 
 def _statistics(summary: dict[str, Any]) -> str:
@@ -228,7 +228,3 @@ def _bytes(number: float) -> str:
             return f"{number:.3g} {unit}" if number < 100 else f"{number:.0f} {unit}"
         number /= 1024
     return f"{number:.3g} GiB"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}{'s' * (number != 1)}"

@@ -3,7 +3,7 @@
 Schema 1. For each method and each measure ``{"last": S, "last5": S}`` with
 ``S = {"mean", "std", "ci95": [low, high] or null, "seeds": [...]}``: the last round, and the mean over the evaluated
 rounds among the last five. Intervals are 95 % t-intervals over seeds; they know nothing of 0 and 1, where pictures cut
-them. Where clients are drawn to be scored (``--eval-clients``, anew for each seed), those of means over clients are no
+them. Where clients are drawn to be scored (``--eval-clients``, anew for each seed), those of what is of them are no
 narrower than their drawing alone makes them, which is all there is for a single seed. There is no best round: picking
 one on test data would be selection. (``--best-test-leaky`` adds ``best_test_leaky``, a spread of the global model's,
 beside what published code reports so.)
@@ -32,7 +32,6 @@ from scipy import stats
 from experiments.results import metrics
 
 WINDOW = 5
-NORMAL = 1.96  # standard errors to either side that hold 95 %
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
@@ -50,7 +49,7 @@ def spread(values: Iterable[float | None], errors: Iterable[float | None] = ()) 
         return {"mean": None, "std": None, "ci95": None, "seeds": seeds}
     mean, n = float(known.mean()), len(known)
     sampled = any(errors) and None not in errors
-    halves = [NORMAL * float(np.linalg.norm(errors)) / n] if sampled else []  # type: ignore
+    halves = [metrics.NORMAL * float(np.linalg.norm(errors)) / n] if sampled else []  # type: ignore
     std = float(known.std(ddof=1)) if n > 1 else None
     if std is not None:
         halves.append(float(stats.t.ppf(0.975, n - 1)) * std / n**0.5)
@@ -149,7 +148,7 @@ def meaning(config: dict[str, Any]) -> str:
     """What stands under a table of the terminal."""
     seeds = len(config["seeds"])
     shown = [m for m in metrics.taken(False, has_novel(config)) if m.short and metrics.TERMINAL in m.shown]
-    among = f"over {seeds} seed{'s' * (seeds > 1)}" + " and the clients scored" * draws_clients(config)
+    among = f"over {counted(seeds, 'seed')}" + " and the clients scored" * draws_clients(config)
     taken = f"accuracies in %, mean over {window(config)} and 95 % interval {among};\n"
     words = [
         "+steps: after one round of local steps",
@@ -179,6 +178,10 @@ def table(summary: dict[str, Any]) -> str:
         )
     title, *lines = aligned(rows)
     return "\n".join([title, "  ".join("-" * max(map(len, column)) for column in zip(*rows, strict=True)), *lines])
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'s' * (number != 1)}"
 
 
 def aligned(rows: list[list[str]]) -> list[str]:

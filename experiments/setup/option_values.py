@@ -10,20 +10,18 @@ from typing import Any
 
 from experiments.config import MANY, Config
 
-BY_DEFAULT = "default"  # takes back what a file says of an option that need not be given
+BY_DEFAULT = "default"  # takes back what a file says of an option
 
 
-def converter(name: str, hint: Any) -> tuple[Callable[[str], Any], str]:
+def converter(name: str, hint: Any, default: Any) -> tuple[Callable[[str], Any], str]:
     """What makes a value of a text, and what ``--help`` calls that; what argparse calls it is the function's name."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        convert, metavar = converter(name, next(part for part in typing.get_args(hint) if part is not types.NoneType))
-        return _or_by_default(convert, None), metavar
+        return converter(name, next(part for part in typing.get_args(hint) if part is not types.NoneType), default)
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
         convert = _seeds if name == "seeds" else _list_of(kind)
-        convert = _or_by_default(convert, ()) if getattr(Config, name, None) == () else convert
-        return convert, "N[,N...]" if kind is int else "A[,B...]"
-    return hint, {int: "N", float: "X", str: "TEXT"}[hint]
+        return _or_by_default(convert, default), "N[,N...]" if kind is int else "A[,B...]"
+    return _or_by_default(hint, default), {int: "N", float: "X", str: "TEXT"}[hint]
 
 
 def _or_by_default(kind: Callable[[str], Any], default: Any) -> Callable[[str], Any]:
@@ -61,11 +59,11 @@ _seeds.__name__ = "count, range (0:5) or comma-separated int"
 
 def from_file(origin: str, name: str, value: Any, hint: Any) -> Any:
     """A value as the option has it: a text is read as if it had been typed, a list may stand for several."""
-    if value == BY_DEFAULT and types.NoneType in typing.get_args(hint):
-        return None
+    if value == BY_DEFAULT:
+        return getattr(Config, name)
     if isinstance(value, str) and hint is not bool and not is_a(value, hint):
         try:
-            return converter(name, hint)[0](value)
+            return converter(name, hint, getattr(Config, name))[0](value)
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"{origin}: {name} = {value!r}: {error}") from None
     whole = tuple(value) if isinstance(value, list) else value

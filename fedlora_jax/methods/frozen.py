@@ -23,6 +23,7 @@ def frozen() -> Method:
 
     return fedit()._replace(
         aggregate=lambda base, state, cohort, sent, received: state,
+        aggregated=lambda carried: {},
         upload_mask=lambda mask: jax.tree.map(jnp.zeros_like, mask),
         traffic=lambda own, cohort: Traffic(up=(), down=()),
         uploads="none",

@@ -32,6 +32,7 @@ def local_only() -> Method:
         aggregate=lambda base, state, cohort, sent, received: state,
         init_client=personal.nothing_yet,
         remember=lambda memory, context, sent, received: personal.keep(received),
+        aggregated=lambda carried: {},
         upload_mask=lambda mask: jax.tree.map(jnp.zeros_like, mask),
         traffic=lambda own, cohort: Traffic(up=(), down=()),
         uploads="none",
