@@ -30,6 +30,7 @@ from flax.core import FrozenDict
 from jax import Array
 
 from fedlora_jax.keys import stable_hash
+from fedlora_jax.matmul import low_rank, matmul
 
 Params = Any  # nested dict of arrays
 Adapter = Any  # nested dict of LoRA leaves and arrays
@@ -65,7 +66,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
+        y = matmul(x, kernel.astype(x.dtype))
         if self.has_variable("lora", "kernel"):
             lora = self.get_variable("lora", "kernel")
             kept = self.get_variable("lora", "dropout")(x) if self.has_variable("lora", "dropout") else x
@@ -74,34 +75,6 @@ class Dense(nn.Module):
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros_init(), (self.features,)).astype(x.dtype)
         return y
-
-
-@jax.custom_vjp
-def low_rank(x: Array, a: Array, b: Array) -> Array:
-    """``(x a) b`` for ``x [..., in]``, ``a [in, rank]`` and ``b [rank, out]``.
-
-    Its derivative in ``a`` and ``b`` is two products of few long rows with a tall matrix, which is the one order in
-    which a CPU computes such products fast.
-    """
-    return (x @ a) @ b
-
-
-def _low_rank_vjp(residuals, ct: Array) -> tuple[Array, Array, Array]:
-    x, a, b = residuals
-    rows, d_rows = x.reshape(-1, x.shape[-1]), ct.reshape(-1, ct.shape[-1])
-    u, v = written_out((b @ d_rows.T, a.T @ rows.T))  # [rank, n]
-    return (ct @ b.T) @ a.T, written_out(u @ rows).T, v @ d_rows
-
-
-low_rank.defvjp(lambda x, a, b: ((x @ a) @ b, (x, a, b)), _low_rank_vjp)
-
-
-def written_out(x: Any) -> Any:
-    """The arrays as they are, and on a CPU stored in the order of their axes before they are used.
-
-    XLA folds a transpose into the product that follows, and multiplies matrices stored the other way round slowly.
-    """
-    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def new(

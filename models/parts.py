@@ -4,7 +4,7 @@ which a CPU computes them fast.
 The functions are the usual ones; only the way they are computed differs, and the results agree to rounding. Two things
 cost a CPU most, apart from the matrix products: sums over the last axis, which end a fused loop and have their operands
 written out (hence ``_mean`` as a product with a vector), and products of matrices that are stored the other way
-round (hence ``lora.written_out``). Accelerators fuse such things by themselves and get the plain form.
+round (hence ``matmul.written_out``). Accelerators fuse such things by themselves and get the plain form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax.lora import Dense, written_out
+from fedlora_jax.lora import Dense
+from fedlora_jax.matmul import written_out
 
 
 class LayerNorm(nn.Module):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import assert_near, float64, jit
 
-from fedlora_jax.lora import low_rank
+from fedlora_jax.matmul import low_rank, matmul
 from models.parts import LayerNorm, attend, gelu, layer_norm
 
 
@@ -77,3 +77,41 @@ def test_layer_norm_is_flax_layer_norm():
     half = x.astype(jnp.bfloat16)
     assert ours.apply(variables, half).dtype == jnp.bfloat16
     assert_near(ours.apply(variables, half).astype(jnp.float32), theirs.apply(variables, x), 1e-2)
+
+
+def test_products_of_16_bits_are_rounded_once_and_so_are_their_derivatives():
+    """By float64 on the same numbers: off by half a unit in the last of eight bits, as nothing that was summed in 16
+    bits is; clients one by one or at once."""
+    draw = np.random.default_rng(0).normal
+    x, y, ct = (jnp.asarray(draw(size=shape), jnp.bfloat16) for shape in ((3, 5, 300), (300, 7), (3, 5, 7)))
+    exact = lambda *args: np.matmul(*(np.asarray(a, np.float64) for a in args))
+    dy = exact(np.asarray(x, np.float64).reshape(15, 300).T, ct.reshape(15, 7))
+    expected = exact(x, y), exact(ct, y.T), dy
+
+    @jit
+    def found(x, y, ct):
+        out, pull = jax.vjp(matmul, x, y)
+        return out, *pull(ct)
+
+    for got, right in zip(found(x, y, ct), expected, strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert np.all(np.abs(np.asarray(got, np.float64) - right) <= 2.0**-8 * np.abs(right) + 1e-5)
+    assert_near(jit(jax.vmap(matmul, (0, None)))(x, y), found(x, y, ct)[0], 0)
+
+
+@pytest.mark.parametrize("second", ["backwards", "forwards"])
+def test_second_derivatives_of_products_of_16_bits(second):
+    draw = np.random.default_rng(0).normal
+    x, y = (jnp.asarray(draw(size=shape), jnp.bfloat16) for shape in ((3, 5, 30), (30, 7)))
+
+    def found(dtype):
+        wide, y_ = x.astype(dtype), (0.1 * y).astype(dtype)
+        first = jax.grad(lambda x: jnp.sum(jnp.sin(matmul(x, y_))))
+        twice = {
+            "backwards": jax.grad(lambda x: jnp.sum(first(x))),
+            "forwards": lambda x: jax.jvp(first, (x,), (x,))[1],
+        }
+        return np.asarray(jit(twice[second])(wide), np.float32)
+
+    exact, half = found(jnp.float32), found(jnp.bfloat16)
+    assert 0 < np.linalg.norm(half - exact) < 0.02 * np.linalg.norm(exact)

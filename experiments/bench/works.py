@@ -53,6 +53,7 @@ WORKS = {
         Work("toy", 16, 2, 2, 32, 4, 8, 3, 2, 4, 2, 3, matmul=64),  # for tests
         Work("nano", 64, 4, 4, 128, 4, 16, 10, 4, 256, 10, 16),  # the built-in model on the built-in digits
         Work("tiny", 192, 12, 3, 768, 4, 32, 10, 8, 16, 5, 32),  # ViT-Ti on images like CIFAR's
+        Work("tiny16", 192, 12, 3, 768, 4, 32, 10, 8, 16, 5, 32, "bfloat16"),  # the same in half the bits
         Work("learning", 192, 12, 3, 768, 4, 32, 10, 8, 32, 5, 8),  # ViT-Ti, more clients, smaller batches
         Work("photos", 192, 4, 3, 768, 32, 224, 10, 4, 8, 5, 16),  # four blocks of ViT-Ti/32, on a CPU
         Work("base", 768, 12, 12, 3072, 16, 224, 100, 16, 32, 4, 32, "bfloat16", LONG, 8),  # ViT-B/16, for a GPU

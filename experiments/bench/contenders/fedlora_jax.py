@@ -19,6 +19,7 @@ from experiments.bench.works import Arrays, Work
 from experiments.engine import chunking, methods
 from experiments.engine.facts import describe
 from fedlora_jax import lora, rounds, signatures
+from fedlora_jax import matmul as products
 from fedlora_jax.lora import Adapter, LoRA, Params
 from fedlora_jax.method import Cohort, Method
 from fedlora_jax.signatures import Signature
@@ -151,7 +152,7 @@ def matmul(work: Work) -> Callable[[], float]:
     """A square product, as ``Contender.matmul``."""
     side = works.product_side(work, cpu=jax.default_backend() == "cpu")
     x = jax.random.normal(jax.random.key(0), (side, side)).astype(work.dtype)
-    product = jax.jit(jnp.matmul)
+    product = jax.jit(products.matmul)
 
     def call() -> float:
         jax.block_until_ready(product(x, x))
