@@ -61,6 +61,15 @@ def test_every_bench_gives_lines_with_the_same_fields(name, tmp_path, capsys, mo
     assert all(line["versions"]["jax"] and line["device"] for line in ran if line["contender"] == "fedlora_jax")
 
 
+@pytest.mark.long
+def test_a_round_of_ten_thousand_clients_costs_little_more_than_one_of_a_hundred(monkeypatch):
+    """The bars are 1.1 times and 4 GB (docs/speed.md); even a busy machine notices what grows with the population."""
+    monkeypatch.setattr(ours, "jit", jit)
+    few, many = bench.execute(Options("population", work="toy", repeats=5, clients=(100, 10_000)))
+    assert many["seconds_per_round"] < 3 * few["seconds_per_round"]
+    assert many["peak_memory_mb"] < 4096
+
+
 def test_every_option_of_the_command_line_belongs_to_a_bench():
     fields = {field.name for field in dataclasses.fields(Options)} - {"bench", "out"}
     assert set(USES) == set(BENCHES) >= set(BY_DEFAULT)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from experiments.results.folder import CONFIG, digest, file_name, say, write_jso
 from experiments.setup.problem import Problem
 
 GROWS = ("methods", "seeds", "rounds")  # what a run may have more of when it goes on
+AT_ONCE = 4  # methods that compile at a time, each of which takes memory
 PER_SEED = ("partition_hash", "local_steps")  # of its record, what has an entry for each seed
 
 
@@ -121,9 +124,11 @@ class Plan:
             )
 
     def _compiled(self, trials: Iterable[Trial]) -> list[Trial]:
+        """All of them, several at once: compiling one keeps little more than a core busy."""
         trials = list(trials)
-        for trial in tqdm(trials, desc="compiling", unit="method", leave=False, dynamic_ncols=True):
-            trial.compile()
+        with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
+            todo = pool.map(Trial.compile, trials)
+            list(tqdm(todo, "compiling", len(trials), unit="method", leave=False, dynamic_ncols=True))
         return trials
 
     def _refuse_what_does_not_fit(self, trials: Iterable[Trial]) -> None:

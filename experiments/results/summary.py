@@ -17,7 +17,7 @@ beside what published code reports so.)
     bytes_up, bytes_down       per client and round (mean), and in total, for one seed. Down is what clients had to be
                                sent so that they could start; to_all: until all that train hold the final model
     seconds_per_round          wall time of one round of one seed; null where nothing was run
-    compile_seconds            of the program of rounds
+    compile_seconds            of the program of rounds, while those of other methods compile beside it
 """
 
 from __future__ import annotations
