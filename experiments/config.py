@@ -42,7 +42,7 @@ IMAGES = ("auto", "resident", "staged")
 BLOCKS = ("auto", "loop", "unrolled")
 SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
-TASKS = ("softmax", "sigmoid")
+TASKS = ("softmax", "sigmoid", "pairs")
 DTYPES = ("float32", "bfloat16")
 HEADS = ("linear", "cosine", "prototype", "zero_shot", "text", "gate")
 FORMS = ("merged", "peft", "npz")  # of what is exported
@@ -179,9 +179,16 @@ class Config:
     )
     task: str = option(
         "softmax",
-        "what is minimised: softmax, the cross-entropy of one distribution over classes, or sigmoid, the binary "
-        "cross-entropy of each class on its own",
+        "what is minimised: softmax, the cross-entropy of one distribution over classes; sigmoid, the binary "
+        "cross-entropy of each class on its own; or pairs, CLIP's contrastive loss of the images of a batch and the "
+        "texts (columns of the head) of their classes, both ways",
         among=TASKS,
+    )
+    contrast: float = option(
+        0.0,
+        "with --head text, how much it counts in the loss that texts of what is trained in full (--context, say) stay "
+        "near those they began as, and away from texts with low-rank updates too (of text/own, say): FedPGP's 0.5",
+        "[0, 1000000]",
     )
     clients: int = option(12, "clients that train", COUNT)
     clients_per_round: int | None = option(None, "clients drawn each round (default: all)", COUNT)

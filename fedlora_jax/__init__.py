@@ -34,6 +34,7 @@ from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedhl import fedhl
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.fedper import fedper
+from fedlora_jax.methods.fedpgp import fedpgp
 from fedlora_jax.methods.fedproto import fedproto
 from fedlora_jax.methods.fedra import fedra
 from fedlora_jax.methods.fedrep import fedrep
@@ -107,6 +108,7 @@ __all__ = [
     "fedit",
     "fedlc",
     "fedper",
+    "fedpgp",
     "fedproto",
     "fedra",
     "fedrep",

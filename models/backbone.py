@@ -101,6 +101,8 @@ class Backbone(NamedTuple):
       publish: ``(params) -> Published``, parameters like its own as its family reads them again, of the whole model
         where it was cut; ``None``: they have no other names than here.
       layouts: the published network, by whose names; adapters leave under the first where nothing else is asked for.
+      texts: ``(params, adapter) -> [classes, d]`` what it makes of the texts of the classes, each of length 1;
+        ``None``: it reads none while it is trained.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Backbone(NamedTuple):
     cut: Callable[[int], tuple[Stem, Backbone]] | None = None
     publish: Callable[[Params], Published] | None = None
     layouts: Mapping[str, Layout] = MappingProxyType({})
+    texts: Callable[[Params, Adapter], Array] | None = None
 
     def patterns(self, targets: Sequence[str]) -> tuple[str, ...]:
         """Regular expressions of kernels, for names of this model's sets or expressions of one's own.

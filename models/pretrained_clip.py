@@ -180,6 +180,8 @@ def _with_text(path: Path, image: Backbone, made: Clip, texts: list[list[str]], 
         start["context"] = reading.context_of(context, text, made.text_params, tokenizer)
     tokens, ends = reading.tokens(texts, tokenizer, text.length - len(start.get("context", ())))
     params = {"text": jax.tree.map(lambda x: np.asarray(x, np.float32), made.text_params), "head": start}
+    if context is not None:
+        params["text"][two_towers.OWN] = {"kernel": np.zeros_like(start["context"])}
     return two_towers.two_towers(image, text, Told(tokens, ends, len(texts)), params, made.text_layouts)
 
 

@@ -5,7 +5,9 @@
 (Radford et al., ICML 2021, arXiv 2103.00020, figure 3 and section 3.1.4). The image tower's parameters are as in
 ``models.vit``, the text tower's stand under ``text``. Of what makes logits of features, ``head``, ``logit_scale [1]``
 is t, and ``context [n, width]``, where there is one, n vectors to be learned before the words of every prompt: Guo et
-al., *PromptFL*, IEEE TMC 2023, arXiv 2208.11625. Texts depend on no image: they are computed once for a batch.
+al., *PromptFL*, IEEE TMC 2023, arXiv 2208.11625. To these ``text/own/kernel [n, width]`` is added, which is zero: a
+low-rank update of it is a term of each client's own (Cui et al., *FedPGP*, ICML 2024, arXiv 2405.09771). Texts depend
+on no image: they are computed once for a batch.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from .backbone import Backbone, Layout, Published, Stem
 from .clip import Text
 from .vit import TARGETS as IMAGE
 
-TEXT, HEAD = "text", "head"
+TEXT, HEAD, OWN = "text", "head", "own"
 
 
 def _targets() -> Mapping[str, Sequence[str]]:
@@ -67,17 +69,20 @@ def two_towers(
     """
     head = image.params[HEAD]  # of the image tower alone: its logits are not read
 
-    def of_classes(params: Params, adapter: Adapter, own: Params) -> Array:
+    def of_classes(params: Params, adapter: Adapter) -> Array:
+        context = _merged(params, adapter, HEAD, "context")
+        if context is not None:
+            context = context + _merged(params, adapter, TEXT, OWN)["kernel"]
         variables = lora.variables(params[TEXT], adapter.get(TEXT, {}))
-        g: Array = text.apply(variables, told.tokens, told.ends, own.get("context"))  # type: ignore[assignment]
+        g: Array = text.apply(variables, told.tokens, told.ends, context)  # type: ignore[assignment]
         g = g.reshape(told.prompts, -1, g.shape[-1]).sum(0)
         return g / jnp.linalg.norm(g, axis=-1, keepdims=True)
 
     def apply(params: Params, adapter: Adapter, images: Array, *, training: bool = False) -> tuple[Array, Array]:
         body, rest = ({name: x for name, x in tree.items() if name not in (TEXT, HEAD)} for tree in (params, adapter))
         _, features = image.apply({**body, HEAD: head}, rest, images, training=training)
-        own = lora.merge(params[HEAD], adapter.get(HEAD, {}))
-        return jnp.exp(own["logit_scale"]) * (features @ of_classes(params, adapter, own).T), features
+        scale = jnp.exp(_merged(params, adapter, HEAD, "logit_scale"))
+        return scale * (features @ of_classes(params, adapter).T), features
 
     def cut(blocks: int) -> tuple[Stem, Backbone]:
         stem, rest = image.cut(blocks)  # type: ignore[misc]
@@ -95,7 +100,16 @@ def two_towers(
         cut=image.cut and cut,
         publish=publish if kept and image.publish is not None else None,
         layouts=joined if kept else {},
+        texts=of_classes,
     )
+
+
+def _merged(params: Params, adapter: Adapter, part: str, name: str) -> Any:
+    """One entry with its update; ``None`` where there is none."""
+    if name not in params[part]:
+        return None
+    own = adapter.get(part, {})
+    return lora.merge({name: params[part][name]}, {name: own[name]} if name in own else {})[name]
 
 
 def _joined(image: Layout, text: Layout) -> Layout:

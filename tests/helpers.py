@@ -28,6 +28,7 @@ from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedhl import fedhl
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.fedper import fedper
+from fedlora_jax.methods.fedpgp import fedpgp
 from fedlora_jax.methods.fedproto import fedproto
 from fedlora_jax.methods.fedra import fedra
 from fedlora_jax.methods.fedrep import fedrep
@@ -105,6 +106,7 @@ CLASSICS: dict[str, Callable[[], Method]] = {
     "ditto": ditto,
     "fedper": fedper,
     "fedrep": fedrep,
+    "fedpgp": fedpgp,
     "fedproto": fedproto,
     "pfedme": lambda: pfedme(lam=5.0, steps=2, query=BATCH),
     "per_fedavg": per_fedavg,

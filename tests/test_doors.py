@@ -315,14 +315,29 @@ def test_tasks_are_what_they_say():
     rng = np.random.default_rng(0)
     logits, y = rng.normal(size=(20, 5)) * 3, rng.integers(0, 5, 20)
     hot = np.eye(5)[y]
+    scores, same = logits[:, y], y[:, None] == y
+    of_pairs = [-(log_softmax(x, -1) * same).sum(-1) / same.sum(-1) for x in (scores, scores.T)]
     oracle = {
         "softmax": -log_softmax(logits, -1)[np.arange(20), y],
         "sigmoid": -(hot * np.log(expit(logits)) + (1 - hot) * np.log(expit(-logits))).sum(-1),
+        "pairs": (of_pairs[0] + of_pairs[1]) / 2,
     }
     assert tuple(TASKS) == NAMES == tuple(oracle)
     for name, task in TASKS.items():
         np.testing.assert_allclose(task.loss(jnp.asarray(logits, jnp.float32), y), oracle[name], rtol=1e-5)
         np.testing.assert_array_equal(task.right(jnp.asarray(logits), y), logits.argmax(-1) == y)
+
+
+def test_pairs_of_different_classes_have_the_loss_of_clip():
+    """Mean cross-entropy of the diagonal, along either axis (figure 3 of the paper)."""
+    scores = np.random.default_rng(0).normal(size=(6, 6)) * 2
+    order = np.random.default_rng(1).permutation(6)
+    diagonal = [log_softmax(scores[:, order], axis)[np.arange(6), np.arange(6)] for axis in (0, 1)]
+    got = TASKS["pairs"].loss(jnp.asarray(scores, jnp.float32), order).mean()
+    np.testing.assert_allclose(got, -np.mean(diagonal), rtol=1e-5)
+    assert (
+        float(jnp.abs(jax.grad(lambda x: TASKS["pairs"].loss(x, jnp.zeros(6, int)).mean())(scores)[:, 1:]).max()) == 0
+    )
 
 
 def test_a_run_minimises_its_task(files):

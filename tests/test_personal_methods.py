@@ -34,6 +34,7 @@ from fedlora_jax.method import average_client
 from fedlora_jax.methods.ditto import ditto
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.methods.fedper import fedper
+from fedlora_jax.methods.fedpgp import fedpgp
 from fedlora_jax.methods.fedproto import fedproto
 from fedlora_jax.methods.fedrep import fedrep
 from fedlora_jax.methods.finetune import finetune
@@ -153,6 +154,26 @@ def test_fedper_shares_the_factors_and_keeps_the_heads():
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     assert count(method.traffic(ADAPTER, [ADAPTER]).up) == count(body(ADAPTER))
     with pytest.raises(ValueError, match="need something that is trained in full"):
+        method.init(KEY, body(ADAPTER))
+
+
+def test_fedpgp_shares_what_is_trained_in_full_and_leaves_low_rank_terms_with_clients():
+    method, c = fedpgp(), normalised(members(fedpgp()))
+    state = method.init(KEY, ADAPTER)
+    sent = method.dispatch(BASE, state, c)
+    received = nudged(sent.adapter, 1)
+    new = method.aggregate(BASE, state, c, sent, received)
+    means = jax.tree.map(lambda x: np.tensordot(np.float64(c.weights), np.float64(x), 1), head(received))
+    assert_near(head(new.adapter), means, 1e-6)
+    met = remembered(method, c, sent, received)
+    again = method.dispatch(BASE, new, met)
+    assert_near(body(again.adapter), body(received), 0)
+    assert_near(head(again.adapter), copies(head(new.adapter)), 0)
+    newcomer = method.dispatch(BASE, new, members(method)).adapter
+    assert all(not np.any(x.b) for x in lora.low_rank_leaves(newcomer)), "the shared part alone"
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    assert count(method.traffic(ADAPTER, [ADAPTER]).up) == count(head(ADAPTER))
+    with pytest.raises(ValueError, match="shares what is trained in full, and the adapter has nothing"):
         method.init(KEY, body(ADAPTER))
 
 

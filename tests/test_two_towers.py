@@ -14,7 +14,9 @@ from experiments.cli import parse
 from experiments.commands.compare import Plan
 from experiments.config import Config, check
 from experiments.setup import backbone as backbones
+from experiments.setup import task
 from fedlora_jax import lora
+from fedlora_jax.lora import LoRA
 from models import peft
 from models.bpe import Bpe
 from models.pretrained_clip import clip_backbone
@@ -87,6 +89,34 @@ def test_learned_vectors_stand_where_words_would(path):
     assert np.abs(logits(backbone, other) - logits(backbone)).max() > 1e-3
     assert backbone.publish is None
     assert not backbone.layouts
+
+
+def test_a_term_of_ones_own_is_added_to_learned_vectors_and_held_apart_as_in_fedpgp(path):
+    """Against cosines in float64 of the three texts, each of these vectors; that it is added, by logits."""
+    backbone, rng = both(path, context="a photo of a"), np.random.default_rng(0)
+    n, width = backbone.params["head"]["context"].shape
+    shared = rng.normal(size=(n, width)).astype(np.float32)
+    term = LoRA(rng.normal(size=(n, 2)).astype(np.float32), rng.normal(size=(2, width)).astype(np.float32), 0.5)
+    adapter = {"head": {"context": shared}, "text": {"own": {"kernel": term}}}
+    together = {"head": {"context": shared + 0.5 * term.a @ term.b}}
+    np.testing.assert_allclose(logits(backbone, adapter), logits(backbone, together), rtol=1e-4, atol=1e-4)
+    of = lambda adapter: np.float64(backbone.texts(backbone.params, adapter))
+    began, common, own = of({}), of({"head": {"context": shared}}), of(together)
+    np.testing.assert_allclose(np.linalg.norm(own, axis=1), 1, rtol=1e-5)
+    near, far = (np.exp((x * common).sum(1) / 0.5) for x in (began, own))
+    for known in (None, 2):
+        found = task.apart(backbone.texts, backbone.params, adapter, known)
+        np.testing.assert_allclose(found, -np.log(near / (near + far))[:known].mean(), rtol=1e-4)
+    examples = IMAGES, np.arange(3)
+    plain, held = (
+        task.objectives(task.TASKS["softmax"], backbone, contrast=mu).loss_fn(
+            backbone.params, adapter, examples, jax.random.key(0)
+        )
+        for mu in (0.0, 0.7)
+    )
+    np.testing.assert_allclose(held - plain, 0.7 * -np.log(near / (near + far)).mean(), rtol=1e-3)
+    with pytest.raises(ValueError, match="--contrast compares texts, and a computes none in a step: use --head text"):
+        task.objectives(task.TASKS["softmax"], clip_backbone(path, SHORT), contrast=0.5)
 
 
 def test_sets_of_kernels_name_one_tower_or_both(path):

@@ -167,7 +167,7 @@ def build(
         signature=descriptions.shapes_of_one(config.signature, len(images.classes)),
         smallest=min(len(part) for parts, _, _ in made for part in parts),
         longest=longest,
-        **objectives(TASKS[config.task], top, stem, *vary, images.known)._asdict(),
+        **objectives(TASKS[config.task], top, stem, *vary, images.known, config.contrast)._asdict(),
         record={
             **backbone.facts,
             **resized,

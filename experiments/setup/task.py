@@ -15,13 +15,14 @@ import optax
 from jax import Array
 
 from experiments.setup.augment import augmentation
-from fedlora_jax import dropout
+from fedlora_jax import dropout, lora
 from fedlora_jax.batches import Padded
 from fedlora_jax.keys import purpose
-from fedlora_jax.lora import Adapter, Params
+from fedlora_jax.lora import Adapter, LoRA, Params
 from models.backbone import Backbone, Stem
 
 AT_ONCE = 256  # images that are scored at once
+CLOSE = 0.5  # temperature of ``apart``
 STEM = "stem"  # the name under which a base holds the blocks that come before the adapted ones
 
 
@@ -49,6 +50,22 @@ def cross_entropy(logits: Array, y: Array) -> Array:
     return of(logits, y)
 
 
+def pairs(logits: Array, y: Array) -> Array:
+    """Every image of a batch against the texts of all, and every text against the images, ``[n]``.
+
+        -1/2 sum_j t_ij (log softmax_j s_ij + log softmax_j s_ji)        s_ij: of image i with the text of image j
+
+    Texts of one class are one: ``t_ij`` is 1 over how many images are of the class of i, of these. With each image of
+    another class it is CLIP's loss (Radford et al., ICML 2021, arXiv 2103.00020, figure 3), else that of Yang et al.,
+    *Unified Contrastive Learning in Image-Text-Label Space*, CVPR 2022, arXiv 2204.03610, eq. 3-4. Ours: of shares of
+    classes (mixed images, say) a text is the mean of theirs; images that only fill up a batch are compared with, too.
+    """
+    own = shares(logits, y)
+    scores, same = logits @ own.T, own @ own.T
+    targets = same / same.sum(-1, keepdims=True)
+    return (cross_entropy(scores, targets) + cross_entropy(scores.T, targets)) / 2
+
+
 def most_likely(logits: Array, y: Array) -> Array:
     return (logits.argmax(-1) == y).astype(jnp.float32)
 
@@ -63,7 +80,23 @@ TASKS = {
     "softmax": Task(cross_entropy, most_likely, "cross-entropy of one distribution over classes"),
     # Wightman et al., ResNet strikes back, 2021, arXiv 2110.00476: the loss DeiT III is trained with.
     "sigmoid": Task(one_vs_rest, most_likely, "binary cross-entropy of each class on its own, summed"),
+    "pairs": Task(pairs, most_likely, "contrastive: images of a batch against the texts of its classes, both ways"),
 }
+
+
+def apart(texts: Callable[[Params, Adapter], Array], base: Params, adapter: Adapter, known: int | None = None) -> Array:
+    """The contrastive term of FedPGP: texts of shared vectors stay near those that they began as, away from one's own.
+
+        mean over classes of -log(e^(z_0 z_g / t) / (e^(z_0 z_g / t) + e^(z_g z_i / t)))
+
+    with ``z_0`` of the model as it came, ``z_g`` of what is trained in full alone, ``z_i`` of all of the adapter, t 0.5
+    (Cui et al., ICML 2024, arXiv 2405.09771, eq. 8, and the public code). Ours: ``z_0`` is of what vectors begin as, of
+    words where ``--context`` gives some, as the paper has it; there it is of words that it writes by hand.
+    """
+    shared = lora.tree_map(lambda x: LoRA(x.a, jnp.zeros_like(x.b), x.scale), adapter)
+    began, common, own = (texts(base, x)[:known] for x in ({}, shared, adapter))
+    near, far = (began * common).sum(-1), (common * own).sum(-1)
+    return jax.nn.softplus((far - near) / CLOSE).mean()
 
 
 class Objectives(NamedTuple):
@@ -84,6 +117,7 @@ def objectives(
     drop: float = 0.0,
     unroll: bool = True,
     known: int | None = None,
+    contrast: float = 0.0,
 ) -> Objectives:
     """What clients minimise and are scored by.
 
@@ -100,7 +134,13 @@ def objectives(
       unroll: whether the loss unrolls blocks, see ``models.backbone.Apply``.
       known: how many classes, the first, are trained on and predicted among themselves; the others are novel, which
         alone are predicted for an image of one. ``None``: there are no novel ones.
+      contrast: how much ``apart`` counts in the loss.
+
+    Raises:
+      ValueError: a contrast, of a model that reads no text while it is trained.
     """
+    if contrast and backbone.texts is None:
+        raise ValueError(f"--contrast compares texts, and {backbone.name} computes none in a step: use --head text")
     vary = augmentation(augment)
 
     @partial(jax.jit, static_argnames="training")
@@ -115,11 +155,11 @@ def objectives(
         if augment:
             classes = jax.eval_shape(lambda: logits(base, adapter, x)[:, :known]).shape[-1]
             x, y = vary(purpose(key, "augmentation"), examples, classes)
-        if drop:
-            adapter = dropout.switched_on(adapter, purpose(key, "dropout of adapters"), drop)
-        out = logits(base, adapter, x, unroll)[:, :known]
+        model = dropout.switched_on(adapter, purpose(key, "dropout of adapters"), drop) if drop else adapter
+        out = logits(base, model, x, unroll)[:, :known]
         losses = task.loss(out, optax.smooth_labels(shares(out, y), smoothing) if smoothing else y)
-        return batch.mean(losses) if isinstance(batch, Padded) else losses.mean()
+        mean = batch.mean(losses) if isinstance(batch, Padded) else losses.mean()
+        return mean + contrast * apart(backbone.texts, base, adapter, known) if contrast else mean
 
     def correct_fn(base, adapter, examples):
         def one(xy: tuple[Array, Array]) -> Array:
