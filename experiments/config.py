@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,10 +202,12 @@ class Config:
         "file:PATH, as 'data' saves it",
     )
     minimum: int = option(10, "training images of the smallest client, at least", COUNT)
-    partition_seed: int | None = option(
-        None,
-        "deal data out by this seed whatever the run's, so that seeds share one split (default: each its own)",
+    partition_seed: tuple[int, ...] = option(
+        (),
+        "deal data out by this seed whatever the run's, so that seeds share one split; or by these in turn, "
+        "comma-separated, so that each is shared by several seeds (default: each seed its own)",
         INT32,
+        empty=True,
     )
     shots: int | None = option(
         None, "training images that a client keeps of each of its classes, at most; its test images stay", COUNT
@@ -389,6 +392,11 @@ class Config:
     def cohort(self) -> int:
         """Clients of a round."""
         return self.clients_per_round or self.clients
+
+    @property
+    def dealt_by(self) -> tuple[int, ...]:
+        """Of each seed, the seed that deals data out."""
+        return tuple(itertools.islice(itertools.cycle(self.partition_seed or self.seeds), len(self.seeds)))
 
     @property
     def scored(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from helpers import CLIENTS, KEY, SIGNATURE, assert_near, begin, nudged
 from input_helpers import change
 
 from experiments.__main__ import main
-from experiments.results import record
+from experiments.results import record, variance
 from experiments.results.summary import measures
 from fedlora_jax.methods.hyperlora import hyperlora
 
@@ -51,6 +51,9 @@ def test_the_folder_holds_what_is_promised(compared):
         assert entry["seconds_per_round"] > 0
         assert entry["compile_seconds"] > 0
     assert set(summary["paired"]) == {"flora"}
+    assert set(summary["variance"]) == set(variance.MEASURES)
+    assert variance.lines(summary)[-1].startswith("draws of clients that would tell a difference")
+    assert all(f"{line[0].upper()}{line[1:]}." in (out / "report.html").read_text() for line in variance.lines(summary))
 
 
 def test_what_a_method_learned_is_written_and_can_be_given_to_another_run(tmp_path):

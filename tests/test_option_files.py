@@ -80,7 +80,7 @@ def test_a_run_repeats_another_by_its_config_json(tmp_path):
     ],
 )
 def test_what_other_commands_write_or_print_repeats_them(command, own, tmp_path, capsys):
-    config = Config(**own, rank=(4, 8), seeds=(1, 4), partition_seed=3)
+    config = Config(**own, rank=(4, 8), seeds=(1, 4), partition_seed=(3, 5))
     about = {"config": config.deciding("results"), "speed": config.deciding("speed")}
     (tmp_path / "config.json").write_text(json.dumps(about))
     again = parse([command, "--config", str(tmp_path / "config.json")])[1]

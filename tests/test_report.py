@@ -69,7 +69,7 @@ def make(names=("FedIT", "FLoRA"), seeds=3, classes=4, held=3, **options):
     summary = {"schema": 1, "command": "compare", "config": config, "speed": {"chunk": None},
                "record": {"data_hash": "abc123", "weights": "nano", "adapted": ["blocks/attn/query/kernel"]},
                "versions": {"jax": "0.10.2"}, "device": "cpu (cpu), x86_64", "date": "2026-11-21",
-               "methods": entries, "paired": paired(entries)}  # fmt: skip
+               "methods": entries, "paired": paired(entries), "variance": {}}  # fmt: skip
     domains = list(rows[-1]["per_domain"])
     rng, total = np.random.default_rng(0), clients + held
     counts = rng.poisson(8 * rng.dirichlet(np.ones(classes), total))[:, None].repeat(len(domains), 1)

@@ -32,12 +32,13 @@ def same(some, others):
     return all(len(a) == len(b) and (a == b).all() for a, b in zip(some, others, strict=True))
 
 
-def test_seeds_may_share_one_split(images):
-    (parts, tests, ranks), _ = dealt(images, 3, partition_seed=7)
-    (others, theirs, their_ranks), _ = dealt(images, 4, partition_seed=7)
-    assert same([*parts, *tests, ranks], [*others, *theirs, their_ranks])
+def test_seeds_may_share_one_split_or_several_in_turn(images):
+    of = lambda *shared: dataclasses.replace(CONFIG, seeds=(3, 4, 9), partition_seed=shared).dealt_by
+    assert (of(), of(7), of(7, 8)) == ((3, 4, 9), (7, 7, 7), (7, 8, 7))
+    (parts, tests, ranks), _ = dealt(images, 7)
+    (again, same_tests, same_ranks), _ = dealt(images, 7, seeds=(4,), partition_seed=(7,))
+    assert same([*parts, *tests, ranks], [*again, *same_tests, same_ranks])
     assert not same(parts, dealt(images, 3)[0][0])
-    assert same(parts, dealt(images, 7)[0][0])
 
 
 def test_ranks_may_follow_the_order_of_clients_and_so_of_domains(images):

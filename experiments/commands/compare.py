@@ -17,7 +17,7 @@ from experiments.config import RESULTS, Config
 from experiments.engine import forecast, methods
 from experiments.engine.rows import holdings
 from experiments.engine.trial import Trial
-from experiments.results import checkpoints, record, report, summary
+from experiments.results import checkpoints, record, report, summary, variance
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.folder import CONFIG, digest, file_name, say, write_json
 from experiments.setup.problem import Problem
@@ -150,11 +150,12 @@ class Plan:
             **self.about,
             **prelude.today(),
             "methods": entries,
-            "paired": summary.paired(entries),
+            "paired": variance.with_draws(summary.paired(entries), self.config.dealt_by),
+            "variance": variance.of_run(entries, self.config.dealt_by),
         }
         write_json(self.folder.path / "summary.json", result)
         path = report.write(self.folder.path, result, rows, holdings(self.config, self.problem))
-        print(f"\n{summary.table(result)}\n\n{summary.meaning(result['config'])}")
+        print(f"\n{summary.table(result)}\n\n{summary.meaning(result['config'])}", *variance.lines(result), sep="\n")
         print(f"\nreport: {path}")
         return path
 

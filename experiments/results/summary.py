@@ -6,18 +6,7 @@ rounds among the last five. Intervals are 95 % t-intervals over seeds; they know
 them. Where clients are drawn to be scored (``--eval-clients``, anew for each seed), those of what is of them are no
 narrower than their drawing alone makes them, which is all there is for a single seed. There is no best round: picking
 one on test data would be selection. (``--best-test-leaky`` adds ``best_test_leaky``, a spread of the global model's,
-beside what published code reports so.)
-
-    each of ``metrics.py``     of an evaluation; with ``_tuned`` behind its name the same after the local steps of one
-                               round on the client's own training images
-    per_domain                 {domain: the global model's accuracy}
-    bias, bias_share           |server's model - mean of clients' models|, absolute and as a share of the mean update
-    rounds_to_target           first evaluated round with global_accuracy >= target; null where it was not reached
-    theta_size                 numbers that the method learns besides its adapter; 0 where it has none
-    bytes_up, bytes_down       per client and round (mean), and in total, for one seed. Down is what clients had to be
-                               sent so that they could start; to_all: until all that train hold the final model
-    seconds_per_round          wall time of one round of one seed; null where nothing was run
-    compile_seconds            of the program of rounds, while those of other methods compile beside it
+beside what published code reports so.) ``variance``, and ``draws_needed`` in ``paired``, are of ``variance.py``.
 """
 
 from __future__ import annotations

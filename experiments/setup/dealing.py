@@ -14,15 +14,15 @@ from fedlora_jax import partition
 
 
 def dealt(config: Config, images: Images, train: np.ndarray, test: np.ndarray, seed: int):
-    """Rows (of the training and of the test images) and rank of every client of one seed."""
-    rng = np.random.default_rng([seed if config.partition_seed is None else config.partition_seed, 1])
+    """Rows (of the training and of the test images) and rank of every client, as a seed of ``dealt_by`` deals them."""
+    rng = np.random.default_rng([seed, 1])
     total = config.clients + config.holdout_clients
     cell = images.domain * len(images.classes) + images.y
     if config.partition.startswith(columns.PREFIX):
         values = columns.of(images, config.partition.removeprefix(columns.PREFIX))
         parts, names = columns.natural(values[train], total, config.minimum, rng, config.partition)
         tests, note = columns.of_same(names, values[test], parts, cell[train], cell[test], rng)
-        if note and seed == config.seeds[0]:
+        if note and seed == config.dealt_by[0]:
             print(f"note: --partition {config.partition}, seed {seed}: {note}", file=sys.stderr)
     else:
         parts, tests = _parts(config, images, train, rng), []

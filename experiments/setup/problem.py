@@ -142,7 +142,7 @@ def build(
     accept(descriptions.shapes_of_one(config.signature, len(images.classes)), shapes)
     train_rows, *sides = (np.flatnonzero(part) for part in (~images.test, *_tested(images)))
     test_rows = np.concatenate(sides)
-    made = [dealt(config, images, train_rows, sides[0], seed) for seed in config.seeds]
+    made = [dealt(config, images, train_rows, sides[0], seed) for seed in config.dealt_by]
 
     images, base = data.resized(images, side), backbones.kept_as(config.base_dtype, top.params, config.full)
     stem, shown, stay = _shown(config, stem, images.x, may_stage)
