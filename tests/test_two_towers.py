@@ -119,6 +119,19 @@ def test_a_term_of_ones_own_is_added_to_learned_vectors_and_held_apart_as_in_fed
         task.objectives(task.TASKS["softmax"], clip_backbone(path, SHORT), contrast=0.5)
 
 
+def test_a_client_that_lacks_classes_is_trained_and_scored_among_all_of_them(path):
+    """The loss is that of all classes, by hand; texts of those that are absent are learned from as well."""
+    backbone = both(path, context="2")
+    loss, correct, *_ = task.objectives(task.TASKS["softmax"], backbone)
+    y, out = np.full(3, 1), np.float64(logits(backbone))
+    expected = np.log(np.exp(out).sum(1)) - out[:, 1]
+    adapter = {"head": {"context": np.zeros((2, 12), np.float32)}}
+    got, moved = jax.value_and_grad(loss, 1)(backbone.params, adapter, (IMAGES, y), jax.random.key(0))
+    np.testing.assert_allclose(got, expected.mean(), rtol=1e-4)
+    assert np.linalg.norm(moved["head"]["context"]) > 1e-6
+    np.testing.assert_array_equal(correct(backbone.params, adapter, (IMAGES, y)), out.argmax(1) == 1)
+
+
 def test_sets_of_kernels_name_one_tower_or_both(path):
     params = both(path).params
     found = {name: lora.adapted(params, patterns) for name, patterns in TARGETS.items()}
