@@ -134,7 +134,9 @@ class Config:
     prompts: str | None = option(
         None,
         "what a zero-shot head or the text tower is given, with {} for the name of a class; several, with | between "
-        "them, are averaged (default: 'a photo of a {}.', with --context '{}.')",
+        "them, are averaged; or published templates by data set: caltech101, dtd, eurosat, fgvc_aircraft, food101, "
+        "imagenet, imagenet_seven, oxford_flowers, oxford_pets, stanford_cars, sun397, ucf101 (default: 'a photo of a "
+        "{}.', with --context '{}.')",
     )
     context: str | None = option(
         None,

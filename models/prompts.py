@@ -16,7 +16,34 @@ from .bpe import Bpe
 from .clip import Text
 
 DRAWN = 0.02  # deviation of vectors to be learned that begin as no words: CoOp's code
+PUBLISHED = {  # by data set: Zhou et al., *CoOp*, IJCV 2022, arXiv 2109.01134 and its code; seven are of CLIP's own
+    "caltech101": ("a photo of a {}.",),
+    "dtd": ("{} texture.",),
+    "eurosat": ("a centered satellite photo of {}.",),
+    "fgvc_aircraft": ("a photo of a {}, a type of aircraft.",),
+    "food101": ("a photo of {}, a type of food.",),
+    "imagenet": ("a photo of a {}.",),
+    "imagenet_seven": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+    "oxford_flowers": ("a photo of a {}, a type of flower.",),
+    "oxford_pets": ("a photo of a {}, a type of pet.",),
+    "stanford_cars": ("a photo of a {}.",),
+    "sun397": ("a photo of a {}.",),
+    "ucf101": ("a photo of a person doing {}.",),
+}
 FEWEST = 3  # tokens of a text: its start, a word, its end
+
+
+def templates(asked: str) -> tuple[str, ...]:
+    """Templates with ``|`` between them, each with ``{}``, or the name of a set of them in ``PUBLISHED``."""
+    return tuple(prompt for one in asked.split("|") for prompt in PUBLISHED.get(one, (one,)))
 
 
 def texts(classes: int | Sequence[str] | None, prompts: Sequence[str], class_names: Sequence[str]) -> list[list[str]]:
@@ -24,7 +51,8 @@ def texts(classes: int | Sequence[str] | None, prompts: Sequence[str], class_nam
     if classes is None or isinstance(classes, int):
         raise ValueError(f"a zero-shot head is made of the classes' names, got {classes}: give them, or head='linear'")
     if wrong := [prompt for prompt in prompts if "{}" not in prompt]:
-        raise ValueError(f"the prompt {wrong[0]!r} has no {{}} for the name of a class")
+        named = f"nor is it one of the sets {', '.join(PUBLISHED)}"
+        raise ValueError(f"the prompt {wrong[0]!r} has no {{}} for the name of a class, {named}")
     if class_names:
         refuse_other_count(classes, class_names)
     names = list(class_names) or [name.replace("_", " ") for name in classes]

@@ -1,5 +1,6 @@
 """CLIP: the network of the definition in both formats, a head of the classes' names, federated; or a refusal."""
 
+import dataclasses
 import json
 import re
 
@@ -14,7 +15,7 @@ from experiments.commands.compare import Plan
 from experiments.commands.export import Plan as Export
 from experiments.config import Config
 from experiments.setup import backbone as backbones
-from models import families
+from models import families, prompts
 from models.bpe import BYTES, END, START, Bpe, find, split
 from models.pretrained_clip import clip_backbone, load_clip
 
@@ -94,6 +95,15 @@ def test_a_zero_shot_head_gives_the_logits_of_the_definition(tmp_path):
     linear = clip_backbone(tmp_path / "a", NAMES, head="linear")
     assert not logits(linear).any()
     np.testing.assert_allclose(np.linalg.norm(linear.apply(linear.params, {}, IMAGES)[1], axis=-1), 1, rtol=1e-5)
+
+
+def test_published_prompts_have_names(tmp_path):
+    path = folder(tmp_path / "a", arrays())
+    made = backbones.read(Config(weights=str(path), prompts="oxford_pets|{} of"), NAMES, 4)
+    assert made.facts["head"] == "zero-shot, 'a photo of a {}, a type of pet.', '{} of' with the classes' names"
+    described = next(field for field in dataclasses.fields(Config) if field.name == "prompts").metadata["help"]
+    assert f": {', '.join(prompts.PUBLISHED)} (default" in described
+    assert all("{}" in prompt for own in prompts.PUBLISHED.values() for prompt in own)
 
 
 def test_prompts_are_averaged_and_call_the_classes_as_asked(tmp_path):

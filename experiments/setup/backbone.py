@@ -81,7 +81,7 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
     if config.head == "gate" and "head" in inspect.signature(function).parameters:
         optional["head"] = "zero_shot"
     if config.prompts is not None:
-        optional["prompts"] = tuple(config.prompts.split("|"))
+        optional["prompts"] = prompts.templates(config.prompts)
     if config.context is not None:
         optional["context"] = config.context
     if config.class_names:
