@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""What the README and the pages of docs show runs as it stands there."""
 
 import contextlib
 import io
@@ -9,16 +9,35 @@ from pathlib import Path
 import fedlora_jax.methods
 from experiments.__main__ import main
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
 
 
-def block(heading: str) -> str:
-    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def block(page: str, heading: str) -> str:
+    section = (ROOT / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
 
 
+def test_the_readme_is_a_page_to_read():
+    assert len((ROOT / "README.md").read_bytes()) < 9000
+
+
+def test_links_between_pages_lead_somewhere():
+    """Files, and headings in them as GitHub names them."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    name = lambda heading: re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+    anchors = {page: {name(h) for h in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)} for page in pages}
+    for page in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if target.startswith("http"):
+                continue
+            file, _, anchor = target.partition("#")
+            found = (page.parent / file).resolve() if file else page
+            assert found.exists(), (page.name, target)
+            assert not anchor or anchor in anchors[found], (page.name, target)
+
+
 def test_the_examples_run_one_after_the_other():
-    first, second = block("The library in 25 lines"), block("Learn through rounds")
+    first, second = block("README.md", "The library in 25 lines"), block("docs/library.md", "Learn through rounds")
     assert sum(bool(line.strip()) for line in first.splitlines()) <= 25
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -31,7 +50,7 @@ def test_the_examples_run_one_after_the_other():
 
 
 def test_the_tutorial_method_is_one_short_file_that_works_at_once(tmp_path, monkeypatch, capsys):
-    code = block("Add a method")
+    code = block("docs/methods.md", "Add a method")
     assert len(code.splitlines()) < 60
     (tmp_path / "fed_median.py").write_text(code)
     monkeypatch.setattr(fedlora_jax.methods, "__path__", [*fedlora_jax.methods.__path__, str(tmp_path)])
@@ -47,6 +66,7 @@ def test_the_tutorial_method_is_one_short_file_that_works_at_once(tmp_path, monk
 def test_every_method_is_in_the_table():
     from experiments.engine import methods
 
+    table = (ROOT / "docs/methods.md").read_text().splitlines()
     for name in methods.names():
-        row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` "))
+        row = next(line for line in table if line.startswith(f"| `{name}` "))
         assert methods.about(name).arxiv in row
