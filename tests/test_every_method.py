@@ -116,7 +116,6 @@ SECOND = {
     "hilora_cluster",
     "frozen",
 }
-SECOND |= {"server", "trimmed_mean", "norm_bound", "clip", "feddyn", "fedlc", "signature_bias"}
 
 
 def every(names, test: str | None = None, later: frozenset[str] = frozenset()):
@@ -126,10 +125,12 @@ def every(names, test: str | None = None, later: frozenset[str] = frozenset()):
     return pytest.mark.parametrize("name", [mark(name) for name in held])
 
 
-every_method = every(EVERY)
-# Tests that compile most always run for one method of each kind of state, hook and aggregation, and with the long tests
-# for the others; of wrappers for the stacks, which together hold every one of them.
+# Wrappers are looked at in stacks, which together hold every one of them and cost no more than one; alone only where a
+# stack has another in it to which the test does not apply.
 WHOLE = METHODS | STACKS
+every_method = every(WHOLE)
+# Tests that compile most always run for one method of each kind of state, hook and aggregation, and with the long tests
+# for the others.
 KINDS = {
     "fedit",  # plain factors
     "fedex_lora",  # a residual in the base
@@ -155,10 +156,10 @@ OTHERS = frozenset(WHOLE.keys() - KINDS)
 # one of each kind of what they carry:
 LOOPED = (
     "flora",  # a state with a key
-    "hyperlora",  # examples kept apart, signatures, a server that learns
+    "pfedhn",  # a server that learns
     "hilora",  # memory at clients, and stages
-    "pfedme",  # an objective with a loop of its own
-    "corrected",  # memory at clients and at the server, a penalty
+    "pfedme",  # examples kept apart, an objective with a loop of its own
+    "dynamic",  # signatures, memory at clients and at the server, a penalty
 )
 # Whose servers average as another one here: derivatives are looked at of one of each kind, and of all that decompose,
 # solve or choose.
@@ -177,12 +178,24 @@ ALIKE = {
 }
 ALIKE |= {"fedrep", "hilora_cluster", "personal", "hyperlora_exact", "fed_hello", "fslora"}
 DERIVED = [name for name in WHOLE if name not in ALIKE]
+# Derivatives go through local steps in one way, whoever's they are; looked at are those that minimise
+STEPPED = (
+    "fedit",  # the task's loss alone
+    "hetlora",  # a penalty on what is sent
+    "hilora",  # a penalty on what two tiers share
+    "ditto",  # two losses
+    "pfedme",  # a loss in whose gradient a loop runs
+    "per_fedavg",  # a loss after a step
+    "pfedhn",  # and a server that learns from how far they went
+    "corrected",  # penalties of wrappers, and clients' memory
+    "dynamic",  # the same, and weights in the loss
+)
 # Whose clients' local steps are those of FedIT.
 PLAIN = frozenset(name for name, make in WHOLE.items() if hooks(built(make)) == hooks(fedit())) - {"fedit"}
 
 
 def test_exceptions_are_of_methods_that_exist():
-    known = {name for names in EXCEPTIONS.values() for name in names} | SECOND | KINDS | ALIKE | {*LOOPED}
+    known = {name for names in EXCEPTIONS.values() for name in names} | SECOND | KINDS | ALIKE | {*LOOPED, *STEPPED}
     assert not known - EVERY.keys()
 
 
@@ -297,7 +310,7 @@ def test_a_whole_run_is_a_loop_over_single_rounds(name):
         assert_near(effective(m.method, BASE, take(runs.state, i), c), effective(m.method, BASE, state, c))
 
 
-@every(EVERY, "order")
+@every(WHOLE, "order")
 def test_the_order_of_clients_does_not_matter(name):
     m = compiled(name)
     c = m.cohort(1)
@@ -309,7 +322,7 @@ def test_the_order_of_clients_does_not_matter(name):
     assert_near(turned_info.aggregation, info.aggregation, 1e-3, floor=1e-3)
 
 
-@every(EVERY, "weight")
+@every(WHOLE, "weight")
 def test_a_client_of_weight_zero_changes_nothing(name):
     m = compiled(name)
     c, other = m.cohort(1, weights=[1, 2, 3, 0]), m.cohort(2)
@@ -339,21 +352,22 @@ def test_identical_clients_are_a_fixed_point(name):
 
 @every(WHOLE, "one client", later=PLAIN)
 def test_one_client_is_plain_fine_tuning(name):
-    """The whole round against a loop written with optax alone, of what the method says is minimised."""
+    """What the one that counts has trained, against a loop written with optax alone, of what the method says is
+    minimised."""
     method, state, new_state = aggregation(name)
-    c = normalised(members(method, clients=1))
+    own, c = 1, normalised(members(method, weights=[0, 1, 0, 0]))
     sent = dispatched(method, state, c)
     received, losses = train(method, sent, c, KEY)
-    adapter, mask, context = (take(x, 0) for x in (sent.adapter, sent.mask, sent.context))
-    moments, own = OPTIMIZER.init(adapter), (method.objective, method.model, method.penalty, method.mask_schedule)
+    adapter, mask, context = (take(x, own) for x in (sent.adapter, sent.mask, sent.context))
+    moments, said = OPTIMIZER.init(adapter), (method.objective, method.model, method.penalty, method.mask_schedule)
     for t in range(STEPS):
-        key, batch = jax.random.fold_in(jax.random.fold_in(KEY, c.ids[0]), t), take(c.batches, (0, t))
-        adapter, moments, loss = one_step(own, sent.base, adapter, moments, mask, context, batch, key, t / STEPS)
-        assert_near(losses[0, t], loss)
+        key, batch = jax.random.fold_in(jax.random.fold_in(KEY, c.ids[own]), t), take(c.batches, (own, t))
+        adapter, moments, loss = one_step(said, sent.base, adapter, moments, mask, context, batch, key, t / STEPS)
+        assert_near(losses[own, t], loss)
     new = new_state(BASE, state, c, sent, received)
     after = effective(method, BASE, new, remembered(method, c, sent, received))
-    carried = copies(adapter, 1)
-    assert_near(after, weights_of(sent.base, take(averaged(name, method, sent, carried), 0)))
+    carried = replaced(received, own, copies(adapter, CLIENTS))
+    assert_near(after, weights_of(sent.base, take(averaged(name, method, sent, carried), own)))
 
 
 @functools.partial(jit, static_argnums=0)
@@ -405,23 +419,46 @@ def test_a_cohort_of_several_ranks_is_aggregated(name):
         assert (x.a.any(-2) | x.b.any(-1)).all(), "a column that is zero in both factors has no gradient ever again"
 
 
-@every(DERIVED, later=OTHERS)
+@every(STEPPED, later=OTHERS)
 def test_a_round_has_finite_derivatives_at_the_start(name):
     """At b = 0, where every run begins: of a loss after one round, in every float of the state before it."""
     m = compiled(name)
     c = m.cohort(1)
-    leaves, treedef = jax.tree.flatten(m.start)
-    floats = [x for x in leaves if is_float(x)]
 
-    def after_one_round(floats):
-        rest = iter(floats)
-        start = treedef.unflatten([next(rest) if is_float(x) else x for x in leaves])
+    def after(start):
         state, memory, _ = m.round_fn(BASE, start, c, KEY)
         sent = m.method.dispatch(BASE, state, c._replace(memory=memory))
         one = lambda model, batch: loss_fn(sent.base, model, batch, KEY)
         return jax.vmap(one)(models(m.method, sent), jax.tree.map(lambda x: x[:, 0], c.batches)).sum()
 
-    grads = host(jit(jax.grad(after_one_round))(floats))
+    assert_finite_derivatives(after, m.start)
+
+
+@every([name for name in DERIVED if name not in STEPPED], later=OTHERS)
+def test_a_server_has_finite_derivatives_at_the_start(name):
+    """The same without local steps: of what is sent after one aggregation of whatever clients have sent."""
+    method, start, _ = aggregation(name)
+    c = normalised(members(method, 1))
+
+    def after(start):
+        sent = method.dispatch(BASE, start, c)
+        way = nudged(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), sent.adapter))
+        received = jax.tree.map(lambda x, m, d: x + m * d, sent.adapter, sent.mask, way)
+        again = method.dispatch(BASE, method.aggregate(BASE, start, c, sent, received), c)
+        return sum(jnp.sin(x).sum() for x in jax.tree.leaves((again.base, models(method, again))))
+
+    assert_finite_derivatives(after, start)
+
+
+def assert_finite_derivatives(f, state):
+    """Of a scalar in every float of the state; not all are zero."""
+    leaves, treedef = jax.tree.flatten(state)
+
+    def of_floats(floats):
+        rest = iter(floats)
+        return f(treedef.unflatten([next(rest) if is_float(x) else x for x in leaves]))
+
+    grads = host(jit(jax.grad(of_floats))([x for x in leaves if is_float(x)]))
     assert all_finite(grads)
     assert any(np.abs(g).max() > 1e-3 for g in grads)
 
@@ -489,7 +526,7 @@ def forward(w, x):
     return x @ w["head/kernel"] + w["head/bias"]
 
 
-@every(EVERY)
+@every_method
 def test_what_is_exported_computes_what_is_sent(name, tmp_path):
     """As an adapter that PEFT holds, of a higher rank where there is more than one, and that is read; or merged."""
     run, x = compiled(name), examples(count=8)["x"]
