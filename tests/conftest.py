@@ -73,6 +73,24 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Figures of a run are drawn, which finds what cannot be; most of a second a run it takes to render them."""
+    from experiments.results import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "png", lambda figure: b"")
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Figures are rendered as well."""
+    from experiments.results import report, style
+
+    monkeypatch.setattr(report, "png", style.png)
+
+
 @pytest.fixture(autouse=True)
 def few_programs():
     """Programs of tests that have run are forgotten before the process holds too many; counting takes a while."""

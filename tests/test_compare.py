@@ -100,38 +100,6 @@ def test_exact_methods_are_reported_exact(compared):
 
 
 @pytest.mark.long
-def test_layout_changes_no_result(compared, tmp_path, monkeypatch):
-    _, _, rows = compared
-    layout = "--chunk 2 --seeds-at-once 2 --eval-every 2 --checkpoint-every 2 --clients-per-round 4".split()
-    _, other = run(monkeypatch, tmp_path / "other", "run", "--method", "fedit", *layout)
-    for one, two in zip([r for r in rows if r["method"] == "fedit"], other, strict=True):
-        assert one["clients"] == two["clients"]
-        for name in ("loss", "update", "bias"):
-            np.testing.assert_allclose(one[name], two[name], rtol=1e-4)
-    assert "global_accuracy" not in other[0]
-    assert abs(other[-1]["global_accuracy"] - rows[3]["global_accuracy"]) < 0.01
-
-
-def test_bounds_start_from_the_frozen_model(monkeypatch, capsys):
-    """Zero-shot, counted once more by plain prediction, stands in the first line; tuning on everything beats it."""
-    from experiments.setup import data
-    from experiments.setup.backbone import NANO
-    from models.pretrained import load_vit
-    from models.vit import normalise
-
-    options = "bounds --clients 6 --holdout-clients 0 --rounds 3 --seeds 1 --partition iid"
-    monkeypatch.setattr(sys, "argv", ["experiments", *options.split()])
-    main()
-    lines = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:5]}
-    images, nano = data.load("digits"), load_vit(NANO)
-    logits, _ = nano.model.apply({"params": nano.params}, normalise(images.x[images.test], nano.mean, nano.std))
-    expected = 100 * np.mean(np.asarray(logits).argmax(-1) == images.y[images.test])  # domains are of equal size
-    assert abs(lines["zero_shot"] - expected) < 0.1
-    assert lines["zero_shot"] < lines["centralised"]
-    assert set(lines) == {"zero_shot", "linear_probe", "local_only", "centralised"}
-
-
-@pytest.mark.long
 def test_what_did_not_travel_is_not_counted_and_newcomers_have_a_trial(tmp_path, monkeypatch):
     """HiLoRA's leaf stage sends nothing; the lowest clients are told apart."""
     more = ("--methods", "hilora:root=0.5:cluster=0.0")

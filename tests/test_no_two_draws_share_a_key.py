@@ -114,7 +114,6 @@ METHODS = {
     "ifca": lambda: ifca(query=BATCH),
     "fslora": fslora,
     "fedra": fedra,
-    "hyperlora": lambda: hyperlora(CLIENTS, SIGNATURE, "first_order", "bases", warmup=0, query=BATCH),
     "hilora": lambda: hilora(5, 3, root=0.34),  # clusters are formed in the second round
 }
 LONG = {
@@ -131,6 +130,12 @@ def test_a_run_draws_from_every_key_once(name):
     run, _, seen = of_rounds((METHODS | LONG)[name]())
     assert once(Counter({key: times for key, times in seen.items() if key not in dealt(run)}) + of_preparation("full"))
     assert not dealt(run) & of_preparation("full").keys()
+
+
+def test_parts_that_learn_begin_with_draws_of_their_own():
+    """Of HyperLoRA, whose rounds draw what those of IFCA do."""
+    seen = drawn(rounds.start, hyperlora(CLIENTS, SIGNATURE, form="bases"), SEED, ADAPTER, 5)[1]
+    assert once(seen + of_preparation("full"))
 
 
 @pytest.mark.parametrize("kind", ["noisy", "random"])

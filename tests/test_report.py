@@ -13,6 +13,7 @@ from experiments.results.budget_figures import line
 from experiments.results.style import legend, png, styles_of
 from experiments.results.summary import paired, spread, summarise
 
+pytestmark = pytest.mark.usefixtures("pictures")
 FIGURES = ("curves", "accuracies", "domains", "bias", "clients", "map", "traffic", "holdings")
 DOMAINS = ("ink", "chalk", "_neon $x$")
 ABOUT = {"paper": "Zhang et al. 2023", "arxiv": "2305.05644", "trains": "a, b", "travels": "a, b", "exact": "no"}

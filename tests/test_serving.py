@@ -20,7 +20,7 @@ OPTIONS = (
     "--partition iid --clients 4 --holdout-clients 2 --minimum 4 --rounds 3 --eval-every 3 --local-steps 2 --batch 4 "
     "--seeds 1 --lr 0.3 --adapt-last 1"
 )
-METHODS = ("hilora:root=0.4:cluster=0.6", "hyperlora:warmup=1", "fedrep")  # a trial; signatures; phases
+METHODS = ("hilora:root=0.4:cluster=0.6", "fedit+signature_bias:warmup=1", "fedrep")  # a trial; signatures; phases
 
 
 @pytest.fixture(scope="module")

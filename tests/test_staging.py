@@ -30,7 +30,7 @@ OPTIONS = (
     "--batch 3 --rank 2 --test-images 7"
 ).split()
 DRAWN = "--methods fedit+scaffold --clients-per-round 3 --rank 1,2 --augment flip"
-JUDGED = "--methods hyperlora --clients-per-round 3 --rank 1,2"
+JUDGED = "--methods pfedme+signature_bias:warmup=1 --clients-per-round 3 --rank 1,2"
 STORED = "--methods hilora:root=0.4:cluster=0.6 --adapt-last 1 --prefix stored --seeds-at-once 2 --clients-per-round 2"
 STEPS = lambda more: [] if "--local-epochs" in more else ["--local-steps", "2"]
 UNEQUAL = "--methods ditto --adapt-last 1 --prefix anew --chunk 2 --local-epochs 0.3"
