@@ -64,7 +64,7 @@ def test_the_bias_of_a_cohort_of_small_ranks_is_that_of_the_whole_server(make):
 def test_the_global_model_does_not_depend_on_who_takes_part(name):
     """Nobody in particular is sent what is sent to a client of the server's rank, whoever else is there."""
     method = built(METHODS[name])
-    state = method.init(KEY, nudged(ADAPTER))
+    state = jit(method.init)(KEY, nudged(ADAPTER))
     send = jit(method.dispatch)
     of = lambda ranks: take(send(BASE, state, average_client(members(method, ranks=ranks))).adapter, 0)
     for x, y in zip(*map(jax.tree.leaves, (of([1, 1, 1, 1]), of([1, RANK, 1, 1]))), strict=True):

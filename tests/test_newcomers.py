@@ -55,8 +55,8 @@ def test_clients_are_clustered_by_b_at_the_switch_and_newcomers_find_their_clust
     )  # no clusters yet
     new = new._replace(clusters=nudged(new.clusters, 5))
     strangers = c._replace(ids=c.ids + 50, memory=memory)
-    theirs, own = (models(method, method.dispatch(BASE, new, x)) for x in (strangers, c))
-    assert are_equal(theirs, own)
+    sent_to = jit(lambda state, c: models(method, method.dispatch(BASE, state, c)))
+    assert are_equal(sent_to(new, strangers), sent_to(new, c))
 
 
 def test_newcomers_are_placed_by_their_signatures_where_that_is_asked_for():

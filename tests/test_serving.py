@@ -20,7 +20,8 @@ OPTIONS = (
     "--partition iid --clients 4 --holdout-clients 2 --minimum 4 --rounds 3 --eval-every 3 --local-steps 2 --batch 4 "
     "--seeds 1 --lr 0.3 --adapt-last 1"
 )
-METHODS = ("hilora:root=0.4:cluster=0.6", "fedit+signature_bias:warmup=1", "fedrep")  # a trial; signatures; phases
+PHASES = "fedrep"
+METHODS = ("hilora:root=0.4:cluster=0.6", "fedit+signature_bias:warmup=1", PHASES)  # a trial; signatures; phases
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def options(tmp_path_factory):
 @pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_a_comparison_a_budget_and_a_sweep_give_every_client_the_same_accuracy(name, options, monkeypatch):
+    """Sweeps score by the very function that comparisons score by: of them one method is looked at."""
     monkeypatch.setattr(budget, "TAUS", (0, 2))
     config = parse(["run", "--method", name, *options])[1]
     p = problem.build(config, partial(facts.acceptable, config))
@@ -47,6 +49,8 @@ def test_a_comparison_a_budget_and_a_sweep_give_every_client_the_same_accuracy(n
     whole = metrics.mean_over(np.asarray(p.test[2]), np.asarray(scores.correct[0]))
     np.testing.assert_allclose(found.overall[0, 0, -1], whole, rtol=1e-5)
     np.testing.assert_allclose(found.personal[0, 0, -1], np.nanmean(scores.personal[0, :4]), rtol=1e-6)
+    if name != PHASES:
+        return
     lowered, arguments = sweep.Plan(dataclasses.replace(config, lrs=(config.lr,))).lowered[name]
     (_, swept), _ = lowered.compile()(*arguments)  # [points, seeds, blocks, ...]
     for part in ("correct", "personal", "tuned"):
