@@ -65,8 +65,9 @@ def test_the_report_of_a_round_is_on_what_was_sent(make, reported):
 
 
 def test_frozen_is_the_start_whatever_clients_do():
-    state, c, _ = run(frozen(), 2)
+    state, c, info = run(frozen(), 2)
     assert_near(state.adapter, ADAPTER)
+    assert not any(np.any(x) for x in info.aggregation), "nothing is aggregated, and nothing is wrong with it"
     for i in range(len(c.ids)):
         assert_near(take(personal(frozen(), state, c), i), ADAPTER)
 
