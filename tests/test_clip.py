@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from clip_helpers import CONFIG, LENGTH, MERGES, NAMES, OPEN_CONFIG, arrays, as_open_clip, folder, reference, vocabulary
 from input_helpers import SMALL, change
+from safetensors.numpy import save_file
 from weight_helpers import write
 
 from experiments.cli import parse
@@ -159,6 +160,19 @@ def test_open_clip_is_the_same_under_other_names(quick, tmp_path):
         logits(made), expected(NAMES, w, "quick_gelu" if quick else "gelu", 1e-5), rtol=1e-3, atol=1e-3
     )
     assert made.facts["mean"] == "0.1,0.2,0.3 (open_clip_config.json)"
+
+
+def test_shards_with_their_index_are_one_network(tmp_path):
+    whole, parts = folder(tmp_path / "a", arrays()), folder(tmp_path / "b", arrays())
+    (parts / "model.safetensors").unlink()
+    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(arrays())}
+    for file in set(where.values()):
+        save_file({name: np.array(x, order="C") for name, x in arrays().items() if where[name] == file}, parts / file)
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for head in HEADS:
+        one, other = (clip_backbone(path, NAMES, head=head) for path in (whole, parts))
+        np.testing.assert_array_equal(logits(one), logits(other))
+    assert other.publish(other.params).beside.keys() == {"vocab.json", "merges.txt"}
 
 
 @pytest.mark.parametrize("form", ["transformers", "OpenCLIP"])
