@@ -99,7 +99,7 @@ def test_the_table_and_the_pictures_show_every_entry():
     assert text.count("\nfedit") == 5
     assert "2 / 10" in text
     assert "79.0" in text
-    assert "hyperlora (1 steps per round) against fedit (5), clients never seen" in text
+    assert "hyperlora (1 step per round) against fedit (5), clients never seen" in text
     figures = budget_figures.draw(result)
     assert set(figures) == {"budget", "steps", "cost"}
     assert len(figures["budget"].axes[0].lines) == 3
