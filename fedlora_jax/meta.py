@@ -88,15 +88,15 @@ def outcome(
     base, and in any hyper-parameter that the method, the loss or the optimizer was built with (build them inside the
     function that is differentiated). The loss is that of the models the last state sends to the last cohort, each on
     the client's own examples, weighted as in aggregation. Memory is that of one round, and what clients keep between
-    rounds (``Method.remember``) is not carried
-    on.
+    rounds (``Method.remember``) is not carried on.
 
     Args:
       method, loss_fn, optimizer, chunk, remat, judge_fn: as in ``make_round``; the last judges the outcome, too.
-      The function's own: ``cohorts`` with a leading axis of rounds on every array, ``[K, C, ...]``; ``examples``
-      ``[C, ...]``, one batch for each client of the last cohort, which the local steps of none of these rounds
-      should have seen (``clients.sample_rounds``); ``first``, the number of the first round, for an optimizer that
-      follows rounds.
+
+    The function's own are ``cohorts`` with a leading axis of rounds on every array, ``[K, C, ...]``; ``examples``
+    ``[C, ...]``, one batch for each client of the last cohort, which the local steps of none of these rounds should
+    have seen (``clients.sample_rounds``); ``first``, the number of the first round, for an optimizer that follows
+    rounds.
     """
     round_fn = make_round(method, loss_fn, optimizer, chunk=chunk, remat=remat, judge_fn=judge_fn)
     outcome_fn = judge_fn or loss_fn

@@ -3,13 +3,19 @@
 import contextlib
 import io
 import re
+import shlex
 import sys
 from pathlib import Path
 
+import pytest
+
 import fedlora_jax.methods
 from experiments.__main__ import main
+from experiments.cli import parse
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = "python -m experiments"
 
 
 def block(page: str, heading: str) -> str:
@@ -23,10 +29,9 @@ def test_the_readme_is_a_page_to_read():
 
 def test_links_between_pages_lead_somewhere():
     """Files, and headings in them as GitHub names them."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     name = lambda heading: re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-    anchors = {page: {name(h) for h in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)} for page in pages}
-    for page in pages:
+    anchors = {page: {name(h) for h in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)} for page in PAGES}
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             if target.startswith("http"):
                 continue
@@ -34,6 +39,24 @@ def test_links_between_pages_lead_somewhere():
             found = (page.parent / file).resolve() if file else page
             assert found.exists(), (page.name, target)
             assert not anchor or anchor in anchors[found], (page.name, target)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_are_ones_that_the_command_line_knows(page):
+    """All that stand in blocks, and within sentences those that are whole; what they ask for is not looked at."""
+    text = re.sub(r"\n(?!\n)", " ", re.sub(r"```bash\n.*?```", "", page.read_text(), flags=re.DOTALL))
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    commands = [
+        line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith(COMMAND)
+    ]
+    commands += [code for code in re.findall(r"`([^`]+)`", text) if code.startswith(COMMAND)]
+    for command in commands:
+        typed = shlex.split(command.split(" && ")[0], comments=True)[3:]
+        if typed and not any("..." in word for word in typed):
+            try:
+                parse(typed)
+            except SystemExit as error:
+                raise AssertionError(f"{page.name}: {command}") from error
 
 
 def test_the_examples_run_one_after_the_other():
