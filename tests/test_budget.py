@@ -147,11 +147,22 @@ def test_a_budget_goes_on_where_it_was_cut_off_and_takes_more_methods(small, tmp
         assert told in capsys.readouterr().err
 
 
+TELLS = """
+from fedlora_jax import fedit, meta
+
+
+def tells(query=4):
+    return fedit()._replace(meta_gradient=meta.first_order, query=query)
+"""
+
+
 @pytest.mark.long
 def test_a_small_experiment_from_the_command_line(small, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
+    """Of a method whose clients tell a gradient on images that they keep apart, which is another pass."""
+    out, own = tmp_path / "out", f"{tmp_path / 'mine.py'}:tells"
+    (tmp_path / "mine.py").write_text(TELLS)
     options = (
-        "--methods hyperlora:mode=first_order:warmup=1 --clients 4 --holdout-clients 2 --minimum 5 --rounds 2 "
+        f"--methods {own} --clients 4 --holdout-clients 2 --minimum 5 --rounds 2 "
         "--seeds 2 --batch 4 --partition iid --budgets 1 --lrs 0.05,0.2 --tuning-seeds 7, --adapt-last 1 --eval-every 2"
     )
     monkeypatch.setattr(budget, "TAUS", (0, 1, 10))
