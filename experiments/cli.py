@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import fedlora_jax
 from experiments.bench import options as bench
-from experiments.config import SPEED, Config, Data, Export, Models, Recipes, check_fields
+from experiments.config import SPEED, Config, Data, Doctor, Export, Models, Recipes, check_fields
 from experiments.results.folder import asked, program
 from experiments.setup import adapter, option_files
 from experiments.setup.option_values import converter, from_file, is_a
@@ -22,6 +22,7 @@ _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments r
 OWN = {
     "bench": bench.Options,
     "data": Data,
+    "doctor": Doctor,
     "export": Export,
     "models": Models,
     "recipes": Recipes,
@@ -78,6 +79,7 @@ def _parsers() -> tuple[_Parser, Any]:
     _add_own(commands, "models", text, Models, "file")
     text = "published protocols that 'compare --recipe NAME' follows: what is published, what is ours, reported figures"
     _add_own(commands, "recipes", text, Recipes, "name")
+    _add_own(commands, "doctor", "this machine: versions, devices, caches, what is missing for what", Doctor)
     return parser, commands
 
 
@@ -230,8 +232,8 @@ _LEFT_OUT = {
 }
 
 
-def _add_own(commands: Any, command: str, text: str, options: type, what: str) -> None:
-    """A command with options of its own, of which one is positional; it may be left out where it has a default."""
+def _add_own(commands: Any, command: str, text: str, options: type, what: str = "") -> None:
+    """A command with options of its own; ``what`` is positional, and may be left out where it has a default."""
     parser = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):

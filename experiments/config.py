@@ -465,6 +465,11 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Doctor:
+    """This machine; there is nothing to choose."""
+
+
+@dataclass(frozen=True)
 class Recipes:
     """Published protocols, as files of options."""
 

@@ -70,6 +70,11 @@ def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any
         case "recipes":
             text = option_files.listing(options.name)
             return None, lambda: print(text)
+        case "doctor":
+            from experiments.commands import doctor
+
+            found = doctor.table()
+            return None, lambda: print(found)
         case "models":
             from experiments.commands import list_models
 

@@ -18,6 +18,7 @@ from experiments.bench import bench_forecast, bench_peers, bench_profile, childr
 from experiments.bench.contenders import INSTALL, NEEDS
 from experiments.bench.contenders import fedlora_jax as ours
 from experiments.bench.options import BENCHES, BY_DEFAULT, CONTENDERS, RUNS, USES, Options, interpreter
+from experiments.engine import process
 from experiments.engine.facts import describe
 from fedlora_jax import lora
 from models.vit import SIZES, vit
@@ -179,7 +180,7 @@ def test_a_contender_that_is_not_installed_says_so_before_any_other_starts(monke
 
 
 def test_every_line_says_what_processor_it_is_of_and_how_wide_its_vectors():
-    name, bits = machine.processor()
+    name, bits = process.processor()
     if Path("/proc/cpuinfo").exists():
         assert bits in (None, 128, 256, 512)
     assert [measure.line("round", TOY, "fedlora_jax")[key] for key in ("processor", "vector_bits")] == [name, bits]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import platform
 import resource
 import sys
 import time
@@ -37,19 +35,6 @@ def others_share(busy: float | None, own: float, seconds: float) -> float | None
     if busy is None or seconds < SHORTEST:
         return None
     return max(0.0, busy - own) / (seconds * (os.cpu_count() or 1))
-
-
-@functools.cache
-def processor() -> tuple[str | None, int | None]:
-    """What the processor is called, and the bits of its widest vectors; ``None`` where the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or None, None
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = (said.get("flags") or said.get("Features") or "").split()
-    widths = {"avx512f": 512, "avx": 256, "sse2": 128, "asimd": 128}
-    return said.get("model name"), max((bits for flag, bits in widths.items() if flag in flags), default=None)
 
 
 def peak_memory_mb() -> float:

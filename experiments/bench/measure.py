@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from experiments.bench import machine, works
 from experiments.bench.works import Arrays, Work
+from experiments.engine import process
 
 FIELDS = (
     "bench",
@@ -117,7 +118,7 @@ def interleaved(calls: Mapping[Any, Callable[[], Any]], repeats: Iterable[Any]) 
 def line(bench: str, work: Work, contender: str, **found: Any) -> Line:
     """A line with every field of ``FIELDS`` (``None`` where it does not apply), then what else was found."""
     found |= {"bench": bench, "work": work.name, "contender": contender, "date": f"{datetime.date.today()}"}
-    found = dict(zip(("processor", "vector_bits"), machine.processor(), strict=True)) | found
+    found = dict(zip(("processor", "vector_bits"), process.processor(), strict=True)) | found
     rounded = lambda name, x: digits(x) if isinstance(x, float) and name not in EXACT else x
     found = {name: rounded(name, x) for name, x in found.items()}
     return {name: found.pop(name, None) for name in FIELDS} | found

@@ -13,10 +13,12 @@ time there is trying Triton's kernels for every matrix product, which gain a few
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
 import sys
+from pathlib import Path
 
 from experiments.setup.caches import caches
 
@@ -76,6 +78,19 @@ def accelerated() -> bool:
     """Whether jax will look for an accelerator: a plugin for one is installed, and ``JAX_PLATFORMS`` leaves it in."""
     plugins = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
     return plugins and os.environ.get("JAX_PLATFORMS", "") != "cpu"
+
+
+@functools.cache
+def processor() -> tuple[str | None, int | None]:
+    """What the processor is called, and the bits of its widest vectors; ``None`` where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None, None
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = (said.get("flags") or said.get("Features") or "").split()
+    widths = {"avx512f": 512, "avx": 256, "sse2": 128, "asimd": 128}
+    return said.get("model name"), max((bits for flag, bits in widths.items() if flag in flags), default=None)
 
 
 def _flag(name: str, value: object) -> None:
