@@ -159,7 +159,7 @@ def objectives(
         out = logits(base, model, x, unroll)[:, :known]
         losses = task.loss(out, optax.smooth_labels(shares(out, y), smoothing) if smoothing else y)
         mean = batch.mean(losses) if isinstance(batch, Padded) else losses.mean()
-        return mean + contrast * apart(backbone.texts, base, adapter, known) if contrast else mean
+        return mean + contrast * apart(backbone.texts, base, adapter, known) if contrast and backbone.texts else mean
 
     def correct_fn(base, adapter, examples):
         def one(xy: tuple[Array, Array]) -> Array:
