@@ -26,8 +26,7 @@ def run() -> None:
     with stoppable(lambda: f"to go on: {command()}"):
         from experiments import start
 
-        start.settle()  # before jax finds its devices
-        start.main()
+        start.main(start.settle())  # set up before jax finds its devices
 
 
 def refuse_without(needs: tuple[str, ...]) -> None:

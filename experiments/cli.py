@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import fedlora_jax
 from experiments.bench import options as bench
-from experiments.config import SPEED, Config, Data, Doctor, Export, Models, Recipes, check_fields
+from experiments.config import PLACE, SPEED, Config, Data, Doctor, Export, Models, Recipes, check_fields
 from experiments.results.folder import asked, program
 from experiments.setup import adapter, option_files
 from experiments.setup.option_values import converter, from_file, is_a
@@ -27,6 +27,10 @@ OWN = {
     "models": Models,
     "recipes": Recipes,
 }  # commands with options of their own
+GROUPS = {  # of options, by what they decide
+    SPEED: ("speed", "These decide speed and memory alone; results agree to rounding."),
+    PLACE: ("hosts", "Who computes; results agree to rounding. A run that goes on may be told otherwise, or nothing."),
+}
 LONGEST = 1200  # letters of an error
 
 
@@ -187,6 +191,7 @@ def _held(out: str, names: Collection[str]) -> dict[str, Any]:
 
 _RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
 _META = {"unroll", "meta_lr"}
+_HOSTS = {"hosts", "coordinator", "process_id"}
 _WORK = {"local_steps", "local_steps_from", "local_epochs", "local_cap"}
 _TUNED = {"budgets", "lrs", "tuning_seeds", "vary"} | _META
 _AT_ONCE = {"images"}  # of what needs all images at once
@@ -215,16 +220,19 @@ _LEFT_OUT = {
     "run": _TUNED,
     "bounds": _TUNED
     | _RECORDED
+    | _HOSTS
     | _AT_ONCE
     | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
     | {"signature", "theta", "schedule", "local_schedule", "adapter", "eval_clients", "novel"},
-    "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META | _AT_ONCE,
+    "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META | _AT_ONCE | _HOSTS,
     "budget": {"checkpoint_every", "dry_run", "lr", "validation", "vary", "eval_clients", "novel"}
     | _META
     | _WORK
+    | _HOSTS
     | _AT_ONCE,
     "meta": (_TUNED - _META)
     | _RECORDED
+    | _HOSTS
     | _AT_ONCE
     | {"devices", "seeds_at_once", "adapter", "eval_clients", "novel"}
     | (_WORK - {"local_steps"}),
@@ -261,11 +269,11 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     """One option for each field of ``Config``; ``run`` has ``--method``, every command only what it depends on."""
     hints, fields = typing.get_type_hints(Config), dataclasses.fields(Config)
     fields = [field for field in fields if field.name not in _LEFT_OUT[command]]
-    fast = [field for field in fields if field.metadata["decides"] == SPEED]
+    of = lambda what: [field for field in fields if field.metadata["decides"] == what]
     if command != "methods":
         _add_files(parser)
     for field in fields:
-        if field in fast:
+        if field.metadata["decides"] in GROUPS:
             continue
         if field.name == "methods" and command in ("run", "meta"):
             parser.add_argument(
@@ -276,10 +284,11 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
             )
         else:
             _add_option(parser, field, hints[field.name], field.default)
-    if fast:
-        group = parser.add_argument_group("speed", "These decide speed and memory alone; results agree to rounding.")
-        for field in fast:
-            _add_option(group, field, hints[field.name], field.default)
+    for what, (title, text) in GROUPS.items():
+        if own := of(what):
+            group = parser.add_argument_group(title, text)
+            for field in own:
+                _add_option(group, field, hints[field.name], field.default)
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedlora_jax import partition
 from fedlora_jax.checks import refuse_outside
 
-RESULTS, SPEED, RECORD = "results", "speed", "record"  # what an option decides
+RESULTS, SPEED, RECORD, PLACE = "results", "speed", "record", "place"  # what an option decides
 
 
 def option(
@@ -30,7 +31,7 @@ def option(
       among: what it (each of its entries) may be, where that is a choice.
       empty: whether nothing is an answer too (of a list).
       decides: the results; or only how fast they are computed, so that they are the same to rounding; or only what is
-        kept of them, and where.
+        kept of them, and where; or by which processes they are computed this time, which a run that goes on forgets.
     """
     about = {"help": help, "inside": inside, "among": among, "empty": empty, "decides": decides}
     return field(default=default, metadata=about)
@@ -341,12 +342,28 @@ class Config:
     )
     devices: int = option(
         1,
-        "devices that share the clients of a round, of a CPU parts of it; must divide the cohort",
+        "devices that share the clients of a round or an evaluation, of a CPU parts of it; of each of --hosts so many",
         "[1, 1024]",
         decides=SPEED,
     )
     seeds_at_once: int | None = option(
         None, "seeds run side by side; must divide their number (default: by device)", COUNT, decides=SPEED
+    )
+    hosts: int = option(
+        1,
+        "processes that share a run, usually one on each host: the same command is started in all of them, and the "
+        "first alone writes and prints (docs/scale.md)",
+        "[1, 1024]",
+        decides=PLACE,
+    )
+    coordinator: str | None = option(
+        None,
+        "HOST:PORT on which the first of them can be reached by the others (default: as SLURM, a TPU, Open MPI or "
+        "Kubernetes say)",
+        decides=PLACE,
+    )
+    process_id: int | None = option(
+        None, "which of them this one is, from 0 (default: as for --coordinator)", "[0, 1023]", decides=PLACE
     )
     best_test_leaky: bool = option(
         False,
@@ -399,6 +416,11 @@ class Config:
     def dealt_by(self) -> tuple[int, ...]:
         """Of each seed, the seed that deals data out."""
         return tuple(itertools.islice(itertools.cycle(self.partition_seed or self.seeds), len(self.seeds)))
+
+    @property
+    def sharing(self) -> int:
+        """Devices that share the clients, of all processes."""
+        return self.devices * self.hosts
 
     @property
     def scored(self) -> tuple[int, int]:
@@ -517,10 +539,13 @@ def check(config: Config) -> None:
     cohort = config.cohort
     if cohort > config.clients:
         raise ValueError(f"--clients-per-round {cohort} is more than --clients {config.clients}")
-    if cohort % config.devices:
-        raise ValueError(f"--devices {config.devices} does not divide the {cohort} clients of a round")
-    if config.chunk is not None and cohort // config.devices % config.chunk:
-        raise ValueError(f"--chunk {config.chunk} does not divide the {cohort // config.devices} clients of a device")
+    own = -(-cohort // config.sharing)
+    if config.sharing > cohort:
+        hosts = f" of each of {config.hosts} hosts" * (config.hosts > 1)
+        raise ValueError(f"--devices {config.devices}{hosts} are more than the {cohort} clients of a round")
+    if config.chunk is not None and own % config.chunk:
+        raise ValueError(f"--chunk {config.chunk} does not divide the {own} clients of a device")
+    _check_hosts(config)
     if config.rounds % config.eval_every:
         near = ", ".join(map(str, _divisors_near(config.rounds, config.eval_every)))
         longer = -(-config.rounds // config.eval_every) * config.eval_every
@@ -546,6 +571,23 @@ def check(config: Config) -> None:
         raise ValueError("--augment makes other images in every step, and --prefix stored keeps what one makes of each")
     if config.seeds_at_once is not None and len(config.seeds) % config.seeds_at_once:
         raise ValueError(f"--seeds-at-once {config.seeds_at_once} does not divide {len(config.seeds)} seeds")
+
+
+def _check_hosts(config: Config) -> None:
+    """Refuse what processes that share a run cannot do, or are not told."""
+    if config.hosts == 1:
+        given = [f"--{_flag(name)}" for name in ("coordinator", "process_id") if getattr(config, name) is not None]
+        if given:
+            raise ValueError(f"{given[0]} is of processes that share a run: say how many, --hosts N")
+        return
+    if config.dry_run:
+        raise ValueError("--dry-run is of one process: leave --hosts out, its memory is that of each of them")
+    if (config.coordinator is None) != (config.process_id is None):
+        raise ValueError("--coordinator and --process-id are given together, or are both found out: got one of them")
+    if config.process_id is not None and config.process_id >= config.hosts:
+        raise ValueError(f"--process-id {config.process_id} is none of --hosts {config.hosts}: they count from 0")
+    if config.coordinator is not None and not re.fullmatch(r".+:\d{1,5}", config.coordinator):
+        raise ValueError(f"--coordinator must be HOST:PORT, got {config.coordinator}")
 
 
 def check_fields(options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import sys
@@ -10,8 +11,9 @@ from typing import Any
 
 from experiments import bench
 from experiments.cli import fail, parse
-from experiments.config import SEEDS, check_fields
-from experiments.engine import process
+from experiments.config import SEEDS, Config, check, check_fields
+from experiments.engine import hosts, process
+from experiments.engine.hosts import ALONE, Joined
 from experiments.results.folder import Folder, command
 from experiments.setup import option_files
 from experiments.stopping import stoppable
@@ -25,22 +27,34 @@ REFUSED = {
 }
 
 
-def main() -> None:
+def main(joined: Joined = ALONE) -> None:
     name, options = parse()
     folder: Folder | None = None
     goes_on = lambda: f"to go on: {folder.command() if folder else command()}"
-    with stoppable(goes_on):
+
+    def last_words() -> str:
+        joined.leave()
+        return goes_on()
+
+    with stoppable(last_words), hosts.together(joined, goes_on):
+        refusal, execute = None, lambda: None
         try:
-            folder, execute = planned(name, options)
+            if isinstance(options, Config) and options.hosts > 1:
+                name, options = _as_the_first(name, options)
+            with hosts.quiet():
+                folder, execute = planned(name, options)
         except (ValueError, OSError) as error:
-            fail(str(error))
+            refusal = str(error)
+        if hosts.refused(refusal is not None):
+            fail(joined.name + refusal) if refusal else sys.exit(2)
         if (count := len(getattr(options, "seeds", ()))) > SEEDS:
             print(f"note: {count} seeds are run; to run the one seed {count}, write --seeds {count},", file=sys.stderr)
         try:
-            execute()
+            with hosts.quiet():
+                execute()
             sys.stdout.flush()
         except (FloatingPointError, MemoryError) as error:
-            fail(str(error))
+            fail(joined.name + str(error))
         except OSError as error:
             if error.errno is None:  # ours: somebody else has taken the folder
                 fail(str(error))
@@ -50,6 +64,13 @@ def main() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             where = error.filename or (folder.path if folder else "the output")
             fail(f"cannot write to {where}: {error.strerror}; {REFUSED[error.errno]}; {goes_on()}", code=1)
+
+
+def _as_the_first(command: str, options: Config) -> tuple[str, Config]:
+    """What the first of several processes was told."""
+    command, told = hosts.agreed([command, dataclasses.asdict(options)])
+    held: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in told.items()}
+    return command, Config(**held)
 
 
 def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any]]:
@@ -111,11 +132,18 @@ def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any
             return (None, plan.forecast) if options.dry_run else (plan.folder, plan.execute)
 
 
-def settle() -> None:
+def settle() -> Joined:
     """Check what is typed, and set up the process for it; it may start again from here."""
     given = parse()[1]
+    several = isinstance(given, Config) and given.hosts > 1
     try:
-        check_fields(given)
+        check(given) if several else check_fields(given)
     except ValueError as error:
         fail(str(error))
     process.settle(getattr(given, "devices", 1))
+    if not several:
+        return ALONE
+    try:
+        return hosts.join(given.hosts, given.devices, given.coordinator, given.process_id)
+    except ValueError as error:
+        fail(str(error))

@@ -106,8 +106,9 @@ def make_round(
         took (``gradient.forward_over_reverse``): memory of one step instead of ``T``, half as much arithmetic again
         (faster all the same where memory traffic limits). Forward mode needs ``False``. Without effect where nothing
         is differentiated.
-      mesh: devices that share the cohort, an equal number of clients each; everything else they all compute. Of one
-        process or of several (``jax.distributed``), then with global arrays as arguments. Results agree to rounding.
+      mesh: devices that share the cohort, an equal number of clients each (filled up where they do not divide);
+        everything else they all compute. Of one process or of several (``jax.distributed``), then with global arrays as
+        arguments. Results agree to rounding.
       judge_fn: what models are judged by on examples that clients keep apart (HyperLoRA, IFCA), where that is not
         ``loss_fn``: the loss without the dropout of training, say.
     """
@@ -189,7 +190,7 @@ def make_evaluate(
 
 
 def make_onboard(
-    method: Method, loss_fn: LossFn, optimizer: Optimizer, *, chunk: int | None = None
+    method: Method, loss_fn: LossFn, optimizer: Optimizer, *, chunk: int | None = None, mesh: Mesh | None = None
 ) -> Callable[..., Memory]:
     """``onboard(base, state, cohort, key, round=None) -> memory [C, ...]`` of clients that never took part.
 
@@ -207,7 +208,7 @@ def make_onboard(
             draws = jax.random.fold_in(key, own.id)
             return local(sent.base, own.adapter, own.mask, own.context, own.batches, draws, round)[0]
 
-        received = map_clients(client, clients_of(cohort, sent, batches=cohort.batches), chunk)
+        received = map_clients(client, clients_of(cohort, sent, batches=cohort.batches), chunk, mesh)
         return trial.place(state, cohort.memory, sent.adapter, received)
 
     return onboard

@@ -124,15 +124,19 @@ def of_round(optimizer: Optimizer, round: Array | int | None) -> optax.GradientT
 
 
 def map_clients(f: Callable, rows: Any, chunk: int | None, mesh: Mesh | None = None) -> Any:
-    """``vmap(f)`` over the leading axis, at most ``chunk`` clients at once on each device of ``mesh``."""
+    """``vmap(f)`` over the leading axis, at most ``chunk`` clients at once on each device of ``mesh``.
+
+    Where clients do not divide among the devices, the last one is computed again to fill up, and dropped.
+    """
     clients = jax.tree.leaves(rows)[0].shape[0]
     if mesh is not None and mesh.size > 1:
-        if clients % mesh.size:
-            raise ValueError(f"{clients} clients cannot be shared by {mesh.size} devices: choose a multiple of them")
-        mesh = Mesh(mesh.devices, mesh.axis_names)  # whatever the type of its axes: jax shards what comes after
+        mesh, spare = Mesh(mesh.devices, mesh.axis_names), -clients % mesh.size  # whatever the type of its axes
         part = PartitionSpec(mesh.axis_names)
         share = lambda rows: map_clients(f, rows, chunk)
-        return jax.shard_map(share, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(rows)
+        fill = lambda x: jnp.concatenate([x, jnp.broadcast_to(x[-1:], (spare, *x.shape[1:]))])
+        full = jax.tree.map(fill, rows) if spare else rows
+        out = jax.shard_map(share, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(full)
+        return jax.tree.map(lambda x: x[:clients], out) if spare else out
     if chunk == 1:  # without an axis of clients: a stack of one would turn every product into a batched one
         return jax.lax.map(f, rows)
     if chunk is None or chunk == clients:

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from experiments.commands import prelude
 from experiments.config import RESULTS, Config
-from experiments.engine import forecast, methods
+from experiments.engine import forecast, hosts, methods, programs
 from experiments.engine.rows import holdings
 from experiments.engine.trial import Trial
 from experiments.results import checkpoints, record, report, summary, variance
 from experiments.results.checkpoints import Checkpoints
-from experiments.results.folder import CONFIG, digest, file_name, say, write_json
+from experiments.results.folder import CONFIG, Folder, digest, file_name, say, write_json
 from experiments.setup.problem import Problem
 
 GROWS = ("methods", "seeds", "rounds")  # what a run may have more of when it goes on
@@ -31,7 +31,8 @@ class Part(NamedTuple):
     """A method on the seeds that are computed together."""
 
     trial: Trial
-    store: Checkpoints
+    span: tuple[int, int]  # of these seeds, by their place in the list
+    store: Checkpoints | None  # of the first of several processes
     whole: list[int]  # rounds done in its checkpoints that can be gone on from, newest first
     timings: dict[str, float] | None = None  # where any rounds were run
 
@@ -46,28 +47,33 @@ class Plan:
     def __init__(self, command: str, config: Config):
         prelude.checked(config)
         self.command, self.config = command, config
-        self.folder = prelude.opened(command, config, GROWS)
-        if config.resume:
-            self._refuse_stages_of_other_rounds()
+        self.folder = prelude.opened(command, config, GROWS) if hosts.leads() else None
+        before = self.folder if config.resume else None
+        if before:
+            self._refuse_stages_of_other_rounds(before)
         self.problem = prelude.built(config, may_stage=True)
         self.about = prelude.about(command, config, self.problem)
-        if config.resume:
-            self._refuse_other_draws()
-            self.about = prelude.going_on(self.folder, self.about, PER_SEED)
+        if before:
+            self._refuse_other_draws(before)
+            self.about = prelude.going_on(before, self.about, PER_SEED)
+        if not config.dry_run:
+            self.problem = programs.placed_problem(self.problem, config.devices)
         self.trials = {name: Trial(config, self.problem, name) for name in config.methods}
 
     def forecast(self) -> None:
         """Print what the run would need."""
         print(forecast.table(self.config, self.problem, list(self.trials.values())))
 
-    def execute(self) -> Path:
-        """Run, write, print. Returns the report's path.
+    def execute(self) -> Path | None:
+        """Run, write, print. Returns the report's path, of several processes in the first.
 
         Raises:
           MemoryError: it would need more memory than there is; nothing has been written.
         """
         if not self.config.resume:
             self._refuse_what_does_not_fit(self.trials.values())
+        if self.folder is None:
+            return self._follow()
         with self.folder as path:
             return self._execute(path)
 
@@ -75,14 +81,24 @@ class Plan:
         config, metrics = self.config, record.Metrics(folder)
         rows = metrics.read()
         parts = [part for trial in self.trials.values() for part in self._parts(trial, folder, rows)]
+        hosts.agreed([[part.trial.name, part.span, part.whole] for part in parts])
         self._refuse_what_does_not_fit(part.trial for part in parts if part.left)
         write_json(folder / CONFIG, self.about)
         with tqdm(total=sum(part.left for part in parts), unit="round", smoothing=0.1, dynamic_ncols=True) as bar:
-            parts = [part._replace(timings=part.trial.run(part.whole, part.store, metrics, bar)) for part in parts]
+            run = lambda part: part.trial.run(part.whole, part.store, metrics, bar)
+            parts = [part._replace(timings=run(part)) for part in parts]
         found = {(row["method"], row["round"], row["seed"]): row for row in metrics.read()}
         order = [(name, r + 1, seed) for name in config.methods for r in range(config.rounds) for seed in config.seeds]
         metrics.rewrite([found[key] for key in order])  # seeds that came later stand among the others
-        return self._finish(metrics.read(), {name: _timings(parts, name) for name in self.trials})
+        return self._finish(folder, metrics.read(), {name: _timings(parts, name) for name in self.trials})
+
+    def _follow(self) -> None:
+        """Compute what the first process writes."""
+        told = hosts.agreed(None)
+        parts = [Part(self.trials[name].of_seeds(*span), span, None, whole) for name, span, whole in told]
+        self._refuse_what_does_not_fit(part.trial for part in parts if part.left)
+        for part in parts:
+            part.trial.follow()
 
     def _parts(self, trial: Trial, folder: Path, rows: list[dict[str, Any]]) -> list[Part]:
         """A method by the seeds that began together, and how far they are; a line where something is damaged."""
@@ -98,11 +114,11 @@ class Plan:
             if wrong:
                 then = f"goes on after round {whole[0]}" if whole else "begins anew"
                 say(f"{own.name} {then}: {'; '.join(wrong[:3])}")
-            parts.append(Part(own, store, whole))
+            parts.append(Part(own, span, store, whole))
         return parts
 
-    def _refuse_stages_of_other_rounds(self) -> None:
-        before, now = self.folder.held("config"), self.config.rounds
+    def _refuse_stages_of_other_rounds(self, folder: Folder) -> None:
+        before, now = folder.held("config"), self.config.rounds
         staged = [
             f"{name} divides its rounds into stages" for name in before["methods"] if methods.asks(name, "rounds")
         ]
@@ -114,10 +130,10 @@ class Plan:
                 "same --rounds"
             )
 
-    def _refuse_other_draws(self) -> None:
+    def _refuse_other_draws(self, folder: Folder) -> None:
         """Batches are drawn from lists of images as long as the largest client of any seed."""
-        was, now = self.folder.held("record").get("largest"), self.problem.record["largest"]
-        if was != now and len(self.folder.held("config")["seeds"]) < len(self.config.seeds):
+        was, now = folder.held("record").get("largest"), self.problem.record["largest"]
+        if was != now and len(folder.held("config")["seeds"]) < len(self.config.seeds):
             raise ValueError(
                 f"with these seeds the largest client has {now} training images, so far it has {was}: how batches are "
                 "drawn depends on it, and every seed would begin anew: use another --out, or other seeds"
@@ -136,7 +152,7 @@ class Plan:
             if reason := forecast.too_large(trial.config, trial.problem, trial.name, forecast.need(trial)):
                 raise MemoryError(reason)
 
-    def _finish(self, rows: list[dict[str, Any]], timings: dict[str, dict[str, float | None]]) -> Path:
+    def _finish(self, folder: Path, rows: list[dict], timings: dict[str, dict[str, float | None]]) -> Path:
         entries = {}
         for name in self.trials:
             of_it = [row for row in rows if row["method"] == name]
@@ -153,8 +169,8 @@ class Plan:
             "paired": variance.with_draws(summary.paired(entries), self.config.dealt_by),
             "variance": variance.of_run(entries, self.config.dealt_by),
         }
-        write_json(self.folder.path / "summary.json", result)
-        path = report.write(self.folder.path, result, rows, holdings(self.config, self.problem))
+        write_json(folder / "summary.json", result)
+        path = report.write(folder, result, rows, holdings(self.config, self.problem))
         print(f"\n{summary.table(result)}\n\n{summary.meaning(result['config'])}", *variance.lines(result), sep="\n")
         print(f"\nreport: {path}")
         return path

@@ -20,17 +20,18 @@ SHARE = 0.6  # of an accelerator's memory, for what clients keep for their backw
 
 
 def mesh_of(devices: int) -> Mesh | None:
-    """So many devices that share a cohort, where it is more than one.
+    """The devices that share a cohort, so many of each process, where there is more than one in all.
 
     Raises:
       ValueError: there are fewer devices than asked for.
     """
-    if devices == 1:
+    if devices == jax.process_count() == 1:
         return None
-    if devices > jax.device_count():
+    if devices > jax.local_device_count():
         more = f"XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes a CPU count as more"
-        raise ValueError(f"--devices {devices}: jax finds {jax.device_count()} ({more})")
-    return jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+        raise ValueError(f"--devices {devices}: jax finds {jax.local_device_count()} ({more})")
+    found = [d for i in range(jax.process_count()) for d in jax.local_devices(process_index=i)[:devices]]
+    return jax.make_mesh((len(found),), ("clients",), axis_types=(AxisType.Auto,), devices=found)
 
 
 def choose(config: Config, problem: Problem, points: int = 1) -> tuple[int, int]:
@@ -38,7 +39,7 @@ def choose(config: Config, problem: Problem, points: int = 1) -> tuple[int, int]
 
     A CPU takes one run after another.
     """
-    clients = config.cohort // config.devices
+    clients = -(-config.cohort // config.sharing)
     runs = points * problem.keys.shape[0]
     fit = at_once(problem.loss_fn, *one_step(config, problem))
     cpu = jax.default_backend() == "cpu"

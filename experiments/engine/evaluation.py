@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments.config import Config
-from experiments.engine.chunking import divisor
+from experiments.engine.chunking import divisor, mesh_of
 from experiments.results import client_map
 from experiments.setup.problem import Arrays, Clients, Problem, Seed, own_accuracy
 from fedlora_jax import clustering, lora, rounds
@@ -57,13 +57,13 @@ class Serving(NamedTuple):
 def make_serving(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int) -> Serving:
     """The one way in which models are served and scored: in every run, whatever it then reports.
 
-    Clients are scored in chunks of at most ``chunk``, as they are trained. Of many clients no more than ``GROUP`` hold
-    a model at a time; images are looked up where they are used.
+    Clients are shared by devices and scored in chunks of at most ``chunk``, as they are trained. Of many clients no
+    more than ``GROUP`` hold a model at a time; images are looked up where they are used.
     """
     n, strange = config.scored
     total = n + strange
     longest = problem.longest or config.local_steps
-    many, own_chunk = total > GROUP, scored_at_once(total, chunk)
+    many, own_chunk, mesh = total > GROUP, scored_at_once(total, chunk, config.sharing), mesh_of(config.devices)
     score_one = rounds.make_evaluate(method, problem.correct_fn)
     key_at = lambda key, round: partial(purpose, purpose(jax.random.fold_in(key, round), "evaluation"))
     key_of = lambda seed, run: key_at(seed.key, run.round)
@@ -77,7 +77,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         def images(rows: Any) -> Any:
             if isinstance(rows, Padded):
                 return rows._replace(examples=images(rows.examples))
-            return jax.tree.map(lambda x: x[rows], arrays.train)
+            return jax.tree.map(partial(looked_up, rows), arrays.train)
 
         return lambda base, adapter, rows, key: problem.loss_fn(base, adapter, images(rows), key)
 
@@ -96,17 +96,21 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
             return memory
         unseen = jnp.arange(n, total)
         trial = drawn(arrays, seed.clients, unseen, key("batches of trials"), longest)
-        introduce = rounds.make_onboard(method, loss_of(arrays), optimizer, chunk=divisor(strange, chunk))
+        own = divisor(-(-strange // config.sharing), chunk)
+        introduce = rounds.make_onboard(method, loss_of(arrays), optimizer, chunk=own, mesh=mesh)
         cohort = cohort_of(seed.clients, memory, unseen, trial)
         told = introduce(arrays.base, run.state, cohort, key("trials"), run.round)
         return jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
 
     def serve(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable) -> Callable:
         (x, y), key, clients = arrays.test, key_of(seed, run), seed.clients
-        metric = lambda base, model, rows: (problem.correct_fn(base, model, (x[rows], y[rows])), read(base, model))
+        metric = lambda base, model, rows: (
+            problem.correct_fn(base, model, (looked_up(rows, x), looked_up(rows, y))),
+            read(base, model),
+        )
 
         def group(ids: Array, method: Method = method) -> tuple[Array, Any]:
-            evaluate = rounds.make_evaluate(method, metric, loss_of(arrays), optimizer, chunk=own_chunk)
+            evaluate = rounds.make_evaluate(method, metric, loss_of(arrays), optimizer, chunk=own_chunk, mesh=mesh)
             batches = drawn(arrays, clients, ids, key("batches"), steps) if steps else ()
             cohort, who = cohort_of(clients, memory, ids, batches), clients.who(ids)
             scores = evaluate(arrays.base, run.state, cohort, clients.test_rows[who], key("steps"), run.round)
@@ -119,7 +123,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         group = serve(arrays, seed, run, memory, steps, read)
         if not many:
             return group(jnp.arange(total))
-        ids = together(total, own_chunk)
+        ids = together(total, own_chunk * config.sharing)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], jax.lax.map(group, ids))
 
     def part(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable, ids: Array, places: Array):
@@ -132,6 +136,11 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         return own(jnp.arange(n, total), "batches of trials"), own(jnp.arange(total), "batches")
 
     return Serving(whole, onboard, score, part, draws)
+
+
+def looked_up(rows: Array, x: Array) -> Array:
+    """``x[rows]``, also of an array that every device has where each asks for rows of its own."""
+    return jnp.take(x, rows, axis=0, mode="clip")
 
 
 def everybody_trained(config: Config, seed: Seed, run: Run) -> Cohort:
@@ -185,7 +194,7 @@ def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any
 
 
 def together(total: int, own_chunk: int) -> Array:
-    """``[groups, size]``: clients to whom models are dispatched at once, where ``own_chunk`` are scored at once.
+    """``[groups, size]``: clients to whom models are dispatched at once, where devices score ``own_chunk`` at once.
 
     Of many no more than ``GROUP``, in equal groups, the last filled up.
     """
@@ -196,9 +205,9 @@ def together(total: int, own_chunk: int) -> Array:
     return jnp.minimum(jnp.arange(-(-total // size) * size), total - 1).reshape(-1, size)
 
 
-def scored_at_once(total: int, chunk: int) -> int:
-    """Clients whose models are computed side by side when ``total`` of them are scored."""
-    return min(chunk, GROUP) if total > GROUP else divisor(total, chunk)
+def scored_at_once(total: int, chunk: int, devices: int = 1) -> int:
+    """Clients whose models each device computes side by side when ``total`` of them are scored."""
+    return min(chunk, max(1, GROUP // devices)) if total > GROUP else divisor(-(-total // devices), chunk)
 
 
 def is_mapped(config: Config, problem: Problem) -> bool:

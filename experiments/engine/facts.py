@@ -61,5 +61,6 @@ def describe() -> dict[str, Any]:
     """With what a run is computed."""
     return {
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
+        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}"
+        + f", {jax.process_count()} processes" * (jax.process_count() > 1),
     }

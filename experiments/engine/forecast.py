@@ -102,7 +102,7 @@ def too_large(config: Config, problem: Problem, name: str, needed: Need | None) 
         f"{_size(needed.work)} to train {counted(chunk, 'client')} of {counted(together, 'seed')} at once), and there "
         f"are {_size(have)}: "
     )
-    cohort, seeds = config.cohort // config.devices, problem.keys.shape[0]
+    cohort, seeds = -(-config.cohort // config.sharing), problem.keys.shape[0]
     fewer = [(s, chunk) for s in range(together - 1, 0, -1) if seeds % s == 0]  # first fewer seeds, then fewer clients
     fewer += [(1, c) for c in range(chunk - 1, 0, -1) if cohort % c == 0]
     part = lambda s, c: needed.held + math.ceil(needed.work * s * c / (together * chunk))
@@ -220,13 +220,14 @@ def unequal(problem: Problem) -> list[str]:
 def seconds(config: Config, method: Method, step: Step, scoring: Scoring, passes: float) -> tuple[float, float]:
     """Of a whole run's local steps, with ``passes`` of batches in a round, and of its evaluations.
 
-    On several devices the clients of a round are shared; every device scores all.
+    Several devices share the clients of a round, and those that are scored; the global model each of them scores.
     """
-    everybody, seeds, one = sum(config.scored), len(config.seeds), step.seconds / step.clients
-    training = config.rounds * passes * one / config.devices
+    most = lambda clients: -(-clients // config.sharing)  # of one device
+    everybody, seeds, one = most(sum(config.scored)), len(config.seeds), step.seconds / step.clients
+    training = config.rounds * passes / config.cohort * most(config.cohort) * one
     times = config.rounds // config.eval_every
     tuned = min(times, -(-summary.WINDOW // config.eval_every))
-    trials = config.scored[1] * config.local_steps if method.onboard else 0
+    trials = most(config.scored[1]) * config.local_steps if method.onboard else 0
     steps = times * trials + tuned * everybody * config.local_steps
     own = scoring.own + (scoring.whole if config.novel else 0.0)  # then every model sees all test images
     evaluation = times * scoring.whole + (times + tuned) * everybody * own + steps * one

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from experiments.config import Config
+from experiments.engine import hosts
 from experiments.engine.chunking import choose
 from experiments.engine.evaluation import Serving, scored_at_once, together
 from experiments.setup.problem import Clients, Problem
@@ -63,12 +64,12 @@ def sizes(config: Config, problem: Problem, method: Method) -> Sizes:
 
     of_steps = lambda count: most(count * np.minimum(held.max(1), batches), n)
     of_clients = lambda count: min(n_test, seeds * count * widest)
-    own = scored_at_once(total, chunk)
-    size = together(total, own).shape[1]
+    own = scored_at_once(total, chunk, config.sharing)
+    size = together(total, own * config.sharing).shape[1]
     many = [x for x in range(1, config.eval_every + 1) if config.eval_every % x == 0]
-    among = [x for x in range(own, size + 1, own) if size % x == 0]
+    among = [x for x in range(1, size + 1) if size % x == 0 and -(-x // config.sharing) % own == 0]
     each = max([x for x in many if of_rounds(x) <= fits], default=1)
-    scored = max([x for x in among if of_steps(x) + of_clients(x) <= fits], default=own)
+    scored = max([x for x in among if of_steps(x) + of_clients(x) <= fits], default=min(among))
     tests = min(n_test, max(1, fits // AT_ONCE) * AT_ONCE)
     trials = of_steps(unseen) if method.onboard and unseen else 0
     return Sizes(seeds, each, scored, tests, of_rounds(each), trials, of_steps(scored), of_clients(scored))
@@ -99,7 +100,7 @@ def make_draws(config: Config, problem: Problem, method: Method, sizes: Sizes, s
     # How many of its batches each client goes through is left out: they are drawn all the same.
     population = Population(whose.population.rows, whose.population.sizes, whose.population.ranks)
     of = lambda first, x: jax.device_put(x[first : first + sizes.seeds], cpu)
-    bare = whose._replace(population=population), keys
+    bare = hosts.local((whose._replace(population=population), keys))
     some = {first: jax.tree.map(partial(of, first), bare) for first in range(0, len(keys), sizes.seeds)}
 
     # A round that computes nothing, and reports what it was given.

@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.config import Config
+from experiments.engine import hosts
 from experiments.engine.chunking import choose, mesh_of
 from experiments.engine.evaluation import Scores, make_scores
 from experiments.setup.local_training import make_optimizer
@@ -70,6 +71,21 @@ def everywhere(devices: int) -> NamedSharding | None:
     """Only clients in training are shared by devices; whatever goes in or comes out, every device has all of."""
     mesh = mesh_of(devices)
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def placed(tree: Any, devices: int) -> Any:
+    """Arrays where ``jit_on`` expects them, once for all."""
+    place = everywhere(devices)
+    return jax.tree.map(jnp.asarray, tree) if place is None else hosts.placed(tree, place)
+
+
+def placed_problem(problem: Problem, devices: int) -> Problem:
+    """A problem all of whose arrays are there, but for images that are staged."""
+    stays = () if problem.staged else (problem.train, problem.test)
+    parts = problem.base, problem.clients, problem.adapters, problem.keys, stays
+    base, clients, adapters, keys, images = placed(parts, devices)
+    own = problem._replace(base=base, clients=clients, adapters=adapters, keys=keys)
+    return own if problem.staged else own._replace(train=images[0], test=images[1])
 
 
 def jit_on(devices: int) -> Callable:

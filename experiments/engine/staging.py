@@ -140,12 +140,13 @@ class Staged:
         self._rows, self._test_rows, self._test_counts = jax.device_get(rows)
         self._firsts = range(0, len(config.seeds), self.sizes.seeds)
         self._who = whose.all_scored()
-        groups = np.asarray(together(self._who.shape[1], scored_at_once(self._who.shape[1], chunk)))
+        own = config.sharing * scored_at_once(self._who.shape[1], chunk, config.sharing)
+        groups = np.asarray(together(self._who.shape[1], own))
         spans = [np.arange(i, i + self.sizes.clients) for i in range(0, groups.shape[1], self.sizes.clients)]
         self._scored = [(ids, places) for ids in groups for places in spans]
         count = len(problem.test[1])
         self._tests = [(i, min(count, i + self.sizes.tests)) for i in range(0, count, self.sizes.tests)]
-        self._put = lambda x: jax.device_put(x, programs.everywhere(config.devices))
+        self._put = lambda x: programs.placed(x, config.devices)
         self.lowered = self._calls.train.lower(problem.base, self._like(self.sizes.by_rounds), self._everyone, start)
 
     def compile(self) -> float:

@@ -86,7 +86,7 @@ def one_step(config: Config, problem: Problem, clock: Callable[[], float] = time
 def one_scoring(config: Config, problem: Problem, clock: Callable[[], float] = time.perf_counter) -> Scoring:
     """Time of the two parts of an evaluation."""
     total, (chunk, _) = sum(config.scored), chunking.choose(config, problem)
-    clients = evaluation.scored_at_once(total, chunk)
+    clients = evaluation.scored_at_once(total, chunk, config.sharing)
     adapter = jax.tree.map(lambda x: x[0], problem.adapters)
     several = jax.tree.map(lambda x: jnp.stack([x] * clients), adapter)
     rows, some = np.asarray(problem.clients.test_rows[0, :clients]), problem.test[:2]

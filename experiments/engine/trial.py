@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from experiments.config import Config
-from experiments.engine import methods, programs
+from experiments.engine import hosts, methods, programs
+from experiments.engine.evaluation import Scores
 from experiments.engine.facts import facts_of
 from experiments.engine.programs import Programs
 from experiments.engine.resident import Resident
@@ -65,7 +67,7 @@ class Trial:
         Rows are cut only now, when it is known from where the run goes on.
         """
         config = self.config
-        done, run = (config.rounds, None) if config.rounds in whole else self._restored(whole, store)
+        done, run = self._begun(whole, store)
         own = lambda row: row["method"] == self.name and row["seed"] in config.seeds
         kept = [row for row in metrics.read() if not own(row) or row["round"] <= done]
         metrics.rewrite([as_of(row, config.rounds) if own(row) else row for row in kept])
@@ -73,28 +75,55 @@ class Trial:
         self.rows.go_on(row for row in kept if own(row))
         if run is None:
             return store.notes(done)
-        self.compile()
-        self.course.begin(done)
         bar.set_description(self.name)
 
         seconds = []
-        for end in range(done + config.eval_every, config.rounds + 1, config.eval_every):
-            begin = time.perf_counter()
-            run, info = self.course.block(run)
-            seconds.append((time.perf_counter() - begin) / (config.eval_every * len(config.seeds)))
-            self._check_moved(info, end)
-            metrics.append(self.rows.of_block(end, jax.device_get(info), self.course.scores(run, end)))
+        for end, after, took, info, scores in self._blocks(done, run):
+            seconds.append(took / (config.eval_every * len(config.seeds)))
+            metrics.append(self.rows.of_block(end, info, scores))
             timings = {"seconds_per_round": float(np.median(seconds)), "compile_seconds": self.compile_seconds}
             if end == config.rounds and self.leads:
-                record.keep_theta(metrics.folder, self.name, innermost(run.state))
+                record.keep_theta(metrics.folder, self.name, jax.device_get(innermost(after.state)))
             if end % config.rounds_between_checkpoints() == 0 or end == config.rounds:
-                store.save(end, run, timings)
+                store.save(end, after, timings)
             bar.update(config.eval_every * len(config.seeds))
         return store.notes(config.rounds)
 
-    def _restored(self, whole: list[int], store: Checkpoints) -> tuple[int, Run]:
-        """Rounds done, and the run after them, from the newest checkpoint that can be read."""
+    def follow(self) -> None:
+        """The same rounds where another process, the first, ``run``s them."""
+        done, run = self._begun((), None)
+        if run is not None:
+            for _ in self._blocks(done, run):
+                pass
+
+    def _blocks(self, done: int, run: Run) -> Iterator[tuple[int, Run, float, Info, Scores]]:
+        """The rounds after ``done``, one evaluation after another: rounds done, the run, seconds of its rounds, what
+        they report and the scores, both on the host."""
+        config = self.config
+        self.compile()
+        self.course.begin(done)
+        for end in range(done + config.eval_every, config.rounds + 1, config.eval_every):
+            begin = time.perf_counter()
+            run, info = self.course.block(run)
+            took = time.perf_counter() - begin
+            self._check_moved(info, end)
+            yield end, run, took, jax.device_get(info), self.course.scores(run, end)
+
+    def _begun(self, whole: Sequence[int], store: Checkpoints | None) -> tuple[int, Run | None]:
+        """Rounds done and the run after them, as the first process finds them; ``None`` after the last round."""
         start = self.programs.start(self.problem.adapters, self.problem.keys)
+        done, run = 0, start
+        if self.config.rounds in whole:
+            done = self.config.rounds
+        elif store is not None:
+            done, run = self._restored(whole, store, start)
+        done = hosts.agreed(done)
+        if done == self.config.rounds:
+            return done, None
+        return done, start if done == 0 else programs.placed(hosts.agreed_arrays(run), self.config.devices)
+
+    def _restored(self, whole: Sequence[int], store: Checkpoints, start: Run) -> tuple[int, Run]:
+        """Rounds done, and the run after them, from the newest checkpoint that can be read."""
         for done in whole:
             try:
                 return done, store.restore(done, start)

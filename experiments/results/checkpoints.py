@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.results.folder import read_json, sealed, unsealed, write_atomically
@@ -48,7 +49,7 @@ class Checkpoints:
         return self._manifest(rounds_done)["notes"]  # type: ignore[index]
 
     def save(self, rounds_done: int, run: Any, notes: Any = None) -> None:
-        """Write a checkpoint, then delete all but the newest two.
+        """Write a checkpoint, arrays from wherever they are, then delete all but the newest two.
 
         Raises:
           OSError: it could not be written.
@@ -62,14 +63,14 @@ class Checkpoints:
         self.keep(self._steps()[:2])
 
     def restore(self, rounds_done: int, like: Any) -> Any:
-        """A checkpoint, in the structure of ``like``."""
+        """A checkpoint, in the structure of ``like``, of NumPy arrays but for random keys."""
         leaves, structure = jax.tree.flatten(like)
         named = (self._manifest(rounds_done) or {}).get("named")
         names = _names(like) if named else [f"{i:04d}" for i in range(len(leaves))]  # as they once were
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(names, leaves))
         with _quiet():
-            arrays = _ORBAX.restore(self._path / str(rounds_done), args=ocp.args.StandardRestore(abstract))
-        keys = {name for name, x in zip(names, leaves, strict=True) if _is_key(x)}
+            room = ocp.args.StandardRestore(_room(names, leaves))
+            arrays = _ORBAX.restore(self._path / str(rounds_done), args=room)
+        keys = {name for name, x in zip(names, leaves, strict=True) if _is_key(x)}  # these are of jax again
         arrays = {name: jax.random.wrap_key_data(x) if name in keys else x for name, x in arrays.items()}
         kept = [arrays.get(name, old) for name, old in zip(names, leaves, strict=True)]
         return jax.tree.unflatten(structure, kept)
@@ -121,7 +122,9 @@ def spans(folder: Path, count: int) -> list[tuple[int, int]]:
     return out + [(end, count)] * (end < count)
 
 
-_ORBAX = ocp.Checkpointer(ocp.StandardCheckpointHandler())  # without threads of its own that outlive a call
+# Without threads of its own that outlive a call; where several processes share a run, the first alone reads and writes.
+_ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
+_ORBAX = ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=_ALONE), multiprocessing_options=_ALONE)
 
 
 def _remove(path: Path) -> None:
@@ -175,8 +178,15 @@ def _arrays(names: list[str], leaves: list[Any]) -> dict[str, Any]:
 
     Orbax does not write arrays of size zero (the labels of a signature that says nothing of them): they are left out.
     """
-    plain = lambda x: jax.random.key_data(x) if _is_key(x) else x
+    plain = lambda x: np.asarray(jax.random.key_data(x) if _is_key(x) else x)
     return {name: plain(x) for name, x in zip(names, leaves, strict=True) if x.size}
+
+
+def _room(names: list[str], leaves: list[Any]) -> dict[str, np.ndarray]:
+    """For what ``_arrays`` makes of such leaves."""
+    plain = lambda x: jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+    shapes = {name: plain(x) for name, x in zip(names, leaves, strict=True) if x.size}
+    return {name: np.empty(x.shape, x.dtype) for name, x in shapes.items()}
 
 
 def _is_key(x: Any) -> bool:
