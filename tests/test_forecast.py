@@ -158,8 +158,8 @@ def test_time_is_that_of_all_that_is_computed_one_after_another(novel, onboard, 
     for r in range(1, rounds + 1):
         training += passes * 0.5 / 2  # shared by two devices
         if r % every == 0:
-            evaluation += 11.0 + 37 * own + (7 * 5 * 0.5 if onboard else 0.0)
-            evaluation += 37 * (5 * 0.5 + own) if r > rounds - 5 else 0.0
+            evaluation += 11.0 + 19 * own + (4 * 5 * 0.5 if onboard else 0.0)  # of 37 clients, 7 of them unseen
+            evaluation += 19 * (5 * 0.5 + own) if r > rounds - 5 else 0.0
     found = forecast.seconds(config, SimpleNamespace(onboard=onboard), step, scoring, passes)  # type: ignore[arg-type]
     np.testing.assert_allclose(found, (2 * training, 2 * evaluation))
 

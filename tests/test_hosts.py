@@ -86,6 +86,12 @@ def killed(out: Path, which: int, *more: str) -> list[tuple[int, str, str]]:
     return ended(processes)
 
 
+@pytest.fixture(scope="module")
+def lost(folder):
+    """What two said of whom the second was killed, in the folder ``lost``."""
+    return killed(folder / "lost", 1)
+
+
 def assert_same(out: Path, other: Path) -> None:
     for row, same in zip(rows(out), rows(other), strict=True):
         assert row["clients"] == same["clients"]
@@ -93,15 +99,19 @@ def assert_same(out: Path, other: Path) -> None:
             assert row[key] == pytest.approx(same[key], abs=1e-4 if key == "bias" else 1e-5), key
 
 
-def test_where_one_of_two_is_lost_the_other_ends_and_one_alone_goes_on(folder, monkeypatch, capfd):
-    here(folder / "whole", monkeypatch)
-    (code, _, said), (_, output, last) = killed(folder / "lost", 1)
+def test_where_one_of_two_is_lost_the_other_ends_with_a_line(folder, lost):
+    (code, _, said), (_, output, last) = lost
     assert code == 1
     assert LOST in said.splitlines()[-1]
     assert said.splitlines()[-1].endswith("--resume")
     assert (output, last) == ("", f"error: process 1 of 2 {KILLED}\n")
-    begun = len(rows(folder / "lost"))
-    assert 2 <= begun < 8
+    assert 2 <= len(rows(folder / "lost")) < 8
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_one_alone_goes_on_with_the_numbers_of_one_alone(folder, lost, monkeypatch, capfd):
+    here(folder / "whole", monkeypatch)
     capfd.readouterr()
     here(folder / "lost", monkeypatch, "--resume")
     assert "note: " not in capfd.readouterr().err, "its checkpoint is gone on from"
