@@ -194,7 +194,7 @@ _META = {"unroll", "meta_lr"}
 _HOSTS = {"hosts", "coordinator", "process_id"}
 _WORK = {"local_steps", "local_steps_from", "local_epochs", "local_cap"}
 _TUNED = {"budgets", "lrs", "tuning_seeds", "vary"} | _META
-_AT_ONCE = {"images"}  # of what needs all images at once
+_AT_ONCE = {"images", "kept"}  # of what needs all images, and what all clients keep, at once
 _WEIGHTS = {"weights", "mean", "std", "heads", "epsilon", "keep_head"}
 _MODEL = _WEIGHTS | {
     "head",

@@ -40,7 +40,7 @@ def option(
 COUNT = "[1, 1000000]"  # clients, rounds, steps: more would be a slip, and take years or terabytes
 INT32 = "[0, 2147483647]"
 PREFIXES = ("auto", "stored", "anew")
-IMAGES = ("auto", "resident", "staged")
+IMAGES = KEPT = ("auto", "resident", "staged")
 BLOCKS = ("auto", "loop", "unrolled")
 SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
@@ -337,6 +337,14 @@ class Config:
         among=IMAGES,
         decides=SPEED,
     )
+    kept: str = option(
+        "auto",
+        "where is what clients keep between rounds, as of Ditto a model each: 'resident', all on the device; 'staged', "
+        "on the host, and what those keep who take part next, or are scored next, is brought to the device; or 'auto': "
+        "staged where all of it takes more than half of the memory there is",
+        among=KEPT,
+        decides=SPEED,
+    )
     chunk: int | None = option(
         None, "clients trained at once; must divide the cohort (default: chosen by device)", COUNT, decides=SPEED
     )
@@ -530,6 +538,8 @@ def check(config: Config) -> None:
             "--images staged reads what is drawn, and --novel scores every model on all test images: leave "
             "one of them out"
         )
+    if config.novel and config.kept == "staged":
+        raise ValueError("--kept staged serves clients in parts, and --novel all at once: leave one of them out")
     if config.scale == 0:
         raise ValueError("--scale must not be 0: nothing that adapters learn would count")
     for name in ("methods", "seeds", "lrs", "budgets", "tuning_seeds"):

@@ -240,14 +240,30 @@ def make_step(round_fn: RoundFn, *, participants: int, steps: int, batch: int, s
       smallest: images of the smallest client; a method with queries keeps some of them apart, so it needs two.
       query: of the method. That many images are kept apart from the local steps, others each round.
     """
-    cohort_step = make_cohort_step(round_fn, steps=steps, batch=batch, smallest=smallest, query=query)
+    placed = make_placed_step(make_cohort_step(round_fn, steps=steps, batch=batch, smallest=smallest, query=query))
 
     def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
         refuse_other_clients(run.memory, population.sizes.shape[0])
         ids = draw_ids(key, run.round, population.sizes.shape[0], participants)
-        memory = jax.tree.map(lambda x: x[ids], run.memory)
+        return placed(base, data, population, run, key, ids, ids)
+
+    return step
+
+
+def make_placed_step(cohort_step: Callable) -> Callable[..., tuple[Run, Info]]:
+    """``step(base, data, population, run, key, ids [C], places [C]) -> (run, info)``: a round of the clients ``ids``.
+
+    What they keep is at ``places`` of ``run.memory``, which may hold no more than some clients' rows: those that take
+    part in the rounds to come, say. With the numbers of ``draw_ids`` it is the round of ``make_step``.
+
+    Args:
+      cohort_step: ``make_cohort_step``.
+    """
+
+    def step(base: Params, data: Any, population: Population, run: Run, key: Array, ids: Array, places: Array):
+        memory = jax.tree.map(lambda x: x[places], run.memory)
         state, memory, info = cohort_step(base, data, population.members(ids), ids, run.state, memory, run.round, key)
-        kept = jax.tree.map(lambda rows, new: rows.at[ids].set(new), run.memory, memory)
+        kept = jax.tree.map(lambda rows, new: rows.at[places].set(new), run.memory, memory)
         return Run(state, kept, run.round + 1), info
 
     return step

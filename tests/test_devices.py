@@ -85,7 +85,7 @@ gradient = lambda mesh: jit(jax.grad(lambda scale: after(scale, mesh)))(1.0)
 assert_near(gradient(mesh_of(jax.devices()[:2])), gradient(None), 1e-5)
 
 # 4 clients of unequal weights and ranks on 3 devices, then models of 4 of them
-assert_near(results("hetlora", mesh_of(jax.devices()[:3])), results("hetlora", None), 1e-5)
+assert_near(results("flexlora", mesh_of(jax.devices()[:3])), results("flexlora", None), 1e-5)
 assert_near(scores(mesh_of(jax.devices()[:3])), scores(None), 1e-5)
 assert_near(gradient(mesh_of(jax.devices()[:3])), gradient(None), 1e-5)
 """,

@@ -19,7 +19,7 @@ from experiments.cli import parse
 from experiments.commands import export
 from experiments.commands.compare import Plan
 from experiments.config import Config, Export
-from experiments.engine import evaluation, parts, staging
+from experiments.engine import evaluation, parts, reading, staging
 from experiments.engine.trial import Trial
 from experiments.results.checkpoints import Checkpoints
 from experiments.setup import data, memory, on_disk, problem
@@ -110,7 +110,7 @@ def test_a_part_sees_what_it_draws_and_no_more(folder, monkeypatch):
     small = staging.Staged(config, p, *_method_and_start(config, p))
     assert (small.sizes.rounds, small.sizes.clients) == (1, 1)
     assert small.sizes.by_rounds == 2 * 2 * 3  # clients, steps, batch
-    shown = small._of_rounds(1, 3)  # of the second seed, after three rounds
+    shown, _ = small._of_rounds(1, 3)  # of the second seed, after three rounds
     drawn = np.unique(np.concatenate([np.ravel(x) for x in jax.tree.leaves(small._draws.of_rounds(1, 3))]))
     np.testing.assert_array_equal(shown.train[0][: len(drawn)], p.train[0][drawn])
     np.testing.assert_array_equal(shown.train[1][: len(drawn)], p.train[1][drawn])
@@ -240,7 +240,7 @@ def test_one_part_is_made_while_one_is_used_and_no_more():
             raise OSError("lost")
         return i
 
-    parts_ahead = staging.ahead(functools.partial(make, i) for i in range(5))
+    parts_ahead = reading.ahead(functools.partial(make, i) for i in range(5))
     go.release()
     assert next(parts_ahead) == 0
     go.release(9)

@@ -202,9 +202,8 @@ def restored(config: Config, problem: Problem, name: str, seed: int) -> tuple[Me
     method = methods.build(name, **facts_of(config, problem.signature))
     part = dataclasses.replace(config, seeds=config.seeds[start:stop])
     begin = programs.make(part, problem, method).start
-    together = store.restore(
-        config.rounds, begin(jax.tree.map(lambda x: x[start:stop], problem.adapters), problem.keys[start:stop])
-    )
+    like = begin(jax.tree.map(lambda x: x[start:stop], problem.adapters), problem.keys[start:stop])
+    together = jax.tree.map(jnp.asarray, store.restore(config.rounds, like))
     one = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
     return method, one(problem.everyone(), place), one(together, place - start)
 

@@ -51,7 +51,8 @@ def opened(command: str, config: Config, grows: Iterable[str] = (), free: Collec
 
 def built(config: Config, backbone: Backbone | None = None, may_stage: bool = False) -> Problem:
     """The problem, if the methods accept it."""
-    made = problem.build(config, partial(acceptable, config), backbone, may_stage and not config.novel)
+    stages = may_stage and not config.novel
+    made = problem.build(config, partial(acceptable, config, may_stage=stages), backbone, stages)
     if config.targets != Config().targets:
         for line in found(config, made):
             say(line)

@@ -42,14 +42,17 @@ class Scores(NamedTuple):
 class Serving(NamedTuple):
     """How the clients that are scored, ``E``, are served the models of a run; of one seed."""
 
-    whole: Callable  # (arrays, seed, run) -> [n_test] 1 where the global model is right
+    whole: Callable  # (arrays, seed, run, nobody=None) -> [n_test] 1 where the global model is right; of the mean of
+    #   all clients that train, or of what ``nobody`` made of them
+    nobody: Callable  # (seed, run) -> that mean, a cohort of one
     # (arrays, seed, run) -> memory [E, ...], of unseen clients after the trial by which the method gets to know
     # them, where it has one (Method.onboard)
     onboard: Callable
+    strangers: Callable  # the same of the unseen clients alone, for which no other's memory is looked at
     score: Callable  # (arrays, seed, run, memory, steps, read) -> (accuracy [E] of each client's model on its own
     #   test images after so many local steps, read(base, model) [E, ...])
-    part: Callable  # (arrays, seed, run, memory, steps, read, ids [G], places [C]) -> score of those at ids[places] of
-    #   E, where models are dispatched to all of ids at once
+    part: Callable  # (arrays, seed, run, own, steps, read, ids [G], places [C]) -> score of those at ids[places] of E,
+    #   where models are dispatched to all of ids at once, of whom own [G, ...] is the memory
     draws: Callable  # (clients, key of a seed, round) -> rows of the training images that are drawn for all that in
     #   that round: for trials [unseen, steps, batch], and for local steps [E, steps, batch]
 
@@ -68,51 +71,41 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
     key_at = lambda key, round: partial(purpose, purpose(jax.random.fold_in(key, round), "evaluation"))
     key_of = lambda seed, run: key_at(seed.key, run.round)
 
-    def drawn(arrays: Arrays, clients: Clients, places: Array, key: Array, steps: int) -> Any:
-        """Rows of the training images of so many local steps, ``[C, steps, batch]``; padded where some take fewer."""
-        rows, ids = jnp.arange(arrays.train[1].shape[0]), clients.who(places)
-        return sample_batches(key, rows, clients.population, ids, steps, config.batch, problem.smallest)
+    loss_of, drawn = partial(loss_of_rows, problem), partial(rows_of_steps, config.batch, problem.smallest)
+    nobody = lambda seed, run: average_client(everybody_trained(config, seed, run))
 
-    def loss_of(arrays: Arrays) -> Callable:
-        def images(rows: Any) -> Any:
-            if isinstance(rows, Padded):
-                return rows._replace(examples=images(rows.examples))
-            return jax.tree.map(partial(looked_up, rows), arrays.train)
-
-        return lambda base, adapter, rows, key: problem.loss_fn(base, adapter, images(rows), key)
-
-    def whole(arrays: Arrays, seed: Seed, run: Run) -> Array:
-        (x, y), training = arrays.test, everybody_trained(config, seed, run)
-        one, key = average_client(training), key_of(seed, run)("nothing")
+    def whole(arrays: Arrays, seed: Seed, run: Run, one: Cohort | None = None) -> Array:
+        (x, y), one = arrays.test, nobody(seed, run) if one is None else one
+        key = key_of(seed, run)("nothing")
         return score_one(arrays.base, run.state, one, (x[None], y[None]), key).before[0]
 
-    def onboard(arrays: Arrays, seed: Seed, run: Run) -> Any:
-        key, trained = key_of(seed, run), run.memory
-        fresh = rounds.start(method, key("newcomers"), seed.adapter, strange)
-        if n < config.clients:
-            trained = jax.tree.map(lambda x: x[seed.clients.who(jnp.arange(n))], trained)
-        memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), trained, fresh.memory)
+    def strangers(arrays: Arrays, seed: Seed, run: Run) -> Any:
+        key = key_of(seed, run)
+        fresh = rounds.start(method, key("newcomers"), seed.adapter, strange).memory
         if method.onboard is None or not strange:
-            return memory
+            return fresh
         unseen = jnp.arange(n, total)
         trial = drawn(arrays, seed.clients, unseen, key("batches of trials"), longest)
         own = divisor(-(-strange // config.sharing), chunk)
         introduce = rounds.make_onboard(method, loss_of(arrays), optimizer, chunk=own, mesh=mesh)
-        cohort = cohort_of(seed.clients, memory, unseen, trial)
-        told = introduce(arrays.base, run.state, cohort, key("trials"), run.round)
-        return jax.tree.map(lambda a, b: a.at[unseen].set(b), memory, told)
+        cohort = cohort_of(seed.clients, fresh, unseen, trial)
+        return introduce(arrays.base, run.state, cohort, key("trials"), run.round)
 
-    def serve(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable) -> Callable:
-        (x, y), key, clients = arrays.test, key_of(seed, run), seed.clients
-        metric = lambda base, model, rows: (
-            problem.correct_fn(base, model, (looked_up(rows, x), looked_up(rows, y))),
-            read(base, model),
-        )
+    def onboard(arrays: Arrays, seed: Seed, run: Run) -> Any:
+        trained = run.memory
+        if n < config.clients:
+            trained = jax.tree.map(lambda x: x[seed.clients.who(jnp.arange(n))], trained)
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), trained, strangers(arrays, seed, run))
 
-        def group(ids: Array, method: Method = method) -> tuple[Array, Any]:
+    def serve(arrays: Arrays, seed: Seed, run: Run, steps: int, read: Callable) -> Callable:
+        key, clients = key_of(seed, run), seed.clients
+        test = lambda rows: jax.tree.map(partial(looked_up, rows), arrays.test)
+        metric = lambda base, model, rows: (problem.correct_fn(base, model, test(rows)), read(base, model))
+
+        def group(ids: Array, own: Any, method: Method = method) -> tuple[Array, Any]:
             evaluate = rounds.make_evaluate(method, metric, loss_of(arrays), optimizer, chunk=own_chunk, mesh=mesh)
             batches = drawn(arrays, clients, ids, key("batches"), steps) if steps else ()
-            cohort, who = cohort_of(clients, memory, ids, batches), clients.who(ids)
+            cohort, who = cohort_of(clients, own, ids, batches), clients.who(ids)
             scores = evaluate(arrays.base, run.state, cohort, clients.test_rows[who], key("steps"), run.round)
             correct, seen = scores.after if steps else scores.before
             return own_accuracy(correct, clients.test_counts[who]), seen
@@ -120,22 +113,43 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
         return group
 
     def score(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable = nothing):
-        group = serve(arrays, seed, run, memory, steps, read)
+        group = serve(arrays, seed, run, steps, read)
         if not many:
-            return group(jnp.arange(total))
-        ids = together(total, own_chunk * config.sharing)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], jax.lax.map(group, ids))
+            return group(jnp.arange(total), memory)
+        of_group = lambda ids: group(ids, jax.tree.map(lambda x: x[ids], memory))
+        out = jax.lax.map(of_group, together(total, own_chunk * config.sharing))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], out)
 
-    def part(arrays: Arrays, seed: Seed, run: Run, memory: Any, steps: int, read: Callable, ids: Array, places: Array):
-        everybody = cohort_of(seed.clients, memory, ids)
-        return serve(arrays, seed, run, memory, steps, read)(ids[places], among(method, everybody, places))
+    def part(arrays: Arrays, seed: Seed, run: Run, own: Any, steps: int, read: Callable, ids: Array, places: Array):
+        others = among(method, cohort_of(seed.clients, own, ids), places)
+        own = jax.tree.map(lambda x: x[places], own)
+        return serve(arrays, seed, run, steps, read)(ids[places], own, others)
 
     def draws(clients: Clients, key: Array, round: Array) -> tuple[Array, Array]:
         numbers, named = (jnp.arange(len(problem.train[1])),) * 2, key_at(key, round)
         own = lambda ids, name: drawn(Arrays((), numbers, ()), clients, ids, named(name), longest)  # type: ignore
         return own(jnp.arange(n, total), "batches of trials"), own(jnp.arange(total), "batches")
 
-    return Serving(whole, onboard, score, part, draws)
+    return Serving(whole, nobody, onboard, strangers, score, part, draws)
+
+
+def rows_of_steps(
+    batch: int, smallest: int, arrays: Arrays, clients: Clients, places: Array, key: Array, steps: int
+) -> Any:
+    """Rows of the training images of so many local steps, ``[C, steps, batch]``; padded where some take fewer."""
+    rows, ids = jnp.arange(arrays.train[1].shape[0]), clients.who(places)
+    return sample_batches(key, rows, clients.population, ids, steps, batch, smallest)
+
+
+def loss_of_rows(problem: Problem, arrays: Arrays) -> Callable:
+    """The loss of batches of rows of the training images, which are looked up where they are used."""
+
+    def images(rows: Any) -> Any:
+        if isinstance(rows, Padded):
+            return rows._replace(examples=images(rows.examples))
+        return jax.tree.map(partial(looked_up, rows), arrays.train)
+
+    return lambda base, adapter, rows, key: problem.loss_fn(base, adapter, images(rows), key)
 
 
 def looked_up(rows: Array, x: Array) -> Array:
@@ -148,9 +162,8 @@ def everybody_trained(config: Config, seed: Seed, run: Run) -> Cohort:
     return seed.clients.training(config.clients).cohort(jnp.arange(config.clients), run.memory)
 
 
-def cohort_of(clients: Clients, memory: Any, places: Array, batches: Any = ()) -> Cohort:
-    """The clients at some places among those that are scored, of whom ``memory [E, ...]`` is."""
-    own = jax.tree.map(lambda x: x[places], memory)
+def cohort_of(clients: Clients, own: Any, places: Array, batches: Any = ()) -> Cohort:
+    """The clients at some places among those that are scored, with what they keep, ``own [C, ...]``."""
     return clients.population.cohort(clients.who(places), (), batches)._replace(memory=own)
 
 

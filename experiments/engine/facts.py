@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from experiments.config import Config
-from experiments.engine import methods
+from experiments.engine import kept, methods
 from experiments.results import record
 from experiments.results.summary import counted
 from experiments.setup import local_training, memory
@@ -30,8 +30,11 @@ def facts_of(config: Config, signature: Signature) -> dict[str, Any]:
     }
 
 
-def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
-    """Refuse options that a method does not take, and what it has learned where that does not fit."""
+def acceptable(config: Config, signature: Signature, adapter: Adapter, may_stage: bool = False) -> None:
+    """Refuse options that a method does not take, and what it has learned or keeps where that does not fit.
+
+    ``may_stage``: what clients keep may stay on the host.
+    """
     for name in config.methods:
         method = methods.build(name, **facts_of(config, signature))
         if method.query and config.minimum < 2:
@@ -50,11 +53,14 @@ def acceptable(config: Config, signature: Signature, adapter: Adapter) -> None:
             )
         start = lambda key, adapter, method=method: rounds.start(method, key, adapter, config.clients)
         run = jax.eval_shape(start, jax.eval_shape(jax.random.key, 0), adapter)
-        memory.refuse_more_than_there_is(
-            len(config.seeds) * memory.bytes_of(run),
-            f"what {name} keeps of {counted(config.clients, 'client')} and {counted(len(config.seeds), 'seed')} would",
-            "use fewer of them, or smaller options of the method",
-        )
+        rows, rest = (len(config.seeds) * memory.bytes_of(x) for x in (run.memory, run._replace(memory=())))
+        hosted = may_stage and kept.is_staged(config.kept, rows)
+        clients, seeds = counted(config.clients, "client"), counted(len(config.seeds), "seed")
+        what = f"what {name} keeps of {clients} and {seeds} would"
+        remedy = "use fewer of them, or smaller options of the method"
+        memory.refuse_more_than_there_is(rest if hosted else rows + rest, what, remedy)
+        if hosted:
+            memory.refuse_more_than_there_is(rows, what, remedy, on_host=True)
 
 
 def describe() -> dict[str, Any]:

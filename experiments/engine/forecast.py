@@ -186,6 +186,7 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
             f"peak memory: of the process, which holds {_size(process)} beside arrays; "
             f"free for arrays: {'unknown' if have is None else _size(have)}",
             images_are(problem, trials[0]),
+            *kept_are(config, trials),
             *notes,
         ]
     )
@@ -196,7 +197,7 @@ def images_are(problem: Problem, trial: Trial) -> str:
     x, count = problem.train[0], len(problem.train[1]) + len(problem.test[1])
     what = f"{count:,} images" if x.dtype == np.uint8 else f"stored tokens of {count:,} images"
     all_of_them = f"{what} ({_size(count * parts.bytes_of_one(problem))})"
-    if not isinstance(trial.course, Staged):
+    if not problem.staged or not isinstance(trial.course, Staged):
         return f"--images resident: {all_of_them} are all on the device"
     reading = trial.course.reading()
     return (
@@ -204,6 +205,24 @@ def images_are(problem: Problem, trial: Trial) -> str:
         f"{_size(reading.of_round)} of them, in {1e3 * reading.seconds:.3g} ms now, an evaluation up to "
         f"{_size(reading.of_scores)}, while what comes before computes; {_size(reading.held)} of memory hold both"
     )
+
+
+def kept_are(config: Config, trials: Sequence[Trial]) -> list[str]:
+    """Where what clients keep is, a line for each method that has them keep anything, and what it costs to move it."""
+    said = []
+    for trial in trials:
+        size = memory.bytes_of(trial.kept)
+        what = f"what {trial.name} has {config.clients:,} clients keep ({_size(size)})"
+        if size and not (isinstance(trial.course, Staged) and trial.course.hosted):
+            said.append(f"--kept resident: {what} is all on the device")
+        elif size:
+            moved, took = trial.course.moving()  # type: ignore[union-attr]
+            part = trial.course.sizes  # type: ignore[union-attr]
+            said.append(
+                f"--kept staged: {what} stays on the host; for {part.rounds} rounds {_size(moved)} of it, of up to "
+                f"{part.kept} clients, go to the device and back, in {1e3 * took:.3g} ms now"
+            )
+    return said
 
 
 def unequal(problem: Problem) -> list[str]:

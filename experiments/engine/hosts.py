@@ -159,7 +159,8 @@ def placed(tree: Any, where: NamedSharding | None) -> Any:
         return jax.device_put(tree, where)
 
     put = lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index])
-    return jax.tree.map(lambda x: _through(put, x), tree)
+    there = lambda x: isinstance(x, jax.Array) and x.sharding == where
+    return jax.tree.map(lambda x: x if there(x) else _through(put, x), tree)
 
 
 def lost(error: BaseException) -> str | None:

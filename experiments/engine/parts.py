@@ -1,4 +1,4 @@
-"""A staged run in parts, each with the images that it draws: how large parts are, and which rows they see.
+"""A staged run in parts, each with what it draws: how large parts are, which images they see, who takes part.
 
 What is drawn depends on keys, the number of the round and on how many images a client holds, not on what is in them. So
 the library's own drawing of batches, given row numbers in place of images, tells beforehand what a part will see.
@@ -36,6 +36,7 @@ class Sizes(NamedTuple):
     rounds: int  # that one part computes
     clients: int  # that one part scores
     tests: int  # test images that the global model is scored on in one part
+    kept: int  # clients whose rows of memory a part of the rounds is given, where memory is on the host; of each seed
     # Images that one part may see, of training and of test images:
     by_rounds: int
     by_trials: int
@@ -48,14 +49,17 @@ class Sizes(NamedTuple):
         return max(self.by_rounds, self.by_trials, self.by_steps + self.by_clients, self.tests)
 
 
-def sizes(config: Config, problem: Problem, method: Method) -> Sizes:
-    """As many rounds and clients as see no more than ``STAGE``: one round, and the clients scored at once, at least."""
+def sizes(config: Config, problem: Problem, method: Method, row: int) -> Sizes:
+    """As many rounds and clients as see no more than ``STAGE``: one round, and the clients scored at once, at least.
+
+    ``row``: bytes of memory of one client, where that is on the host, or 0. Images that are resident count as none.
+    """
     (chunk, seeds), total, unseen = choose(config, problem), sum(config.scored), config.scored[1]
     held = np.asarray(problem.clients.population.sizes)  # [S, N + K]
     batches, widest = steps_of(config, problem) * config.batch, problem.clients.test_rows.shape[-1]
     n, n_test = len(problem.train[1]), len(problem.test[1])
     fits = STAGE // bytes_of_one(problem)
-    most = lambda counts, bound: min(bound, max(counts.reshape(-1, seeds).sum(1)))  # of seeds at once
+    most = lambda counts, bound: problem.staged * min(bound, max(counts.reshape(-1, seeds).sum(1)))  # of seeds at once
 
     def of_rounds(count: int) -> int:
         seen, training = batches + method.query, held[:, : config.clients]
@@ -63,16 +67,18 @@ def sizes(config: Config, problem: Problem, method: Method) -> Sizes:
         return most(np.minimum(count * once, np.minimum(training, count * seen).sum(1)), n)
 
     of_steps = lambda count: most(count * np.minimum(held.max(1), batches), n)
-    of_clients = lambda count: min(n_test, seeds * count * widest)
+    of_clients = lambda count: problem.staged * min(n_test, seeds * count * widest)
+    kept = lambda count: min(config.clients, count * config.cohort)
     own = scored_at_once(total, chunk, config.sharing)
     size = together(total, own * config.sharing).shape[1]
     many = [x for x in range(1, config.eval_every + 1) if config.eval_every % x == 0]
     among = [x for x in range(1, size + 1) if size % x == 0 and -(-x // config.sharing) % own == 0]
-    each = max([x for x in many if of_rounds(x) <= fits], default=1)
+    each = max([x for x in many if of_rounds(x) <= fits and seeds * kept(x) * row <= STAGE], default=1)
     scored = max([x for x in among if of_steps(x) + of_clients(x) <= fits], default=min(among))
-    tests = min(n_test, max(1, fits // AT_ONCE) * AT_ONCE)
+    tests = min(n_test, max(1, fits // AT_ONCE) * AT_ONCE) if problem.staged else n_test
     trials = of_steps(unseen) if method.onboard and unseen else 0
-    return Sizes(seeds, each, scored, tests, of_rounds(each), trials, of_steps(scored), of_clients(scored))
+    seen = of_rounds(each), trials, of_steps(scored), of_clients(scored)
+    return Sizes(seeds, each, scored, tests, kept(each) if row else 0, *seen)
 
 
 def steps_of(config: Config, problem: Problem) -> int:
@@ -90,6 +96,7 @@ class Draws(NamedTuple):
     """Rows of training images, of some seeds ``[s]``; computed on the CPU, whatever else is busy."""
 
     of_rounds: Callable  # (first of the seeds, rounds done) -> what the next part's rounds see
+    who: Callable  # the same -> who takes part in them [s, R, C]
     of_scores: Callable  # (first of the seeds, rounds done) -> of trials [s, unseen, T, B], of local steps [s, E, T, B]
 
 
@@ -119,8 +126,12 @@ def make_draws(config: Config, problem: Problem, method: Method, sizes: Sizes, s
         own = clients.training(config.clients)
         return rounds.scan_rounds(step, sizes.rounds)({}, jnp.arange(n), own, run, key)[1]
 
+    def who(clients: Clients, key: Array, number: Array) -> Array:
+        one = lambda round: rounds.draw_ids(key, round, config.clients, config.cohort)
+        return jax.lax.map(one, number + jnp.arange(sizes.rounds))
+
     def told(draw: Callable) -> Callable:
         many = jax.jit(lambda everyone, number: jax.lax.map(lambda row: draw(*row, number), everyone))
         return lambda first, done: jax.device_get(many(some[first], np.int32(done)))
 
-    return Draws(told(of_rounds), told(serving.draws))
+    return Draws(told(of_rounds), told(who), told(serving.draws))

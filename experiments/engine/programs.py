@@ -19,9 +19,10 @@ from experiments.setup.local_training import make_optimizer
 from experiments.setup.memory import refuse_draws
 from experiments.setup.problem import Arrays, Clients, Problem, Seed
 from fedlora_jax import rounds, training
+from fedlora_jax.clients import Population
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Cohort, Method, no_learning
-from fedlora_jax.rounds import Run
+from fedlora_jax.rounds import RoundFn, Run
 
 
 class Point(NamedTuple):
@@ -141,31 +142,53 @@ def make_block(config: Config, problem: Problem, method: Method, optimizer: Any,
     Raises:
       ValueError: the images that a cohort draws would not fit into memory.
     """
+    own = round_of(config, problem, method, optimizer, chunk)
+    step = rounds.make_step(own.round_fn, participants=config.cohort, **own.drawing)
+    block = rounds.scan_rounds(step, config.eval_every)
+    return lambda base, data, population, run, key: block(base, data, own.told(population), run, key)
+
+
+def make_placed_block(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int | None) -> Callable:
+    """``make_block`` for a run whose memory is of some clients: also of ``ids [R, C]``, who takes part in each of ``R``
+    rounds, and ``places [R, C]`` in it."""
+    own = round_of(config, problem, method, optimizer, chunk)
+    step = rounds.make_placed_step(rounds.make_cohort_step(own.round_fn, **own.drawing))
+
+    def block(base, data, population: Population, run: Run, key: Array, ids: Array, places: Array):
+        one = lambda run, who: step(base, data, own.told(population), run, key, *who)
+        return jax.lax.scan(one, run, (ids, places))
+
+    return block
+
+
+class Round(NamedTuple):
+    """One round with a run's options, and how it is fed."""
+
+    round_fn: RoundFn
+    drawing: dict[str, int]  # of the examples of a cohort, of ``rounds.make_cohort_step``
+    told: Callable  # (population) -> as much of it as the method may know
+
+
+def round_of(config: Config, problem: Problem, method: Method, optimizer: Any, chunk: int | None) -> Round:
+    """The round of ``make_block``, which raises what this does."""
     steps = problem.longest or config.local_steps
     refuse_draws(problem.train[0][0], config.cohort, steps, config.batch, method.query)
     refuse_too_few_steps(config, problem, method)
-    step = rounds.make_step(
-        rounds.make_round(
-            method,
-            problem.loss_fn,
-            optimizer,
-            chunk=chunk,
-            mesh=mesh_of(config.devices),
-            judge_fn=problem.judge_fn,
-        ),
-        participants=config.cohort,
-        steps=steps,
-        batch=config.batch,
-        smallest=problem.smallest,
-        query=method.query,
+    round_fn = rounds.make_round(
+        method,
+        problem.loss_fn,
+        optimizer,
+        chunk=chunk,
+        mesh=mesh_of(config.devices),
+        judge_fn=problem.judge_fn,
     )
-    block = rounds.scan_rounds(step, config.eval_every)
+    drawing = {"steps": steps, "batch": config.batch, "smallest": problem.smallest, "query": method.query}
     if method.learn is not no_learning:
-        return block
+        return Round(round_fn, drawing, lambda population: population)
     # Signatures of random parts are there lest a server learns its clients by heart. One that learns nothing from
     # them (FedLC counts with them) is told of all of a client's data.
     whole = lambda population: population._replace(signatures=jax.tree.map(lambda x: x[:, :1], population.signatures))
-    return lambda base, data, population, run, key: block(base, data, whole(population), run, key)
+    return Round(round_fn, drawing, whole)
 
 
 def refuse_too_few_steps(config: Config, problem: Problem, method: Method) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from experiments.config import Config
 from experiments.engine.evaluation import Scores
-from experiments.engine.programs import Programs
+from experiments.engine.programs import Programs, placed
 from experiments.results import summary
 from experiments.setup import memory
 from experiments.setup.problem import Problem
@@ -48,6 +49,14 @@ class Resident:
         """Bytes of arrays that stay on the device."""
         p = self._problem
         return memory.bytes_of((p.base, p.train, p.test, p.clients, p.adapters, p.keys, self._start))
+
+    def start(self, begin: Callable) -> Run:
+        """A run before its first round, as ``begin`` gives it."""
+        return begin(self._problem.adapters, self._problem.keys)
+
+    def take(self, run: Run) -> Run:
+        """A run from the host."""
+        return placed(run, self._config.devices)
 
     def begin(self, done: int) -> None:
         """After so many rounds."""

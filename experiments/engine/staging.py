@@ -1,19 +1,17 @@
-"""How the rounds and evaluations of a run are computed: with all images on the device, or with those that are drawn.
+"""How the rounds and evaluations of a run are computed with as much of its images, or its memory, as each part needs.
 
-Staged, images stay where they are. A part of a run, a few rounds or some clients that are scored (``parts.py``), is
-given an array of those that it sees, and clients' lists of rows numbered anew as places in it; a thread reads the next
-part's while this one computes. Draws look at positions in these lists, so the numbers are those of a run that holds all
-images.
+A part of a run is a few rounds or some clients that are scored (``parts.py``). Where images are staged they stay where
+they are: a part is given an array of those that it sees, and clients' lists of rows numbered anew as places in it; a
+thread reads the next part's while this one computes. Draws look at positions in these lists, so the numbers are those
+of a run that holds all images. Where memory, what clients keep, is staged it stays on the host: a part is given the
+rows of the clients that take part in its rounds, and who they are, and what they keep then is written back.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,88 +20,19 @@ import numpy as np
 from jax import Array, ShapeDtypeStruct
 
 from experiments.config import Config
-from experiments.engine import parts, programs
+from experiments.engine import kept, parts, programs
+from experiments.engine.calls import Shown, make_calls
 from experiments.engine.chunking import choose
-from experiments.engine.evaluation import (
-    Scores,
-    Serving,
-    is_mapped,
-    make_serving,
-    nothing,
-    scored_at_once,
-    subspaces,
-    together,
-)
+from experiments.engine.evaluation import Scores, Serving, is_mapped, make_serving, scored_at_once, together
+from experiments.engine.kept import Rows
+from experiments.engine.reading import ahead, gathered
 from experiments.results import summary
-from experiments.setup import memory, on_disk
+from experiments.setup import memory
 from experiments.setup.local_training import make_optimizer
 from experiments.setup.problem import Arrays, Problem, Seed
-from fedlora_jax import clustering, training
+from fedlora_jax import clustering, rounds, training
 from fedlora_jax.method import Method
 from fedlora_jax.rounds import Info, Run
-
-
-class Shown(NamedTuple):
-    """What a program is given of images, and whose they are; of the seeds that it computes."""
-
-    first: Any  # of these seeds, among all
-    rows: Any  # [seeds, N + K, n_max] places in train of each client's training images; 0 of those that are not there
-    test_rows: Any  # [seeds, N + K, m] the same of its test images
-    train: Any = ()  # x [n, ...], y [n], always of one length; () where none are seen
-    test: Any = ()
-
-    def of(self, tree: Any) -> Any:
-        """Of arrays with an axis of seeds, these."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, self.first, len(self.rows)), tree)
-
-    def seeds(self, everyone: Seed) -> Seed:
-        own: Seed = self.of(everyone)
-        population = own.clients.population._replace(rows=self.rows)
-        return own._replace(clients=own.clients._replace(population=population, test_rows=self.test_rows))
-
-
-class Calls(NamedTuple):
-    """Jitted functions; ``everyone`` and ``runs`` have an axis of all seeds, what comes out one of those shown."""
-
-    train: Any  # (base, shown, everyone, runs) -> (runs, info [s, rounds, ...]); donates runs
-    trials: Any  # (base, shown, everyone, runs) -> memory [s, E, ...], of Serving.onboard
-    sent: Any  # (base, shown, everyone, runs, memory, ids, places) -> (accuracy [s, C], ()), of Serving.part
-    tuned: Any  # the same after local steps; and subspaces [s, C, ...], where a map is drawn
-    whole: Any  # (base, (x, y), everyone, runs) -> [seeds, n], of all seeds
-
-
-def make_calls(config: Config, problem: Problem, method: Method, serving: Serving, of_rounds: int) -> Calls:
-    """The programs of the parts of a run; a part of its rounds has ``of_rounds`` of them."""
-    chunk, at_once = choose(config, problem)
-    several = dataclasses.replace(config, eval_every=of_rounds)
-    block = programs.make_block(several, problem, method, make_optimizer(config), chunk)
-    mapped = is_mapped(config, problem)
-
-    def train(base, shown: Shown, everyone: Seed, runs: Run):
-        one = lambda row: block(base, shown.train, row[0].clients.training(config.clients), row[1], row[0].key)
-        new, info = training.map_clients(one, (shown.seeds(everyone), shown.of(runs)), at_once)
-        put = lambda x, own: jax.lax.dynamic_update_slice_in_dim(x, own, shown.first, 0)
-        return jax.tree.map(put, runs, new), info
-
-    def trials(base, shown: Shown, everyone: Seed, runs: Run):
-        one = lambda row: serving.onboard(Arrays(base, shown.train, ()), *row)  # type: ignore[arg-type]
-        return training.map_clients(one, (shown.seeds(everyone), shown.of(runs)), at_once)
-
-    def score(steps: int, read: Callable, base, shown: Shown, everyone: Seed, runs: Run, memory, ids, places):
-        arrays = Arrays(base, shown.train, shown.test)
-        one = lambda row: serving.part(arrays, *row, steps, read, ids, places)
-        return training.map_clients(one, (shown.seeds(everyone), shown.of(runs), memory), at_once)
-
-    def whole(base, test, everyone: Seed, runs: Run):
-        one = lambda row: serving.whole(Arrays(base, (), test), *row)  # type: ignore[arg-type]
-        return training.map_clients(one, (everyone, runs), at_once)
-
-    sent, tuned = (
-        partial(score, 0, nothing),
-        partial(score, parts.steps_of(config, problem), subspaces if mapped else nothing),
-    )
-    jit = programs.jit_on(config.devices)
-    return Calls(jit(train, donate_argnums=3), *map(jit, (trials, sent, tuned, whole)))
 
 
 class Reading(NamedTuple):
@@ -116,28 +45,37 @@ class Reading(NamedTuple):
 
 
 class Staged:
-    """Images stay where they are, and are read as they are drawn; otherwise as ``Resident``.
+    """Images stay where they are and are read as they are drawn, or memory stays on the host; else as ``Resident``.
+
+    Args:
+      config, problem, method: of the run.
+      start: shapes of the run.
+      hosted: whether its memory is on the host.
 
     Raises:
       ValueError: what one part draws would not fit into memory twice.
     """
 
-    def __init__(self, config: Config, problem: Problem, method: Method, start: Run):
-        self._config, self._problem, self._start = config, problem, start
+    def __init__(self, config: Config, problem: Problem, method: Method, start: Run, hosted: bool = False):
+        self._config, self._problem, self._method, self.hosted = config, problem, method, hosted
+        self._rows_like, self._start = start.memory, start._replace(memory=()) if hosted else start
+        row = memory.bytes_of(kept.like(start.memory))
         chunk, _ = choose(config, problem)
         serving = make_serving(config, problem, method, make_optimizer(config), chunk)
-        self.sizes = parts.sizes(config, problem, method)
+        self.sizes = parts.sizes(config, problem, method, row if hosted else 0)
         memory.refuse_more_than_there_is(
             2 * self.sizes.largest * parts.bytes_of_one(problem),
             f"{self.sizes.largest} images that are drawn together, and as many that are read meanwhile, would",
             "use fewer --local-steps or --clients-per-round, a smaller --batch or --chunk, or --seeds-at-once 1",
         )
         self._draws = parts.make_draws(config, problem, method, self.sizes, serving)
-        self._calls = make_calls(config, problem, method, serving, self.sizes.rounds)
+        self._calls = make_calls(config, problem, method, serving, self.sizes.rounds, hosted)
+        self._mean = jax.jit(lambda clients, rows: serving.nobody(Seed(clients, (), ()), Run((), rows, np.int32(0))))  # type: ignore
         self._everyone = problem.everyone()
         whose = problem.clients
         rows = whose.population.rows, whose.test_rows, whose.test_counts
         self._rows, self._test_rows, self._test_counts = jax.device_get(rows)
+        self._clients = jax.device_get(whose) if hosted else ()  # on the host too
         self._firsts = range(0, len(config.seeds), self.sizes.seeds)
         self._who = whose.all_scored()
         own = config.sharing * scored_at_once(self._who.shape[1], chunk, config.sharing)
@@ -146,8 +84,9 @@ class Staged:
         self._scored = [(ids, places) for ids in groups for places in spans]
         count = len(problem.test[1])
         self._tests = [(i, min(count, i + self.sizes.tests)) for i in range(0, count, self.sizes.tests)]
-        self._put = lambda x: programs.placed(x, config.devices)
-        self.lowered = self._calls.train.lower(problem.base, self._like(self.sizes.by_rounds), self._everyone, start)
+        self._put = partial(programs.placed, devices=config.devices)
+        shown = self._like(self.sizes.by_rounds)
+        self.lowered = self._calls.train.lower(problem.base, shown, self._everyone, self._start, self._like_rows())
 
     def compile(self) -> float:
         begin = time.perf_counter()
@@ -162,9 +101,12 @@ class Staged:
         p, common = self._problem, (self._everyone, self._start)
         trials = self._calls.trials.lower(p.base, self._like(self.sizes.by_trials), *common)
         sent, tuned = self._like(0, self.sizes.by_clients), self._like(self.sizes.by_steps, self.sizes.by_clients)
-        own = *common, trials.out_info, *self._scored[0]
+        ids, places = self._scored[0]
+        rows = kept.like(self._rows_like, self.sizes.seeds, len(ids)) if self.hosted else trials.out_info
+        own, sent = (*common, rows, ids, places), sent._replace(train=())
         of_clients = [self._calls.sent.lower(p.base, sent, *own), self._calls.tuned.lower(p.base, tuned, *own)]
-        whole = [self._calls.whole.lower(p.base, self._like(0, n).test, *common) for n in self._lengths()]
+        nobody = self._like_nobody()
+        whole = [self._calls.whole.lower(p.base, self._like(0, n).test, *common, nobody) for n in self._lengths()]
         return [trials, *of_clients, *whole]
 
     def _lengths(self) -> list[int]:
@@ -178,7 +120,8 @@ class Staged:
     @property
     def held(self) -> int:
         p, shown = self._problem, 2 * self.sizes.largest * parts.bytes_of_one(self._problem)  # one is read meanwhile
-        return memory.bytes_of((p.base, self._everyone, self._start)) + shown
+        images = shown if p.staged else memory.bytes_of((p.train, p.test))
+        return memory.bytes_of((p.base, self._everyone, self._start, self._like_rows())) + images
 
     def reading(self) -> Reading:
         """What it costs to stage images, from a part of the rounds that is read now."""
@@ -193,35 +136,84 @@ class Staged:
         tuned = (self.sizes.by_trials + self.sizes.by_steps * len(self._scored)) * len(self._firsts)
         return Reading(round(seen * each * times), (tests + tuned) * each, took * times, 2 * self.sizes.largest * each)
 
+    def moving(self) -> tuple[int, float]:
+        """Bytes of memory that a part of the rounds is given, of all seeds, and seconds to the device and back now."""
+        rows = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._like_rows().memory)
+        begin = time.perf_counter()
+        jax.device_get(self._put(rows))
+        times = len(self._firsts)
+        return memory.bytes_of(rows) * times, (time.perf_counter() - begin) * times
+
+    def start(self, begin: Callable) -> Run:
+        """A run before its first round, which ``begin`` would give of all clients on the device."""
+        p = self._problem
+        if not self.hosted:
+            return begin(p.adapters, p.keys)
+        none = lambda adapter, key: rounds.start(self._method, key, adapter, 0)
+        run = programs.jit_on(self._config.devices)(jax.vmap(none))(p.adapters, p.keys)
+        return run._replace(memory=kept.start(self._method, p.adapters, self._config.clients))
+
+    def take(self, run: Run) -> Run:
+        """A run from the host."""
+        rows, own = (kept.writable(run.memory), run._replace(memory=())) if self.hosted else ((), run)
+        own = self._put(own)
+        return own._replace(memory=rows) if self.hosted else own
+
     def begin(self, done: int) -> None:
         self._ahead = ahead(self._parts(done))
 
     def block(self, run: Run) -> tuple[Run, Info]:
-        of_seeds = []
-        for _ in self._firsts:
+        of_seeds, own = [], self._on_device(run)
+        for first in self._firsts:
             infos = []
             for _ in range(self._config.eval_every // self.sizes.rounds):
-                run, info = self._train(self._problem.base, next(self._ahead), self._everyone, run)
+                shown, ids = next(self._ahead)
+                rows, who = kept.taken(run.memory, first, ids, self.sizes.kept) if self.hosted else (Rows(), [])
+                own, new, info = self._train(self._problem.base, shown, self._everyone, own, self._put(rows))
                 infos.append(jax.device_get(info))  # waits until it is computed
+                if self.hosted:
+                    kept.put_back(run.memory, first, who, jax.device_get(new))
             of_seeds.append(_joined(infos, 1))
-        return run, _joined(of_seeds, 0)
+        return own._replace(memory=run.memory) if self.hosted else own, _joined(of_seeds, 0)
 
     def scores(self, run: Run, end: int) -> Scores:
         total, mapped = self._who.shape[1], is_mapped(self._config, self._problem)
         tune, last = end > self._config.rounds - summary.WINDOW, end == self._config.rounds
         personal, tuned, distances = [], [], []
-        for _ in self._firsts:
-            kept = self._trials(self._problem.base, next(self._ahead), self._everyone, run)
-            found = [self._of_clients(next(self._ahead), run, kept, tune, *own) for own in self._scored]
+        rows, run = run.memory, self._on_device(run)
+        for first in self._firsts:
+            of = self._memory(rows, first, self._trials(self._problem.base, next(self._ahead), self._everyone, run))
+            found = [self._of_clients(next(self._ahead), run, of(ids), tune, ids, at) for ids, at in self._scored]
             sent, after, seen = jax.tree.map(lambda x: x[:, :total], _joined(found, 1))
             personal.append(sent)
             tuned.append(after)
             apart = jax.device_get(_apart(seen, len(sent))) if last and mapped else np.nan
             distances.append(np.broadcast_to(apart, (len(sent), total, total)).astype(np.float32))
-        correct = [self._of_tests(next(self._ahead), run) for _ in self._tests]
+        nobody = self._nobody(rows)
+        correct = [self._of_tests(next(self._ahead), run, nobody) for _ in self._tests]
         return Scores(
             _joined(correct, 1), _joined(personal, 0), _joined(tuned, 0), _joined(distances, 0) if mapped else None
         )
+
+    def _on_device(self, run: Run) -> Run:
+        return run._replace(memory=()) if self.hosted else run
+
+    def _memory(self, rows: Any, first: int, trials: Any) -> Callable[[np.ndarray], Any]:
+        """What is given to score the clients at some places of those that are scored."""
+        if not self.hosted:
+            return lambda ids: trials
+        strangers, n = jax.device_get(trials), self._config.scored[0]
+        who = self._who[first : first + self.sizes.seeds, :n]
+        return lambda ids: self._put(kept.served(rows, strangers, first, who, ids))
+
+    def _nobody(self, rows: Any) -> Any:
+        """The mean of all clients that train, computed on the CPU, for each seed; ``None`` where it need not be."""
+        if not self.hosted:
+            return None
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            of = lambda s: self._mean(*jax.tree.map(lambda x: x[s], (self._clients, rows)))
+            means = [jax.device_get(of(s)) for s in range(len(self._who))]
+        return self._put(jax.tree.map(lambda *xs: np.stack(xs), *means))
 
     def _of_clients(self, shown: Shown, run: Run, kept: Any, tune: bool, ids: np.ndarray, places: np.ndarray) -> Any:
         """Accuracies ``[s, C]`` as sent and after local steps (nan where not asked for), and their subspaces."""
@@ -231,9 +223,9 @@ class Staged:
             return sent, np.full_like(sent, np.nan), ()
         return sent, *jax.device_get(self._tuned(self._problem.base, shown, *arguments))
 
-    def _of_tests(self, test: Any, run: Run) -> np.ndarray:
+    def _of_tests(self, test: Any, run: Run, nobody: Any) -> np.ndarray:
         """Where the global model is right, ``[seeds, n]``."""
-        return jax.device_get(self._whole[len(test[1])](self._problem.base, test, self._everyone, run))
+        return jax.device_get(self._whole[len(test[1])](self._problem.base, test, self._everyone, run, nobody))
 
     def _parts(self, done: int) -> Iterator[Callable[[], Any]]:
         """What makes the images of each part, in the order in which ``block`` and ``scores`` take them."""
@@ -251,13 +243,20 @@ class Staged:
             for start, stop in self._tests:
                 yield partial(self._of_whole, np.arange(start, stop))
 
-    def _of_rounds(self, first: int, number: int) -> Shown:
-        return self._shown(first, self._draws.of_rounds(first, number), self.sizes.by_rounds)
+    def _of_rounds(self, first: int, number: int) -> tuple[Shown, np.ndarray | None]:
+        ids = self._draws.who(first, number) if self.hosted else None
+        if not self._problem.staged:
+            return self._all(first), ids
+        return self._shown(first, self._draws.of_rounds(first, number), self.sizes.by_rounds), ids
 
     def _for_trials(self, first: int, draws: Callable) -> Shown:
+        if not self._problem.staged:
+            return self._all(first)
         return self._shown(first, draws()[0], self.sizes.by_trials)
 
     def _for_clients(self, first: int, draws: Callable, ids: np.ndarray, tune: bool) -> Shown:
+        if not self._problem.staged:
+            return self._all(first)
         own = slice(first, first + self.sizes.seeds)
         who = self._who[own][:, ids]
         counts = np.take_along_axis(self._test_counts[own], who, 1)
@@ -266,6 +265,8 @@ class Staged:
         return self._shown(first, draws()[1][:, ids], self.sizes.by_steps * tune, tests, self.sizes.by_clients)
 
     def _of_whole(self, rows: np.ndarray) -> Any:
+        if not self._problem.staged:
+            return self._problem.test[:2]
         return self._put(gathered(self._problem.test[:2], rows, len(rows))[0])
 
     def _shown(self, first: int, train: Any, most: int, test: Any = (), most_test: int = 0) -> Shown:
@@ -276,29 +277,34 @@ class Staged:
         shown = Shown(np.int32(first), places[self._rows[own]], of_tests[self._test_rows[own]], images, tests)
         return self._put(shown)
 
+    def _all(self, first: int) -> Shown:
+        """Some seeds with all images, which are on the device."""
+        own, p = slice(first, first + self.sizes.seeds), self._problem
+        return self._put(Shown(np.int32(first), self._rows[own], self._test_rows[own], p.train, p.test[:2]))
+
+    def _like_rows(self) -> Rows:
+        """The shapes of what a part of the rounds is given of memory."""
+        if not self.hosted:
+            return Rows()
+        s, c = self.sizes.seeds, self._config.cohort
+        who = ShapeDtypeStruct((s, self.sizes.rounds, c), np.int32)
+        return Rows(kept.like(self._rows_like, s, self.sizes.kept), who, who)
+
+    def _like_nobody(self) -> Any:
+        if not self.hosted:
+            return None
+        one = jax.tree.map(lambda x: x[0], self._clients), kept.like(self._rows_like, self._config.clients)
+        mean = jax.eval_shape(self._mean, *one)
+        return jax.tree.map(lambda x: ShapeDtypeStruct((len(self._who), *x.shape), x.dtype), mean)
+
     def _like(self, train: int, test: int = 0) -> Shown:
         """The shapes of ``_shown``."""
+        if not self._problem.staged:
+            train, test = (len(x) for x in (self._problem.train[1], self._problem.test[1]))
         of = lambda data, n: tuple(ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for x in data) if n else ()
         places = lambda rows: ShapeDtypeStruct((self.sizes.seeds, *rows.shape[1:]), np.int32)
         p, one = self._problem, ShapeDtypeStruct((), np.int32)
         return Shown(one, places(self._rows), places(self._test_rows), of(p.train, train), of(p.test[:2], test))
-
-
-def gathered(data: tuple[Any, Any], rows: Any, most: int) -> tuple[Any, np.ndarray]:
-    """What lies at these rows of ``x, y``, once each, padded to ``most``, and at which place of it each of all rows is.
-
-    ``()`` where ``most`` is 0. The place of what is not there is 0.
-    """
-    x, y = data
-    places = np.zeros(len(y), np.int32)
-    if not most:
-        return (), places
-    found = np.unique(np.concatenate([np.ravel(part) for part in jax.tree.leaves(rows)]))
-    places[found] = np.arange(len(found))
-    images, labels = on_disk.buffer((most, *x.shape[1:]), x.dtype), np.zeros(most, y.dtype)
-    on_disk.read(x, found, images[: len(found)])
-    labels[: len(found)] = y[found]
-    return (images, labels), places
 
 
 def arrays_of_trials(problem: Problem, serving: Serving, seed: Seed, run: Run) -> tuple[Arrays, Seed]:
@@ -311,17 +317,6 @@ def arrays_of_trials(problem: Problem, serving: Serving, seed: Seed, run: Run) -
     train, places = gathered(problem.train, rows, max(1, rows.size))
     population = population._replace(rows=places[np.asarray(population.rows)])
     return Arrays(problem.base, train, ()), seed._replace(clients=seed.clients._replace(population=population))  # type: ignore
-
-
-def ahead(makers: Iterable[Callable[[], Any]]) -> Iterator[Any]:
-    """What each of them makes, in a thread, while the one before is used."""
-    with ThreadPoolExecutor(1, "images") as pool:
-        made = deque()
-        for make in makers:
-            made.append(pool.submit(make))
-            if len(made) > 1:
-                yield made.popleft().result()
-        yield from (last.result() for last in made)
 
 
 @partial(jax.jit, static_argnums=1)

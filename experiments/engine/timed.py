@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.config import Config
 from experiments.engine import chunking, evaluation
-from experiments.engine.staging import gathered
+from experiments.engine.reading import gathered
 from experiments.setup.local_training import make_optimizer
 from experiments.setup.problem import Problem
 from experiments.setup.task import AT_ONCE

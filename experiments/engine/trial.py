@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.config import Config
-from experiments.engine import hosts, methods, programs
+from experiments.engine import hosts, kept, methods, programs
 from experiments.engine.evaluation import Scores
 from experiments.engine.facts import facts_of
 from experiments.engine.programs import Programs
@@ -22,7 +22,7 @@ from experiments.engine.staging import Staged
 from experiments.results import record
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.folder import say
-from experiments.setup import problem
+from experiments.setup import memory, problem
 from experiments.setup.problem import Problem
 from fedlora_jax.method import Method
 from fedlora_jax.rounds import Info, Run
@@ -41,9 +41,12 @@ class Trial:
         run = jax.eval_shape(self.programs.start, problem.adapters, problem.keys)
         theta = jax.tree.leaves(getattr(innermost(run.state), "theta", ()))
         self.theta_size = sum(math.prod(x.shape[1:]) for x in theta)  # without the axis of seeds
-        staged = problem.staged
+        self.kept = run.memory  # shapes [S, N, ...]
+        hosted = not config.novel and kept.is_staged(config.kept, memory.bytes_of(run.memory))
         self.course = (
-            Staged(config, problem, self.method, run) if staged else Resident(config, problem, self.programs, run)
+            Staged(config, problem, self.method, run, hosted)
+            if problem.staged or hosted
+            else Resident(config, problem, self.programs, run)
         )
         self.compile_seconds: float | None = None
 
@@ -111,7 +114,7 @@ class Trial:
 
     def _begun(self, whole: Sequence[int], store: Checkpoints | None) -> tuple[int, Run | None]:
         """Rounds done and the run after them, as the first process finds them; ``None`` after the last round."""
-        start = self.programs.start(self.problem.adapters, self.problem.keys)
+        start = self.course.start(self.programs.start)
         done, run = 0, start
         if self.config.rounds in whole:
             done = self.config.rounds
@@ -120,7 +123,7 @@ class Trial:
         done = hosts.agreed(done)
         if done == self.config.rounds:
             return done, None
-        return done, start if done == 0 else programs.placed(hosts.agreed_arrays(run), self.config.devices)
+        return done, start if done == 0 else self.course.take(hosts.agreed_arrays(run))
 
     def _restored(self, whole: Sequence[int], store: Checkpoints, start: Run) -> tuple[int, Run]:
         """Rounds done, and the run after them, from the newest checkpoint that can be read."""

@@ -24,13 +24,13 @@ def available() -> int | None:
     return None if free is None else free + sum(x.nbytes for x in jax.live_arrays())
 
 
-def refuse_more_than_there_is(needed: int, what: str, remedy: str) -> None:
-    """Refuse what takes more bytes than there are for arrays, before any of it is allocated.
+def refuse_more_than_there_is(needed: int, what: str, remedy: str, on_host: bool = False) -> None:
+    """Refuse what takes more bytes than there are for arrays on the device, or host, before any of it is allocated.
 
     Raises:
       ValueError: it does; with what to change.
     """
-    have = available()
+    have = _free() if on_host and jax.default_backend() != "cpu" else available()
     if have is not None and needed > have:
         raise ValueError(f"{what} take {needed / 2**30:,.1f} GiB of memory, and there are {have / 2**30:.1f}: {remedy}")
 
