@@ -82,8 +82,9 @@ def run(options: Options) -> Iterator[Line]:
 
 
 def data_of(name: str, folder: Path) -> list[str]:
-    """Images that a run is given: those of a crowd, small, or photos; none of the digits."""
-    made: dict[str, Callable] = {"photos": lambda: images(700, 7, 32), "hundred": crowd, "many": crowd}
+    """Images that a run is given: a few, photos, or those of a crowd, small; none of the digits."""
+    made: dict[str, Callable] = {"toy": lambda: images(70, 16, 1), "photos": lambda: images(700, 7, 32)}
+    made |= {"hundred": crowd, "many": crowd}
     if name not in made:
         return []
     np.savez(folder / "data.npz", **made[name]())
