@@ -28,7 +28,8 @@ OPTIONS = (
 OPTIONS += [f"{ROOT / 'examples' / 'own_backbones.py'}:plain"]
 ROUNDED = "loss", "update", "bias", "personal_accuracy", "worst_accuracy", "global_accuracy"
 LOST = "another process of this run was lost"
-KILLED = "was killed, or ended because another was lost; start all again with --out and --resume"
+KILLED = "was killed, or ended because another was lost or did not come; start all again, with --out and --resume "
+KILLED += "where it had begun"
 
 
 @pytest.fixture(scope="module")

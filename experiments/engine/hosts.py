@@ -54,23 +54,32 @@ def join(hosts: int, devices: int, coordinator: str | None, process_id: int | No
     own: dict[str, Any] = {"num_processes": hosts, "cluster_detection_method": "deactivate"} if coordinator else {}
     if devices > 1:  # or under SLURM jax would leave one to each process
         own["local_device_ids"] = range(devices)
+    leave = _watched(f"one of {hosts} processes" if process_id is None else f"process {process_id} of {hosts}")
     try:
         jax.distributed.initialize(coordinator, process_id=process_id, heartbeat_timeout_seconds=SILENT, **own)
     except ValueError as error:
+        leave()
         raise ValueError(
             f"--hosts {hosts}: no SLURM, TPU, Open MPI or Kubernetes says where the others are ({error}): give "
             "--coordinator HOST:PORT and --process-id"
         ) from None
     except RuntimeError as error:
+        leave()
         where = f" at {coordinator}" if coordinator else ""
         raise ValueError(f"--hosts {hosts}: the others cannot be reached{where}: {_first_line(error)}") from None
     if jax.process_count() != hosts:
+        leave()
         raise ValueError(f"--hosts {hosts}: {jax.process_count()} processes were started")
     number = jax.process_index()
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gloo's own words
-    name = f"process {number} of {hosts}"
-    line = f"error: {name} was killed, or ended because another was lost; start all again with --out and --resume"
+    return Joined(f"process {number} of {hosts}: " if number else "", leave)
+
+
+def _watched(name: str) -> Callable[[], None]:
+    """Have a small process say so where this one ends without a word; returns what tells it that there is no need."""
+    then = "start all again, with --out and --resume where it had begun"
+    line = f"error: {name} was killed, or ended because another was lost or did not come; {then}"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     watch = subprocess.Popen([sys.executable, "-S", "-c", WATCH, line], **pipes, start_new_session=True)  # type: ignore
 
@@ -78,7 +87,7 @@ def join(hosts: int, devices: int, coordinator: str | None, process_id: int | No
         with contextlib.suppress(OSError, ValueError):
             watch.communicate(b"ended")
 
-    return Joined(f"{name}: " if number else "", leave)
+    return leave
 
 
 def leads() -> bool:
