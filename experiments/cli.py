@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import fedlora_jax
 from experiments.bench import options as bench
-from experiments.config import PLACE, SPEED, Config, Data, Doctor, Export, Models, Recipes, check_fields
+from experiments.config import PLACE, SPEED, CompareRuns, Config, Data, Doctor, Export, Models, Recipes, check_fields
 from experiments.results.folder import asked, program
 from experiments.setup import adapter, option_files
 from experiments.setup.option_values import converter, from_file, is_a
@@ -21,6 +21,7 @@ _EPILOG = "examples:\n  python -m experiments compare\n  python -m experiments r
 
 OWN = {
     "bench": bench.Options,
+    "compare-runs": CompareRuns,
     "data": Data,
     "doctor": Doctor,
     "export": Export,
@@ -74,6 +75,8 @@ def _parsers() -> tuple[_Parser, Any]:
         add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
     text = "what a finished run has learned, as weights or as an adapter"
     _add_own(commands, "export", text, Export, "run")
+    text = "finished runs side by side: accuracies, paired differences, options that differ"
+    _add_own(commands, "compare-runs", text, CompareRuns, "runs")
     _add_benches(commands)
     text = "tables of methods and wrappers: paper, what is trained, sent and kept, sizes, tests"
     add_options(commands.add_parser("methods", help=text, description=text, allow_abbrev=False), "methods")
@@ -246,7 +249,8 @@ def _add_own(commands: Any, command: str, text: str, options: type, what: str = 
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         if field.name == what:
-            optional = {"nargs": "?", "default": field.default} if field.default != "" else {}
+            optional = {"nargs": "?", "default": field.default} if field.default not in ("", ()) else {}
+            optional = {"nargs": "+"} if field.default == () else optional
             parser.add_argument(what, metavar=what.upper(), help=field.metadata["help"], **optional)
         else:
             _add_option(parser, field, hints[field.name], field.default)

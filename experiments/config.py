@@ -495,6 +495,13 @@ class Data:
 
 
 @dataclass(frozen=True)
+class CompareRuns:
+    """Finished runs."""
+
+    runs: tuple[str, ...] = option((), "folders of finished runs, the first of which the others are compared with")
+
+
+@dataclass(frozen=True)
 class Doctor:
     """This machine; there is nothing to choose."""
 

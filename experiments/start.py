@@ -84,6 +84,11 @@ def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any
 
             text = list_methods.table(options)
             return None, lambda: print(text)
+        case "compare-runs":
+            from experiments.commands import compare_runs
+
+            found = compare_runs.table(options)
+            return None, lambda: print(found)
         case "data":
             from experiments.commands import describe_data
 

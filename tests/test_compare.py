@@ -10,7 +10,10 @@ from helpers import CLIENTS, KEY, SIGNATURE, assert_near, begin, nudged
 from input_helpers import change
 
 from experiments.__main__ import main
+from experiments.commands import compare_runs
+from experiments.config import CompareRuns
 from experiments.results import record, variance
+from experiments.results.finished import load
 from experiments.results.summary import measures
 from fedlora_jax.methods.hyperlora import hyperlora
 
@@ -54,6 +57,37 @@ def test_the_folder_holds_what_is_promised(compared):
     assert set(summary["variance"]) == set(variance.MEASURES)
     assert variance.lines(summary)[-1].startswith("draws of clients that would tell a difference")
     assert all(f"{line[0].upper()}{line[1:]}." in (out / "report.html").read_text() for line in variance.lines(summary))
+
+
+def test_finished_runs_are_compared_and_read(compared, tmp_path):
+    """With itself nothing differs; with one of other options, more seeds and one other partition these are said."""
+    out, summary, rows = compared
+    whole = load(out)
+    assert whole.rows == [{key: x for key, x in row.items() if key != "sum"} for row in rows]
+    assert (whole.summary, whole.config["seeds"]) == (summary, [0, 1])
+    said = compare_runs.table(CompareRuns((str(out), str(out))))
+    assert said.count("+0.0 ±0.0") == 2
+    assert "2 of 2" in said
+    assert said.endswith("all options are the same")
+    other = whole._replace(
+        name="other",
+        config=whole.config | {"lr": 0.9, "seeds": [1, 5, 0]},
+        record=whole.record | {"partition_hash": [whole.record["partition_hash"][1], "new", "dealt anew"]},
+        summary={"methods": {"fedit": {"global_accuracy": {"last5": {"seeds": [0.5, 0.1, 0.3]}}}}, "paired": {}},
+    )
+    apart, paired = compare_runs.against(whole, other, "fedit")
+    first, second = whole.summary["methods"]["fedit"]["global_accuracy"]["last5"]["seeds"]
+    assert apart.startswith(f"{100 * np.mean([0.3 - first, 0.5 - second]):+.1f}")
+    assert paired == "1 of 2"
+    lines = compare_runs.differing([whole, other])
+    assert [line.split()[0] for line in lines] == ["differs", "lr", "seeds"]
+    assert compare_runs.against(whole, other._replace(config=other.config | {"seeds": [7, 8, 9]}), "fedit")[0] == "-"
+    for runs, expected in (
+        ((str(out),), "expected two or more"),
+        ((str(out), str(tmp_path)), "no finished compare or run"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            compare_runs.table(CompareRuns(runs))
 
 
 def test_what_a_method_learned_is_written_and_can_be_given_to_another_run(tmp_path):
