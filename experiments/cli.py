@@ -1,4 +1,4 @@
-"""The command line, made from the dataclass of options: types, defaults and help have one home, ``config.py``."""
+"""The command line, made from dataclasses of options: types, defaults and help are in ``config`` and ``requests``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 
 import fedlora_jax
 from experiments.bench import options as bench
-from experiments.config import PLACE, SPEED, CompareRuns, Config, Data, Doctor, Export, Models, Recipes, check_fields
+from experiments.config import Config
+from experiments.options import PLACE, SPEED, check_fields
+from experiments.requests import CompareRuns, Data, Doctor, Export, Models, Recipes
 from experiments.results.folder import asked, program
 from experiments.setup import adapter, option_files
 from experiments.setup.option_values import converter, from_file, is_a

@@ -1,44 +1,16 @@
-"""What a user can set: frozen dataclasses, the only place where a default lives."""
+"""What a user can set of a run: a frozen dataclass, the only place where a default lives."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from experiments.options import COUNT, INT32, PLACE, RECORD, SPEED, check_fields, flag_of, option
 from fedlora_jax import partition
-from fedlora_jax.checks import refuse_outside
 
-RESULTS, SPEED, RECORD, PLACE = "results", "speed", "record", "place"  # what an option decides
-
-
-def option(
-    default: Any,
-    help: str,
-    inside: str | None = None,
-    among: tuple = (),
-    empty: bool = False,
-    decides: str = RESULTS,
-) -> Any:
-    """A field of options.
-
-    Args:
-      default: its default; ``None`` where it need not be given.
-      help: what it is.
-      inside: the interval of its numbers (``refuse_outside``); of each, where it holds several.
-      among: what it (each of its entries) may be, where that is a choice.
-      empty: whether nothing is an answer too (of a list).
-      decides: the results; or only how fast they are computed, so that they are the same to rounding; or only what is
-        kept of them, and where; or by which processes they are computed this time, which a run that goes on forgets.
-    """
-    about = {"help": help, "inside": inside, "among": among, "empty": empty, "decides": decides}
-    return field(default=default, metadata=about)
-
-
-COUNT = "[1, 1000000]"  # clients, rounds, steps: more would be a slip, and take years or terabytes
-INT32 = "[0, 2147483647]"
 PREFIXES = ("auto", "stored", "anew")
 IMAGES = KEPT = ("auto", "resident", "staged")
 BLOCKS = ("auto", "loop", "unrolled")
@@ -47,11 +19,9 @@ WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid", "pairs")
 DTYPES = ("float32", "bfloat16")
 HEADS = ("linear", "cosine", "prototype", "zero_shot", "text", "gate")
-FORMS = ("merged", "peft", "npz")  # of what is exported
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 BUDGETS = (1, 2, 5, 10)
-MANY = 10_000  # runs of one program: seeds, or values of a sweep
 SEEDS = 20  # a larger count is asked about: it may have been meant as the one seed
 CHECKPOINTS = 10  # rounds between them, at least, where nothing else is asked for
 
@@ -451,86 +421,6 @@ class Config:
         return self.checkpoint_every or -(-CHECKPOINTS // self.eval_every) * self.eval_every
 
 
-@dataclass(frozen=True)
-class Export:
-    """Which models of a finished run are written, and as what."""
-
-    run: str = option("", "the folder of a finished compare or run")
-    method: str | None = option(None, "the method, as it was named in the run (default: the run's only one)")
-    model: str = option(
-        "global",
-        "global; client:ID, the model of one client as it was last served, ID from 0, unseen clients after those that "
-        "trained; or all",
-    )
-    to: str = option(
-        "merged",
-        "merged, weights with everything folded in that --weights reads again (.safetensors); peft, a folder for "
-        "peft.PeftModel.from_pretrained; or npz, the adapter's own arrays",
-        among=FORMS,
-    )
-    layout: str | None = option(
-        None,
-        "whose names the modules of --to peft have: timm or, of weights in that form, transformers (version 5), "
-        "transformers4, or transformers-bare and transformers4-bare, those without a classifier (default: the first)",
-    )
-    seed: int | None = option(None, "the seed (default: the run's first)", INT32)
-    out: str | None = option(None, "folder to write (default: runs/ and the time)", decides=RECORD)
-
-
-@dataclass(frozen=True)
-class Data:
-    """One source of images, and what a partition would make of it."""
-
-    source: str = option("digits", "the data, as for --data of compare")
-    classes: tuple[str, ...] = option((), "these classes alone, or the first N (default: all)", empty=True)
-    image_size: int | None = option(None, "resize images to this side (default: as they are)", "[1, 16384]")
-    skip_damaged: bool = option(False, "leave out images that cannot be read")
-    partition: str | None = option(None, f"also deal it out to clients: {partition.FORMS}, column:NAME or file:PATH")
-    clients: int = option(12, "clients that train", COUNT)
-    holdout_clients: int = option(6, "further clients, the unseen ones", "[0, 1000000]")
-    minimum: int = option(10, "training images of the smallest client, at least", COUNT)
-    seed: int = option(0, "the seed that deals it out", INT32)
-    save: str | None = option(None, "a .npz to write: the partition, for --partition file:PATH of other commands")
-    sheet: str | None = option(None, "a .png to write: some images of every class and domain")
-
-
-@dataclass(frozen=True)
-class CompareRuns:
-    """Finished runs."""
-
-    runs: tuple[str, ...] = option((), "folders of finished runs, the first of which the others are compared with")
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """This machine; there is nothing to choose."""
-
-
-@dataclass(frozen=True)
-class Recipes:
-    """Published protocols, as files of options."""
-
-    name: str | None = option(None, "the recipe to show whole (default: all, a line each)")
-
-
-@dataclass(frozen=True)
-class Models:
-    """What there is to be adapted: all families of models, or one model."""
-
-    file: str | None = option(None, "weights, as for --weights of compare: what they are (default: all families)")
-    model: str | None = option(None, "the family, or FILE.py:FUNCTION of your own (default: as the names in FILE tell)")
-    image_size: int | None = option(
-        None, "side of the images to come (default: as the weights have it, or as usual for a size)", "[1, 16384]"
-    )
-    head: str | None = option(
-        None, "text: the model that compare has with --head text, its text tower in it (of a clip)", among=("text",)
-    )
-    targets: tuple[str, ...] = option(
-        (), "sets of kernels or regular expressions, comma-separated, as in compare (default: all sets)", empty=True
-    )
-    rank: int = option(4, "rank of the adapters", "[1, 100000]")
-
-
 def check(config: Config) -> None:
     """Refuse what can be seen to be wrong without looking at data or weights."""
     check_fields(config)
@@ -552,7 +442,7 @@ def check(config: Config) -> None:
     for name in ("methods", "seeds", "lrs", "budgets", "tuning_seeds"):
         values = getattr(config, name)
         if len(set(values)) < len(values):
-            raise ValueError(f"--{_flag(name)} must name each once, got {','.join(map(str, values))}")
+            raise ValueError(f"--{flag_of(name)} must name each once, got {','.join(map(str, values))}")
     cohort = config.cohort
     if cohort > config.clients:
         raise ValueError(f"--clients-per-round {cohort} is more than --clients {config.clients}")
@@ -593,7 +483,7 @@ def check(config: Config) -> None:
 def _check_hosts(config: Config) -> None:
     """Refuse what processes that share a run cannot do, or are not told."""
     if config.hosts == 1:
-        given = [f"--{_flag(name)}" for name in ("coordinator", "process_id") if getattr(config, name) is not None]
+        given = [f"--{flag_of(name)}" for name in ("coordinator", "process_id") if getattr(config, name) is not None]
         if given:
             raise ValueError(f"{given[0]} is of processes that share a run: say how many, --hosts N")
         return
@@ -605,30 +495,6 @@ def _check_hosts(config: Config) -> None:
         raise ValueError(f"--process-id {config.process_id} is none of --hosts {config.hosts}: they count from 0")
     if config.coordinator is not None and not re.fullmatch(r".+:\d{1,5}", config.coordinator):
         raise ValueError(f"--coordinator must be HOST:PORT, got {config.coordinator}")
-
-
-def check_fields(options: Any) -> None:
-    """Refuse a field of a dataclass of options that is empty, outside its interval or not among its choices."""
-    for entry in dataclasses.fields(options):
-        value, about = getattr(options, entry.name), entry.metadata
-        if value is None or not about:
-            continue
-        flag, several = "--" + _flag(entry.name), isinstance(value, tuple)
-        values = value if several else (value,)
-        if (not values and not about["empty"]) or any(isinstance(x, str) and not x.strip() for x in values):
-            raise ValueError(f"{flag} is empty or has an empty entry: leave it out, or give it a value")
-        if about["inside"] is not None:
-            for x in values:
-                refuse_outside(about["inside"], **{flag: x})
-        if about["among"] and not set(values) <= set(about["among"]):
-            got = ",".join(map(str, values))
-            raise ValueError(f"{flag} must be one of {', '.join(map(str, about['among']))}; got {got}")
-        if len(values) > MANY:
-            raise ValueError(f"{flag} holds {len(values)} entries: expected at most {MANY}")
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _divisors_near(number: int, wanted: int) -> list[int]:

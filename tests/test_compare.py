@@ -11,7 +11,7 @@ from input_helpers import change
 
 from experiments.__main__ import main
 from experiments.commands import compare_runs
-from experiments.config import CompareRuns
+from experiments.requests import CompareRuns
 from experiments.results import record, variance
 from experiments.results.finished import load
 from experiments.results.summary import measures

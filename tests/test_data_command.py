@@ -11,7 +11,8 @@ from PIL import Image
 from experiments.cli import parse
 from experiments.commands import describe_data
 from experiments.commands.describe_data import Plan
-from experiments.config import Config, Data
+from experiments.config import Config
+from experiments.requests import Data
 from experiments.setup import data, partition_file, problem
 
 

@@ -11,7 +11,7 @@ from input_helpers import change
 from experiments.cli import parse
 from experiments.commands import export
 from experiments.commands.compare import Plan
-from experiments.config import Export
+from experiments.requests import Export
 from experiments.results import client_map, metrics, summary
 from experiments.setup import problem
 

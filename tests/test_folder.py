@@ -13,7 +13,8 @@ import pytest
 
 from experiments.cli import parse
 from experiments.commands import compare
-from experiments.config import RESULTS, SPEED, Config
+from experiments.config import Config
+from experiments.options import RESULTS, SPEED
 from experiments.results import folder
 from experiments.results.folder import Folder, sealed, unsealed, write_atomically
 

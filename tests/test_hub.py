@@ -13,7 +13,7 @@ from weight_helpers import write
 
 from experiments.cli import parse
 from experiments.commands import list_models, prelude
-from experiments.config import Models
+from experiments.requests import Models
 from models import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -14,7 +14,8 @@ ROOMS = [  # from the door down; the modules of one line do not know of the othe
     {"engine"},
     {"results"},
     {"setup"},
-    {"config", "stopping", "experiments"},
+    {"config", "requests", "stopping"},
+    {"options", "experiments"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
 

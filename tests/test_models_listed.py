@@ -9,7 +9,7 @@ from weight_helpers import timm_arrays, write
 
 from experiments.cli import parse
 from experiments.commands import list_models, prelude
-from experiments.config import Models
+from experiments.requests import Models
 from models.families import FAMILIES
 
 # with a head of 1000 classes, as timm counts them (its results-imagenet.csv, in millions)

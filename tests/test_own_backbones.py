@@ -12,7 +12,8 @@ from input_helpers import SMALL, change
 from experiments.cli import parse
 from experiments.commands import list_models
 from experiments.commands.compare import Plan
-from experiments.config import Config, Models
+from experiments.config import Config
+from experiments.requests import Models
 from experiments.setup import user_code
 from experiments.setup.backbone import load
 from fedlora_jax import lora

@@ -18,9 +18,10 @@ from experiments.__main__ import main
 from experiments.cli import parse
 from experiments.commands import export
 from experiments.commands.compare import Plan
-from experiments.config import Config, Export
+from experiments.config import Config
 from experiments.engine import evaluation, parts, reading, staging
 from experiments.engine.trial import Trial
+from experiments.requests import Export
 from experiments.results.checkpoints import Checkpoints
 from experiments.setup import data, memory, on_disk, problem
 from models import archive

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.options import Options
-from experiments.config import check_fields
+from experiments.options import check_fields
 
 
 def execute(options: Options) -> list[dict[str, Any]]:

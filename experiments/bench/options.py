@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.config import COUNT, option
+from experiments.options import COUNT, option
 
 BENCHES = {
     "learning": "rounds of learned methods against plain ones, and the server's part alone",

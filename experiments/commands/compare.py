@@ -13,10 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.commands import prelude
-from experiments.config import RESULTS, Config
+from experiments.config import Config
 from experiments.engine import forecast, hosts, methods, programs
 from experiments.engine.rows import holdings
 from experiments.engine.trial import Trial
+from experiments.options import RESULTS
 from experiments.results import checkpoints, record, report, summary, variance
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.folder import CONFIG, Folder, digest, file_name, say, write_json

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.config import CompareRuns, check_fields
+from experiments.options import check_fields
+from experiments.requests import CompareRuns
 from experiments.results import summary
 from experiments.results.finished import Finished, load
 
@@ -20,7 +21,7 @@ def table(options: CompareRuns) -> str:
     """
     check_fields(options)
     if len(options.runs) < 2:
-        raise ValueError(f"got one run, {options.runs[0]}: expected two or more to compare")
+        raise ValueError(f"got one run, {', '.join(options.runs)}: expected two or more to compare")
     runs = [load(folder) for folder in options.runs]
     shown = summary.columns(runs[0].config)
     rows, first = [["run", "method", *shown.values(), "global vs first", "paired"]], {}

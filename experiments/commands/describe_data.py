@@ -13,7 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from experiments.commands.list_methods import lines
-from experiments.config import Config, Data, check_fields
+from experiments.config import Config
+from experiments.options import check_fields
+from experiments.requests import Data
 from experiments.results.folder import write_atomically
 from experiments.setup import columns, data, partition_file, problem
 from experiments.setup.data import Images

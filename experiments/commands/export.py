@@ -22,12 +22,14 @@ import numpy as np
 from safetensors.numpy import save
 
 from experiments.commands import compare, prelude
-from experiments.config import Config, Export, check_fields
+from experiments.config import Config
 from experiments.engine import methods, programs
 from experiments.engine.chunking import choose
 from experiments.engine.evaluation import make_serving
 from experiments.engine.facts import facts_of
 from experiments.engine.staging import arrays_of_trials
+from experiments.options import check_fields
+from experiments.requests import Export
 from experiments.results.folder import CONFIG, Folder, read_json, say, write_atomically
 from experiments.setup import backbone as backbones
 from experiments.setup.local_training import make_optimizer

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 
 from experiments.commands.list_methods import DIGITS, SIDE, lines
-from experiments.config import Config, Models, check_fields
+from experiments.config import Config
+from experiments.options import check_fields
+from experiments.requests import Models
 from experiments.setup import backbone as backbones
 from experiments.setup import user_code
 from fedlora_jax import lora

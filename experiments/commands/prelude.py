@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
-from experiments.config import RESULTS, SPEED, Config, check
+from experiments.config import Config, check
 from experiments.engine import methods
 from experiments.engine.chunking import mesh_of
 from experiments.engine.facts import acceptable, describe
+from experiments.options import RESULTS, SPEED
 from experiments.results.folder import Folder, say
 from experiments.setup import local_training, problem
 from experiments.setup.problem import Problem

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.commands import prelude
-from experiments.config import MANY, Config
+from experiments.config import Config
 from experiments.engine import evaluation, methods, programs
 from experiments.engine.chunking import choose
 from experiments.engine.evaluation import Scores
@@ -33,6 +33,7 @@ from experiments.engine.facts import acceptable, facts_of
 from experiments.engine.methods import Varied
 from experiments.engine.programs import Point, Scoring
 from experiments.engine.rows import Rows
+from experiments.options import MANY
 from experiments.results import summary, sweep_figures
 from experiments.results.folder import Folder, write_atomically, write_json
 from experiments.results.style import png

@@ -8,7 +8,8 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from experiments.config import MANY, Config
+from experiments.config import Config
+from experiments.options import MANY
 
 BY_DEFAULT = "default"  # takes back what a file says of an option
 
