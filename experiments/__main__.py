@@ -10,7 +10,7 @@ from experiments.stopping import stoppable
 # What is imported here and in models, whose packages are those of the extra in pyproject.toml, and the library's own
 NEEDS = (
     *("PIL", "filelock", "flax", "jax", "matplotlib", "numpy", "optax", "orbax"),
-    *("safetensors", "scipy", "sklearn", "tqdm"),
+    *("safetensors", "scipy", "sklearn", "tokenizers", "tqdm"),
 )
 
 

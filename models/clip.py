@@ -21,8 +21,8 @@ from jax import Array
 
 from fedlora_jax.lora import Dense
 
-from .bpe import Bpe
 from .parts import LayerNorm, stacked
+from .tokenizer import Tokenizer
 from .vit import Block, ViT, vit
 
 # width of the features: table 20; H is OpenCLIP's, nano ours
@@ -86,7 +86,7 @@ def clip_text(variant: str) -> Text:
     return Text(*TEXT[variant], SIZES[variant])
 
 
-def text_features(model: Text, params: Any, tokenizer: Bpe, texts: list[str]) -> np.ndarray:
+def text_features(model: Text, params: Any, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """What the text tower makes of texts, ``[texts, projection]``."""
     tokens, ends = tokenizer.encode_all(texts, model.length)
 

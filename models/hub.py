@@ -11,13 +11,13 @@ import functools
 import re
 from pathlib import Path
 
-from .bpe import BOTH, MERGES, VOCABULARY
 from .files import INDEX, OPEN_CLIP, SINGLE
+from .tokenizer import MERGES, VOCABULARY, WHOLE
 
 PREFIX = "hf:"
 NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 FILES = (SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", "preprocessor_config.json", "open_clip_config.json")
-FILES += (VOCABULARY, MERGES, BOTH)
+FILES += (VOCABULARY, MERGES, WHOLE)
 
 
 def is_name(weights: str | Path) -> bool:

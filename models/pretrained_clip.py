@@ -13,7 +13,7 @@ import numpy as np
 
 from fedlora_jax.lora import Params
 
-from . import bpe, clip, clip_files, facts, files, peft_in, tables, two_towers
+from . import clip, clip_files, facts, files, peft_in, tables, tokenizer, two_towers
 from . import prompts as reading
 from .backbone import Backbone, Layout, Published
 from .clip import PROMPT, Text
@@ -162,7 +162,7 @@ def clip_backbone(
         return {name: np.array(x, np.float32, order="C") for name, x in arrays.items()}
 
     def publish(params: Params) -> Published:
-        return Published(names(params), made.image.said(), bpe.files_in(files.located(Path(weights)).parent))
+        return Published(names(params), made.image.said(), tokenizer.files_in(files.located(Path(weights)).parent))
 
     image = backbone(made.image, TARGETS, publish)
     if head != "text":
@@ -174,11 +174,11 @@ def clip_backbone(
 
 def _with_text(path: Path, image: Backbone, made: Clip, texts: list[list[str]], context: str | None) -> Backbone:
     """Both towers; the text tower reads, for every prompt, the text of each class."""
-    tokenizer, text = reading.tokenizer_of(path, made.text, "a text tower"), made.text
+    words, text = reading.tokenizer_of(path, made.text, "a text tower"), made.text
     start = {"logit_scale": np.reshape(np.float32(made.logit_scale), 1)}
     if context is not None:
-        start["context"] = reading.context_of(context, text, made.text_params, tokenizer)
-    tokens, ends = reading.tokens(texts, tokenizer, text.length - len(start.get("context", ())))
+        start["context"] = reading.context_of(context, text, made.text_params, words)
+    tokens, ends = reading.tokens(texts, words, text.length - len(start.get("context", ())))
     params = {"text": jax.tree.map(lambda x: np.asarray(x, np.float32), made.text_params), "head": start}
     if context is not None:
         params["text"][two_towers.OWN] = {"kernel": np.zeros_like(start["context"])}
@@ -245,7 +245,7 @@ def _with_adapter(
 
 
 def _zero_shot(path: Path, texts: list[list[str]], text: Text, params: Any, scale: np.ndarray) -> dict[str, np.ndarray]:
-    tokenizer = reading.tokenizer_of(path, text, "a zero-shot head of the classes' names")
-    reading.tokens(texts, tokenizer, text.length)
-    features = clip.text_features(text, params, tokenizer, [text for own in texts for text in own])
+    words = reading.tokenizer_of(path, text, "a zero-shot head of the classes' names")
+    reading.tokens(texts, words, text.length)
+    features = clip.text_features(text, params, words, [text for own in texts for text in own])
     return clip.zero_shot(features.reshape(len(texts), len(texts[0]), -1), float(scale))

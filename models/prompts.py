@@ -11,9 +11,9 @@ import numpy as np
 
 from fedlora_jax.lora import Params
 
-from . import bpe
-from .bpe import Bpe
+from . import tokenizer as vocabularies
 from .clip import Text
+from .tokenizer import Tokenizer
 
 DRAWN = 0.02  # deviation of vectors to be learned that begin as no words: CoOp's code
 PUBLISHED = {  # by data set: Zhou et al., *CoOp*, IJCV 2022, arXiv 2109.01134 and its code; seven are of CLIP's own
@@ -74,7 +74,7 @@ def refuse_other_count(classes: Sequence[str], class_names: Sequence[str]) -> No
         )
 
 
-def tokens(prompts: list[list[str]], tokenizer: Bpe, length: int) -> tuple[np.ndarray, np.ndarray]:
+def tokens(prompts: list[list[str]], tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Of all texts, prompt by prompt, ``[texts, tokens]``, and where each ends ``[texts]``.
 
     Raises:
@@ -93,13 +93,13 @@ def tokens(prompts: list[list[str]], tokenizer: Bpe, length: int) -> tuple[np.nd
     return tokenizer.encode_all([text for own in prompts for text in own], length)
 
 
-def tokenizer_of(path: Path, text: Text, what: str) -> Bpe:
+def tokenizer_of(path: Path, text: Text, what: str) -> Tokenizer:
     """The vocabulary beside weights, which the text tower reads."""
-    tokenizer = bpe.find(path.parent)
+    tokenizer = vocabularies.find(path.parent)
     if tokenizer is None:
         raise ValueError(
-            f"{path} has no vocabulary beside it, which {what} needs: put {bpe.VOCABULARY} and {bpe.MERGES}, or "
-            f"{bpe.BOTH}, there"
+            f"{path} has no vocabulary beside it, which {what} needs: put {vocabularies.VOCABULARY} and "
+            f"{vocabularies.MERGES}, or {vocabularies.WHOLE}, there"
         )
     if max(tokenizer.ids.values()) >= text.vocabulary:
         raise ValueError(
@@ -109,7 +109,7 @@ def tokenizer_of(path: Path, text: Text, what: str) -> Bpe:
     return tokenizer
 
 
-def context_of(asked: str, text: Text, params: Params, tokenizer: Bpe) -> np.ndarray:
+def context_of(asked: str, text: Text, params: Params, tokenizer: Tokenizer) -> np.ndarray:
     """Where learned vectors begin, ``[n, width]``: at random, or as embeddings of words."""
     if re.fullmatch(r"[-+]?[\d.]+", asked) and not asked.isdecimal():
         raise ValueError(f"--context {asked} is no count and no words: expected how many vectors, as in 16, or words")

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers.pre_tokenizers import ByteLevel
 
-from models.bpe import BYTES, END, START
+from models.tokenizer import END, START, built
 
 WIDTH, LENGTH, PROJECTION, HEADS = 12, 10, 6, 3
 NAMES = ("cat", "giant_panda", "eel")
@@ -29,9 +30,13 @@ CONFIG = {
 
 
 def vocabulary():
-    single = [*BYTES.values(), *(f"{x}</w>" for x in BYTES.values())]
-    tokens = [*single, *("".join(pair) for pair in MERGES), START, END]
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{x}</w>" for x in letters), *("".join(pair) for pair in MERGES), START, END]
     return {token: i for i, token in enumerate(tokens)}
+
+
+def encode(text):
+    return built(vocabulary(), MERGES).encode(text)
 
 
 def arrays(seed=0):

@@ -3,12 +3,29 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
-from clip_helpers import CONFIG, LENGTH, MERGES, NAMES, OPEN_CONFIG, arrays, as_open_clip, folder, reference, vocabulary
+from clip_helpers import (
+    CONFIG,
+    LENGTH,
+    MERGES,
+    NAMES,
+    OPEN_CONFIG,
+    arrays,
+    as_open_clip,
+    encode,
+    folder,
+    reference,
+    vocabulary,
+)
 from input_helpers import SMALL, change
 from safetensors.numpy import save_file
+from tokenizers.decoders import ByteLevel
 from weight_helpers import write
 
 from experiments.cli import parse
@@ -17,12 +34,12 @@ from experiments.commands.export import Plan as Export
 from experiments.config import Config
 from experiments.setup import backbone as backbones
 from models import families, prompts
-from models.bpe import BYTES, END, START, Bpe, find, split
 from models.pretrained_clip import clip_backbone, load_clip
+from models.tokenizer import END, START, built, files_in, find
 
 HEADS = ("zero_shot", "text")
 IMAGES = np.random.default_rng(1).integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)
-BPE = Bpe(vocabulary(), {pair: i for i, pair in enumerate(MERGES)})
+ROOT = Path(__file__).parents[1]
 
 
 def ids(*tokens):
@@ -43,39 +60,98 @@ WORDS = {
 
 @pytest.mark.parametrize("text", WORDS)
 def test_a_text_is_cut_into_words(text):
-    assert list(split(text)) == WORDS[text]
+    tokens = [list(vocabulary())[i] for i in encode(text)[1:-1]]
+    words = "".join(tokens).split("</w>")[:-1]
+    assert [ByteLevel().decode([word]) for word in words] == WORDS[text]
 
 
 def test_words_become_tokens_by_the_order_of_merges():
-    """ph-o-t-o: ``phot`` and then no merge; ``cat`` by ``at</w>`` first; bytes of what is not ASCII."""
-    assert BPE.encode("photo cat") == ids(START, "phot", "o</w>", "cat</w>", END)
-    assert BPE.encode("eee") == ids(START, "ee", "e</w>", END)
-    first, second = (BYTES[byte] for byte in "é".encode())
-    assert BPE.encode("é") == ids(START, first, f"{second}</w>", END)
-    assert BPE.encode("") == ids(START, END)
+    """ph-o-t-o: ``phot`` and then no merge; ``cat`` by ``at</w>`` first; GPT-2's bytes of what is not ASCII."""
+    assert encode("photo cat") == ids(START, "phot", "o</w>", "cat</w>", END)
+    assert encode("eee") == ids(START, "ee", "e</w>", END)
+    assert encode("é") == ids(START, "Ã", "©</w>", END)
+    assert encode("") == ids(START, END)
 
 
 def test_texts_are_filled_up_and_cut_before_their_end():
-    tokens, ends = BPE.encode_all(["cat", "cat cat cat cat"], 5)
+    tokens, ends = built(vocabulary(), MERGES).encode_all(["cat", "cat cat cat cat"], 5)
     cat, end = ids("cat</w>", END)
     assert tokens.tolist() == [[*ids(START), cat, end, end, end], [*ids(START), cat, cat, cat, end]]
     assert ends.tolist() == [2, 4]
 
 
-def test_a_vocabulary_is_read_from_either_file(tmp_path):
+def test_a_tokenizer_is_read_from_either_file(tmp_path):
+    """What a file says of lengths is of its last use; with one of the pair alone there is none."""
     assert find(tmp_path) is None
-    model = {"type": "BPE", "vocab": vocabulary(), "end_of_word_suffix": "</w>"}
-    for merges in (["a b", "b c"], [["a", "b"], ["b", "c"]]):
-        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {**model, "merges": merges}}))
-        assert find(tmp_path).ranks == {("a", "b"): 0, ("b", "c"): 1}
-    for wrong, said in (({"type": "Unigram"}, "no tokenizer of CLIP"), ({"vocab": {"a": 0}}, "no vocabulary of CLIP")):
-        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {**model, "merges": [], **wrong}}))
-        with pytest.raises(ValueError, match=said):
-            find(tmp_path)
+    own, text = built(vocabulary(), MERGES).own, "A photo of <|endoftext|>, it's a cat"
+    own.enable_truncation(4)
+    own.enable_padding(length=9)
+    own.save(str(tmp_path / "tokenizer.json"))
+    assert find(tmp_path).encode(text) == encode(text)
+    assert files_in(tmp_path).keys() == {"tokenizer.json"}
+    folder(tmp_path / "pair", {})
+    assert find(tmp_path / "pair").encode(text) == encode(text)
+    assert find(tmp_path / "pair").ids == vocabulary()
+    (tmp_path / "pair" / "merges.txt").unlink()
+    assert find(tmp_path / "pair") is None
+
+
+def whole(changes=MappingProxyType({}), **model):
+    said = json.loads(built(vocabulary(), MERGES).own.to_str())
+    return json.dumps(said | changes | {"model": said["model"] | model})
+
+
+FEW = {"a": 0, "b": 1}
+DAMAGED = {
+    "nothing": ({"tokenizer.json": ""}, "tokenizer.json cannot be read: EOF while parsing"),
+    "cut off": ({"tokenizer.json": whole()[:999]}, "tokenizer.json cannot be read: EOF while parsing"),
+    "no kind": ({"tokenizer.json": whole(type="Nothing")}, "tokenizer.json cannot be read: "),
+    "another kind": ({"tokenizer.json": whole(type="WordLevel")}, "no tokenizer of CLIP: expected a model BPE"),
+    "another end": ({"tokenizer.json": whole(end_of_word_suffix="")}, "no tokenizer of CLIP: expected a model BPE"),
+    "no words": ({"tokenizer.json": whole({"pre_tokenizer": None})}, "no tokenizer of CLIP: .*how texts are cut"),
+    "no ends": (
+        {"tokenizer.json": whole({"added_tokens": []}, vocab=FEW, merges=[])},
+        r"no vocabulary of CLIP: <\|startoftext\|> is not among its 2 tokens.*published with the weights",
+    ),
+    "no unknown": ({"tokenizer.json": whole(unk_token="<unk>")}, "no vocabulary of CLIP: <unk> is not among its 521"),
+    "no ends in the pair": ({"vocab.json": json.dumps(FEW), "merges.txt": ""}, "no vocabulary of CLIP"),
+    "cut off in the pair": ({"vocab.json": '{"a": ', "merges.txt": ""}, "vocab.json with .*merges.txt cannot be read"),
+    "no numbers": ({"vocab.json": '{"a": "b"}', "merges.txt": "a a"}, "cannot be read: .*out of vocabulary; fetch it"),
+    "merges of another": ({"vocab.json": json.dumps(FEW), "merges.txt": "a b"}, "cannot be read: "),
+    "merges of three": ({"vocab.json": json.dumps(FEW), "merges.txt": "a b c"}, "cannot be read: .*invalid at line 1"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_what_is_no_tokenizer_of_clip_is_refused(case, tmp_path):
+    files, said = DAMAGED[case]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said) as refused:
+        find(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
+    """Where a CLIP reads text, and nowhere else."""
+    path = folder(tmp_path / "a", arrays())
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"reading .*vocab\.json needs the package tokenizers: pip install tokenizers"):
+        load_clip(path, NAMES)
+    assert load_clip(path, 3, head="linear").image.model.classes == 3
+
+
+def test_processes_may_fork_after_a_text_was_read():
+    """Versions of the package warn where threads of its own have been at work (0.21)."""
+    code = "import os; from pathlib import Path; from models import tokenizer\n"
+    code += "own = tokenizer.find(Path('experiments/data/nano_clip')); own.encode_all(['a photo of a 2.'] * 99, 16)\n"
+    code += "pid = os.fork(); own.encode_all(['a'] * 99, 16)\nif pid: assert os.waitpid(pid, 0)[1] == 0\n"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def expected(names, w, act="quick_gelu", epsilon=1e-3):
-    rows = [BPE.encode(f"a photo of a {name.replace('_', ' ')}.") for name in names]
+    rows = [encode(f"a photo of a {name.replace('_', ' ')}.") for name in names]
     rows = [row if len(row) <= LENGTH else [*row[: LENGTH - 1], row[-1]] for row in rows]
     return reference(w, IMAGES, rows, epsilon, act)
 

@@ -17,8 +17,8 @@ from experiments.setup import backbone as backbones
 from experiments.setup.backbone import BUILT_IN
 from experiments.setup.problem import new_adapter
 from fedlora_jax.lora import flatten
-from models import bpe
 from models import peft as ours_peft
+from models import tokenizer
 from models.pretrained_clip import clip_backbone, load_clip
 from models.two_towers import TARGETS as BOTH
 from models.vit import TARGETS
@@ -124,9 +124,17 @@ ODD = [
 ]
 
 
-def test_text_is_cut_as_theirs_is(words, folder):
-    """Odd texts, and random ones over all of Unicode."""
-    rng, own = np.random.default_rng(0), bpe.find(folder)
+@pytest.mark.parametrize("files", [("tokenizer.json",), ("vocab.json", "merges.txt")])
+def test_text_is_cut_as_theirs_is(files, words, tmp_path):
+    """Odd texts, and random ones over all of Unicode, by the file they write and by the two that were before it."""
+    words.save_pretrained(tmp_path)
+    if "vocab.json" in files:
+        model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]))
+    assert tokenizer.files_in(tmp_path).keys() == set(files)
+    rng, own = np.random.default_rng(0), tokenizer.find(tmp_path)
     signs = [chr(i) for i in range(0x3000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
     random = ["".join(rng.choice(signs, 30)) for _ in range(100)]
     plain = ["".join(rng.choice(list("abc'dst 12.,\n-"), 30)) for _ in range(100)]

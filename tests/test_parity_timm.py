@@ -5,10 +5,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from clip_helpers import MERGES, vocabulary
+from clip_helpers import MERGES, encode, vocabulary
 from safetensors.numpy import save_file
 
-from models.bpe import Bpe
 from models.pretrained import vit_backbone
 from models.pretrained_clip import clip_backbone
 
@@ -82,8 +81,8 @@ def test_a_clip_of_open_clip_gives_its_logits_and_goes_back(quick, tmp_path):
     vision = {"image_size": SIDE, "layers": 2, "width": 24, "head_width": 8, "patch_size": 4}
     text = {"context_length": 40, "vocab_size": len(vocabulary()), "width": 20, "heads": 5, "layers": 2}
     config = {"embed_dim": 12, "quick_gelu": quick, "vision_cfg": vision, "text_cfg": text}
-    made, bpe = drawn(clip.CLIP(**config)), Bpe(vocabulary(), {pair: i for i, pair in enumerate(MERGES)})
-    rows = [bpe.encode(f"a photo of a {name.replace('_', ' ')}.") for name in NAMES]
+    made = drawn(clip.CLIP(**config))
+    rows = [encode(f"a photo of a {name.replace('_', ' ')}.") for name in NAMES]
     tokens = torch.tensor([[*row, *[0] * (40 - len(row))] for row in rows])
 
     def logits(made):

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from clip_helpers import CONFIG, LENGTH, MERGES, arrays, folder, reference, vocabulary
+from clip_helpers import CONFIG, LENGTH, arrays, encode, folder, reference
 from input_helpers import SMALL, change
 from peft_helpers import applied, random_adapter
 from weight_helpers import write
@@ -18,12 +18,10 @@ from experiments.setup import task
 from fedlora_jax import lora
 from fedlora_jax.lora import LoRA
 from models import peft
-from models.bpe import Bpe
 from models.pretrained_clip import clip_backbone
 from models.two_towers import TARGETS
 
 IMAGES = np.random.default_rng(1).integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)
-BPE = Bpe(vocabulary(), {pair: i for i, pair in enumerate(MERGES)})
 SHORT = ("cat", "eel", "of")
 
 
@@ -51,7 +49,7 @@ def test_logits_are_those_of_the_definition_with_every_layer_adapted(scale, path
     for name, content in peft.files_of(layout, backbone.params, adapter, {}).items():
         (tmp_path / "out" / name).write_bytes(content)
     w = applied(arrays(), tmp_path / "out")
-    rows = [BPE.encode(f"a photo of a {name}.") for name in SHORT]
+    rows = [encode(f"a photo of a {name}.") for name in SHORT]
     assert max(map(len, rows)) <= LENGTH
     np.testing.assert_allclose(logits(backbone, adapter), reference(w, IMAGES, rows), rtol=1e-3, atol=2e-3)
 
@@ -80,7 +78,7 @@ def test_texts_are_computed_once_for_a_batch(path):
 def test_learned_vectors_stand_where_words_would(path):
     backbone = both(path, context="a photo of a")
     np.testing.assert_allclose(logits(backbone), logits(both(path)), rtol=1e-4, atol=1e-4)
-    assert backbone.params["head"]["context"].shape[0] == len(BPE.encode("a photo of a")) - 2
+    assert backbone.params["head"]["context"].shape[0] == len(encode("a photo of a")) - 2
     assert backbone.facts["head"].endswith("'{}.' with the classes' names, behind 'a photo of a' to be learned")
     drawn = both(path, context="3").params["head"]["context"]
     assert drawn.shape == (3, 12)

@@ -39,8 +39,7 @@ from experiments.setup.pretrain import (
     positions,
     write,
 )
-from models import bpe, clip_files, tables
-from models.bpe import Bpe
+from models import clip_files, tables, tokenizer
 from models.clip import PROMPT, Text, text_features
 from models.vit import ViT, normalise, vit
 
@@ -68,12 +67,18 @@ def main() -> None:
     report(params, held_out)
 
 
-def vocabulary() -> Bpe:
-    """Bytes, and what joins them to the words of templates and names, the most frequent pair first."""
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens' numbers, and what joins bytes to the words of templates and names, the most frequent pair first.
+
+    Pairs that are as frequent are in the order of their letters; the package's own trainer takes another.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
     texts = [template.format(name) for template in TEMPLATES for names in NAMES for name in names]
-    words = Counter(word for text in texts for word in bpe.split(text))
-    start = lambda word: [*(bpe.BYTES[byte] for byte in word.encode())]
-    parts = {word: [*start(word)[:-1], f"{start(word)[-1]}{bpe.LAST}"] for word in words}
+    none = tokenizer.built({}, []).own
+    cut = lambda text: none.pre_tokenizer.pre_tokenize_str(none.normalizer.normalize_str(text))
+    words = Counter(word for text in texts for word, _ in cut(text))
+    parts = {word: [*word[:-1], f"{word[-1]}{tokenizer.LAST}"] for word in words}
     merges: list[tuple[str, str]] = []
     while pairs := Counter({p: n for word, n in words.items() for p in pairwise(parts[word])}):
         merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
@@ -83,26 +88,26 @@ def vocabulary() -> Bpe:
                 if (own[i], own[i + 1]) == merges[-1]:
                     own[i : i + 2] = ["".join(merges[-1])]
                 i += 1
-    single = [*bpe.BYTES.values(), *(f"{x}{bpe.LAST}" for x in bpe.BYTES.values())]
-    tokens = [*single, *map("".join, merges), bpe.START, bpe.END]
-    return Bpe({token: i for i, token in enumerate(tokens)}, {pair: i for i, pair in enumerate(merges)})
+    single = sorted(ByteLevel.alphabet())  # a character for each byte
+    tokens = [*single, *(f"{x}{tokenizer.LAST}" for x in single), *map("".join, merges)]
+    return {token: i for i, token in enumerate([*tokens, tokenizer.START, tokenizer.END])}, merges
 
 
-def towers(tokenizer: Bpe) -> tuple[ViT, Text]:
+def towers(tokens: int) -> tuple[ViT, Text]:
     kind = {"norm_pre": True, "act": "quick_gelu", "epsilon": 1e-5}
     image = vit(f"nano/{PATCH}", 1, **kind, projection=PROJECTION, unroll=True)
-    return image, Text(len(tokenizer.ids), LENGTH, WIDTH, DEPTH, HEADS, MLP, PROJECTION)
+    return image, Text(tokens, LENGTH, WIDTH, DEPTH, HEADS, MLP, PROJECTION)
 
 
 def pretrain(glyphs: np.ndarray, steps: int = STEPS) -> dict[str, Any]:
     """``{"image", "text", "logit_scale"}``, parameters of both towers; ``steps`` a multiple of ``pretrain.SCAN``."""
-    tokenizer = vocabulary()
-    image, text = towers(tokenizer)
+    words = tokenizer.built(*vocabulary())
+    image, text = towers(len(words.ids))
     of_image, of_text, data_key = jax.random.split(jax.random.key(0), 3)
     params: dict[str, Any] = dict(image.init(of_image, jnp.zeros((1, SIDE, SIDE, 3)))["params"])
     params["pos"] = params["pos"].at[1:].set(positions(*params["pos"][1:].shape))
     texts = [template.format(name) for template in TEMPLATES for names in NAMES for name in names]
-    tokens, ends = (jnp.asarray(x) for x in tokenizer.encode_all(texts, LENGTH))
+    tokens, ends = (jnp.asarray(x) for x in words.encode_all(texts, LENGTH))
     told = {"tokens": tokens.reshape(len(TEMPLATES), 2, len(CHARACTERS), -1), "ends": ends.reshape(-1, 2, 42)}
     start = {
         "image": without_head(params),
@@ -140,8 +145,8 @@ def save(path: Path, params: dict[str, Any]) -> None:
     """Write the folder: arrays in half precision, the configuration, and the vocabulary."""
     from safetensors.numpy import save as packed
 
-    tokenizer = vocabulary()
-    image, _ = towers(tokenizer)
+    ids, merges = vocabulary()
+    image, _ = towers(len(ids))
     own = {**params["image"], "cls": params["image"]["cls"][0], "logit_scale": params["logit_scale"]}
     arrays = tables.write_params(clip_files.HUGGING_FACE.image, own, PATCH)
     arrays |= tables.write_params(clip_files.HUGGING_FACE.text, params["text"], 1)
@@ -152,15 +157,15 @@ def save(path: Path, params: dict[str, Any]) -> None:
     seen = {"hidden_size": image.width, "num_hidden_layers": image.depth, "num_attention_heads": image.heads}
     seen |= {"intermediate_size": image.mlp_width, "image_size": SIDE, "patch_size": PATCH, **both}
     told = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": MLP}
-    told |= {"vocab_size": len(tokenizer.ids), "max_position_embeddings": LENGTH, **both}
-    told |= {"bos_token_id": tokenizer.ids[bpe.START], "eos_token_id": tokenizer.ids[bpe.END]}
+    told |= {"vocab_size": len(ids), "max_position_embeddings": LENGTH, **both}
+    told |= {"bos_token_id": ids[tokenizer.START], "eos_token_id": ids[tokenizer.END]}
     config = {"model_type": "clip", "projection_dim": PROJECTION, "vision_config": seen, "text_config": told}
     files = {
         "model.safetensors": packed(arrays, about),
         "config.json": _json(config),
         "preprocessor_config.json": _json({"image_mean": MEAN.tolist(), "image_std": STD.tolist()}),
-        bpe.VOCABULARY: _json(tokenizer.ids),
-        bpe.MERGES: "".join(f"{line}\n" for line in ("#version: 0.2", *map(" ".join, tokenizer.ranks))).encode(),
+        tokenizer.VOCABULARY: _json(ids),
+        tokenizer.MERGES: "".join(f"{line}\n" for line in ("#version: 0.2", *map(" ".join, merges))).encode(),
     }
     for name, content in files.items():
         write(path / name, lambda file, content=content: file.write(content))
@@ -172,8 +177,8 @@ def _json(content: Any) -> bytes:
 
 def report(params: dict[str, Any], held_out: np.ndarray) -> None:
     """Print accuracy among the digits, with each way of calling them, on fonts and handwriting it has never seen."""
-    tokenizer = vocabulary()
-    image, text = towers(tokenizer)
+    words = tokenizer.built(*vocabulary())
+    image, text = towers(len(words.ids))
     seen = jax.jit(lambda x: features(image, params["image"], x))
     printed = jax.jit(lambda key: batch(key, jnp.asarray(held_out, jnp.float32), 2000))(jax.random.key(1))
     data = digits()
@@ -181,7 +186,7 @@ def report(params: dict[str, Any], held_out: np.ndarray) -> None:
     of_hand = seen(normalise(data["x"][training], MEAN, STD)), data["y"][training]
     for template in (PROMPT, UNSEEN):
         for names in NAMES:
-            g = text_features(text, params["text"], tokenizer, [template.format(name) for name in names[:10]])
+            g = text_features(text, params["text"], words, [template.format(name) for name in names[:10]])
             share = lambda f, y, g=g: 100 * np.mean(np.argmax(f @ g.T, -1) == np.asarray(y))
             print(
                 f"{template.format(names[3])!r} and so on: {share(seen(printed[0]), printed[1]):.1f} % of digits in "
