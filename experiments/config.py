@@ -316,7 +316,7 @@ class Config:
         decides=SPEED,
     )
     chunk: int | None = option(
-        None, "clients trained at once; must divide the cohort (default: chosen by device)", COUNT, decides=SPEED
+        None, "clients trained at once; must divide those of a device (default: chosen by device)", COUNT, decides=SPEED
     )
     devices: int = option(
         1,
@@ -439,17 +439,22 @@ def check(config: Config) -> None:
         raise ValueError("--kept staged serves clients in parts, and --novel all at once: leave one of them out")
     if config.scale == 0:
         raise ValueError("--scale must not be 0: nothing that adapters learn would count")
-    for name in ("methods", "seeds", "lrs", "budgets", "tuning_seeds"):
+    for name in ("methods", "seeds", "partition_seed", "lrs", "budgets", "tuning_seeds"):
         values = getattr(config, name)
         if len(set(values)) < len(values):
             raise ValueError(f"--{flag_of(name)} must name each once, got {','.join(map(str, values))}")
+    if len(config.partition_seed) > len(config.seeds):
+        raise ValueError(
+            f"--partition-seed names {len(config.partition_seed)} deals and --seeds {len(config.seeds)}: at most one "
+            "deal for each seed"
+        )
     cohort = config.cohort
     if cohort > config.clients:
         raise ValueError(f"--clients-per-round {cohort} is more than --clients {config.clients}")
     own = -(-cohort // config.sharing)
     if config.sharing > cohort:
         hosts = f" of each of {config.hosts} hosts" * (config.hosts > 1)
-        raise ValueError(f"--devices {config.devices}{hosts} are more than the {cohort} clients of a round")
+        raise ValueError(f"--devices {config.devices}{hosts}: more devices than the {cohort} clients of a round")
     if config.chunk is not None and own % config.chunk:
         raise ValueError(f"--chunk {config.chunk} does not divide the {own} clients of a device")
     _check_hosts(config)
@@ -493,8 +498,10 @@ def _check_hosts(config: Config) -> None:
         raise ValueError("--coordinator and --process-id are given together, or are both found out: got one of them")
     if config.process_id is not None and config.process_id >= config.hosts:
         raise ValueError(f"--process-id {config.process_id} is none of --hosts {config.hosts}: they count from 0")
-    if config.coordinator is not None and not re.fullmatch(r".+:\d{1,5}", config.coordinator):
-        raise ValueError(f"--coordinator must be HOST:PORT, got {config.coordinator}")
+    if config.coordinator is not None and not (
+        (port := re.fullmatch(r".+:([0-9]{1,5})", config.coordinator)) and 0 < int(port[1]) < 2**16
+    ):
+        raise ValueError(f"--coordinator must be HOST:PORT with a port from 1 to 65535, got {config.coordinator}")
 
 
 def _divisors_near(number: int, wanted: int) -> list[int]:

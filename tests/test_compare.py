@@ -55,7 +55,7 @@ def test_the_folder_holds_what_is_promised(compared):
         assert entry["compile_seconds"] > 0
     assert set(summary["paired"]) == {"flora"}
     assert set(summary["variance"]) == set(variance.MEASURES)
-    assert variance.lines(summary)[-1].startswith("draws of clients that would tell a difference")
+    assert variance.lines(summary)[-1].startswith("2 draws of clients are too few")
     assert all(f"{line[0].upper()}{line[1:]}." in (out / "report.html").read_text() for line in variance.lines(summary))
 
 

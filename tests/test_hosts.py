@@ -154,10 +154,13 @@ def test_what_one_refuses_ends_all(folder):
     [
         ("--process-id 0", "--process-id is of processes that share a run: say how many, --hosts N"),
         ("--hosts 2 --coordinator here:1", "are given together, or are both found out: got one of them"),
-        ("--hosts 2 --coordinator here --process-id 0", "--coordinator must be HOST:PORT, got here"),
+        (
+            "--hosts 2 --coordinator here --process-id 0",
+            "--coordinator must be HOST:PORT with a port from 1 to 65535, got here",
+        ),
         ("--hosts 2 --coordinator here:1 --process-id 2", "--process-id 2 is none of --hosts 2"),
         ("--hosts 2 --dry-run", "--dry-run is of one process"),
-        ("--hosts 2 --devices 2", "--devices 2 of each of 2 hosts are more than the 3 clients of a round"),
+        ("--hosts 2 --devices 2", "--devices 2 of each of 2 hosts: more devices than the 3 clients of a round"),
     ],
 )
 def test_what_hosts_cannot_do_is_refused_before_they_are_looked_for(more, text, folder, capsys, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from input_helpers import FEW, good_arrays, refused
 
-from experiments.config import Config
+from experiments.config import Config, check
 from experiments.results import summary
 from experiments.setup import data, local_training, problem
 from fedlora_jax import lora
@@ -35,6 +35,17 @@ def same(some, others):
 def test_seeds_may_share_one_split_or_several_in_turn(images):
     of = lambda *shared: dataclasses.replace(CONFIG, seeds=(3, 4, 9), partition_seed=shared).dealt_by
     assert (of(), of(7), of(7, 8)) == ((3, 4, 9), (7, 7, 7), (7, 8, 7))
+    for shared, said in (
+        ((7, 8, 9, 1), "--partition-seed names 4 deals and --seeds 3"),
+        ((7, 7), "must name each once"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check(dataclasses.replace(CONFIG, seeds=(3, 4, 9), partition_seed=shared))
+    words = lambda *shared: summary.meaning(
+        {"eval_every": 1, "rounds": 9, "seeds": [0, 1, 2], "partition_seed": shared}
+    )
+    assert "share 2 draws of clients" in words(7, 8)
+    assert "share" not in words().split(";")[0]
     (parts, tests, ranks), _ = dealt(images, 7)
     (again, same_tests, same_ranks), _ = dealt(images, 7, seeds=(4,), partition_seed=(7,))
     assert same([*parts, *tests, ranks], [*again, *same_tests, same_ranks])

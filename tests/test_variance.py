@@ -58,23 +58,30 @@ def test_no_number_of_draws_tells_nothing_and_two_tell_what_never_varies():
 
 
 def test_a_draw_is_a_partition_not_a_seed():
-    """Two partitions with two seeds each, one where all seeds have the same; said in words."""
-    both = {"global_accuracy": {"last5": {"seeds": [0.5, 0.5, 0.7, 0.8]}}}
-    better = {"global_accuracy": {"last5": {"seeds": [0.6, 0.7, 0.7, 0.9]}}}
-    entries = {name: own | {"personal_accuracy": {"last5": {"seeds": [None] * 4}}}
-               for name, own in (("fedit", both), ("better", better))}  # fmt: skip
-    paired = {"better": {"seeds": [0.1, 0.2, 0.0, 0.1]}}
-    run = lambda dealt: {"methods": entries, "paired": with_draws(paired, dealt), "variance": of_run(entries, dealt)}
-    several = run((7, 7, 8, 8))
+    """Four partitions with two seeds each, or fewer, or one that all seeds have; said in words."""
+    seeds = {"fedit": [0.5, 0.5, 0.7, 0.8, 0.6, 0.6, 0.7, 0.7], "better": [0.6, 0.7, 0.7, 0.9, 0.6, 0.7, 0.8, 0.9]}
+    of = lambda own: {"last5": {"seeds": own}}
+    entries = {n: {"global_accuracy": of(own), "personal_accuracy": of([None] * 8)} for n, own in seeds.items()}
+    apart = (np.array(seeds["better"]) - seeds["fedit"]).tolist()
+    found = with_draws({"better": {"seeds": apart}, "same": {"seeds": [0.0] * 8}}, np.repeat([7, 8, 9, 5], 2))
+    run = lambda dealt: {"methods": entries, "paired": with_draws({"better": {"seeds": apart}}, dealt),
+                         "variance": of_run(entries, dealt)}  # fmt: skip
+    several = run(np.repeat([7, 8, 9, 5], 2))
     assert list(several["variance"]) == ["global_accuracy"]
-    assert several["paired"]["better"]["draws_needed"] == draws_needed([0.15, 0.05])
+    expected = draws_needed(np.mean(np.reshape(apart, (4, 2)), 1).tolist())
+    assert (found["better"]["draws"], found["better"]["draws_needed"]) == (4, expected)
     first, last = lines(several)
     assert "of global accuracy" in first
     assert "training" in first
-    assert last.endswith(f"better {draws_needed([0.15, 0.05])}")
-    one = run((7,) * 4)
-    assert one["paired"]["better"]["draws_needed"] is None
+    assert "guessed from 4" in last
+    assert last.endswith(f"better {expected}")
+    assert lines({**several, "paired": found})[-1].endswith("same none, there is no difference")
+    few, one = run(np.repeat([7, 8], 4)), run([7] * 8)
+    assert few["paired"]["better"]["draws_needed"] is one["paired"]["better"]["draws_needed"] is None
+    assert lines(few)[-1].startswith("2 draws of clients are too few")
     assert lines(one)[-1] == "all seeds share their clients: what another draw of them would change is not known"
-    assert "training is part of both" in lines(run((1, 2, 3, 4)))[0]
+    assert "training is part of both" in lines(run(range(8)))[0]
+    unknown = with_draws({"better": {"seeds": [None, *apart[1:]]}}, range(8))
+    assert len(lines({**run(range(8)), "paired": unknown})) == 1
     alone = {"fedit": entries["fedit"]}
-    assert lines({"methods": alone, "paired": {}, "variance": of_run(alone, (1, 2, 3, 4))}) == []
+    assert lines({"methods": alone, "paired": {}, "variance": of_run(alone, range(8))}) == []

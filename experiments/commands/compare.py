@@ -59,7 +59,14 @@ class Plan:
             self.about = prelude.going_on(before, self.about, PER_SEED)
         if not config.dry_run:
             self.problem = programs.placed_problem(self.problem, config.devices)
-        self.trials = {name: Trial(config, self.problem, name) for name in config.methods}
+        self.trials = {name: self._traced(name) for name in config.methods}
+
+    def _traced(self, name: str) -> Trial:
+        try:
+            return Trial(self.config, self.problem, name)
+        except Exception as error:
+            error.add_note(f"while {name} was traced")
+            raise
 
     def forecast(self) -> None:
         """Print what the run would need."""

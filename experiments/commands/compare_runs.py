@@ -23,7 +23,9 @@ def table(options: CompareRuns) -> str:
     if len(options.runs) < 2:
         raise ValueError(f"got one run, {', '.join(options.runs)}: expected two or more to compare")
     runs = [load(folder) for folder in options.runs]
-    shown = summary.columns(runs[0].config)
+    shown: dict[str, str] = {}
+    for run in runs:
+        shown |= summary.columns(run.config)
     rows, first = [["run", "method", *shown.values(), "global vs first", "paired"]], {}
     for run in runs:
         for name, entry in run.summary["methods"].items():
@@ -32,9 +34,9 @@ def table(options: CompareRuns) -> str:
     header, *lines = summary.aligned(rows)
     under = "  ".join("-" * max(map(len, column)) for column in zip(*rows, strict=True))
     words = [
-        "accuracies in %, mean over the last five rounds and 95 % interval over seeds; global vs first: difference",
-        "to the first run that has the method, over the seeds of both; paired: those whose clients have the same",
-        "images in both",
+        "accuracies in %, mean over the last five rounds (or as many as there are) and 95 % interval over seeds;",
+        "global vs first: difference to the first run that has the method, over the seeds of both; paired: those",
+        "whose clients have the same images in both",
     ]
     return "\n".join([header, under, *lines, "", *words, "", *differing(runs)])
 

@@ -34,9 +34,9 @@ def table() -> str:
     kept = {"programs": caches() / "fedlora-jax", "images": caches() / decoding.FOLDER}
     rows = [
         ["fedlora-jax", f"{fedlora_jax.__version__}, Python {platform.python_version()}, {platform.platform()}"],
-        ["versions", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)],
+        ["versions", ", ".join(map(_version, VERSIONS))],
         ["devices", _devices()],
-        ["cores", f"{os.cpu_count()}"],
+        ["cores", f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"],
         ["memory", _size(memory.available()) + " for arrays"],
         *([f"cache of {name}", f"{path}, {_size(_bytes(path))}"] for name, path in kept.items()),
         *([module, _has(module, *what)] for module, what in OPTIONAL.items()),
@@ -61,6 +61,13 @@ def problems(folders: Mapping[str, Path]) -> list[str]:
     if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         found.append("warning: GLIBC_TUNABLES is not set: start by python -m experiments, which sets it")
     return found
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{name} missing"
 
 
 def _devices() -> str:

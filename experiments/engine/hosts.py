@@ -54,6 +54,8 @@ def join(hosts: int, devices: int, coordinator: str | None, process_id: int | No
     own: dict[str, Any] = {"num_processes": hosts, "cluster_detection_method": "deactivate"} if coordinator else {}
     if devices > 1:  # or under SLURM jax would leave one to each process
         own["local_device_ids"] = range(devices)
+    if process_id == 0:
+        print(f"note: waiting for {hosts - 1} more of {hosts} processes at {coordinator}", file=sys.stderr, flush=True)
     leave = _watched(f"one of {hosts} processes" if process_id is None else f"process {process_id} of {hosts}")
     try:
         jax.distributed.initialize(coordinator, process_id=process_id, heartbeat_timeout_seconds=SILENT, **own)
@@ -175,7 +177,8 @@ def placed(tree: Any, where: NamedSharding | None) -> Any:
 def lost(error: BaseException) -> str | None:
     """One line about an error that another process's end has caused, where it is one."""
     text = _first_line(error)
-    broken = jax.process_count() > 1 and any(word in text.lower() for word in BROKEN)
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+    broken = of_jax and any(word in text.lower() for word in BROKEN)
     return f"another process of this run was lost ({text[:200]})" if broken else None
 
 

@@ -25,11 +25,21 @@ def load(folder: str | Path) -> Finished:
     """What a finished run has written.
 
     Raises:
-      ValueError: there is no finished ``compare`` or ``run``.
+      ValueError: there is no finished ``compare`` or ``run``, or it has begun again, or rows are damaged.
     """
     path = Path(folder)
-    found = [read_json((path / name).read_bytes()) if (path / name).is_file() else None for name in (CONFIG, SUMMARY)]
-    config, summary = (x if isinstance(x, dict) else {} for x in found)
-    if not {"config", "record"} <= config.keys() or not {"methods", "paired"} <= summary.keys():
-        raise ValueError(f"{path} is no finished compare or run: expected a folder with {CONFIG} and {SUMMARY} of one")
-    return Finished(str(path), config["config"], config["record"], summary, Metrics(path).read())
+    began, summary = (_object(path / name) for name in (CONFIG, SUMMARY))
+    if not {"config", "record", "methods", "paired"} <= summary.keys() or not summary["methods"]:
+        raise ValueError(f"{path} is no finished compare or run: expected a folder with the {SUMMARY} of one")
+    if any(began.get(part) != summary[part] for part in ("config", "record")):
+        raise ValueError(f"{path} has been gone on with and is not finished: let it end with --resume")
+    rows, config = Metrics(path).read(), summary["config"]
+    if len(rows) != (count := len(summary["methods"]) * len(config["seeds"]) * config["rounds"]):
+        raise ValueError(f"{path} has {len(rows)} whole rows of {count}: --resume computes what is damaged again")
+    return Finished(str(folder), config, summary["record"], summary, rows)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """What a file of JSON holds; nothing, where it is none."""
+    found = read_json(file.read_bytes()) if file.is_file() else None
+    return found if isinstance(found, dict) else {}

@@ -137,7 +137,10 @@ def meaning(config: dict[str, Any]) -> str:
     """What stands under a table of the terminal."""
     seeds = len(config["seeds"])
     shown = [m for m in metrics.taken(False, has_novel(config)) if m.short and metrics.TERMINAL in m.shown]
+    shared = len(set(config.get("partition_seed") or range(seeds)))
     among = f"over {counted(seeds, 'seed')}" + " and the clients scored" * draws_clients(config)
+    if shared < seeds:
+        among += f" that share {counted(shared, 'draw')} of clients (another draw may change more)"
     taken = f"accuracies in %, mean over {window(config)} and 95 % interval {among};\n"
     words = [
         "+steps: after one round of local steps",

@@ -15,6 +15,7 @@ from scipy import stats
 MEASURES = ("global_accuracy", "personal_accuracy")
 LEVEL, POWER = 0.05, 0.8
 MANY = 1000  # draws; nobody runs more
+FEWEST = 4  # draws from which a number of them is guessed
 
 
 def of_run(entries: dict[str, Any], partitions: Sequence[int]) -> dict[str, Any]:
@@ -28,15 +29,17 @@ def of_run(entries: dict[str, Any], partitions: Sequence[int]) -> dict[str, Any]
 
 
 def with_draws(paired: dict[str, Any], partitions: Sequence[int]) -> dict[str, Any]:
-    """Each paired difference and ``draws_needed`` to tell one as large, a draw being a partition; None: too many, or
-    unknown from a single one."""
+    """Each paired difference, ``draws``, on how many partitions it was seen, and ``draws_needed`` to tell one as large.
+
+    None where these are too many, or fewer than ``FEWEST`` to guess from.
+    """
     groups, place = np.unique(partitions, return_inverse=True)
     found = {}
     for name, entry in paired.items():
         seeds, needed = entry["seeds"], None
-        if len(groups) > 1 and None not in seeds:
+        if len(groups) >= FEWEST and None not in seeds:
             needed = draws_needed([float(np.mean(np.array(seeds)[place == p])) for p in range(len(groups))])
-        found[name] = entry | {"draws_needed": needed}
+        found[name] = entry | {"draws": len(groups), "draws_needed": needed}
     return found
 
 
@@ -54,14 +57,29 @@ def lines(summary: dict[str, Any]) -> list[str]:
         if known:
             name = measure.split("_")[0]
             said.append(f"variance of {name} accuracy around each method's mean: {', '.join(known)}{alone}")
-    if not said:
-        return []
-    if all(own["shared"] is None for own in summary["variance"].values()):
+    compared = {name: entry for name, entry in summary["paired"].items() if None not in entry["seeds"]}
+    if not said or not compared:
+        return said
+    draws = {entry["draws"] for entry in compared.values()}
+    if draws == {1}:
         return [*said, "all seeds share their clients: what another draw of them would change is not known"]
-    count = lambda n: f"over {MANY}" if n is None else str(n)
-    needed = [f"{name} {count(entry['draws_needed'])}" for name, entry in summary["paired"].items()]
-    means = f"draws of clients that would tell a difference as large as the one to {next(iter(summary['methods']))}"
-    return [*said, f"{means} (t-test at 5 %, in four of five trials): {', '.join(needed)}"]
+    (seen,) = draws
+    if seen < FEWEST:
+        return [*said, f"{seen} draws of clients are too few to say how many would tell methods apart"]
+    needed = [f"{name} {_needed(entry)}" for name, entry in compared.items()]
+    first = next(iter(summary["methods"]))
+    return [
+        *said,
+        f"draws of clients that would tell a difference in global accuracy as large as the one to {first} (t-test at "
+        f"5 %, in four of five trials), guessed from {seen}, which may be several times too few or too many: "
+        + ", ".join(needed),
+    ]
+
+
+def _needed(entry: dict[str, Any]) -> str:
+    if not any(entry["seeds"]):
+        return "none, there is no difference"
+    return f"over {MANY}" if entry["draws_needed"] is None else str(entry["draws_needed"])
 
 
 def components(values: np.ndarray, partitions: np.ndarray) -> dict[str, float | None]:
