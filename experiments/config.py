@@ -439,15 +439,7 @@ def check(config: Config) -> None:
         raise ValueError("--kept staged serves clients in parts, and --novel all at once: leave one of them out")
     if config.scale == 0:
         raise ValueError("--scale must not be 0: nothing that adapters learn would count")
-    for name in ("methods", "seeds", "partition_seed", "lrs", "budgets", "tuning_seeds"):
-        values = getattr(config, name)
-        if len(set(values)) < len(values):
-            raise ValueError(f"--{flag_of(name)} must name each once, got {','.join(map(str, values))}")
-    if len(config.partition_seed) > len(config.seeds):
-        raise ValueError(
-            f"--partition-seed names {len(config.partition_seed)} deals and --seeds {len(config.seeds)}: at most one "
-            "deal for each seed"
-        )
+    _check_lists(config)
     cohort = config.cohort
     if cohort > config.clients:
         raise ValueError(f"--clients-per-round {cohort} is more than --clients {config.clients}")
@@ -483,6 +475,19 @@ def check(config: Config) -> None:
         raise ValueError("--augment makes other images in every step, and --prefix stored keeps what one makes of each")
     if config.seeds_at_once is not None and len(config.seeds) % config.seeds_at_once:
         raise ValueError(f"--seeds-at-once {config.seeds_at_once} does not divide {len(config.seeds)} seeds")
+
+
+def _check_lists(config: Config) -> None:
+    """Refuse lists that name something twice, or more than there is a use for."""
+    for name in ("methods", "seeds", "partition_seed", "lrs", "budgets", "tuning_seeds"):
+        values = getattr(config, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{flag_of(name)} must name each once, got {','.join(map(str, values))}")
+    if len(config.partition_seed) > len(config.seeds):
+        raise ValueError(
+            f"--partition-seed names {len(config.partition_seed)} deals and --seeds {len(config.seeds)}: at most one "
+            "deal for each seed"
+        )
 
 
 def _check_hosts(config: Config) -> None:
