@@ -150,7 +150,7 @@ def test_a_model_of_ones_own_is_compared_like_any_other(files):
         ("--model own.py:fails", "own.py, line 74: KeyError: 'no'"),
         ("--model own.py:cnn --heads 3", "own.py:cnn does not take --heads: leave it out, got 3"),
         ("--method fedit+fedlc --task sigmoid", "FedLC calibrates a softmax"),
-        ("--task guess", "--task must be one of softmax, sigmoid; got guess"),
+        ("--task guess", "--task must be one of softmax, sigmoid, pairs; got guess"),
     ],
 )
 def test_what_is_no_model_or_no_task_is_refused(options, said, files, capsys, monkeypatch):
