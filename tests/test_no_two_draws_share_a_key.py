@@ -14,6 +14,7 @@ import pytest
 from helpers import ADAPTER, BASE, BATCH, CLASSES, CLIENTS, RANK, SIGNATURE, examples, jit, logits, loss_fn, population
 from jax.extend import random as prng
 
+from experiments.config import Config
 from experiments.engine import evaluation
 from experiments.setup import descriptions, problem
 from fedlora_jax import clients, layers, lora, rounds
@@ -148,7 +149,7 @@ def test_evaluation_draws_nothing_that_rounds_draw(name):
     """Local steps after which a model is scored have batches of their own, and so have the trials of newcomers."""
     method = METHODS[name]()
     run, step, seen = of_rounds(method, count=2)
-    config = SimpleNamespace(clients=5, holdout_clients=2, scored=(5, 2), local_steps=STEPS, batch=BATCH, rounds=9)
+    config = Config(clients=5, holdout_clients=2, local_steps=STEPS, batch=BATCH, rounds=9)
     right = lambda base, model, xy: (logits(base, model, xy[0]).argmax(-1) == xy[1]).astype(float)
     loss = lambda base, adapter, xy, key: loss_fn(base, adapter, {"x": xy[0], "y": xy[1]}, key)
     what_is_told = {"smallest": 3, "longest": None, "adapters": ADAPTER, "images": SimpleNamespace(known=None)}
