@@ -80,6 +80,11 @@ def placed(tree: Any, devices: int) -> Any:
     return jax.tree.map(jnp.asarray, tree) if place is None else hosts.placed(tree, place)
 
 
+def lent(tree: Any, devices: int) -> Any:
+    """``placed`` of arrays from the host that nobody writes to any more: a CPU that is one device computes on these."""
+    return jax.device_put(tree) if everywhere(devices) is None else placed(tree, devices)
+
+
 def placed_problem(problem: Problem, devices: int) -> Problem:
     """A problem all of whose arrays are there, but for images that are staged."""
     stays = () if problem.staged else (problem.train, problem.test)

@@ -84,7 +84,7 @@ class Staged:
         self._scored = [(ids, places) for ids in groups for places in spans]
         count = len(problem.test[1])
         self._tests = [(i, min(count, i + self.sizes.tests)) for i in range(0, count, self.sizes.tests)]
-        self._put = partial(programs.placed, devices=config.devices)
+        self._put, self._lend = (partial(f, devices=config.devices) for f in (programs.placed, programs.lent))
         shown = self._like(self.sizes.by_rounds)
         self.lowered = self._calls.train.lower(problem.base, shown, self._everyone, self._start, self._like_rows())
 
@@ -267,7 +267,7 @@ class Staged:
     def _of_whole(self, rows: np.ndarray) -> Any:
         if not self._problem.staged:
             return self._problem.test[:2]
-        return self._put(gathered(self._problem.test[:2], rows, len(rows))[0])
+        return self._lend(gathered(self._problem.test[:2], rows, len(rows))[0])
 
     def _shown(self, first: int, train: Any, most: int, test: Any = (), most_test: int = 0) -> Shown:
         """Some seeds with the images that they see, padded to ``most``; none where that is 0."""
@@ -275,7 +275,7 @@ class Staged:
         images, places = gathered(self._problem.train, train, most)
         tests, of_tests = gathered(self._problem.test[:2], test, most_test)
         shown = Shown(np.int32(first), places[self._rows[own]], of_tests[self._test_rows[own]], images, tests)
-        return self._put(shown)
+        return self._lend(shown)
 
     def _all(self, first: int) -> Shown:
         """Some seeds with all images, which are on the device."""
