@@ -31,6 +31,7 @@ from fedlora_jax.methods.fed_hello import fed_hello
 from fedlora_jax.methods.fed_sb import fed_sb
 from fedlora_jax.methods.fed_talora import fed_talora
 from fedlora_jax.methods.fedex_lora import fedex_lora
+from fedlora_jax.methods.fedglomo import fedglomo
 from fedlora_jax.methods.fedhl import fedhl
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.fedper import fedper
@@ -61,9 +62,11 @@ from fedlora_jax.methods.sdflora import sdflora
 from fedlora_jax.rounds import MetricFn, make_evaluate, make_round, make_step, scan_rounds
 from fedlora_jax.signatures import Signature
 from fedlora_jax.training import LossFn
+from fedlora_jax.wrappers.fairness import afl, qffl
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedlc import fedlc
+from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedlora_jax.wrappers.nonfinite import nonfinite
 from fedlora_jax.wrappers.privacy import clip, noise
@@ -87,6 +90,7 @@ __all__ = [
     "Population",
     "Signature",
     "Traffic",
+    "afl",
     "batches",
     "centralized",
     "clients",
@@ -104,9 +108,11 @@ __all__ = [
     "fedbc",
     "feddyn",
     "fedex_lora",
+    "fedglomo",
     "fedhl",
     "fedit",
     "fedlc",
+    "fednova",
     "fedper",
     "fedpgp",
     "fedproto",
@@ -146,6 +152,7 @@ __all__ = [
     "pfedme",
     "product",
     "proximal",
+    "qffl",
     "rac_lora",
     "rolora",
     "rounds",

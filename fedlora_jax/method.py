@@ -32,6 +32,7 @@ class Cohort(NamedTuple):
     batches: Any = ()  # [C, T, B, ...] data of T local steps; or batches.Padded, where some take fewer
     queries: Any = ()  # [C, Q, ...] data that a client keeps apart from them, to judge its model by
     shares: Any = ()  # [C] each client's part of the weight of the whole population; () where nobody knows
+    losses: Any = ()  # [C, T] of each local step's batch, before the step, as it is reported; () before they are taken
 
 
 class Dispatch(NamedTuple):

@@ -134,11 +134,11 @@ def make_round(
             meta_gradient = meta_gradient if meta_gradient == () else masked(meta_gradient, own.mask)
             change = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, received, own.adapter))  # |0| has no derivative
             kept = method.remember(own.memory, own.context, own.adapter, received)
-            loss = mean_over_steps(own.batches, trace.loss)
-            return received, kept, loss, optax.tree.norm(change), meta_gradient
+            return received, kept, trace.loss, optax.tree.norm(change), meta_gradient
 
         rows = clients_of(cohort, sent, memory=cohort.memory, batches=cohort.batches, examples=cohort.queries)
-        received, memory, loss, moved, meta_gradients = map_clients(client, rows, at_once, shared_by)
+        received, memory, losses, moved, meta_gradients = map_clients(client, rows, at_once, shared_by)
+        loss, cohort = jax.vmap(mean_over_steps)(cohort.batches, losses), cohort._replace(losses=losses)
         learned = method.learn(state, cohort, meta_gradients)
         new_state = method.aggregate(base, learned, cohort, sent, received)
         refuse_widened(state, new_state)

@@ -25,6 +25,7 @@ from fedlora_jax.methods.fed_hello import fed_hello
 from fedlora_jax.methods.fed_sb import fed_sb
 from fedlora_jax.methods.fed_talora import fed_talora
 from fedlora_jax.methods.fedex_lora import fedex_lora
+from fedlora_jax.methods.fedglomo import fedglomo
 from fedlora_jax.methods.fedhl import fedhl
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.fedper import fedper
@@ -53,9 +54,11 @@ from fedlora_jax.methods.rac_lora import rac_lora
 from fedlora_jax.methods.rolora import rolora
 from fedlora_jax.methods.sdflora import sdflora
 from fedlora_jax.signatures import Signature
+from fedlora_jax.wrappers.fairness import afl
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedlc import fedlc
+from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadam, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
 from fedlora_jax.wrappers.nonfinite import nonfinite
@@ -112,6 +115,7 @@ CLASSICS: dict[str, Callable[[], Method]] = {
     "per_fedavg": per_fedavg,
     "pfedhn": lambda: pfedhn(100, size=4, width=8),
     "ifca": lambda: ifca(query=BATCH),
+    "fedglomo": fedglomo,
     "hilora": lambda: hilora(100, 10),
     "hilora_cluster": lambda: hilora(100, 10, root=0.1),  # the second round is of the next stage
 }
@@ -133,6 +137,8 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "krum": lambda: krum(fedit(), kept=2),
     "norm_bound": lambda: norm_bound(fedit(), 1.0),
     "nonfinite": lambda: nonfinite(fedit()),
+    "fednova": lambda: fednova(fedit()),
+    "afl": lambda: afl(fedit(), 100, 0.5),
 }
 STACKS: dict[str, Callable[[], Method]] = {
     "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
@@ -140,9 +146,11 @@ STACKS: dict[str, Callable[[], Method]] = {
     "dynamic": lambda: fedlc(
         nonfinite(clip(fedadam(feddyn(signature_bias(ffa_lora(), SIGNATURE, warmup=0), 8, 0.1)), 0.05)), 0.1
     ),
-    "weighed": lambda: clip(noise(proximal(fedbc(fedyogi(flexlora("balanced", gauge=True)), lr=0.1, lam=0.2))), 0.05),
+    "weighed": lambda: clip(
+        noise(proximal(fedbc(fednova(fedyogi(flexlora("balanced", gauge=True))), lr=0.1, lam=0.2))), 0.05
+    ),
     "outliers": lambda: norm_bound(krum(trimmed_mean(fedyogi(fedit()), 0.25), kept=2)),
-    "personal": lambda: nonfinite(clip(proximal(ditto()), 0.05)),
+    "personal": lambda: nonfinite(clip(afl(proximal(ditto()), 100, 0.5), 0.05)),
 }
 METHODS |= CLASSICS
 WRAPPED |= STACKS
@@ -250,6 +258,7 @@ def cohort(seed: int = 0, clients: int = CLIENTS, steps: int = STEPS, weights=No
         batches=labelled(rng, clients, steps, BATCH),
         queries=labelled(rng, clients, BATCH),
         shares=array(weights / weights.sum() / 2),  # as many again take no part
+        losses=array(np.random.default_rng(seed + 100).uniform(0.5, 2, (clients, steps))),
     )
 
 

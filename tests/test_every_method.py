@@ -77,6 +77,7 @@ EXCEPTIONS = {
         "clip": "the clients' update is cut before it is averaged",
         "feddyn": "w_g = mean of w_i - h / al goes beyond the mean",
         "dynamic": "has FedDyn in it",
+        "fedglomo": "the server's step remembers the last one",
         "weighed": "has noise in it",
         "defended": "has noise in it",
         "personal": "has clipping in it",
@@ -101,6 +102,7 @@ EXCEPTIONS["one client"] |= EXCEPTIONS["fixed point"]
 # What of all that a client carries the server averages.
 SENT = {name: lambda carried: carried["shared"] for name in ("finetune", "ditto", "pfedme", "personal")}
 SENT["sdflora"] = lambda carried: carried.shared
+SENT["fedglomo"] = lambda carried: carried["now"]
 
 
 # Built from the same parts as another that always runs: these run with the long tests.

@@ -12,9 +12,11 @@ import pytest
 from helpers import (
     ADAPTER,
     BASE,
+    BATCH,
     KEY,
     LOCAL_LR,
     SIGNATURE,
+    STEPS,
     assert_near,
     cohort,
     copies,
@@ -27,14 +29,17 @@ from helpers import (
 from wrapper_helpers import flat
 
 from experiments.engine.methods import wrappers
+from fedlora_jax.batches import Padded
 from fedlora_jax.methods.centralized import centralized
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.local_only import local_only
 from fedlora_jax.wrappers import Wrapped, order
+from fedlora_jax.wrappers.fairness import afl, qffl
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedlc import fedlc
+from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
 from fedlora_jax.wrappers.nonfinite import nonfinite
@@ -45,6 +50,7 @@ from fedlora_jax.wrappers.scaffold import scaffold
 from fedlora_jax.wrappers.signature_bias import signature_bias
 
 CLIENTS, POPULATION, BROKEN = 6, 12, 2
+TAKEN = np.array([1, 2, 2, 1, 2, 1])
 MADE = {
     "proximal": lambda m: proximal(m, 0.3),
     "fedlc": lambda m: fedlc(m, 0.1),
@@ -60,7 +66,10 @@ MADE = {
     "krum": lambda m: krum(m, kept=3),
     "norm_bound": lambda m: norm_bound(m, 0.9),
     "nonfinite": nonfinite,
+    "fednova": fednova,
+    "qffl": lambda m: qffl(m, LOCAL_LR, 2.0),
 }
+FAIR = {"afl": lambda m: afl(m, POPULATION)}  # weighs by losses, as q-FFL does
 SERVERS = {  # which are ``server`` with another transformation, as fedadam is
     "fedavgm": fedavgm,
     "fedadagrad": fedadagrad,
@@ -70,13 +79,13 @@ SERVERS = {  # which are ``server`` with another transformation, as fedadam is
 STATEFUL = ("signature_bias", "scaffold", "feddyn", "fedadam", "noise", "nonfinite")
 REMEMBERING = ("scaffold", "feddyn", "fedbc")
 DEFENCES = ("clip", "median", "trimmed_mean", "krum", "norm_bound")
-HANDS_ON = (*DEFENCES, "noise", "fedbc")  # other uploads or weights than it was given
+HANDS_ON = (*DEFENCES, "noise", "fedbc", "fednova", "qffl")  # other uploads or weights than it was given
 
 
 def built(*stack, method=None):
     method = method or fedit()
     for name in stack:
-        method = (MADE | SERVERS)[name](method)
+        method = (MADE | SERVERS | FAIR)[name](method)
     return method
 
 
@@ -87,8 +96,9 @@ class Play:
         """``size``: of what the broken client sends in place of an update, or 1: none is broken."""
         self.stack, self.method = stack, built(*stack)
         c = normalised(cohort(clients=CLIENTS, weights=weights, ranks=[2, 2, 2, 1, 2, 1]))
-        # Half of the population; who is not there leaves the parts of the others as they are.
-        self.c = c._replace(shares=np.float32([1, 2, 3, 4, 1, 1]) / 24)
+        # Half of the population; who is not there leaves the parts of the others as they are. Steps are not equal.
+        present = np.broadcast_to(np.arange(STEPS)[:, None] < TAKEN[:, None, None], (CLIENTS, STEPS, BATCH))
+        self.c = c._replace(shares=np.float32([1, 2, 3, 4, 1, 1]) / 24, batches=Padded(c.batches, present))
         self.memory = copies(self.method.init_client(ADAPTER), CLIENTS)
         self.state = self.method.init(KEY, ADAPTER)
         if key is not None and "noise" in stack:
@@ -213,6 +223,12 @@ def handed_on(name, play, lam, key):
     elif name == "fedbc":
         new = np.maximum(np.float64(lam) + 0.1 * (norms**2 - 0.5), 0)
         p = new / new.sum()
+    elif name == "fednova":
+        d = (p @ TAKEN) * d / TAKEN[:, None]
+    elif name == "qffl":
+        loss = np.float64(play.c.losses)[:, 0]
+        fair, bent = p * loss**2, p * 2 * loss * norms**2 / LOCAL_LR
+        p, d = fair / fair.sum(), d * fair.sum() / (fair.sum() + bent.sum())
     elif name == "noise":
         d = d + flat(drawn(play, key), clients=True)
     return p, unflattened(np.where(held > 0, x + d, y), play.received)
@@ -297,8 +313,15 @@ def test_server_optimizers_are_one_to_the_table():
         assert not goes(name, "fedadam")
 
 
+def test_afl_is_one_to_the_table_as_q_ffl():
+    for other in MADE.keys() - {"qffl"}:
+        assert goes("afl", other) == goes("qffl", other)
+        assert goes(other, "afl") == goes(other, "qffl")
+    assert not goes("afl", "qffl")
+
+
 def test_the_table_knows_every_wrapper():
-    assert set(wrappers()) | {"server"} == order.KNOWN == set(MADE) | set(SERVERS)
+    assert set(wrappers()) | {"server"} == order.KNOWN == set(MADE) | set(SERVERS) | set(FAIR)
 
 
 def test_a_pair_is_seen_through_what_stands_between():

@@ -57,7 +57,7 @@ from fedlora_jax.wrappers.signature_bias import signature_bias
 
 
 def test_every_wrapper_is_in_the_battery():
-    same_but_for_the_transformation = {"fedavgm", "fedyogi", "fedadagrad"}  # as ``server`` and ``fedadam``, which are
+    same_but_for_the_transformation = {"fedavgm", "fedyogi", "fedadagrad", "qffl"}  # as ``fedadam`` and ``afl``
     assert set(wrappers()) - same_but_for_the_transformation < set(WRAPPED)
 
 

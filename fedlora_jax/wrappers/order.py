@@ -16,8 +16,9 @@ OWN = frozenset({"clip", "noise"})  # changes each upload by itself, so that its
 ALIKE = frozenset({"median", "trimmed_mean"})  # one update in place of all
 COHORT = ALIKE | {"krum", "norm_bound"}  # what becomes of an upload depends on the others
 UPLOADS = OWN | COHORT
+FAIR = frozenset({"qffl", "afl"})  # clients weigh by their losses
 LOCAL = frozenset({"proximal", "fedlc"})  # a term in the local loss, no state
-KNOWN = SERVER | CONTROLS | UPLOADS | LOCAL | {"signature_bias", "nonfinite"}
+KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | {"fednova", "signature_bias", "nonfinite"}
 
 _SWAP = "put {inner} outside: +{outer}+{inner}"
 
@@ -86,7 +87,55 @@ REFUSED = (
         "leave one out, or bound what clients send by clip: +{inner}+clip",
     ),
     Refused(
-        UPLOADS - ALIKE,
+        FAIR,
+        FAIR,
+        "both weigh clients by their losses, each to an end of its own",
+        "leave one out",
+    ),
+    Refused(
+        FAIR,
+        CONTROLS,
+        "{outer} holds clients to what their mean is by examples, and {inner} weighs them by their losses",
+        "leave one out",
+    ),
+    Refused(
+        CONTROLS,
+        FAIR,
+        "{inner} holds clients to what their mean is by examples, and {outer} weighs them by their losses",
+        "leave one out",
+    ),
+    Refused(
+        FAIR,
+        ALIKE,
+        "behind {outer} all updates are alike, and no weight of {inner} changes their mean",
+        "leave one out",
+    ),
+    Refused(
+        ALIKE,
+        FAIR,
+        "{inner} counts every client alike, whatever {outer} makes of their weights",
+        "leave one out",
+    ),
+    Refused(
+        _set("fednova", "feddyn"),
+        _set("fednova", "feddyn"),
+        "w_g = mean of w_i - h / al needs the mean itself, and not that of updates per step",
+        "leave one out",
+    ),
+    Refused(
+        _set("scaffold", "fedbc"),
+        _set("fednova"),
+        "clients keep their part of {inner} as made of what they sent, and {outer} gives it another length",
+        _SWAP,
+    ),
+    Refused(
+        _set("fednova"),
+        ALIKE,
+        "behind {outer} all updates are alike, and {inner} would divide them by numbers of steps that are not theirs",
+        _SWAP,
+    ),
+    Refused(
+        (UPLOADS - ALIKE) | {"fednova"},
         _set("signature_bias"),
         "it would learn from what clients sent before {inner}",
         _SWAP,
@@ -104,9 +153,10 @@ REFUSED = (
         "take krum, norm_bound or clip instead: +{inner}+krum",
     ),
     Refused(
-        _set("fedbc"),
+        FAIR | {"fedbc"},
         _set("signature_bias"),
-        "fedbc weighs clients anew, and what is learned outside of it would be learned by other weights than the model",
+        "{inner} weighs clients anew, and what is learned outside of it would be learned by other weights than the "
+        "model",
         _SWAP,
     ),
     Refused(
@@ -123,7 +173,7 @@ REFUSED = (
     ),
     Refused(
         _set("noise"),
-        COHORT,
+        COHORT | FAIR | {"fednova"},
         "one client can move what {outer} makes of all by more than its own clipped update, which no noise behind it "
         "accounts for",
         _SWAP,
