@@ -205,6 +205,7 @@ _MODEL = _WEIGHTS | {
     "head",
     "prompts",
     "context",
+    "bridge",
     "class_names",
     "model",
     "data",

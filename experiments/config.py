@@ -18,7 +18,7 @@ SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid", "pairs")
 DTYPES = ("float32", "bfloat16")
-HEADS = ("linear", "cosine", "prototype", "zero_shot", "text", "gate")
+HEADS = ("linear", "cosine", "prototype", "zero_shot", "text", "transport", "gate")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 BUDGETS = (1, 2, 5, 10)
@@ -97,22 +97,28 @@ class Config:
         "what makes logits of features: linear; cosine, a temperature times cosines; prototype, by distance from the "
         "mean features of each class, over the training clients, to start from; where a model reads text, zero_shot, "
         "of the names of classes, to start from, or text, its text tower, computed in every step: for --targets in it, "
-        "or to train head/logit_scale or --context; gate, that of names (or as the model has it) behind a softmax gate "
-        "on features, head/gate (default: as the model has it). What --full finds of it is trained "
-        "and shared (of fedper and fedrep each client's own), the rest is frozen",
+        "or to train head/logit_scale or --context; transport, the same of two prompts, head/context and head/local, "
+        "which an optimal transport brings to an image's patches; gate, that of names (or as the model has it) behind "
+        "a softmax gate on features, head/gate (default: as the model has it). What --full finds of it is trained and "
+        "shared (of fedper and fedrep each client's own), the rest is frozen",
         among=HEADS,
     )
     prompts: str | None = option(
         None,
         "what a zero-shot head or the text tower is given, with {} for the name of a class; several, with | between "
         "them, are averaged; or published templates by data set: caltech101, dtd, eurosat, fgvc_aircraft, food101, "
-        "imagenet, imagenet_seven, oxford_flowers, oxford_pets, stanford_cars, sun397, ucf101 (default: 'a photo of a "
-        "{}.', with --context '{}.')",
+        "imagenet, imagenet_seven, oxford_flowers, oxford_pets, stanford_cars, sun397, ucf101 (default: as --data is "
+        "called, where that is one of these, else 'a photo of a {}.'; with --context '{}.')",
     )
     context: str | None = option(
         None,
-        "with --head text, vectors to be learned before the words of every prompt, head/context: how many, or the "
-        "words that they begin as (default: none)",
+        "with --head text (or transport), vectors to be learned before the words of every prompt, head/context: how "
+        "many, or the words that they begin as (default: none)",
+    )
+    bridge: str | None = option(
+        None,
+        "with --head text, BLOCKS:WIDTH:SCALE, adapters in the last blocks of both towers, blocks/bridge and "
+        "text/blocks/bridge, whose middle projection is one for both, bridge/kernel and bridge/bias (default: none)",
     )
     class_names: tuple[str, ...] = option(
         (),

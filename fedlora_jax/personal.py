@@ -7,6 +7,7 @@ not: there it begins with what everybody began with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax import Array
 
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Cohort, Method, per_client
+from fedlora_jax.method import Cohort, Method, Traffic, per_client
 
 
 class Kept(NamedTuple):
@@ -56,6 +57,38 @@ def own_or(cohort: Cohort, rows: Any, *, nobody: bool = True) -> Any:
     met = jnp.where(has, kept.met, 1.0)
     pick = lambda x, row: jnp.where(per_client(has, x), x / per_client(met, x), row)
     return jax.tree.map(pick, kept.own, rows)
+
+
+def keeping(inner: Method, divide: Callable[[Adapter], tuple[Adapter, Adapter]]) -> Method:
+    """``inner``, of whose adapter a part stays with each client: it is trained, and neither sent nor averaged.
+
+    Args:
+      inner: a method whose state is its ``adapter`` and whose clients keep nothing.
+      divide: ``(adapter) -> (what is shared, what stays)``, which ``lora.join`` puts together again.
+    """
+
+    def dispatch(base, state, cohort):
+        sent = inner.dispatch(base, state, cohort)
+        (shared, rows), (_, mask) = divide(sent.adapter), divide(sent.mask)
+        own = jax.tree.map(jnp.multiply, own_or(cohort, rows), mask)
+        return sent._replace(adapter=lora.join(shared, own))
+
+    def aggregate(base, state, cohort, sent, received):
+        new = inner.aggregate(base, state, cohort, sent, received)
+        return new._replace(adapter=lora.join(divide(new.adapter)[0], divide(state.adapter)[1]))
+
+    def upload_mask(mask):
+        shared, own = divide(mask)
+        return lora.join(shared, jax.tree.map(jnp.zeros_like, own))
+
+    return inner._replace(
+        dispatch=dispatch,
+        aggregate=aggregate,
+        init_client=lambda adapter: nothing_yet(divide(adapter)[1]),
+        remember=lambda memory, context, sent, received: keep(divide(received)[1]),
+        upload_mask=upload_mask,
+        traffic=lambda own, cohort: Traffic(up=divide(own)[0], down=divide(own)[0]),
+    )
 
 
 def needs_head(adapter: Adapter, what: str) -> None:

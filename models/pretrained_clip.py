@@ -13,6 +13,7 @@ import numpy as np
 
 from fedlora_jax.lora import Params
 
+from . import bridge as bridging
 from . import clip, clip_files, facts, files, peft_in, tables, tokenizer, two_towers
 from . import prompts as reading
 from .backbone import Backbone, Layout, Published
@@ -27,6 +28,8 @@ SECTIONS = {"image": "vision_config", "text": "text_config"}
 # of transformers' CLIPVisionConfig and CLIPTextConfig, which need not write what is as usual
 IMPLIED = {"image": {"heads": 12}, "text": {"heads": 8}}
 USUAL = {"act": "quick_gelu", "epsilon": 1e-5}
+Head = Literal["zero_shot", "linear", "text", "transport"]
+TOWERS = ("text", "transport")  # heads for which the text tower reads in every step
 OPEN_CONFIG = "open_clip_config.json"
 OPEN_KNOWN = {  # entries of OpenCLIP's configuration that the arrays, or these towers, are as
     "image": ("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"),
@@ -37,7 +40,7 @@ OPEN_KNOWN = {  # entries of OpenCLIP's configuration that the arrays, or these 
 class Clip(NamedTuple):
     """Both towers of a file: the image tower with a head, and the text tower with its parameters (on the host).
 
-    ``text_layouts`` are of the text tower as PyTorch sees it, where ``head`` is ``text``.
+    ``text_layouts`` are of the text tower as PyTorch sees it, where ``head`` is of ``TOWERS``.
     """
 
     image: Pretrained
@@ -56,9 +59,10 @@ def load_clip(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     keep_head: bool = False,
-    head: Literal["zero_shot", "linear", "text"] = "zero_shot",
+    head: Head = "zero_shot",
     prompts: Sequence[str] = (),
     class_names: Sequence[str] = (),
+    usual: Sequence[str] = (PROMPT,),
     adapter: str | Path | None = None,
     **options: Any,
 ) -> Clip:
@@ -70,9 +74,10 @@ def load_clip(
         ``tokenizer.json``.
       classes, image_size, mean, std, keep_head: as for ``load_vit``; a head is in files of our own alone.
       head: where the file has none for these classes: ``zero_shot``, that of prompts with their names; or ``linear``,
-        zero, to be learned; or ``text``, none, as the text tower takes its place (``clip_backbone``).
-      prompts: with ``{}`` for the name of a class; features of several are averaged. None: ``clip.PROMPT``.
+        zero, to be learned; or one of ``TOWERS``, none, as the text tower takes its place (``clip_backbone``).
+      prompts: with ``{}`` for the name of a class; features of several are averaged. None: ``usual``.
       class_names: what prompts call the classes, in their order. None: as they are called, with a space for ``_``.
+      usual: prompts where nothing else is asked for.
       adapter: a folder of PEFT that a run starts from; what it has of the text tower is put into that tower, which then
         reads the prompts.
       **options: of ``ViT`` (``unroll``, ``remat``, ``dtype``).
@@ -93,14 +98,14 @@ def load_clip(
     )
     told = {"epsilon": of_text.epsilon, "heads": of_text.heads, "act": of_text.act}
     text = text.clone(**told)
-    layouts, text_layouts, text_params = _with_adapter(format, model, text, text_params, adapter, head == "text")
+    layouts, text_layouts, text_params = _with_adapter(format, model, text, text_params, adapter, head in TOWERS)
     there = params.pop("head", None)
-    there = None if head == "text" else there
+    there = None if head in TOWERS else there
     kernels, kept = start_of_head(path, there, model.projection, known.labels, classes, keep_head)
     if head == "zero_shot" and not kept.startswith("kept"):
-        kernels = _zero_shot(path, reading.texts(classes, prompts or (PROMPT,), class_names), text, text_params, scale)
-        kept = f"zero-shot, {reading.said(prompts or (PROMPT,), class_names)}"
-    elif head == "text":
+        kernels = _zero_shot(path, reading.texts(classes, prompts or usual, class_names), text, text_params, scale)
+        kept = f"zero-shot, {reading.said(prompts or usual, class_names)}"
+    elif head in TOWERS:
         kept = "the text tower"
     elif prompts or class_names:
         raise ValueError(
@@ -127,10 +132,12 @@ def clip_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     keep_head: bool = False,
-    head: Literal["zero_shot", "linear", "text"] = "zero_shot",
+    head: Head = "zero_shot",
     prompts: Sequence[str] = (),
     context: str | None = None,
     class_names: Sequence[str] = (),
+    usual: Sequence[str] = (PROMPT,),
+    bridge: str | None = None,
     adapter: str | Path | None = None,
     dtype: str = "float32",
 ) -> Backbone:
@@ -139,21 +146,25 @@ def clip_backbone(
     Arguments and errors are those of ``load_clip``, and
 
     Args:
-      context: of ``head="text"``, vectors to be learned before the words of every prompt: how many, or the words that
-        they begin as; prompts are ``"{}."`` then, where nothing else is asked for. ``None``: there are none.
+      context: of ``TOWERS``, vectors to be learned before the words of every prompt: how many, or the words that they
+        begin as; prompts are ``"{}."`` then, where nothing else is asked for. ``None``: there are none.
+      bridge: of ``TOWERS``, adapters between the towers, see ``models.bridge.asked``. ``None``: there are none.
     """
-    if context is not None and head != "text":
-        raise ValueError(f"--context is of --head text, and the head is {head}: leave it out")
-    prompts = prompts or ((PROMPT,) if context is None else ("{}.",)) if head == "text" else prompts
+    for option, value in {"context": context, "bridge": bridge}.items():
+        if value is not None and head not in TOWERS:
+            raise ValueError(f"--{option} is of --head text, and the head is {head}: leave it out")
+    if head == "transport" and context is None:
+        raise ValueError("--head transport is of two prompts that are learned: give --context")
+    prompts = prompts or (usual if context is None else ("{}.",)) if head in TOWERS else prompts
     given = {"mean": mean, "std": std, "keep_head": keep_head, "head": head}
-    given |= {"prompts": prompts, "class_names": class_names, "adapter": adapter}
+    given |= {"prompts": prompts, "class_names": class_names, "usual": usual, "adapter": adapter}
     made = load_clip(weights, classes, image_size, **given, dtype=getattr(jnp, dtype))
 
     def names(params: Params) -> dict[str, np.ndarray]:
         if np.any(params["embed"]["bias"]):
             raise ValueError("embed/bias was trained, and no CLIP has one: leave it out of --full")
         own = {**params, "cls": params["cls"][0], "logit_scale": made.logit_scale}
-        if head == "text":
+        if head in TOWERS:
             scale = params["head"]["logit_scale"].reshape(made.logit_scale.shape)
             own = {name: x for name, x in own.items() if name not in ("text", "head")} | {"logit_scale": scale}
         table = made.format.image._replace(top={**made.format.image.top, **clip_files.HEAD})
@@ -164,24 +175,51 @@ def clip_backbone(
     def publish(params: Params) -> Published:
         return Published(names(params), made.image.said(), tokenizer.files_in(files.located(Path(weights)).parent))
 
-    image = backbone(made.image, TARGETS, publish)
-    if head != "text":
-        return image
-    image = image._replace(facts={**image.facts, "head": reading.said_of_text(prompts, class_names, context)})
-    texts = reading.texts(classes, prompts, class_names)
-    return _with_text(files.located(Path(weights)), image, made, texts, context)
+    if head not in TOWERS:
+        return backbone(made.image, TARGETS, publish)
+    if head == "transport":
+        made = made._replace(image=made.image._replace(model=made.image.model.clone(pool="tokens")))
+    made, middle = _bridged(made, bridge)
+    image, said = backbone(made.image, TARGETS, publish), reading.said_of_text(prompts, class_names, context)
+    said += ", once shared and once each client's own, by transport" * (head == "transport")
+    said += f"; adapters {bridge} in both towers" * (bridge is not None)
+    image = image._replace(facts={**image.facts, "head": said})
+    texts, contexts = reading.texts(classes, prompts, class_names), 1 + (head == "transport")
+    return _with_text(files.located(Path(weights)), image, made, texts, context, contexts, middle)
 
 
-def _with_text(path: Path, image: Backbone, made: Clip, texts: list[list[str]], context: str | None) -> Backbone:
-    """Both towers; the text tower reads, for every prompt, the text of each class."""
+def _bridged(made: Clip, bridge: str | None) -> tuple[Clip, Params]:
+    """The towers with adapters, and the parameters of what these share, by name."""
+    if bridge is None:
+        return made, {}
+    found = bridging.asked(bridge, min(made.image.model.depth, made.text.depth))
+
+    def grown(tower: Params, seed: int) -> Params:
+        return {**tower, "blocks": {**tower["blocks"], bridging.BRIDGE: bridging.drawn(found, tower, seed)}}
+
+    image = made.image._replace(params=grown(made.image.params, 1))
+    shared = {bridging.BRIDGE: bridging.middle(found, 0)}
+    return made._replace(image=image, text_params=grown(made.text_params, 2)), shared
+
+
+def _with_text(
+    path: Path,
+    image: Backbone,
+    made: Clip,
+    texts: list[list[str]],
+    context: str | None,
+    contexts: int,
+    middle: Params,
+) -> Backbone:
+    """Both towers; the text tower reads, for every template, the text of each class, behind one or two contexts."""
     words, text = reading.tokenizer_of(path, made.text, "a text tower"), made.text
     start = {"logit_scale": np.reshape(np.float32(made.logit_scale), 1)}
+    params = {"text": jax.tree.map(lambda x: np.asarray(x, np.float32), made.text_params), "head": start, **middle}
     if context is not None:
-        start["context"] = reading.context_of(context, text, made.text_params, words)
-    tokens, ends = reading.tokens(texts, words, text.length - len(start.get("context", ())))
-    params = {"text": jax.tree.map(lambda x: np.asarray(x, np.float32), made.text_params), "head": start}
-    if context is not None:
-        params["text"][two_towers.OWN] = {"kernel": np.zeros_like(start["context"])}
+        names, own = (two_towers.SHARED, two_towers.LOCAL), reading.contexts_of(context, text, made.text_params, words)
+        start |= dict(zip(names[:contexts], own, strict=False))
+        params["text"][two_towers.OWN] = {"kernel": np.zeros_like(own[0])}
+    tokens, ends = reading.tokens(texts, words, text.length - len(start.get(two_towers.SHARED, ())))
     return two_towers.two_towers(image, text, Told(tokens, ends, len(texts)), params, made.text_layouts)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from fedlora_jax.lora import Params
 
 from . import tokenizer as vocabularies
-from .clip import Text
+from .clip import PROMPT, Text
 from .tokenizer import Tokenizer
 
 DRAWN = 0.02  # deviation of vectors to be learned that begin as no words: CoOp's code
@@ -38,12 +38,28 @@ PUBLISHED = {  # by data set: Zhou et al., *CoOp*, IJCV 2022, arXiv 2109.01134 a
     "sun397": ("a photo of a {}.",),
     "ucf101": ("a photo of a person doing {}.",),
 }
+CALLED = {  # other names of these data sets, letters and digits alone: of TensorFlow Datasets, Hugging Face, papers
+    "caltech101": ("caltech",),
+    "dtd": ("describabletextures",),
+    "fgvc_aircraft": ("fgvcaircraft100", "aircraft"),
+    "imagenet": ("imagenet2012", "imagenet1k", "ilsvrc2012"),
+    "oxford_flowers": ("oxfordflowers102", "flowers102", "oxfordflowers"),
+    "oxford_pets": ("oxfordiiitpet", "oxfordiiitpets", "oxfordpets"),
+    "stanford_cars": ("cars196", "stanfordcars"),
+}
 FEWEST = 3  # tokens of a text: its start, a word, its end
 
 
 def templates(asked: str) -> tuple[str, ...]:
     """Templates with ``|`` between them, each with ``{}``, or the name of a set of them in ``PUBLISHED``."""
     return tuple(prompt for one in asked.split("|") for prompt in PUBLISHED.get(one, (one,)))
+
+
+def of_data(name: str) -> tuple[str, ...]:
+    """Templates as published for a data set, by its name however that is written; ``PROMPT`` of others."""
+    plain = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())
+    known = {plain(one): own for own in PUBLISHED for one in (own, *CALLED.get(own, ()))}
+    return PUBLISHED.get(known.get(plain(name), ""), (PROMPT,))
 
 
 def texts(classes: int | Sequence[str] | None, prompts: Sequence[str], class_names: Sequence[str]) -> list[list[str]]:
@@ -109,8 +125,8 @@ def tokenizer_of(path: Path, text: Text, what: str) -> Tokenizer:
     return tokenizer
 
 
-def context_of(asked: str, text: Text, params: Params, tokenizer: Tokenizer) -> np.ndarray:
-    """Where learned vectors begin, ``[n, width]``: at random, or as embeddings of words."""
+def contexts_of(asked: str, text: Text, params: Params, tokenizer: Tokenizer) -> np.ndarray:
+    """Where learned vectors of two prompts begin, ``[2, n, width]``: at random, or both as embeddings of words."""
     if re.fullmatch(r"[-+]?[\d.]+", asked) and not asked.isdecimal():
         raise ValueError(f"--context {asked} is no count and no words: expected how many vectors, as in 16, or words")
     words = [] if asked.isdecimal() else tokenizer.encode(asked)[1:-1]
@@ -121,8 +137,8 @@ def context_of(asked: str, text: Text, params: Params, tokenizer: Tokenizer) -> 
             f"{text.length - FEWEST}"
         )
     if words:
-        return np.asarray(params["tokens"], np.float32)[words]
-    return np.asarray(DRAWN * np.random.default_rng(0).normal(size=(count, text.width)), np.float32)
+        return np.asarray(params["tokens"], np.float32)[[words, words]]
+    return np.asarray(DRAWN * np.random.default_rng(0).normal(size=(2, count, text.width)), np.float32)
 
 
 def said(prompts: Sequence[str], class_names: Sequence[str]) -> str:

@@ -6,8 +6,10 @@
 ``models.vit``, the text tower's stand under ``text``. Of what makes logits of features, ``head``, ``logit_scale [1]``
 is t, and ``context [n, width]``, where there is one, n vectors to be learned before the words of every prompt: Guo et
 al., *PromptFL*, IEEE TMC 2023, arXiv 2208.11625. To these ``text/own/kernel [n, width]`` is added, which is zero: a
-low-rank update of it is a term of each client's own (Cui et al., *FedPGP*, ICML 2024, arXiv 2405.09771). Texts depend
-on no image: they are computed once for a batch.
+low-rank update of it is a term of each client's own (Cui et al., *FedPGP*, ICML 2024, arXiv 2405.09771). With
+``local [n, width]`` there are two prompts, and a logit is what it costs to bring them and an image's patches together
+(``models.transport``). Adapters between the towers: ``models.bridge``. Texts depend on no image: they are computed once
+for a batch.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ from jax import Array
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, Params
 
+from . import transport
 from .backbone import Backbone, Layout, Published, Stem
+from .bridge import BRIDGE, joined
 from .clip import Text
 from .vit import TARGETS as IMAGE
 
 TEXT, HEAD, OWN = "text", "head", "own"
+SHARED, LOCAL = "context", "local"  # learned vectors: of all clients, and, where logits are transport, of each
 
 
 def _targets() -> Mapping[str, Sequence[str]]:
@@ -61,46 +66,57 @@ def two_towers(
     """The backbone of both towers.
 
     Args:
-      image: its image tower, whose features count; how it is published is taken for both.
+      image: its image tower, whose features count (with ``local`` those of all tokens, the first of the class); how
+        it is published is taken for both.
       text: its text tower.
       told: what that reads.
-      params: ``text``, and ``head`` with ``logit_scale`` and perhaps ``context``.
+      params: ``text``, and ``head`` with ``logit_scale`` and perhaps ``context``, to which ``local`` may come; and
+        perhaps ``bridge``.
       layouts: of the text tower as PyTorch sees it, for adapters that leave or come in; kernels by their names in it.
     """
     head = image.params[HEAD]  # of the image tower alone: its logits are not read
+    transported = LOCAL in params[HEAD]
 
-    def of_classes(params: Params, adapter: Adapter) -> Array:
-        context = _merged(params, adapter, HEAD, "context")
-        if context is not None:
+    def of_classes(params: Params, adapter: Adapter, name: str = SHARED) -> Array:
+        context = _merged(params, adapter, HEAD, name)
+        if name == SHARED and context is not None:
             context = context + _merged(params, adapter, TEXT, OWN)["kernel"]
-        variables = lora.variables(params[TEXT], adapter.get(TEXT, {}))
+        tower = joined(params[TEXT], params, adapter)
+        variables = lora.variables(tower, adapter.get(TEXT, {}))
         g: Array = text.apply(variables, told.tokens, told.ends, context)  # type: ignore[assignment]
         g = g.reshape(told.prompts, -1, g.shape[-1]).sum(0)
         return g / jnp.linalg.norm(g, axis=-1, keepdims=True)
 
     def apply(params: Params, adapter: Adapter, images: Array, *, training: bool = False) -> tuple[Array, Array]:
-        body, rest = ({name: x for name, x in tree.items() if name not in (TEXT, HEAD)} for tree in (params, adapter))
-        _, features = image.apply({**body, HEAD: head}, rest, images, training=training)
+        ours = (TEXT, HEAD, BRIDGE)
+        body, rest = ({name: x for name, x in tree.items() if name not in ours} for tree in (params, adapter))
+        body = joined({**body, HEAD: head}, params, adapter)
+        _, features = image.apply(body, rest, images, training=training)
         scale = jnp.exp(_merged(params, adapter, HEAD, "logit_scale"))
-        return scale * (features @ of_classes(params, adapter).T), features
+        if not transported:
+            return scale * (features @ of_classes(params, adapter).T), features
+        texts = jnp.stack([of_classes(params, adapter, name) for name in (SHARED, LOCAL)])
+        return scale * transport.similarity(features[:, 1:], texts), features[:, 0]
 
     def cut(blocks: int) -> tuple[Stem, Backbone]:
+        if blocks < len(params.get(BRIDGE, {}).get("bias", ())):
+            raise ValueError(f"--adapt-last {blocks}: more blocks than these have adapters, see --bridge")
         stem, rest = image.cut(blocks)  # type: ignore[misc]
         return stem, two_towers(rest, text, told, params, layouts)
 
     def publish(params: Params) -> Published:
         return image.publish(params)  # type: ignore[misc]
 
-    kept = "context" not in params[HEAD]  # no published form has a place for learned vectors
-    joined = {name: _joined(x, layouts[name]) for name, x in image.layouts.items() if name in layouts}
+    kept = SHARED not in params[HEAD] and BRIDGE not in params  # no published form has a place for such
+    found = {name: _joined(x, layouts[name]) for name, x in image.layouts.items() if name in layouts}
     return image._replace(
         params={**{name: x for name, x in image.params.items() if name != HEAD}, **params},
         apply=apply,
         targets=TARGETS,
         cut=image.cut and cut,
         publish=publish if kept and image.publish is not None else None,
-        layouts=joined if kept else {},
-        texts=of_classes,
+        layouts=found if kept else {},
+        texts=None if transported else of_classes,
     )
 
 

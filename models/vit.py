@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from fedlora_jax.lora import Dense
 
+from .bridge import bridged
 from .parts import LayerNorm, Mlp, attend, patches, stacked, switched
 
 # variant: (width, depth, heads, mlp width)
@@ -71,9 +72,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         norm = partial(LayerNorm, self.epsilon)
-        h = x + Attention(self.heads, self.causal, name="attn")(norm(name="norm1")(x))
+        y = norm(name="norm1")(x)
+        h = x + Attention(self.heads, self.causal, name="attn")(y)
         h = h + Mlp(self.mlp_width, self.act, name="mlp")(norm(name="norm2")(h))
-        return switched(self, x, h)
+        return switched(self, x, bridged(self, y, h))
 
 
 class ViT(nn.Module):
@@ -83,8 +85,8 @@ class ViT(nn.Module):
       classes, patch, width, depth, heads, mlp_width: sizes.
       epsilon: of the layer norms (timm's weights use 1e-6).
       pool: what features are: ``cls``, the normalised class token; ``mean``, the mean of the normalised patch tokens;
-        ``cls_mean``, both, one after the other (classifiers of DINOv2); or ``norm_of_mean``, the norm of the mean of
-        the patch tokens (timm's ``fc_norm``).
+        ``cls_mean``, both, one after the other (classifiers of DINOv2); ``norm_of_mean``, the norm of the mean of
+        the patch tokens (timm's ``fc_norm``); or ``tokens``, each normalised token for itself ``[.., tokens, width]``.
       class_token: is there one, before the tokens of patches?
       registers: further tokens between them, without positions, that nothing reads in the end.
       norm_pre: are tokens normalised before the blocks?
@@ -105,7 +107,7 @@ class ViT(nn.Module):
     heads: int
     mlp_width: int
     epsilon: float = 1e-6
-    pool: Literal["cls", "mean", "cls_mean", "norm_of_mean"] = "cls"
+    pool: Literal["cls", "mean", "cls_mean", "norm_of_mean", "tokens"] = "cls"
     class_token: bool = True
     registers: int = 0
     norm_pre: bool = False
@@ -149,7 +151,7 @@ class ViT(nn.Module):
         if self.pool == "norm_of_mean":
             return norm(x[..., prefix:, :].mean(-2))
         x = norm(x)
-        parts = {"cls": lambda: x[..., 0, :], "mean": lambda: x[..., prefix:, :].mean(-2)}
+        parts = {"cls": lambda: x[..., 0, :], "mean": lambda: x[..., prefix:, :].mean(-2), "tokens": lambda: x}
         if self.pool == "cls_mean":
             return jnp.concatenate([part() for part in parts.values()], -1)
         return parts[self.pool]()

@@ -126,15 +126,31 @@ def folder(path, content, config=CONFIG, name="model.safetensors", words=True):
 
 def reference(w, images, rows, epsilon=1e-3, act="quick_gelu"):
     """``logit_scale f g^T`` in float64 NumPy, of uint8 images and rows of tokens, each with its end last."""
+    tokens, texts = towers(w, images, rows, epsilon, act)
+    return np.exp(np.float64(w["logit_scale"])) * tokens[:, 0] @ texts.T
+
+
+def towers(w, images, rows, epsilon=1e-3, act="quick_gelu", context=None, bridge=None):
+    """What both towers make of images ``[n, tokens, d]`` and rows of tokens ``[rows, d]``, all of length 1.
+
+    ``context``: vectors behind the first token of every row. ``bridge``: by tower, for each block ``None`` or
+    ``(D, d, M, m, U, u, s)`` of an adapter.
+    """
     from scipy.special import erf
 
-    w = {name: np.float64(x) for name, x in w.items()}
+    w, bridge = {name: np.float64(x) for name, x in w.items()}, bridge or {}
     dense = lambda x, name: x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
     gelu = {"quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)), "gelu": lambda x: x * (1 + erf(x / 2**0.5)) / 2}[act]
 
     def norm(x, name):
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
         return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def adapted(y, own):
+        if own is None:
+            return 0
+        (down, d, middle, m, up, u), s = (np.float64(x) for x in own[:6]), own[6]
+        return s * (np.maximum(np.maximum(y @ down + d, 0) @ middle + m, 0) @ up + u)
 
     def blocks(x, tower, causal):
         for i in range(2):
@@ -149,6 +165,7 @@ def reference(w, images, rows, epsilon=1e-3, act="quick_gelu"):
                 out.append(scores / scores.sum(-1, keepdims=True) @ v[:, s])
             x = x + dense(np.concatenate(out, -1), f"{block}.self_attn.out_proj")
             x = x + dense(gelu(dense(norm(x, f"{block}.layer_norm2"), f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
+            x = x + adapted(y, bridge.get(tower, (None, None))[i])
         return x
 
     def of_image(image):
@@ -157,12 +174,13 @@ def reference(w, images, rows, epsilon=1e-3, act="quick_gelu"):
         tokens = [np.einsum("ochw,hwc->o", conv, part) for part in cut]
         x = np.stack([w["vision_model.embeddings.class_embedding"], *tokens])
         x = norm(x + w["vision_model.embeddings.position_embedding.weight"], "vision_model.pre_layrnorm")
-        return dense(norm(blocks(x, "vision_model", False)[0], "vision_model.post_layernorm"), "visual_projection")
+        return dense(norm(blocks(x, "vision_model", False), "vision_model.post_layernorm"), "visual_projection")
 
     def of_text(row):
         x = w["text_model.embeddings.token_embedding.weight"][row]
-        x = blocks(x + w["text_model.embeddings.position_embedding.weight"][: len(row)], "text_model", True)
+        x = x if context is None else np.concatenate([x[:1], context, x[1:]])
+        x = blocks(x + w["text_model.embeddings.position_embedding.weight"][: len(x)], "text_model", True)
         return dense(norm(x[-1], "text_model.final_layer_norm"), "text_projection")
 
-    unit = lambda rows: np.stack([x / np.linalg.norm(x) for x in rows])
-    return np.exp(w["logit_scale"]) * unit([of_image(x) for x in images]) @ unit([of_text(row) for row in rows]).T
+    unit = lambda rows: rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+    return unit(np.stack([of_image(x) for x in images])), unit(np.stack([of_text(row) for row in rows]))

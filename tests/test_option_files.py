@@ -222,6 +222,8 @@ def tried(name, images, *more):
     small += " --local-epochs 0.05" if "local_epochs" in values else " --local-steps 1"
     if "context" in values:  # the small text tower has 16 places in all
         small += " --context 4"
+    if "bridge" in values:  # and two blocks
+        small += " --bridge 2:8:0.1"
     return parse(["compare", "--recipe", name, *small.split(), "--minimum", "4", "--test-images", "2", *more])[1]
 
 

@@ -158,6 +158,30 @@ def test_fedper_shares_the_factors_and_keeps_the_heads():
         method.init(KEY, body(ADAPTER))
 
 
+def test_layers_that_are_named_stay_with_clients_and_all_others_travel():
+    """Low-rank or not: one kernel and one array of the head stay, the rest is averaged."""
+    method = fedper("mix|head.bias")
+    stays = lambda tree: {k: x for k, x in lora.flatten(tree).items() if "mix" in k or k == "head/bias"}
+    rest = lambda tree: {k: x for k, x in lora.flatten(tree).items() if k not in stays(tree)}
+    state, c = method.init(KEY, nudged(ADAPTER, 0)), normalised(members(method))
+    assert len(stays(ADAPTER)) == 2
+    sent = method.dispatch(BASE, state, c)
+    received = nudged(sent.adapter, 1)
+    new = method.aggregate(BASE, state, c, sent, received)
+    means = jax.tree.map(lambda x: np.tensordot(np.float64(c.weights), np.float64(x), 1), rest(received))
+    assert_near(rest(new.adapter), means, 1e-6)
+    again = method.dispatch(BASE, new, remembered(method, c, sent, received))
+    assert_near(stays(again.adapter), stays(received), 0)
+    assert_near(rest(again.adapter), copies(rest(new.adapter)), 0)
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    assert count(method.traffic(ADAPTER, [ADAPTER]).up) == count(rest(ADAPTER))
+    held = method.upload_mask(lora.rank_mask(ADAPTER, np.full(2, 2)))
+    assert not any(np.any(x) for x in jax.tree.leaves(stays(held)))
+    assert all(np.all(x) for x in jax.tree.leaves(rest(held)))
+    with pytest.raises(ValueError, match="stays=nothing finds nothing of what is trained, which is "):
+        fedper("nothing").init(KEY, ADAPTER)
+
+
 def test_fedpgp_shares_what_is_trained_in_full_and_leaves_low_rank_terms_with_clients():
     method, c = fedpgp(), normalised(members(fedpgp()))
     state = method.init(KEY, ADAPTER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from experiments.config import Config
-from experiments.setup import data, head, memory, user_code
+from experiments.setup import data, head, hugging_face_data, memory, tfds, user_code
 from experiments.setup.on_disk import OnDisk
 from experiments.setup.resizing import Resizing
 from experiments.setup.resizing import read as read_resizing
@@ -32,7 +33,7 @@ NANO = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
 BUILT_IN_NAME = "nano"
 # by family; made by ``setup.pretrain`` and ``setup.pretrain_clip``
 BUILT_IN = {"vit": NANO, "mixer": NANO.with_name("nano_mixer.npz"), "clip": NANO.with_name("nano_clip")}
-OF_TEXT = ("zero_shot", "text")  # heads of models that read text
+OF_TEXT = ("zero_shot", "text", "transport")  # heads of models that read text
 
 
 def load(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
@@ -82,8 +83,7 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         optional["head"] = "zero_shot"
     if config.prompts is not None:
         optional["prompts"] = prompts.templates(config.prompts)
-    if config.context is not None:
-        optional["context"] = config.context
+    optional |= {name: x for name in ("context", "bridge") if (x := getattr(config, name)) is not None}
     if config.class_names:
         optional["class_names"] = config.class_names
     asked = inspect.signature(function).parameters
@@ -98,7 +98,8 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         if value != getattr(Config, name):
             got = ",".join(map(str, value)) if isinstance(value, tuple) else value
             raise ValueError(f"{chosen} does not take --{name.replace('_', '-')}: leave it out{instead}, got {got}")
-    known = {"classes": classes, "image_size": side} | optional | ({} if own else {"adapter": config.adapter})
+    families_alone = {"adapter": config.adapter, "usual": prompts.of_data(called(config.data))}
+    known = {"classes": classes, "image_size": side} | optional | ({} if own else families_alone)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         given = {name: value for name, value in known.items() if name in asked}
@@ -115,6 +116,15 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         name = backbone.name if own else on_hub.partition("@")[0].rpartition("/")[2]
         backbone = backbone._replace(name=name, facts={**backbone.facts, "hub": on_hub})
     return backbone
+
+
+def called(source: str) -> str:
+    """The name of a data set in ``--data``: of a source, or of a file or folder."""
+    if source.startswith(tfds.PREFIX):
+        return re.split("[/:]", source.removeprefix(tfds.PREFIX))[0]
+    if source.startswith(hugging_face_data.PREFIX):
+        return source.removeprefix(hugging_face_data.PREFIX).partition(":")[0].rpartition("/")[2]
+    return Path(source).stem
 
 
 def in_order(config: Config, before: Sequence[str], now: Sequence[str]) -> Config:

@@ -2,49 +2,51 @@
 
     (a, b) = sum_c p_c (a_c, b_c)        head_c stays with client c
 
-All are trained together; the low-rank factors travel, what is trained in full (the head) does not. Ours: a client
-that never took part starts from the base's head.
+All are trained together; the low-rank factors travel, what is trained in full (the head) does not. Which layers are
+personal is a choice (there the last K_P): of a CLIP with two prompts one of them, as in FedOTP (Li et al., CVPR 2024,
+arXiv 2403.00041, section 4.1), of one with adapters in both towers all but what these share, as in pFedMMA (Ghiasvand
+et al., 2025, arXiv 2507.05394). Ours: a client that never took part starts from the base's.
 """
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+import re
 
 from fedlora_jax import lora, personal
-from fedlora_jax.method import About, Method, Traffic
-from fedlora_jax.methods.fedit import FedITState, fedit
+from fedlora_jax.lora import Adapter
+from fedlora_jax.method import About, Method
+from fedlora_jax.methods.fedit import fedit
 
 ABOUT = About("FedPer", "Arivazhagan et al. 2019", "1912.00818", "a, b, head", "a, b", "n/a")
 
 
-def fedper() -> Method:
-    """FedPer. It has no options: what is trained in full (``full`` of ``lora.new``) is what stays with clients."""
+def fedper(stays: str = "") -> Method:
+    """FedPer.
 
+    Args:
+      stays: regular expression, searched in the names of what is trained (``head/kernel``): what it finds stays with
+        clients, low-rank or not, and the rest travels; ``""``: what is trained in full (``full`` of ``lora.new``).
+
+    Raises:
+      ValueError: (of ``init``) nothing stays.
+    """
     inner = fedit()
 
+    def divide(adapter: Adapter) -> tuple[Adapter, Adapter]:
+        if not stays:
+            return lora.split(adapter)
+        flat = lora.flatten(adapter)
+        own = {name: x for name, x in flat.items() if re.search(stays, name)}
+        return lora.unflatten({name: x for name, x in flat.items() if name not in own}), lora.unflatten(own)
+
     def init(key, adapter):
-        personal.needs_head(adapter, "personal heads")
+        if not stays:
+            personal.needs_head(adapter, "personal heads")
+        elif not lora.flatten(divide(adapter)[1]):
+            raise ValueError(
+                f"stays={stays} finds nothing of what is trained, which is {', '.join(lora.flatten(adapter))}: name a "
+                "part of it"
+            )
         return inner.init(key, adapter)
 
-    def dispatch(base, state, cohort):
-        sent = inner.dispatch(base, state, cohort)
-        body, head = lora.split(sent.adapter)
-        return sent._replace(adapter=lora.join(body, personal.own_or(cohort, head)))
-
-    def aggregate(base, state, cohort, sent, received):
-        new = inner.aggregate(base, state, cohort, sent, received)
-        return FedITState(lora.join(lora.split(new.adapter)[0], lora.split(state.adapter)[1]))
-
-    def only_body(own, cohort):
-        body, _ = lora.split(own)
-        return Traffic(up=body, down=body)
-
-    return inner._replace(
-        init=init,
-        dispatch=dispatch,
-        aggregate=aggregate,
-        init_client=lambda adapter: personal.nothing_yet(lora.split(adapter)[1]),
-        remember=lambda memory, context, sent, received: personal.keep(lora.split(received)[1]),
-        upload_mask=lambda mask: lora.tree_map(lambda m: m, mask, full=jnp.zeros_like),
-        traffic=only_body,
-    )
+    return personal.keeping(inner, divide)._replace(init=init)

@@ -11,12 +11,9 @@ adds to the loss is the task's (``experiments``: ``--contrast``), as it looks at
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-
 from fedlora_jax import lora, personal
-from fedlora_jax.method import About, Method, Traffic
-from fedlora_jax.methods.fedit import FedITState, fedit
+from fedlora_jax.method import About, Method
+from fedlora_jax.methods.fedit import fedit
 
 ABOUT = About("FedPGP", "Cui et al. ICML 2024", "2405.09771", "a, b, head", "head", "n/a", "a, b")
 
@@ -33,26 +30,4 @@ def fedpgp() -> Method:
             )
         return inner.init(key, adapter)
 
-    def dispatch(base, state, cohort):
-        sent = inner.dispatch(base, state, cohort)
-        body, shared = lora.split(sent.adapter)
-        own = jax.tree.map(jnp.multiply, personal.own_or(cohort, body), lora.split(sent.mask)[0])
-        return sent._replace(adapter=lora.join(own, shared))
-
-    def aggregate(base, state, cohort, sent, received):
-        new = inner.aggregate(base, state, cohort, sent, received)
-        return FedITState(lora.join(lora.split(state.adapter)[0], lora.split(new.adapter)[1]))
-
-    def only_shared(own, cohort):
-        shared = lora.split(own)[1]
-        return Traffic(up=shared, down=shared)
-
-    return inner._replace(
-        init=init,
-        dispatch=dispatch,
-        aggregate=aggregate,
-        init_client=lambda adapter: personal.nothing_yet(lora.split(adapter)[0]),
-        remember=lambda memory, context, sent, received: personal.keep(lora.split(received)[0]),
-        upload_mask=lambda mask: lora.tree_map(lambda m: jax.tree.map(jnp.zeros_like, m), mask),
-        traffic=only_shared,
-    )
+    return personal.keeping(inner, lambda adapter: lora.split(adapter)[::-1])._replace(init=init)
