@@ -25,11 +25,15 @@ from fedlora_jax.batches import Padded
 from fedlora_jax.clients import Population
 from fedlora_jax.lora import Dense, LoRA
 from fedlora_jax.method import About, Cohort, Dispatch, Method, Traffic
+from fedlora_jax.methods.adf_lora import adf_lora
 from fedlora_jax.methods.centralized import centralized
 from fedlora_jax.methods.ditto import ditto
+from fedlora_jax.methods.fdlora import fdlora
 from fedlora_jax.methods.fed_hello import fed_hello
 from fedlora_jax.methods.fed_sb import fed_sb
 from fedlora_jax.methods.fed_talora import fed_talora
+from fedlora_jax.methods.fedalt import fedalt
+from fedlora_jax.methods.feddpa import feddpa
 from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedglomo import fedglomo
 from fedlora_jax.methods.fedhl import fedhl
@@ -40,23 +44,29 @@ from fedlora_jax.methods.fedproto import fedproto
 from fedlora_jax.methods.fedra import fedra
 from fedlora_jax.methods.fedrep import fedrep
 from fedlora_jax.methods.fedsa_lora import fedsa_lora
+from fedlora_jax.methods.fedsvd import fedsvd
 from fedlora_jax.methods.fedvlm import fedvlm
 from fedlora_jax.methods.ffa_lora import ffa_lora
 from fedlora_jax.methods.finetune import finetune
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
+from fedlora_jax.methods.florist import florist
 from fedlora_jax.methods.frozen import frozen
 from fedlora_jax.methods.fslora import fslora
+from fedlora_jax.methods.gossip import gossip
 from fedlora_jax.methods.hetlora import hetlora
 from fedlora_jax.methods.hilora import hilora
 from fedlora_jax.methods.hyperlora import hyperlora
 from fedlora_jax.methods.ifca import ifca
 from fedlora_jax.methods.local_only import local_only
+from fedlora_jax.methods.lora_a2 import lora_a2
 from fedlora_jax.methods.lora_fair import lora_fair
 from fedlora_jax.methods.per_fedavg import per_fedavg
+from fedlora_jax.methods.pf2lora import pf2lora
 from fedlora_jax.methods.pfedhn import pfedhn
 from fedlora_jax.methods.pfedme import pfedme
 from fedlora_jax.methods.rac_lora import rac_lora
+from fedlora_jax.methods.ravan import ravan
 from fedlora_jax.methods.rolora import rolora
 from fedlora_jax.methods.sdflora import sdflora
 from fedlora_jax.rounds import MetricFn, make_evaluate, make_round, make_step, scan_rounds
@@ -90,6 +100,7 @@ __all__ = [
     "Population",
     "Signature",
     "Traffic",
+    "adf_lora",
     "afl",
     "batches",
     "centralized",
@@ -99,13 +110,16 @@ __all__ = [
     "diagnostics",
     "ditto",
     "dropout",
+    "fdlora",
     "fed_hello",
     "fed_sb",
     "fed_talora",
     "fedadagrad",
     "fedadam",
+    "fedalt",
     "fedavgm",
     "fedbc",
+    "feddpa",
     "feddyn",
     "fedex_lora",
     "fedglomo",
@@ -119,14 +133,17 @@ __all__ = [
     "fedra",
     "fedrep",
     "fedsa_lora",
+    "fedsvd",
     "fedvlm",
     "fedyogi",
     "ffa_lora",
     "finetune",
     "flexlora",
     "flora",
+    "florist",
     "frozen",
     "fslora",
+    "gossip",
     "hetlora",
     "hilora",
     "hyperlora",
@@ -134,6 +151,7 @@ __all__ = [
     "krum",
     "local_only",
     "lora",
+    "lora_a2",
     "lora_fair",
     "losses",
     "make_evaluate",
@@ -148,12 +166,14 @@ __all__ = [
     "norm_bound",
     "partition",
     "per_fedavg",
+    "pf2lora",
     "pfedhn",
     "pfedme",
     "product",
     "proximal",
     "qffl",
     "rac_lora",
+    "ravan",
     "rolora",
     "rounds",
     "scaffold",

@@ -11,7 +11,8 @@ An *adapter* is a nested dict at the same paths as ``params`` whose leaves are e
 * an array: the difference to a parameter that is trained in full (the head, usually).
 
 What a method gives the model to compute with (``Method.model``) may also hold arrays at paths that ``params`` lacks:
-switches of the forward pass, such as ``blocks/gate``, which the model finds in the ``lora`` collection.
+switches of the forward pass, such as ``blocks/gate``, which the model finds in the ``lora`` collection; a ``mixer``
+beside a ``kernel`` is one (``by_input``).
 """
 
 from __future__ import annotations
@@ -71,10 +72,24 @@ class Dense(nn.Module):
             lora = self.get_variable("lora", "kernel")
             kept = self.get_variable("lora", "dropout")(x) if self.has_variable("lora", "dropout") else x
             # (x a) b, never x (a b): the kernel stays shared by all clients under vmap.
-            y += low_rank(kept, lora.a.astype(x.dtype), lora.scale * lora.b.astype(x.dtype))
+            a, b = lora.a.astype(x.dtype), lora.scale * lora.b.astype(x.dtype)
+            mixer = self.get_variable("lora", "mixer") if self.has_variable("lora", "mixer") else None
+            y += low_rank(kept, a, b) if mixer is None else ((kept @ a) * by_input(x, mixer, a.shape[-1])) @ b
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros_init(), (self.features,)).astype(x.dtype)
         return y
+
+
+def by_input(x: Array, mixer: Array, rank: int) -> Array:
+    """``[..., rank]`` how much each column of an update counts that is several updates side by side, of equal rank.
+
+    Args:
+      x: ``[..., in]``, inputs of the layer.
+      mixer: ``[in, updates]``; their shares are ``softmax(x mixer)``.
+      rank: of all together.
+    """
+    share = jax.nn.softmax(x @ mixer.astype(x.dtype))
+    return jnp.repeat(share, rank // mixer.shape[-1], -1)
 
 
 def new(

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax import lora
-from fedlora_jax.lora import Adapter
-from fedlora_jax.method import Cohort, Method, Traffic, per_client
+from fedlora_jax import lora, product
+from fedlora_jax.lora import Adapter, LoRA
+from fedlora_jax.method import Cohort, Method, Traffic, memory_of, per_client
 
 
 class Kept(NamedTuple):
@@ -128,6 +128,73 @@ def side_by_side(inner: Method) -> Method:
         aggregated=lambda carried: carried["shared"],
         upload_mask=lambda mask: pair(mask["shared"], jax.tree.map(jnp.zeros_like, mask["personal"])),
     )
+
+
+class Pair(NamedTuple):
+    """What a client of ``beside`` trains. shared: the inner method's. local: LoRA leaves of the local rank."""
+
+    shared: Adapter
+    local: Adapter
+
+
+def beside(inner: Method, local_rank: int) -> Method:
+    """``inner``, whose clients add a low-rank update of their own, which never leaves them.
+
+    The local part of all starts from one seed; nobody in particular is dispatched the shared part alone.
+    """
+
+    def init(key, adapter):
+        for x in lora.low_rank_leaves(adapter):
+            if local_rank > min(x.a.shape[-2], x.b.shape[-1]):
+                raise ValueError(f"local_rank {local_rank} does not fit a kernel [{x.a.shape[-2]}, {x.b.shape[-1]}]")
+        return inner.init(key, adapter)
+
+    def init_client(adapter):
+        empty = lambda x: LoRA(_columns(x.a, -1, local_rank), _columns(x.b, -2, local_rank), x.scale)
+        return lora.restart(jax.random.key(0), lora.tree_map(empty, lora.split(adapter)[0]))
+
+    def dispatch(base, state, cohort):
+        sent = inner.dispatch(base, state, cohort)
+        somebody = cohort.ids >= 0
+        switch = lambda x: x * per_client(somebody, x)
+        local = lora.tree_map(lambda x: LoRA(x.a, switch(x.b), x.scale), memory_of(cohort))
+        free = jax.tree.map(lambda x: jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), x.dtype), local)
+        return sent._replace(adapter=Pair(sent.adapter, local), mask=Pair(sent.mask, free), context=())
+
+    def aggregate(base, state, cohort, sent, received):
+        only = sent._replace(adapter=sent.adapter.shared, mask=sent.mask.shared)
+        return inner.aggregate(base, state, cohort, only, received.shared)
+
+    return inner._replace(
+        init=init,
+        dispatch=dispatch,
+        aggregate=aggregate,
+        init_client=init_client,
+        remember=lambda memory, context, sent, received: received.local,
+        model=together,
+        aggregated=lambda pair: pair.shared,
+        upload_mask=lambda mask: Pair(mask.shared, jax.tree.map(jnp.zeros_like, mask.local)),
+    )
+
+
+def together(pair: Pair, context: Any = ()) -> Adapter:
+    """The client's model: both products side by side."""
+    shared = lora.flatten(pair.shared)
+    both = {name: product.plus(shared[name], x) for name, x in lora.flatten(pair.local).items()}
+    return lora.unflatten(shared | both)
+
+
+def mixture(x: Adapter, y: Adapter, share: Array | float) -> Adapter:
+    """``(1 - share) x + share y``: of products side by side, of twice the rank, and of what is trained in full."""
+    weigh = lambda x, p: LoRA(p * x.a, x.b, x.scale)
+    low_rank = lambda x, y: product.plus(weigh(x, 1 - share), weigh(y, share))
+    return lora.tree_map(low_rank, x, y, full=lambda x, y: (1 - share) * x + share * y)
+
+
+def _columns(x: Array, axis: int, count: int) -> Array:
+    shape = list(x.shape)
+    shape[axis] = count
+    return jnp.zeros(shape, x.dtype)
 
 
 def within(progress: Array | float, share: float | Array) -> Array | bool:

@@ -19,11 +19,15 @@ from numpy.linalg import norm
 from fedlora_jax import lora, rounds, training
 from fedlora_jax.clients import Population
 from fedlora_jax.method import Cohort, Dispatch, Method, as_carried, average_client
+from fedlora_jax.methods.adf_lora import adf_lora
 from fedlora_jax.methods.centralized import centralized
 from fedlora_jax.methods.ditto import ditto
+from fedlora_jax.methods.fdlora import fdlora
 from fedlora_jax.methods.fed_hello import fed_hello
 from fedlora_jax.methods.fed_sb import fed_sb
 from fedlora_jax.methods.fed_talora import fed_talora
+from fedlora_jax.methods.fedalt import fedalt
+from fedlora_jax.methods.feddpa import feddpa
 from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedglomo import fedglomo
 from fedlora_jax.methods.fedhl import fedhl
@@ -34,23 +38,29 @@ from fedlora_jax.methods.fedproto import fedproto
 from fedlora_jax.methods.fedra import fedra
 from fedlora_jax.methods.fedrep import fedrep
 from fedlora_jax.methods.fedsa_lora import fedsa_lora
+from fedlora_jax.methods.fedsvd import fedsvd
 from fedlora_jax.methods.fedvlm import fedvlm
 from fedlora_jax.methods.ffa_lora import ffa_lora
 from fedlora_jax.methods.finetune import finetune
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
+from fedlora_jax.methods.florist import florist
 from fedlora_jax.methods.frozen import frozen
 from fedlora_jax.methods.fslora import fslora
+from fedlora_jax.methods.gossip import gossip
 from fedlora_jax.methods.hetlora import hetlora
 from fedlora_jax.methods.hilora import hilora
 from fedlora_jax.methods.hyperlora import hyperlora
 from fedlora_jax.methods.ifca import ifca
 from fedlora_jax.methods.local_only import local_only
+from fedlora_jax.methods.lora_a2 import lora_a2
 from fedlora_jax.methods.lora_fair import lora_fair
 from fedlora_jax.methods.per_fedavg import per_fedavg
+from fedlora_jax.methods.pf2lora import pf2lora
 from fedlora_jax.methods.pfedhn import pfedhn
 from fedlora_jax.methods.pfedme import pfedme
 from fedlora_jax.methods.rac_lora import rac_lora
+from fedlora_jax.methods.ravan import ravan
 from fedlora_jax.methods.rolora import rolora
 from fedlora_jax.methods.sdflora import sdflora
 from fedlora_jax.signatures import Signature
@@ -97,9 +107,13 @@ METHODS: dict[str, Callable[[], Method]] = {
     "sdflora": lambda: sdflora(local_rank=2),
     "rac_lora": rac_lora,
     "fed_talora": fed_talora,
+    "fedsvd": fedsvd,
+    "florist": florist,
+    "ravan": ravan,
+    "lora_a2": lora_a2,
 }
 
-EXACT = ["ffa_lora", "flora", "fedex_lora", "rolora", "fed_sb", "rac_lora", "fed_talora"]
+EXACT = ["ffa_lora", "flora", "fedex_lora", "rolora", "fed_sb", "rac_lora", "fed_talora", "fedsvd", "ravan", "lora_a2"]
 # Baselines and personalised methods. Clients' ids in ``cohort`` stay below 100.
 CLASSICS: dict[str, Callable[[], Method]] = {
     "local_only": local_only,
@@ -116,6 +130,12 @@ CLASSICS: dict[str, Callable[[], Method]] = {
     "pfedhn": lambda: pfedhn(100, size=4, width=8),
     "ifca": lambda: ifca(query=BATCH),
     "fedglomo": fedglomo,
+    "pf2lora": lambda: pf2lora(local_rank=2, al=0.1),
+    "feddpa": feddpa,
+    "fdlora": lambda: fdlora(query=BATCH),
+    "fedalt": fedalt,
+    "gossip": lambda: gossip(100),
+    "adf_lora": lambda: adf_lora(100),
     "hilora": lambda: hilora(100, 10),
     "hilora_cluster": lambda: hilora(100, 10, root=0.1),  # the second round is of the next stage
 }
@@ -223,7 +243,9 @@ def logits(base: lora.Params, adapter: lora.Adapter, x: jax.Array) -> jax.Array:
     def linear(name: str, x: jax.Array, layer: Any = ...) -> jax.Array:
         update = variables["lora"][name]["kernel"]
         w, a, b = variables["params"][name]["kernel"][layer], update.a[layer], update.b[layer]
-        return x @ w + update.scale * ((x @ a) @ b)
+        mixer = variables["lora"][name].get("mixer")
+        inside = x @ a if mixer is None else (x @ a) * lora.by_input(x, mixer[layer], a.shape[-1])
+        return x @ w + update.scale * (inside @ b)
 
     gate = variables["lora"]["blocks"].get("gate", (1, 1))  # 0: as if the layer were not there
     for layer in range(2):

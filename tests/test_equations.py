@@ -359,6 +359,9 @@ def test_counts_of_what_travels_are_the_formulas():
         "sdflora": (p + head, p + head),
         "rac_lora": (pb + head, pb + head),
         "fed_talora": (p + head, p + head + residual),
+        "fedsvd": (pb + head, p + head),
+        "florist": (p + head, p + head),
+        "ravan": ((layers + 1) * RANK**2 // 2 + head, (layers + 1) * RANK**2 // 2 + head),
     }
     for name, (up, down) in expected.items():
         traffic = UNLEARNED[name]().traffic(ADAPTER, [ADAPTER] * 4)

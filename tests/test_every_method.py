@@ -78,6 +78,10 @@ EXCEPTIONS = {
         "feddyn": "w_g = mean of w_i - h / al goes beyond the mean",
         "dynamic": "has FedDyn in it",
         "fedglomo": "the server's step remembers the last one",
+        "fedalt": "half of a client's model is of the others, by its inputs",
+        "gossip": "there is no server",
+        "adf_lora": "there is no server",
+        "florist": "what is beyond a share of the energy is dropped",
         "weighed": "has noise in it",
         "defended": "has noise in it",
         "personal": "has clipping in it",
@@ -88,20 +92,27 @@ EXCEPTIONS = {
         "pfedme": "theta is computed, not trained",
         "ifca": "of the models, only the one that a client chose is kept as trained",
         "rolora": "the second round trains a",
+        "adf_lora": "the second round trains a",
         "fed_sb": "clients train a core between a and b",
         "fedra": "a shallow client trains b of some blocks",
         "fed_hello": "a client on a budget trains b of some layers",
+        "ravan": "clients train cores between a and b",
+        "lora_a2": "clients train the ranks that they choose",
     },
     "first columns": {
         "fslora": "a client of rank 1 holds any one column",
         "fed_sb": "rows and columns of the core are cut",
         "sdflora": "the local part has one rank for all",
+        "pf2lora": "the local part has one rank for all",
+        "ravan": "heads are cut",
+        "lora_a2": "a client of rank 1 holds all columns and moves some",
     },
 }
 EXCEPTIONS["one client"] |= EXCEPTIONS["fixed point"]
 # What of all that a client carries the server averages.
 SENT = {name: lambda carried: carried["shared"] for name in ("finetune", "ditto", "pfedme", "personal")}
-SENT["sdflora"] = lambda carried: carried.shared
+SENT |= dict.fromkeys(("feddpa", "fdlora"), SENT["ditto"])
+SENT |= {name: lambda carried: carried.shared for name in ("sdflora", "pf2lora")}
 SENT["fedglomo"] = lambda carried: carried["now"]
 
 
@@ -117,6 +128,13 @@ SECOND = {
     "fedproto",
     "hilora_cluster",
     "frozen",
+    "fedsvd",
+    "florist",
+    "ravan",
+    "pf2lora",
+    "feddpa",
+    "fdlora",
+    "adf_lora",
 }
 
 
@@ -179,6 +197,7 @@ ALIKE = {
     "fedper",
 }
 ALIKE |= {"fedrep", "hilora_cluster", "personal", "hyperlora_exact", "fed_hello", "fslora"}
+ALIKE |= {"feddpa", "fdlora", "pf2lora", "fedsvd", "florist", "lora_a2", "ravan", "gossip", "adf_lora"}
 DERIVED = [name for name in WHOLE if name not in ALIKE]
 # Derivatives go through local steps in one way, whoever's they are; looked at are those that minimise
 STEPPED = (
@@ -535,6 +554,10 @@ def test_what_is_exported_computes_what_is_sent(name, tmp_path):
     method, c = run.method, run.cohort()._replace(batches=(), queries=())
     out = dispatched(method, run.state, run.cohort())
     whole, nobody = average((method.dispatch, method.model), BASE, run.state, c)
+    if name == "fedalt":
+        with pytest.raises(ValueError, match=r"weighs its updates by their input \(\w+/mixer\), which no weights say"):
+            export.of_receivers(["global"], whole, nobody)
+        return
     served = [export.of_receivers(["global"], whole, nobody)[0]]
     adapters = [take(nobody, 0), *(take(models_of(method, out), i) for i in range(CLIENTS))]
     receive = lambda: export.of_receivers(list("abcd"), out.base, models_of(method, out))

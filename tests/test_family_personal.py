@@ -32,7 +32,8 @@ from fedlora_jax.methods.fedsa_lora import fedsa_lora, partial_share
 from fedlora_jax.methods.fedvlm import fedvlm
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.hetlora import hetlora
-from fedlora_jax.methods.sdflora import Pair, protected, sdflora, together
+from fedlora_jax.methods.sdflora import protected, sdflora
+from fedlora_jax.personal import Pair, together
 
 KERNELS = ["blocks/kernel", "mix/kernel"]
 

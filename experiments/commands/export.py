@@ -331,6 +331,11 @@ def _layout(options: Export, backbone: Backbone) -> Layout:
 def _without_switches(name: str, base: Params, adapter: Adapter) -> Adapter:
     flat, known = lora.flatten(adapter), lora.flatten(base).keys()
     for switch in flat.keys() - known:
+        if switch.endswith("mixer"):
+            raise ValueError(
+                f"the model of {name} weighs its updates by their input ({switch}), which no weights say: export "
+                "another method's, or keep the run's checkpoint"
+            )
         if not (np.asarray(flat[switch]) == 1).all():
             raise ValueError(
                 f"the model of {name} leaves blocks out ({switch}), which no weights say: export --model global"

@@ -38,9 +38,7 @@ def rolora() -> Method:
 
     def dispatch(base, state, cohort):
         sent = broadcast(base, state.adapter, cohort)
-        only_b = state.round % 2 == 0
-        phase = lambda m: LoRA(jnp.where(only_b, 0, m.a), jnp.where(only_b, m.b, 0), m.scale)
-        return sent._replace(mask=lora.tree_map(phase, sent.mask))
+        return sent._replace(mask=one_factor(sent.mask, state.round))
 
     def aggregate(base, state, cohort, sent, received):
         only_b = state.round % 2 == 0
@@ -56,3 +54,10 @@ def rolora() -> Method:
         return Traffic(up=(half, head), down=head, missed=half, whole=low_rank)
 
     return Method(init, dispatch, aggregate, traffic=traffic)
+
+
+def one_factor(mask: Adapter, round: Array) -> Adapter:
+    """The mask of a round in which one factor moves, ``b`` in the first; what is trained in full moves always."""
+    only_b = round % 2 == 0
+    phase = lambda m: LoRA(jnp.where(only_b, 0, m.a), jnp.where(only_b, m.b, 0), m.scale)
+    return lora.tree_map(phase, mask)

@@ -18,23 +18,16 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fedlora_jax import lora, product
+from fedlora_jax import personal, product
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.keys import purpose
-from fedlora_jax.lora import Adapter, LoRA
-from fedlora_jax.method import About, Method, memory_of, per_client
+from fedlora_jax.lora import Adapter
+from fedlora_jax.method import About, Method
 from fedlora_jax.methods.fedit import FedITState
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.product import Split
 
 ABOUT = About("SDFLoRA", "2026", "2601.11219", "a, b, u, v, head", "a, b, head", "to rank r", "u, v")
-
-
-class Pair(NamedTuple):
-    """What a client trains. shared: the global part and the head. local: LoRA leaves of the local rank."""
-
-    shared: Adapter
-    local: Adapter
 
 
 class SDFLoRAState(NamedTuple):
@@ -58,25 +51,13 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
     refuse_outside("[0, inf)", local_rank=local_rank, clip=clip, noise=noise)
     if noise and not clip:
         raise ValueError("noise is in units of clip, and clip is 0 (no bound): set both")
-    inner = flexlora(split)
+    inner = personal.beside(flexlora(split), local_rank)
 
     def init(key, adapter):
-        for x in lora.low_rank_leaves(adapter):
-            if local_rank > min(x.a.shape[-2], x.b.shape[-1]):
-                raise ValueError(f"local_rank {local_rank} does not fit a kernel [{x.a.shape[-2]}, {x.b.shape[-1]}]")
-        return SDFLoRAState(adapter, key)
-
-    def init_client(adapter):
-        empty = lambda x: LoRA(_columns(x.a, -1, local_rank), _columns(x.b, -2, local_rank), x.scale)
-        return lora.restart(jax.random.key(0), lora.tree_map(empty, lora.split(adapter)[0]))
+        return SDFLoRAState(inner.init(key, adapter).adapter, key)
 
     def dispatch(base, state, cohort):
-        sent = inner.dispatch(base, FedITState(state.adapter), cohort)
-        somebody = cohort.ids >= 0
-        switch = lambda x: x * per_client(somebody, x)
-        local = lora.tree_map(lambda x: LoRA(x.a, switch(x.b), x.scale), memory_of(cohort))
-        free = jax.tree.map(lambda x: jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), x.dtype), local)
-        return sent._replace(adapter=Pair(sent.adapter, local), mask=Pair(sent.mask, free), context=())
+        return inner.dispatch(base, FedITState(state.adapter), cohort)
 
     def aggregate(base, state, cohort, sent, received):
         key, draw = jax.random.split(state.key)[0], purpose(state.key, "uploads of SDFLoRA")
@@ -86,28 +67,10 @@ def sdflora(local_rank: int = 4, split: Split = "left", clip: float = 0.0, noise
                 jax.random.fold_in(draw, id_), start, end, mask, clip, noise
             )
             uploads = jax.vmap(private)(cohort.ids, sent.adapter.shared, uploads, sent.mask.shared)
+        uploads = received._replace(shared=uploads)
         return SDFLoRAState(inner.aggregate(base, FedITState(state.adapter), cohort, sent, uploads).adapter, key)
 
-    def remember(memory, context, sent, received):
-        return received.local
-
-    return Method(
-        init,
-        dispatch,
-        aggregate,
-        init_client=init_client,
-        remember=remember,
-        model=together,
-        aggregated=lambda pair: pair.shared,
-        upload_mask=lambda mask: Pair(mask.shared, jax.tree.map(jnp.zeros_like, mask.local)),
-    )
-
-
-def together(pair: Pair, context) -> Adapter:
-    """The client's model: both products side by side."""
-    shared = lora.flatten(pair.shared)
-    both = {name: product.plus(shared[name], x) for name, x in lora.flatten(pair.local).items()}
-    return lora.unflatten(shared | both)
+    return inner._replace(init=init, dispatch=dispatch, aggregate=aggregate)
 
 
 def protected(key: Array, sent: Adapter, received: Adapter, mask: Adapter, clip: float, noise: float) -> Adapter:
@@ -119,9 +82,3 @@ def protected(key: Array, sent: Adapter, received: Adapter, mask: Adapter, clip:
     drawn = [jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype) for i, x in enumerate(leaves)]
     blurred = lambda x, d, m, z: x + factor * d + clip * noise * m * z
     return jax.tree.map(blurred, sent, change, mask, treedef.unflatten(drawn))
-
-
-def _columns(x: Array, axis: int, count: int) -> Array:
-    shape = list(x.shape)
-    shape[axis] = count
-    return jnp.zeros(shape, x.dtype)
