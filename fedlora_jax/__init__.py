@@ -10,7 +10,6 @@ from fedlora_jax import (
     diagnostics,
     dropout,
     lora,
-    losses,
     meta,
     method,
     methods,
@@ -18,6 +17,7 @@ from fedlora_jax import (
     product,
     rounds,
     signatures,
+    task,
     training,
     wrappers,
 )
@@ -75,10 +75,13 @@ from fedlora_jax.training import LossFn
 from fedlora_jax.wrappers.fairness import afl, qffl
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddyn import feddyn
+from fedlora_jax.wrappers.fedga import fedga
 from fedlora_jax.wrappers.fedlc import fedlc
 from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
+from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.nonfinite import nonfinite
+from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
@@ -122,6 +125,7 @@ __all__ = [
     "feddpa",
     "feddyn",
     "fedex_lora",
+    "fedga",
     "fedglomo",
     "fedhl",
     "fedit",
@@ -153,7 +157,6 @@ __all__ = [
     "lora",
     "lora_a2",
     "lora_fair",
-    "losses",
     "make_evaluate",
     "make_round",
     "make_step",
@@ -161,9 +164,11 @@ __all__ = [
     "meta",
     "method",
     "methods",
+    "moon",
     "noise",
     "nonfinite",
     "norm_bound",
+    "over_the_air",
     "partition",
     "per_fedavg",
     "pf2lora",
@@ -181,6 +186,7 @@ __all__ = [
     "sdflora",
     "signature_bias",
     "signatures",
+    "task",
     "training",
     "trimmed_mean",
     "wrappers",

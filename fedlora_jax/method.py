@@ -163,7 +163,8 @@ class Method(NamedTuple):
       aggregated: ``(carried) -> adapter`` the part of what a client carries (or of its mask) that the server averages,
         where that is not the whole model (``None``): the round's report compares it with the server's model.
       objective: ``(task, adapter, context) -> (minimised, reported)`` losses of one local step, where ``task`` is the
-        loss of an adapter as ``model`` gives it; ``None``: both are the loss of the model.
+        loss of an adapter as ``model`` gives it (and what it is made of: ``task.Task``); ``None``: both are the loss of
+        the model.
       mask_schedule: ``(mask, progress) -> mask`` of one local step, ``progress`` from 0 to below 1: training in phases.
       upload_mask: ``(mask) -> mask`` without the entries that a client trains and does not send; wrappers act on the
         rest.

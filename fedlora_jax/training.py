@@ -16,6 +16,7 @@ from fedlora_jax.batches import Padded, steps_taken
 from fedlora_jax.gradient import forward_over_reverse
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method
+from fedlora_jax.task import of_batch
 
 Optimizer = optax.GradientTransformation | Callable[[Array], optax.GradientTransformation]  # or one of each round
 
@@ -87,7 +88,7 @@ def make_local(
             t, batch = inputs
 
             def minimised(adapter):
-                task = lambda model: loss_fn(base, model, batch, jax.random.fold_in(key, t))
+                task = of_batch(loss_fn, base, batch, jax.random.fold_in(key, t))
                 loss, reported = objective(task, adapter, context)
                 return loss + method.penalty(adapter, context), reported
 

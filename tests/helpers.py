@@ -64,14 +64,18 @@ from fedlora_jax.methods.ravan import ravan
 from fedlora_jax.methods.rolora import rolora
 from fedlora_jax.methods.sdflora import sdflora
 from fedlora_jax.signatures import Signature
+from fedlora_jax.task import Seen, Shown
 from fedlora_jax.wrappers.fairness import afl
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddyn import feddyn
+from fedlora_jax.wrappers.fedga import fedga
 from fedlora_jax.wrappers.fedlc import fedlc
 from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadam, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
+from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.nonfinite import nonfinite
+from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
@@ -158,18 +162,21 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "norm_bound": lambda: norm_bound(fedit(), 1.0),
     "nonfinite": lambda: nonfinite(fedit()),
     "fednova": lambda: fednova(fedit()),
+    "fedga": lambda: fedga(fedit()),
+    "moon": lambda: moon(fedit(), 0.5),
+    "over_the_air": lambda: over_the_air(fedit(), 1e6),
     "afl": lambda: afl(fedit(), 100, 0.5),
 }
 STACKS: dict[str, Callable[[], Method]] = {
     "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
     "defended": lambda: nonfinite(clip(noise(median(flexlora("balanced", gauge=True))), 0.05)),
     "dynamic": lambda: fedlc(
-        nonfinite(clip(fedadam(feddyn(signature_bias(ffa_lora(), SIGNATURE, warmup=0), 8, 0.1)), 0.05)), 0.1
+        nonfinite(clip(fedadam(feddyn(signature_bias(fedga(ffa_lora()), SIGNATURE, warmup=0), 8, 0.1)), 0.05)), 0.1
     ),
     "weighed": lambda: clip(
         noise(proximal(fedbc(fednova(fedyogi(flexlora("balanced", gauge=True))), lr=0.1, lam=0.2))), 0.05
     ),
-    "outliers": lambda: norm_bound(krum(trimmed_mean(fedyogi(fedit()), 0.25), kept=2)),
+    "outliers": lambda: over_the_air(norm_bound(krum(trimmed_mean(fedyogi(moon(fedit(), 0.5)), 0.25), kept=2)), 1e6),
     "personal": lambda: nonfinite(clip(afl(proximal(ditto()), 100, 0.5), 0.05)),
 }
 METHODS |= CLASSICS
@@ -258,6 +265,15 @@ def loss_fn(base: lora.Params, adapter: lora.Adapter, batch: dict[str, jax.Array
     """Cross-entropy on noisy inputs; the noise shows which keys arrive."""
     x = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
     return optax.softmax_cross_entropy_with_integer_labels(logits(base, adapter, x), batch["y"]).mean()
+
+
+def seen(base: lora.Params, adapter: lora.Adapter, batch: dict[str, jax.Array], key: jax.Array) -> Seen:
+    """What ``loss_fn`` looks at; its logits stand for features, too."""
+    out = logits(base, adapter, batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape))
+    return Seen(out, out, batch["y"], jnp.ones(len(out)))
+
+
+SHOWN = Shown(loss_fn, seen)
 
 
 def array(x: Any) -> np.ndarray:
@@ -428,7 +444,7 @@ def assert_near(x: Any, y: Any, rel: float = 1e-5, floor: float = 1e-25) -> None
 def _train(hooks: tuple, sent: Any, c: Cohort, key: jax.Array, extra: float) -> tuple[lora.Adapter, jax.Array]:
     like = fedit()._replace(**dict(zip(HOOKS, hooks, strict=True)))
     penalty = lambda adapter, context: like.penalty(adapter, context) + extra
-    local = training.make_local(like._replace(penalty=penalty), loss_fn, OPTIMIZER)
+    local = training.make_local(like._replace(penalty=penalty), SHOWN, OPTIMIZER)
 
     def one(id_, *row):
         adapter, trace = local(sent.base, *row, jax.random.fold_in(key, id_))
@@ -475,7 +491,7 @@ def compiled(name: str) -> SimpleNamespace:
         traces.append(1)
         return loss_fn(*args)
 
-    round_fn = rounds.make_round(method, counted, OPTIMIZER)
+    round_fn = rounds.make_round(method, Shown(counted, seen), OPTIMIZER)
     fast = jit(round_fn)
     start = begin(method.init, jax.random.key(1))
     people = functools.partial(members, method)

@@ -21,6 +21,7 @@ from helpers import (
     OPTIMIZER,
     PLATFORMS,
     RANK,
+    SHOWN,
     STACKS,
     STEPS,
     WRAPPED,
@@ -60,6 +61,7 @@ from fedlora_jax import lora, rounds
 from fedlora_jax.clients import sample_held_out
 from fedlora_jax.method import About, models
 from fedlora_jax.methods.fedit import fedit
+from fedlora_jax.task import of_batch
 from models import peft, peft_in
 from models.backbone import Layout, Linear
 
@@ -308,7 +310,7 @@ def test_a_whole_run_is_a_loop_over_single_rounds(name):
     """Seeds side by side, rounds scanned, clients in chunks, state donated: against one round after the other on
     cohorts made by hand."""
     m, data, clients = compiled(name), examples(), population((5, 9, 3, 7))
-    chunked = rounds.make_round(m.method, loss_fn, OPTIMIZER, chunk=2)
+    chunked = rounds.make_round(m.method, SHOWN, OPTIMIZER, chunk=2)
     query = m.method.query
     step = rounds.make_step(chunked, participants=CLIENTS, steps=STEPS, batch=BATCH, smallest=3, query=query)
     seeds = jax.random.split(KEY, 2)
@@ -395,7 +397,7 @@ def test_one_client_is_plain_fine_tuning(name):
 def one_step(hooks, base, adapter, moments, mask, context, batch, key, progress):
     """One local step of what the method says is minimised; compiled once for all methods that train alike."""
     objective, model, penalty, moving = hooks
-    task = lambda model: loss_fn(base, model, batch, key)
+    task = of_batch(SHOWN, base, batch, key)
 
     def minimised(adapter):
         loss, reported = objective(task, adapter, context) if objective else 2 * (task(model(adapter, context)),)

@@ -6,6 +6,7 @@ The pairs are played on FedIT with uploads that are written down, against NumPy 
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -34,15 +35,19 @@ from fedlora_jax.methods.centralized import centralized
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.local_only import local_only
+from fedlora_jax.task import Seen, Task
 from fedlora_jax.wrappers import Wrapped, order
 from fedlora_jax.wrappers.fairness import afl, qffl
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddyn import feddyn
+from fedlora_jax.wrappers.fedga import fedga
 from fedlora_jax.wrappers.fedlc import fedlc
 from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
+from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.nonfinite import nonfinite
+from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
@@ -68,6 +73,9 @@ MADE = {
     "nonfinite": nonfinite,
     "fednova": fednova,
     "qffl": lambda m: qffl(m, LOCAL_LR, 2.0),
+    "fedga": fedga,
+    "moon": moon,
+    "over_the_air": lambda m: over_the_air(m, 1e12),  # too loud for its noise to be seen
 }
 FAIR = {"afl": lambda m: afl(m, POPULATION)}  # weighs by losses, as q-FFL does
 SERVERS = {  # which are ``server`` with another transformation, as fedadam is
@@ -76,10 +84,17 @@ SERVERS = {  # which are ``server`` with another transformation, as fedadam is
     "fedyogi": fedyogi,
     "server": lambda m: server_optimizer(m, optax.sgd(1.0)),
 }
-STATEFUL = ("signature_bias", "scaffold", "feddyn", "fedadam", "noise", "nonfinite")
-REMEMBERING = ("scaffold", "feddyn", "fedbc")
+STATEFUL = ("signature_bias", "scaffold", "feddyn", "fedadam", "noise", "nonfinite", "over_the_air")
+REMEMBERING = ("scaffold", "feddyn", "fedbc", "moon")
 DEFENCES = ("clip", "median", "trimmed_mean", "krum", "norm_bound")
-HANDS_ON = (*DEFENCES, "noise", "fedbc", "fednova", "qffl")  # other uploads or weights than it was given
+HANDS_ON = (
+    *DEFENCES,
+    "noise",
+    "fedbc",
+    "fednova",
+    "qffl",
+    "over_the_air",
+)  # other uploads or weights than it was given
 
 
 def built(*stack, method=None):
@@ -147,8 +162,9 @@ def controls_match(play):
 
 
 def a_broken_client_is_bounded(play):
-    broken = Play(play.stack, 1e6)
-    assert max(np.abs(x).max() for x in jax.tree.leaves(broken.kept())) < 1e3
+    broken = Play(play.stack, 1e6)  # which remembers what it has trained, as MOON has it
+    whose = [i for i in range(CLIENTS) if i != BROKEN] if "moon" in play.stack else slice(None)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(broken.kept(whose))) < 1e3
 
 
 def who_is_not_finite_leaves_no_trace(play):
@@ -166,7 +182,7 @@ def the_outer_acts_first(play):
     method, c = built(inner), play.c
     (state, memory), new, after = play.before, play.state, play.memory
     lam = key = None
-    if outer == "noise":
+    if outer in ("noise", "over_the_air"):
         state, key, new = state.inner, state.own, new.inner
     if outer == "fedbc":
         memory, lam, after = memory.inner, memory.own, after.inner
@@ -192,10 +208,30 @@ def the_order_does_not_matter(play):
     for p in (one, other):
         w, context = nudged(ADAPTER, 3), jax.tree.map(lambda x: x[0], p.sent.context)
         task = lambda model: sum((i + 1) * np.square(x).sum() for i, x in enumerate(jax.tree.leaves(model)))
-        hook = p.method.objective
+        hook, task = (
+            p.method.objective,
+            Task(task, lambda model: Seen(*(numbers(model) for _ in "zo"), LABELS, np.ones(2))),
+        )
         loss = hook(task, w, context) if hook else [task(p.method.model(w, context))] * 2
         seen.append((p.method.penalty(w, context), *loss, p.method.model(w, context)))
     assert_near(seen[1], seen[0], 1e-4, floor=1e-4)
+
+
+LABELS = np.arange(2)
+
+
+def numbers(model):
+    """Something ``[2, 5]`` of a model."""
+    return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(model)])[:10].reshape(2, 5)
+
+
+def a_past_is_what_was_trained(play):
+    """Whatever stands outside."""
+    tree = play.memory
+    for name in named(play.stack, REMEMBERING):
+        if name == "moon":
+            assert_near(tree.own.own, play.received, 0)
+        tree = tree.inner
 
 
 def handed_on(name, play, lam, key):
@@ -284,6 +320,8 @@ def test_every_ordered_pair_is_right_or_refused(inner, outer):
         checks.append(controls_match)
     if pair & set(DEFENCES):
         checks.append(a_broken_client_is_bounded)
+    if inner == "moon" and outer not in (*HANDS_ON, "nonfinite"):
+        checks.append(a_past_is_what_was_trained)
     if "nonfinite" in pair:
         checks.append(who_is_not_finite_leaves_no_trace)
     if outer in HANDS_ON:
@@ -333,7 +371,7 @@ def test_a_pair_is_seen_through_what_stands_between():
 
 
 @pytest.mark.parametrize("make", [local_only, centralized])
-@pytest.mark.parametrize("name", sorted(set(MADE) - {"fedlc", "nonfinite"}))
+@pytest.mark.parametrize("name", sorted(set(MADE) - {"fedlc", "fedga", "nonfinite"}))
 def test_what_works_by_uploads_refuses_methods_without_any(name, make):
     with pytest.raises(ValueError, match="send no adapters"):
         MADE[name](make())

@@ -23,6 +23,7 @@ from helpers import (
     members,
     normalised,
     nudged,
+    seen,
     take,
 )
 from wrapper_helpers import SGD, adapter_of, aggregated, flat, run, uploads
@@ -32,7 +33,6 @@ from experiments.commands import list_methods
 from experiments.config import Config
 from experiments.engine.methods import wrappers
 from fedlora_jax import lora, rounds
-from fedlora_jax.losses import fedga
 from fedlora_jax.methods.ditto import ditto
 from fedlora_jax.methods.fed_sb import fed_sb
 from fedlora_jax.methods.fedex_lora import fedex_lora
@@ -41,14 +41,19 @@ from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.ifca import ifca
 from fedlora_jax.methods.pfedhn import pfedhn
+from fedlora_jax.methods.sdflora import sdflora
 from fedlora_jax.signatures import Signature, label_free
+from fedlora_jax.task import Seen, Task
 from fedlora_jax.wrappers import innermost
 from fedlora_jax.wrappers.around import with_adapter
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddyn import feddyn
+from fedlora_jax.wrappers.fedga import calibrated, fedga
 from fedlora_jax.wrappers.fedlc import ABSENT, fedlc
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi, server
+from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.nonfinite import nonfinite
+from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
@@ -193,15 +198,70 @@ def test_fedlc_refuses_signatures_without_labels_and_models_without_a_bias():
 def test_fedga_hardly_suppresses_absent_classes():
     """The gradient of logit j is p_j n_j / n_y (times one example's share), up to the targets' sum."""
     rng = np.random.default_rng(0)
-    z, y = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), jnp.asarray([0, 0, 1, 0, 1])
-    loss = fedga(lambda base, adapter, batch, key: (adapter, batch))
-    grads = np.asarray(jax.grad(loss, 1)(None, z, y, KEY), np.float64)
+    z, y = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), jnp.asarray([0, 0, 1, 0, 1, 3])
+    there = jnp.asarray([1.0, 1, 1, 1, 1, 0])  # the last one only fills up
+    grads = np.asarray(jax.grad(lambda z: calibrated(Seen(z, z, y, there)))(z), np.float64)
     p = np.float64(jax.nn.softmax(z))
     n = np.asarray([3, 2, 0, 0])
-    for i, label in enumerate(np.asarray(y)):
+    for i, label in enumerate(np.asarray(y)[:5]):
         target = p[i] * (n[label] - n) / n[label]
         target[label] = 1
         np.testing.assert_allclose(grads[i], (p[i] * target.sum() - target) / 5, rtol=1e-4, atol=1e-7)
+    assert not grads[5].any()
+    shares = jnp.asarray(np.eye(4)[np.asarray(y)] * 0.8 + 0.05)
+    assert_near(calibrated(Seen(z, z, shares, there)), calibrated(Seen(z, z, y, there)), 1e-6)
+
+
+def seen_of(batch, key=KEY):
+    return Task(lambda w: loss_fn(BASE, w, batch, key), lambda w: seen(BASE, w, batch, key))
+
+
+def test_moon_draws_features_to_the_global_model_and_away_from_the_past():
+    """Equation 3 in float64; without a past the term is log 2 and has no gradient."""
+    mu, t, batch = 0.7, 0.4, take(cohort().batches, (0, 0))
+    method, w, start, past = moon(fedit(), mu, t), nudged(ADAPTER, 1), nudged(ADAPTER, 2), nudged(ADAPTER, 3)
+    task, c = seen_of(batch), normalised(members(method))
+    sent = method.dispatch(BASE, method.init(KEY, ADAPTER)._replace(adapter=start), c)
+    context = take(sent.context, 0)
+    assert_near(context.own.past, start, 0)
+    loss, _ = method.objective(task, w, context)
+    assert_near(loss, task(w) + mu * np.log(2), 1e-5)
+    assert_near(jax.grad(lambda w: method.objective(task, w, context)[0])(w), jax.grad(task)(w), 1e-4)
+    context = context._replace(own=context.own._replace(past=past))
+    z, near, far = (np.float64(task.seen(x).features) for x in (w, start, past))
+    cos = lambda x, y: (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+    pull, push = np.exp(cos(z, near) / t), np.exp(cos(z, far) / t)
+    expected = float(task(w)) - mu * np.mean(np.log(pull / (pull + push)))
+    np.testing.assert_allclose(method.objective(task, w, context)[0], expected, rtol=1e-5)
+    kept = method.remember(take(c.memory, 0), context, start, w)
+    assert_near(kept.own.own, w, 0)
+
+
+def test_what_looks_at_features_needs_a_loss_that_shows_them():
+    for method in (moon(fedit()), fedga(fedit())):
+        c = normalised(members(method))
+        with pytest.raises(ValueError, match=r"fedlora_jax\.task\.Shown"):
+            jax.eval_shape(rounds.make_round(method, loss_fn, OPTIMIZER), BASE, method.init(KEY, ADAPTER), c, KEY)
+    for make in (ditto, lambda: sdflora(2)):
+        with pytest.raises(ValueError, match="carry something else"):
+            moon(make())
+
+
+def test_a_channel_shifts_the_mean_by_noise_of_the_stated_power():
+    """One vector for all, of max p rms / |h| over sqrt(snr); the mean of many draws is the mean."""
+    method, c, snr = over_the_air(fedit(), 4.0), normalised(cohort()), 4.0
+    _, plain = aggregated(fedit(), uploads(), c)
+    start = with_adapter(method.init(KEY, ADAPTER), nudged(ADAPTER, 0))
+    sent = method.dispatch(BASE, start, c)
+    heard = jit(jax.vmap(lambda key: method.aggregate(BASE, start._replace(own=key), c, sent, uploads())))
+    keys = jax.random.split(KEY, 400)
+    off = flat(heard(keys).inner, clients=True) - flat(plain)
+    gain = np.sqrt(np.asarray([jax.random.exponential(jax.random.split(k)[0], (CLIENTS,)) for k in keys]))
+    d = flat(uploads(), clients=True) - flat(nudged(ADAPTER, 0))
+    deviation = np.max(c.weights * np.sqrt((d**2).mean(1)) / gain, 1) / snr**0.5
+    np.testing.assert_allclose(off.std(1), deviation, rtol=0.35)
+    np.testing.assert_allclose((off / deviation[:, None]).std(), 1.0, rtol=0.02)
+    assert abs((off / deviation[:, None]).mean()) < 0.02
 
 
 # --- what does not go together

@@ -21,6 +21,7 @@ from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Method, average_client
 from fedlora_jax.rounds import Run
+from fedlora_jax.task import on_batches
 
 GROUP = 256  # clients that hold a model at a time when they are scored
 
@@ -149,7 +150,7 @@ def loss_of_rows(problem: Problem, arrays: Arrays) -> Callable:
             return rows._replace(examples=images(rows.examples))
         return jax.tree.map(partial(looked_up, rows), arrays.train)
 
-    return lambda base, adapter, rows, key: problem.loss_fn(base, adapter, images(rows), key)
+    return on_batches(problem.loss_fn, images)
 
 
 def looked_up(rows: Array, x: Array) -> Array:

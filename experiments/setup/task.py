@@ -19,6 +19,7 @@ from fedlora_jax import dropout, lora
 from fedlora_jax.batches import Padded
 from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, LoRA, Params
+from fedlora_jax.task import Seen, Shown
 from models.backbone import Backbone, Stem
 
 AT_ONCE = 256  # images that are scored at once
@@ -144,19 +145,24 @@ def objectives(
     vary = augmentation(augment)
 
     @partial(jax.jit, static_argnames="training")
-    def logits(base: Params, adapter: Adapter, x: Array, training: bool = False) -> Array:
+    def outputs(base: Params, adapter: Adapter, x: Array, training: bool = False) -> tuple[Array, Array]:
         if stem is not None:
             base, before = {name: x for name, x in base.items() if name != STEM}, base[STEM]
             x = stem.apply(before, x)
-        return backbone.apply(base, adapter, x, training=training)[0]
+        return backbone.apply(base, adapter, x, training=training)
 
-    def loss(unroll: bool, drop: float, base, adapter, batch, key):
+    def seen(unroll: bool, drop: float, base, adapter, batch, key) -> Seen:
         x, y = examples = batch.examples if isinstance(batch, Padded) else batch
         if augment:
-            classes = jax.eval_shape(lambda: logits(base, adapter, x)[:, :known]).shape[-1]
+            classes = jax.eval_shape(lambda: outputs(base, adapter, x)[0][:, :known]).shape[-1]
             x, y = vary(purpose(key, "augmentation"), examples, classes)
         model = dropout.switched_on(adapter, purpose(key, "dropout of adapters"), drop) if drop else adapter
-        out = logits(base, model, x, unroll)[:, :known]
+        out, features = outputs(base, model, x, unroll)
+        present = batch.present if isinstance(batch, Padded) else jnp.ones(len(out))
+        return Seen(features, out[:, :known], y, present)
+
+    def loss(unroll: bool, drop: float, base, adapter, batch, key):
+        _, out, y, _ = seen(unroll, drop, base, adapter, batch, key)
         losses = task.loss(out, optax.smooth_labels(shares(out, y), smoothing) if smoothing else y)
         mean = batch.mean(losses) if isinstance(batch, Padded) else losses.mean()
         return mean + contrast * apart(backbone.texts, base, adapter, known) if contrast and backbone.texts else mean
@@ -164,10 +170,11 @@ def objectives(
     def correct_fn(base, adapter, examples):
         def one(xy: tuple[Array, Array]) -> Array:
             x, y = (part[None] for part in xy)
-            out = logits(base, adapter, x)
+            out, _ = outputs(base, adapter, x)
             return task.right(out if known is None else among(out, y, known), y)[0]
 
         return jax.lax.map(one, examples, batch_size=AT_ONCE)  # bounds memory whatever the number of examples
 
-    loss_fn, counted_fn = (partial(loss, written_out, drop) for written_out in (unroll, True))
+    loss_fn = Shown(partial(loss, unroll, drop), partial(seen, unroll, drop))
+    counted_fn = partial(loss, True, drop)
     return Objectives(loss_fn, correct_fn, partial(loss, unroll, 0.0) if drop else loss_fn, counted_fn)

@@ -92,14 +92,14 @@ def gossip(population: int, graph: Graph = "ring", space: Space = "factors", deg
     )
 
 
-def mixing(edges: np.ndarray, there: Array) -> Array:
+def mixing(edges: Array | np.ndarray, there: Array) -> Array:
     """``[N, N]`` how much each client takes of each; symmetric, rows sum to one.
 
     Args:
       edges: ``[N, N]`` 1 for neighbours, symmetric, 0 on the diagonal.
       there: ``[N]`` 1 for a client that takes part.
     """
-    between = edges * there[:, None] * there
+    between = jnp.asarray(edges) * there[:, None] * there
     degrees = between.sum(1)
     weights = between / (1 + jnp.maximum(degrees[:, None], degrees))
     return weights + jnp.diag(1 - weights.sum(1))

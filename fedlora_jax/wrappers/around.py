@@ -11,6 +11,7 @@ from jax import Array
 
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method, Onboarding, State, all_held, no_learning
+from fedlora_jax.task import Task, of_model
 from fedlora_jax.wrappers import order
 
 
@@ -41,6 +42,8 @@ class Wrapper(NamedTuple):
         clients share.
       penalty: ``(adapter, own context) -> scalar``, on top of the inner one.
       training_model: ``(model, own context) -> model`` that the loss is computed with in training, and nowhere else.
+      training_loss: ``(task, model, own context) -> scalar`` in training, in place of ``task(model)``; ``task`` is a
+        ``fedlora_jax.task.Task``, which shows features, logits and labels of the batch where the loss does.
       client_model: ``(model, own context) -> model`` that a client computes with always; needs ``client_context``, and
         what it adds does not travel back.
       remember: ``(own memory, own context, sent adapter, received adapter) -> own memory``.
@@ -60,6 +63,7 @@ class Wrapper(NamedTuple):
     client_context: Callable[[Any, Cohort, Dispatch], Any] | None = None
     penalty: Callable[[Adapter, Any], Array] | None = None
     training_model: Callable[[Adapter, Any], Adapter] | None = None
+    training_loss: Callable[[Task, Adapter, Any], Array] | None = None
     client_model: Callable[[Adapter, Any], Adapter] | None = None
     remember: Callable[[Any, Any, Adapter, Adapter], Any] | None = None
     upload: Callable[[Any, Adapter, Adapter, Adapter], Adapter] | None = None
@@ -82,7 +86,7 @@ def around(inner: Method, own: Wrapper) -> Method:
     order.check(own.name, inner.stack, inner.uploads)
     both, trial = lambda f: partial(f, inner, own), inner.onboard
     on_clients = own.has_context or own.penalty is not None
-    other_objective = own.training_model or (inner.objective and own.has_context)
+    other_objective = own.training_model or own.training_loss or (inner.objective and own.has_context)
     return inner._replace(
         init=both(_init) if own.init else inner.init,
         dispatch=both(_dispatch),
@@ -196,13 +200,17 @@ def _shown(own: Wrapper, model: Adapter, context: Any) -> Adapter:
 def _objective(inner: Method, own: Wrapper, task, adapter, context):
     context = _parts(context, own.has_context)
 
-    def seen(model: Adapter) -> Array:
+    def shown(model: Adapter) -> Adapter:
         model = _shown(own, model, context.own)
-        return task(own.training_model(model, context.own) if own.training_model else model)
+        return own.training_model(model, context.own) if own.training_model else model
 
+    inside = of_model(task, shown)
+    if own.training_loss:
+        plain, loss_of = inside, own.training_loss
+        inside = Task(lambda model: loss_of(plain, model, context.own), plain.seen)
     if inner.objective is not None:
-        return inner.objective(seen, adapter, context.inner)
-    loss = seen(inner.model(adapter, context.inner))
+        return inner.objective(inside, adapter, context.inner)
+    loss = inside(inner.model(adapter, context.inner))
     return loss, loss
 
 

@@ -14,11 +14,11 @@ SERVER = frozenset({"server", "fedavgm", "fedadagrad", "fedyogi", "fedadam"})  #
 CONTROLS = frozenset({"scaffold", "feddyn", "fedbc"})  # server and clients keep parts of one thing, made of uploads
 OWN = frozenset({"clip", "noise"})  # changes each upload by itself, so that its client knows what became of it
 ALIKE = frozenset({"median", "trimmed_mean"})  # one update in place of all
-COHORT = ALIKE | {"krum", "norm_bound"}  # what becomes of an upload depends on the others
+COHORT = ALIKE | {"krum", "norm_bound", "over_the_air"}  # what becomes of an upload depends on the others
 UPLOADS = OWN | COHORT
 FAIR = frozenset({"qffl", "afl"})  # clients weigh by their losses
-LOCAL = frozenset({"proximal", "fedlc"})  # a term in the local loss, no state
-KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | {"fednova", "signature_bias", "nonfinite"}
+LOCAL = frozenset({"proximal", "fedlc", "fedga"})  # of the local loss, no state
+KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | {"moon", "fednova", "signature_bias", "nonfinite"}
 
 _SWAP = "put {inner} outside: +{outer}+{inner}"
 
@@ -42,6 +42,12 @@ REFUSED = (
         KNOWN - LOCAL - {"nonfinite"},
         "{outer} would see the numbers that nonfinite leaves out",
         "put nonfinite last: +{outer}+nonfinite",
+    ),
+    Refused(
+        KNOWN - {"moon"},
+        _set("moon"),
+        "moon compares the models of the method itself, as it is sent and as clients carry it",
+        "put moon first: +{outer}+{inner}",
     ),
     Refused(
         SERVER,
@@ -192,7 +198,7 @@ REFUSED = (
     ),
 )
 
-_WITHOUT_UPLOADS = frozenset({"fedlc", "nonfinite"})  # the only ones that mean something then
+_WITHOUT_UPLOADS = frozenset({"fedlc", "fedga", "nonfinite"})  # the only ones that mean something then
 
 
 def check(name: str, stack: tuple[str, ...], uploads: Literal["averaged", "stacked", "none"] = "averaged") -> None:
