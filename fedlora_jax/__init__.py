@@ -69,6 +69,7 @@ from fedlora_jax.methods.rac_lora import rac_lora
 from fedlora_jax.methods.ravan import ravan
 from fedlora_jax.methods.rolora import rolora
 from fedlora_jax.methods.sdflora import sdflora
+from fedlora_jax.methods.spectral import spectral
 from fedlora_jax.rounds import MetricFn, make_evaluate, make_round, make_step, scan_rounds
 from fedlora_jax.signatures import Signature
 from fedlora_jax.training import LossFn
@@ -186,6 +187,7 @@ __all__ = [
     "sdflora",
     "signature_bias",
     "signatures",
+    "spectral",
     "task",
     "training",
     "trimmed_mean",

@@ -63,6 +63,7 @@ from fedlora_jax.methods.rac_lora import rac_lora
 from fedlora_jax.methods.ravan import ravan
 from fedlora_jax.methods.rolora import rolora
 from fedlora_jax.methods.sdflora import sdflora
+from fedlora_jax.methods.spectral import spectral
 from fedlora_jax.signatures import Signature
 from fedlora_jax.task import Seen, Shown
 from fedlora_jax.wrappers.fairness import afl
@@ -113,6 +114,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fed_talora": fed_talora,
     "fedsvd": fedsvd,
     "florist": florist,
+    "spectral": spectral,
     "ravan": ravan,
     "lora_a2": lora_a2,
 }

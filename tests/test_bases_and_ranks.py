@@ -34,6 +34,7 @@ from fedlora_jax.methods.florist import florist, thresholded
 from fedlora_jax.methods.lora_a2 import best, lora_a2, moved, scores
 from fedlora_jax.methods.ravan import Heads, ravan, with_bases
 from fedlora_jax.methods.rolora import RoLoRAState, rolora
+from fedlora_jax.methods.spectral import screenot, spectral
 
 KERNELS = ["blocks/kernel", "mix/kernel"]
 
@@ -103,6 +104,44 @@ def test_all_of_the_energy_is_flexlora():
     assert not thresholded(zero, jnp.zeros(()), 0.5).b.any()
     with pytest.raises(ValueError, match="at most 1"):
         florist(1.5)
+
+
+def test_screenots_threshold_is_the_best_for_white_noise():
+    """(4 / sqrt 3) sigma sqrt n of a square matrix (Gavish and Donoho, 2014), whatever sigma is; 0 of zeros."""
+    rng, n = np.random.default_rng(0), 200
+    for sigma in (1.0, 1e-3):
+        u, v = (np.linalg.qr(rng.normal(size=(n, 3)))[0] for _ in range(2))
+        y = sigma * (rng.normal(size=(n, n)) + n**0.5 * (u * np.array([6, 5, 4])) @ v.T)
+        sizes = np.float32(np.linalg.svd(y, compute_uv=False))
+        theta = float(screenot(sizes, 8))
+        np.testing.assert_allclose(theta, 4 / 3**0.5 * sigma * n**0.5, rtol=0.04)
+        assert (sizes > theta).sum() == 3
+    assert screenot(jnp.zeros(6), 2) == 0
+
+
+def test_spectral_keeps_what_stands_out_and_begins_the_rest_anew():
+    state = spectral().init(KEY, nudged(ADAPTER))
+    c, _, received, new = moved_by(spectral(), state)
+    for name in KERNELS:
+        x = lora.flatten(new.adapter)[name]
+        whole = mean_product(lora.flatten(received)[name], c.weights)
+        u, s, v = np.linalg.svd(SCALE * whole, full_matrices=False)
+        theta = np.asarray(screenot(np.float32(s), 1))
+        kept = (s > theta[..., None])[..., :2]
+        np.testing.assert_array_equal(np.any(x.b, -1), kept)
+        cut = np.where(s > theta[..., None], s, 0)[..., :2]
+        assert_near(SCALE * dense(x), (u[..., :2] * cut[..., None, :]) @ v[..., :2, :], 1e-4)
+        assert np.all(np.any(x.a, -2)), "what is dropped can be trained again"
+    assert_near(
+        spectral().report(new)["rank"], np.mean([np.any(x.b, -1).sum(-1).mean() for x in two_layers(new)]), 1e-6
+    )
+
+
+def two_layers(state):
+    """Every kernel of every layer."""
+    for x in lora.low_rank_leaves(state.adapter):
+        for i in range(len(x.a) if x.a.ndim > 2 else 1):
+            yield LoRA(x.a[i], x.b[i]) if x.a.ndim > 2 else x
 
 
 # --- Ravan

@@ -1,5 +1,8 @@
 """Each method computes the equation it is named for, checked against dense float64 matrices."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +37,7 @@ from helpers import (
 )
 from numpy.linalg import norm
 
+from experiments.engine import methods
 from fedlora_jax import diagnostics, lora
 from fedlora_jax.hyper import corrector, synthesizer
 from fedlora_jax.lora import LoRA
@@ -47,6 +51,7 @@ from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.lora_fair import lora_fair
 from fedlora_jax.wrappers.scaffold import scaffold
 
+ROOT = Path(__file__).parents[1]
 AGGREGATORS = [name for name in UNLEARNED if name not in CLASSICS]
 KERNELS = ["blocks/kernel", "mix/kernel"]
 
@@ -291,6 +296,39 @@ def test_exact_methods_report_no_bias(name):
     assert report.bias_share < 1e-5
 
 
+def operators(name):
+    """Which of the operators of docs/methods.md a server's new products are, by their distance from each."""
+    c, sent, received, after, report = measured(name)
+    new, means = weights_of(after.base, take(after.adapter, 0)), mean_weights(sent.base, received, c.weights)
+    p, away = np.float64(c.weights), dict.fromkeys(("PS", "SP", "PS to rank r"), 0.0)
+    for k in KERNELS:
+        x, base = lora.flatten(received)[k], np.float64(lora.flatten(sent.base)[k])
+        a, b = np.float64(x.a), np.float64(x.b)
+        cut = dense_truncation(np.tensordot(p, a @ b, 1), RANK)
+        ways = (means[k], base + SCALE * np.tensordot(p, a, 1) @ np.tensordot(p, b, 1), base + SCALE * cut)
+        for way, product in zip(away, ways, strict=True):
+            away[way] += norm(new[k] - product) ** 2
+    return {way for way, square in away.items() if square**0.5 < 1e-4 * report.update}
+
+
+ROWS = {  # of the table
+    "PS and SP": {"PS", "SP", "PS to rank r"},
+    "PS, beyond the factors": {"PS"},
+    "PS to rank r": {"PS to rank r"},
+    "SP": {"SP"},
+    "neither": set(),
+}
+
+
+def test_what_servers_make_of_products_is_what_the_table_of_operators_says():
+    rows = dict(re.findall(r"^\| \*([^*|]+)\* \| ([^|]+) \|", (ROOT / "docs/methods.md").read_text(), re.MULTILINE))
+    assert rows.keys() == ROWS.keys()
+    told = {name: row for row, names in rows.items() for name in re.findall(r"`(\w+)`", names)}
+    assert told.keys() == {name for name in AGGREGATORS if name in methods.names()}
+    for name, row in told.items():
+        assert operators(name) == ROWS[row], name
+
+
 def test_fedit_reports_the_bias_of_a_mean_of_factors():
     *_, report = measured("fedit")
     assert_near(report.bias, report.factor_bias)
@@ -361,6 +399,7 @@ def test_counts_of_what_travels_are_the_formulas():
         "fed_talora": (p + head, p + head + residual),
         "fedsvd": (pb + head, p + head),
         "florist": (p + head, p + head),
+        "spectral": (p + head, p + head),
         "ravan": ((layers + 1) * RANK**2 // 2 + head, (layers + 1) * RANK**2 // 2 + head),
     }
     for name, (up, down) in expected.items():
