@@ -82,6 +82,8 @@ def test_q_fedavg_by_hand():
     _, plain = aggregated(fedit(), uploads(), c)
     _, state = aggregated(qffl(fedit(), LOCAL_LR, 0.0), uploads(), c)
     assert_near(state, plain, 1e-6)
+    _, state = aggregated(qffl(fedit(), LOCAL_LR, 2.0, curvature=0.0), uploads(), c)
+    assert_near(adapter_of(state), p * loss**2 / (p @ loss**2) @ flat(uploads(), clients=True), 1e-5)
 
 
 def test_fairness_brings_the_worst_client_nearer():

@@ -1,12 +1,12 @@
 """Clients that do badly count more.
 
     q-FFL   minimise sum_i p_i F_i(w)^(q+1) / (q + 1)
-            w <- w + sum_i p_i F_i^q (w_i - w) / sum_i p_i (F_i^q + q F_i^(q-1) |w_i - w|^2 / eta)
+            w <- w + sum_i p_i F_i^q (w_i - w) / sum_i p_i (F_i^q + q F_i^(q-1) L |w_i - w|^2)
     AFL     minimise over w the largest sum_i lam_i F_i(w) over lam
             w <- sum_i lam_i w_i        lam_i <- lam_i e^(lr F_i) / sum_j lam_j e^(lr F_j)
 
-Li et al., *Fair Resource Allocation in Federated Learning*, ICLR 2020, arXiv 1905.10497, algorithm 2 with L = 1 / eta
-(q-FedAvg); Mohri et al., *Agnostic Federated Learning*, ICML 2019, arXiv 1902.00146.
+Li et al., *Fair Resource Allocation in Federated Learning*, ICLR 2020, arXiv 1905.10497, algorithm 2 with L = curvature
+/ eta (q-FedAvg); Mohri et al., *Agnostic Federated Learning*, ICML 2019, arXiv 1902.00146.
 
 F_i is client i's loss of the model as sent, before its first local step: one number more beside its adapter. Ours: it
 is that of the first batch (``Cohort.losses``); p_i weighs the terms, as q-FedAvg's draw of clients does; AFL takes
@@ -32,24 +32,25 @@ ABOUT = {
 LEAST = 1e-6  # a loss below it counts as this
 
 
-def qffl(inner: Method, local_lr: float, q: float = 1.0) -> Method:
+def qffl(inner: Method, local_lr: float, q: float = 1.0, curvature: float = 1.0) -> Method:
     """q-FFL around ``inner``; ``q = 0`` is ``inner``.
 
     Args:
       inner: a method that aggregates adapters.
-      local_lr: eta, of the clients' SGD; the larger, the smaller the server's step where q is not 0.
+      local_lr: eta, of the clients' SGD; the larger, the smaller the step where q is not 0.
       q: how much fairness counts, at least 0.
+      curvature: the loss's, in units of 1 / eta: 1 as published; 0 takes no account of it, and weighs clients alone.
 
     Raises:
       ValueError: a number out of range.
     """
-    refuse_outside("[0, inf)", q=q)
+    refuse_outside("[0, inf)", q=q, curvature=curvature)
     refuse_outside("(0, inf)", local_lr=local_lr)
 
     def receive(own, cohort, sent, received):
         loss, there = losses_as_sent(cohort)
         d = updates(sent, received)
-        fair, bent = there * loss**q, there * q * loss ** (q - 1) * square_norms(d) / local_lr
+        fair, bent = there * loss**q, there * q * loss ** (q - 1) * curvature * square_norms(d) / local_lr
         step = fair.sum() / jnp.maximum(fair.sum() + bent.sum(), 1e-30)
         return scaled_to_one(fair, cohort.weights), changed(
             sent.mask, sent.adapter, received, jax.tree.map(lambda x: step.astype(x.dtype) * x, d)
