@@ -45,7 +45,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    text = " ".join(message.split())
+    text = "".join(
+        c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split())
+    )  # files have hostile names
     if len(text) > LONGEST:  # what was got may be as long as a command line can be
         text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}"
     print(f"error: {text}", file=sys.stderr)

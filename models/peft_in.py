@@ -189,7 +189,7 @@ def _is_rank(x: Any) -> bool:
 
 
 def _is_factor(x: Any) -> bool:
-    return type(x) in (int, float) and math.isfinite(x) and x != 0
+    return type(x) in (int, float) and 0 < abs(x) <= 1e30  # not nan either
 
 
 def _updates(folder: Path, config: Mapping[str, Any], modules: Mapping, said: Mapping[str, Any]) -> dict[str, Update]:
@@ -234,7 +234,7 @@ def _of_module(config: Mapping[str, Any], module: str, usual: str, pattern: str)
 def _is_target(targets: Any, module: str) -> bool:
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, module) is not None
-    return any(f".{module}".endswith(f".{target}") for target in targets or ())
+    return isinstance(targets, list) and any(f".{module}".endswith(f".{target}") for target in targets)
 
 
 def _for_ours(what: str, linear: Linear, update: Update, flat: Mapping[str, Any]) -> dict[str, tuple]:

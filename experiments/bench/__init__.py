@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.options import Options
+from experiments.engine import methods
 from experiments.options import check_fields
 
 
 def execute(options: Options) -> list[dict[str, Any]]:
     """Run one bench: lines to stdout as they come, and to the folder at the end."""
     check_fields(options)
+    for name in options.methods:
+        methods.check(name)
     bench = importlib.import_module(f"experiments.bench.bench_{options.bench}")
     lines = []
     for line in bench.run(options):

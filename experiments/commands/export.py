@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from experiments.requests import Export
 from experiments.results.folder import CONFIG, Folder, read_json, say, write_atomically
 from experiments.setup import backbone as backbones
 from experiments.setup.local_training import make_optimizer
+from experiments.setup.option_values import from_file
 from experiments.setup.problem import Problem, Seed
 from experiments.setup.task import STEM
 from fedlora_jax import lora
@@ -179,8 +181,9 @@ def recorded(run: Path) -> tuple[str, Config]:
     command, fields = content.get("command"), {field.name for field in dataclasses.fields(Config)}
     if command not in ("compare", "run"):
         raise ValueError(f"{run} is of {command}, which keeps no models: expected a folder of compare or run")
-    tuples = lambda x: tuple(x) if isinstance(x, list) else x
-    held = {name: tuples(x) for name, x in content["config"].items() if name in fields}
+    hints = typing.get_type_hints(Config)
+    held = {name: x for name, x in content["config"].items() if name in fields}
+    held = {name: None if x is None else from_file(str(path), name, x, hints[name]) for name, x in held.items()}
     return command, Config(**{**held, "out": str(run), "prefix": "anew"})
 
 

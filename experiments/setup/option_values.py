@@ -71,7 +71,7 @@ def from_file(origin: str, name: str, value: Any, hint: Any) -> Any:
     several = any(typing.get_origin(part) is tuple for part in (hint, *typing.get_args(hint)))
     if several and type(value) in (int, float):
         return from_file(origin, name, str(value), hint)  # one number for several
-    floats = lambda x: float(x) if type(x) is int else x
+    floats = lambda x: float(x) if type(x) is int and abs(x) < 2**53 else x
     for own in (whole, tuple(map(floats, whole)) if isinstance(whole, tuple) else floats(whole)):
         if is_a(own, hint):
             return own
