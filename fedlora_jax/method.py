@@ -117,7 +117,7 @@ class MetaGradient(NamedTuple):
     """How one client trains, and finds out how its start should have been different (``fedlora_jax.meta``)."""
 
     train: Callable[[Callable, Callable, Adapter], tuple[Adapter, Any, Any]]  # (tune, judge, start) ->
-    #   (adapter, trace, meta_gradient): tune takes a start through the local steps, judge is the loss on examples apart
+    #   (adapter, trace, meta_gradient): tune takes a start through the local steps, judge is the Task of examples apart
     passes: Callable[[int], int]  # local steps -> forward and backward computations of a batch, all in all
 
 

@@ -22,6 +22,7 @@ from fedlora_jax.clients import Population, sample_ids, sample_members, sample_v
 from fedlora_jax.diagnostics import Aggregation
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client, models
+from fedlora_jax.task import of_batch, of_model
 from fedlora_jax.training import Client, LossFn, Optimizer, clients_of, make_local, map_clients, masked
 
 
@@ -129,7 +130,9 @@ def make_round(
             draws = jax.random.fold_in(key, own.id)
             tune = lambda start: local(sent.base, start, own.mask, own.context, own.batches, draws, round)
             last = jax.random.fold_in(draws, jnp.iinfo(jnp.int32).max)
-            judge = lambda end: judge_fn(sent.base, method.model(end, own.context), own.examples, last)
+            judge = of_model(
+                of_batch(judge_fn, sent.base, own.examples, last), lambda end: method.model(end, own.context)
+            )
             received, trace, meta_gradient = method.meta_gradient.train(tune, judge, own.adapter)
             meta_gradient = meta_gradient if meta_gradient == () else masked(meta_gradient, own.mask)
             change = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, received, own.adapter))  # |0| has no derivative

@@ -130,7 +130,7 @@ CLASSICS: dict[str, Callable[[], Method]] = {
     "fedper": fedper,
     "fedrep": fedrep,
     "fedpgp": fedpgp,
-    "fedproto": fedproto,
+    "fedproto": lambda: fedproto(query=BATCH),
     "pfedme": lambda: pfedme(lam=5.0, steps=2, query=BATCH),
     "per_fedavg": per_fedavg,
     "pfedhn": lambda: pfedhn(100, size=4, width=8),
@@ -247,6 +247,12 @@ def problem(seed: int = 0, rank: int = RANK) -> Problem:
 
 
 def logits(base: lora.Params, adapter: lora.Adapter, x: jax.Array) -> jax.Array:
+    head = lora.variables(base, adapter)["params"]["head"]
+    return features(base, adapter, x) @ head["kernel"] + head["bias"]
+
+
+def features(base: lora.Params, adapter: lora.Adapter, x: jax.Array) -> jax.Array:
+    """What the head reads, ``[n, 6]``."""
     variables = lora.variables(base, adapter)
 
     def linear(name: str, x: jax.Array, layer: Any = ...) -> jax.Array:
@@ -260,7 +266,7 @@ def logits(base: lora.Params, adapter: lora.Adapter, x: jax.Array) -> jax.Array:
     for layer in range(2):
         h = jnp.tanh(linear("blocks", x, layer) + variables["params"]["blocks"]["bias"][layer])
         x = x + gate[layer] * linear("mix", h)
-    return x @ variables["params"]["head"]["kernel"] + variables["params"]["head"]["bias"]
+    return x
 
 
 def loss_fn(base: lora.Params, adapter: lora.Adapter, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
@@ -270,9 +276,9 @@ def loss_fn(base: lora.Params, adapter: lora.Adapter, batch: dict[str, jax.Array
 
 
 def seen(base: lora.Params, adapter: lora.Adapter, batch: dict[str, jax.Array], key: jax.Array) -> Seen:
-    """What ``loss_fn`` looks at; its logits stand for features, too."""
-    out = logits(base, adapter, batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape))
-    return Seen(out, out, batch["y"], jnp.ones(len(out)))
+    """What ``loss_fn`` looks at."""
+    x = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
+    return Seen(features(base, adapter, x), logits(base, adapter, x), batch["y"], jnp.ones(len(x)))
 
 
 SHOWN = Shown(loss_fn, seen)

@@ -82,6 +82,7 @@ EXCEPTIONS = {
         "fedglomo": "the server's step remembers the last one",
         "fedalt": "half of a client's model is of the others, by its inputs",
         "gossip": "there is no server",
+        "fedproto": "the server has no model",
         "adf_lora": "there is no server",
         "spectral": "what does not stand out is dropped",
         "florist": "what is beyond a share of the energy is dropped",

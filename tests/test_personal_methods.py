@@ -12,6 +12,7 @@ from helpers import (
     KEY,
     METHODS,
     OPTIMIZER,
+    SHOWN,
     STEPS,
     assert_near,
     cohort,
@@ -25,6 +26,7 @@ from helpers import (
     population,
     remembered,
     replaced,
+    seen,
     take,
 )
 from personal_helpers import SGD, body, head, personal, run, task
@@ -45,6 +47,7 @@ from fedlora_jax.methods.per_fedavg import per_fedavg
 from fedlora_jax.methods.pfedhn import pfedhn
 from fedlora_jax.methods.pfedme import pfedme
 from fedlora_jax.personal import squared_distance
+from fedlora_jax.task import of_batch
 from fedlora_jax.wrappers.proximal import proximal
 
 
@@ -247,24 +250,33 @@ def test_fedrep_refuses_local_steps_that_are_all_for_the_head():
             rounds.make_round(method, loss_fn, SGD)(BASE, method.init(KEY, ADAPTER), members(method, steps=steps), KEY)
 
 
-def test_fedproto_averages_each_class_over_the_clients_that_have_it():
-    method, shares = fedproto(0.3), np.asarray([[0.5, 0.5, 0], [0.2, 0.8, 0], [1, 0, 0], [0, 1, 0]])
-    c = normalised(members(method))
-    c = c._replace(signatures=c.signatures._replace(labels=jnp.sqrt(jnp.asarray(shares, jnp.float32))))
-    state = method.init(KEY, nudged(ADAPTER, 0))
-    sent = method.dispatch(BASE, state, c)
-    received = nudged(sent.adapter, 1)
-    new = method.aggregate(BASE, state, c, sent, received)
-    held = np.float64(c.weights)[:, None] * shares
-    for k in range(2):
-        q = held[:, k] / held[:, k].sum()
-        assert_near(new.adapter["head"]["kernel"][:, k], q @ np.float64(received["head"]["kernel"])[..., k], 1e-5)
-    np.testing.assert_array_equal(new.adapter["head"]["kernel"][:, 2], state.adapter["head"]["kernel"][:, 2])
-    again = method.dispatch(BASE, new, remembered(method, c, sent, received))
-    assert_near(body(again.adapter), body(received), 0)
-    grads = jax.grad(method.penalty)(take(received, 0), take(sent.context, 0))
-    assert_near(head(grads), jax.tree.map(lambda x, y: 0.6 * (x[0] - y), head(received), head(state.adapter)), 1e-5)
-    assert not any(x.any() for x in jax.tree.leaves(body(grads)))
+def test_fedproto_averages_mean_features_of_each_class_over_the_clients_that_have_it():
+    """Two rounds: what clients send are class means of their queries after local steps, in float64."""
+    method = fedproto(0.3, query=BATCH)
+    c, state = normalised(members(method)), method.init(KEY, nudged(ADAPTER, 0))
+    round_fn = jit(rounds.make_round(method, SHOWN, OPTIMIZER))
+    new, memory, _ = round_fn(BASE, state, c, KEY)
+    sums, held = np.zeros((3, 6)), np.zeros(3)
+    for i, p in enumerate(np.float64(c.weights)):
+        key = jax.random.fold_in(jax.random.fold_in(KEY, c.ids[i]), np.iinfo(np.int32).max)
+        told = seen(BASE, take(memory.own, i), take(c.queries, i), key)
+        for feature, label in zip(np.float64(told.features), c.queries["y"][i], strict=True):
+            sums[label] += p * feature
+            held[label] += p
+    assert_near(new.prototypes.mean, sums / np.maximum(held, 1e-9)[:, None], 1e-4)
+    later = c._replace(weights=np.zeros(CLIENTS), memory=memory)
+    sent = method.dispatch(BASE, new, later)
+    assert_near(sent.adapter.own, memory.own, 0)
+    assert_near(method.aggregate(BASE, new, later, sent, sent.adapter).prototypes, new.prototypes, 0)
+    batch, w, known = take(c.batches, (0, 0)), nudged(ADAPTER, 1), take(sent.context, 0)
+    minimised, loss = method.objective(of_batch(SHOWN, BASE, batch, KEY), take(sent.adapter, 0)._replace(own=w), known)
+    told, far = seen(BASE, w, batch, KEY), 0.0
+    for k in set(batch["y"].tolist()) & set(np.flatnonzero(known.held).tolist()):
+        mine = np.float64(told.features)[batch["y"] == k].mean(0)
+        far += np.mean((mine - np.float64(known.mean[k])) ** 2)
+    np.testing.assert_allclose(minimised, loss + 0.3 * far, rtol=1e-5)
+    with pytest.raises(ValueError, match="one head reads"):
+        method.init(KEY, lora.split(ADAPTER)[0])
 
 
 # --- in a run

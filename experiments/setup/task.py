@@ -177,4 +177,9 @@ def objectives(
 
     loss_fn = Shown(partial(loss, unroll, drop), partial(seen, unroll, drop))
     counted_fn = partial(loss, True, drop)
-    return Objectives(loss_fn, correct_fn, partial(loss, unroll, 0.0) if drop else loss_fn, counted_fn)
+    return Objectives(
+        loss_fn,
+        correct_fn,
+        Shown(partial(loss, unroll, 0.0), partial(seen, unroll, 0.0)) if drop else loss_fn,
+        counted_fn,
+    )
