@@ -113,7 +113,8 @@ class Config:
     context: str | None = option(
         None,
         "with --head text (or transport), vectors to be learned before the words of every prompt, head/context: how "
-        "many, or the words that they begin as (default: none)",
+        "many, or the words that they begin as; of a vit, how many prompts beside the tokens of every image, registers "
+        "(VPT: --targets '' --full '^registers$,^head/') (default: none)",
     )
     bridge: str | None = option(
         None,
