@@ -237,6 +237,12 @@ class Config:
         "of mean accuracies then also hold what drawing them adds (default: all are scored)",
         COUNT,
     )
+    dropouts: float = option(
+        0.0,
+        "share of the clients of a round that never answer, others each round; rows of metrics.jsonl count them as "
+        "dropped, with those whose training failed",
+        "[0, 1)",
+    )
     rounds: int = option(10, "rounds", COUNT)
     local_steps: int = option(5, "local optimizer steps per round", COUNT)
     local_steps_from: int | None = option(

@@ -81,7 +81,6 @@ from fedlora_jax.wrappers.fedlc import fedlc
 from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedlora_jax.wrappers.moon import moon
-from fedlora_jax.wrappers.nonfinite import nonfinite
 from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
@@ -167,7 +166,6 @@ __all__ = [
     "methods",
     "moon",
     "noise",
-    "nonfinite",
     "norm_bound",
     "over_the_air",
     "partition",

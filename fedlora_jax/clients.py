@@ -13,6 +13,8 @@ from jax import Array
 from jax.core import Tracer
 
 from fedlora_jax.batches import Padded
+from fedlora_jax.checks import refuse_outside
+from fedlora_jax.keys import purpose
 from fedlora_jax.method import Cohort, Memory
 
 
@@ -90,6 +92,17 @@ def sample_views(key: Array, population: Population, ids: Array) -> Array:
         return jnp.zeros_like(ids)
     one = lambda id_: jax.random.randint(jax.random.fold_in(jax.random.fold_in(key, id_), 1), (), 1, 1 + parts)
     return jax.vmap(one)(ids)
+
+
+def sample_answers(key: Array, ids: Array, dropouts: float) -> Array:
+    """``[C]`` whether each client answers, who does not with the probability ``dropouts``.
+
+    Raises:
+      ValueError: no probability.
+    """
+    refuse_outside("[0, 1)", dropouts=dropouts)
+    one = lambda id_: jax.random.uniform(purpose(jax.random.fold_in(key, id_), "answers"))
+    return jax.vmap(one)(ids) >= dropouts
 
 
 def sample_batches(

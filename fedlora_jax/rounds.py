@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 from fedlora_jax import diagnostics
 from fedlora_jax.batches import mean_over_steps
 from fedlora_jax.checks import refuse_other_clients, refuse_unread, refuse_widened
-from fedlora_jax.clients import Population, sample_ids, sample_members, sample_views
+from fedlora_jax.clients import Population, sample_answers, sample_ids, sample_members, sample_views
 from fedlora_jax.diagnostics import Aggregation
+from fedlora_jax.leaving_out import if_any, without_failed
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client, models
 from fedlora_jax.task import of_batch, of_model
@@ -40,6 +41,7 @@ class Info(NamedTuple):
     aggregation: Aggregation
     learned: dict[str, Array]  # the method's own report on its new state
     moved: Array  # [C] how far its local steps took each client: the norm of the change of all that it trains
+    dropped: Array  # [] clients that did not count: they never answered, or were left out (``leaving_out``)
 
 
 class Run(NamedTuple):
@@ -91,7 +93,8 @@ def make_round(
 ) -> RoundFn:
     """``round_fn(base, state, cohort, key, round=None) -> (state, memory [C, ...], info)``.
 
-    Dispatch, local steps, aggregation; ``round`` is its number from 0, for an optimizer that follows rounds.
+    Dispatch, local steps, aggregation of those whose training did not fail (``leaving_out``); ``round`` is its number
+    from 0, for an optimizer that follows rounds.
 
     Args:
       method: what is sent and how it is put together again.
@@ -141,15 +144,18 @@ def make_round(
 
         rows = clients_of(cohort, sent, memory=cohort.memory, batches=cohort.batches, examples=cohort.queries)
         received, memory, losses, moved, meta_gradients = map_clients(client, rows, at_once, shared_by)
-        loss, cohort = jax.vmap(mean_over_steps)(cohort.batches, losses), cohort._replace(losses=losses)
-        learned = method.learn(state, cohort, meta_gradients)
-        new_state = method.aggregate(base, learned, cohort, sent, received)
+        loss = jax.vmap(mean_over_steps)(cohort.batches, losses)
+        there = without_failed(cohort._replace(losses=losses), sent.adapter, received, memory, meta_gradients)
+        cohort = there.cohort
+        learned = method.learn(state, cohort, there.meta_gradients)
+        new_state = method.aggregate(base, learned, cohort, sent, there.received)
         refuse_widened(state, new_state)
-        after = method.dispatch(base, new_state, average_client(cohort._replace(memory=memory)))
+        new_state = if_any(cohort.weights, new_state, state)
+        after = method.dispatch(base, new_state, average_client(cohort._replace(memory=there.memory)))
         part = lambda d: d._replace(adapter=method.aggregated(d.adapter) if method.aggregated else models(method, d))
-        ends = part(sent._replace(adapter=received)).adapter
+        ends = part(sent._replace(adapter=there.received)).adapter
         bias = diagnostics.measure(part(sent), ends, cohort.weights, part(after))
-        return new_state, memory, Info(ids, loss, bias, method.report(new_state), moved)
+        return new_state, there.memory, Info(ids, loss, bias, method.report(new_state), moved, there.dropped)
 
     return round_fn
 
@@ -232,7 +238,16 @@ def start_on_host(method: Method, key: Array, adapter: Adapter, clients: int) ->
     return start(method, key, adapter, clients=0)._replace(memory=memory)
 
 
-def make_step(round_fn: RoundFn, *, participants: int, steps: int, batch: int, smallest: int, query: int = 0) -> StepFn:
+def make_step(
+    round_fn: RoundFn,
+    *,
+    participants: int,
+    steps: int,
+    batch: int,
+    smallest: int,
+    query: int = 0,
+    dropouts: float = 0.0,
+) -> StepFn:
     """``step(base, data, population, run, key) -> (run, info)``: a whole round, sampling included.
 
     Args:
@@ -242,8 +257,11 @@ def make_step(round_fn: RoundFn, *, participants: int, steps: int, batch: int, s
         ``Population.examples`` says how much each goes through.
       smallest: images of the smallest client; a method with queries keeps some of them apart, so it needs two.
       query: of the method. That many images are kept apart from the local steps, others each round.
+      dropouts: share of the clients of a round that never answer, others each round: the round is as if they had not
+        been drawn.
     """
-    placed = make_placed_step(make_cohort_step(round_fn, steps=steps, batch=batch, smallest=smallest, query=query))
+    drawing = {"steps": steps, "batch": batch, "smallest": smallest, "query": query, "dropouts": dropouts}
+    placed = make_placed_step(make_cohort_step(round_fn, **drawing))
 
     def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
         refuse_other_clients(run.memory, population.sizes.shape[0])
@@ -302,7 +320,9 @@ def make_host_step(cohort_step: Callable, *, participants: int) -> StepFn:
     return step
 
 
-def make_cohort_step(round_fn: RoundFn, *, steps: int, batch: int, smallest: int, query: int = 0) -> Callable:
+def make_cohort_step(
+    round_fn: RoundFn, *, steps: int, batch: int, smallest: int, query: int = 0, dropouts: float = 0.0
+) -> Callable:
     """What follows once it is known who takes part; arguments as for ``make_step``.
 
     Returns:
@@ -317,6 +337,8 @@ def make_cohort_step(round_fn: RoundFn, *, steps: int, batch: int, smallest: int
         batches, queries = sample_members(draw, data, members, ids, steps, batch, smallest, query)
         views = sample_views(draw, members, ids)
         cohort = members.cohort(jnp.arange(len(ids)), (), batches, queries, views)
+        if dropouts:
+            cohort = cohort._replace(weights=cohort.weights * sample_answers(draw, ids, dropouts))
         return round_fn(base, state, cohort._replace(ids=ids, memory=memory), train, number)
 
     return cohort_step

@@ -75,7 +75,6 @@ from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadam, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
 from fedlora_jax.wrappers.moon import moon
-from fedlora_jax.wrappers.nonfinite import nonfinite
 from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
@@ -162,7 +161,6 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "trimmed_mean": lambda: trimmed_mean(fedit(), 0.25),
     "krum": lambda: krum(fedit(), kept=2),
     "norm_bound": lambda: norm_bound(fedit(), 1.0),
-    "nonfinite": lambda: nonfinite(fedit()),
     "fednova": lambda: fednova(fedit()),
     "fedga": lambda: fedga(fedit()),
     "moon": lambda: moon(fedit(), 0.5),
@@ -171,15 +169,15 @@ WRAPPED: dict[str, Callable[[], Method]] = {
 }
 STACKS: dict[str, Callable[[], Method]] = {
     "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
-    "defended": lambda: nonfinite(clip(noise(median(flexlora("balanced", gauge=True))), 0.05)),
+    "defended": lambda: clip(noise(median(flexlora("balanced", gauge=True))), 0.05),
     "dynamic": lambda: fedlc(
-        nonfinite(clip(fedadam(feddyn(signature_bias(fedga(ffa_lora()), SIGNATURE, warmup=0), 8, 0.1)), 0.05)), 0.1
+        clip(fedadam(feddyn(signature_bias(fedga(ffa_lora()), SIGNATURE, warmup=0), 8, 0.1)), 0.05), 0.1
     ),
     "weighed": lambda: clip(
         noise(proximal(fedbc(fednova(fedyogi(flexlora("balanced", gauge=True))), lr=0.1, lam=0.2))), 0.05
     ),
     "outliers": lambda: over_the_air(norm_bound(krum(trimmed_mean(fedyogi(moon(fedit(), 0.5)), 0.25), kept=2)), 1e6),
-    "personal": lambda: nonfinite(clip(afl(proximal(ditto()), 100, 0.5), 0.05)),
+    "personal": lambda: clip(afl(proximal(ditto()), 100, 0.5), 0.05),
 }
 METHODS |= CLASSICS
 WRAPPED |= STACKS

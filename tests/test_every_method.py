@@ -364,6 +364,23 @@ def test_a_client_of_weight_zero_changes_nothing(name):
     assert take(again_info.loss, 3) != take(info.loss, 3)
 
 
+@every(WHOLE, "weight")
+@pytest.mark.parametrize("bad", [np.nan, 1e30])
+def test_a_round_with_a_client_that_fails_is_the_round_without_it(name, bad):
+    """Its data are no numbers, or so large that its loss or its update are; it never answers."""
+    m = compiled(name)
+    c = m.cohort(1)
+    broken = jax.tree.map(lambda x: replaced(x, 3, bad) if is_float(x) else x, (c.batches, c.queries))
+    state, memory, info = m.fast(BASE, m.state, c._replace(batches=broken[0], queries=broken[1]), KEY)
+    silent = c._replace(weights=replaced(c.weights, 3, 0.0))
+    without, kept, told = m.fast(BASE, m.state, silent, KEY)
+    assert all_finite(state)
+    assert_near((state, memory), (without, kept), 1e-5, floor=0.1)
+    assert_near(take(memory, 3), take(c.memory, 3), 0)
+    assert_near(info.aggregation, told.aggregation, 2e-3, floor=1e-3)
+    assert info.dropped == told.dropped == 1
+
+
 @every(EVERY, "fixed point")
 def test_identical_clients_are_a_fixed_point(name):
     """The server's weights become theirs (FLoRA restarts its factors, and keeps the weights)."""

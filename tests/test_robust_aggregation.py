@@ -10,7 +10,6 @@ from helpers import (
     CLIENTS,
     KEY,
     LOCAL_LR,
-    OPTIMIZER,
     assert_near,
     cohort,
     jit,
@@ -34,7 +33,6 @@ from fedlora_jax.wrappers import innermost
 from fedlora_jax.wrappers.around import with_adapter
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedopt import fedadam
-from fedlora_jax.wrappers.nonfinite import nonfinite
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
 from fedlora_jax.wrappers.scaffold import scaffold
@@ -204,22 +202,21 @@ def test_krum_picks_the_update_with_the_nearest_others():
         aggregated(krum(fedit(), kept=100), w, c)
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_a_client_that_is_not_finite_changes_nothing_and_is_counted(bad):
-    """A whole round in which one client's data are no numbers, against one in which it has no weight."""
-    method = nonfinite(scaffold(fedit(), 8, LOCAL_LR))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_a_client_that_fails_changes_nothing_and_is_counted(bad):
+    """A whole round in which one client's data are no numbers, or huge, against one in which it has no weight."""
+    method = scaffold(fedit(), 8, LOCAL_LR)
     round_fn = jit(rounds.make_round(method, loss_fn, SGD))
     state, c = method.init(KEY, ADAPTER), members(method)
     broken = c._replace(batches=c.batches | {"x": replaced(c.batches["x"], 2, bad)})
     new, memory, info = round_fn(BASE, state, broken, KEY)
-    without, _, report = round_fn(BASE, state, c._replace(weights=replaced(c.weights, 2, 0.0)), KEY)
-    assert_near(new.inner, without.inner, 1e-6)
+    without, kept, report = round_fn(BASE, state, c._replace(weights=replaced(c.weights, 2, 0.0)), KEY)
+    assert_near((new, memory), (without, kept), 1e-6)
     assert_near(take(memory, 2), take(c.memory, 2), 0)
-    assert (info.learned["dropped"], report.learned["dropped"]) == (1, 0)
-    assert new.own.total == 1
+    assert info.dropped == report.dropped == 1
     assert np.isfinite(info.aggregation).all()
     assert_near(info.aggregation, report.aggregation, 1e-3, floor=1e-3)
-    assert np.isnan(info.loss[2])
+    assert not 0 < info.loss[2] < 1e9
 
 
 @pytest.mark.parametrize(
@@ -227,19 +224,13 @@ def test_a_client_that_is_not_finite_changes_nothing_and_is_counted(bad):
     [fedit, flexlora, rac_lora, lambda: fedadam(fedit()), lambda: noise(feddyn(fedit(), 8)), lambda: pfedhn(100)],
 )
 def test_if_all_clients_fail_the_servers_state_stays(make):
-    """With momenta inside, keys, counts of rounds and residuals; after a round that went well."""
-    method = nonfinite(make())
+    """With momenta, keys, counts of rounds and residuals; after a round that went well."""
+    method = make()
     round_fn = jit(rounds.make_round(method, loss_fn, SGD))
     c = members(method)
     start, memory, _ = round_fn(BASE, method.init(KEY, ADAPTER), c, KEY)
     broken = c._replace(batches=c.batches | {"x": c.batches["x"] * jnp.nan}, memory=memory)
-    state, after, info = round_fn(BASE, start, broken, KEY)
-    assert_near((state.inner, after), (start.inner, memory), 0)
-    assert info.learned["dropped"] == CLIENTS
-
-
-def test_without_the_wrapper_a_round_that_failed_says_so():
-    c = cohort()
-    broken = c._replace(batches=c.batches | {"x": replaced(c.batches["x"], 2, np.nan)})
-    _, _, info = jit(rounds.make_round(fedit(), loss_fn, OPTIMIZER))(BASE, fedit().init(KEY, ADAPTER), broken, KEY)
-    assert np.isnan(info.aggregation.bias)
+    for own in (broken, broken._replace(batches=c.batches, weights=c.weights * 0)):
+        state, after, info = round_fn(BASE, start, own, KEY)
+        assert_near((state, after), (start, memory), 0)
+        assert info.dropped == CLIENTS

@@ -46,7 +46,6 @@ from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
 from fedlora_jax.wrappers.moon import moon
-from fedlora_jax.wrappers.nonfinite import nonfinite
 from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
@@ -70,7 +69,6 @@ MADE = {
     "trimmed_mean": lambda m: trimmed_mean(m, 0.25),
     "krum": lambda m: krum(m, kept=3),
     "norm_bound": lambda m: norm_bound(m, 0.9),
-    "nonfinite": nonfinite,
     "fednova": fednova,
     "qffl": lambda m: qffl(m, LOCAL_LR, 2.0),
     "fedga": fedga,
@@ -84,7 +82,7 @@ SERVERS = {  # which are ``server`` with another transformation, as fedadam is
     "fedyogi": fedyogi,
     "server": lambda m: server_optimizer(m, optax.sgd(1.0)),
 }
-STATEFUL = ("signature_bias", "scaffold", "feddyn", "fedadam", "noise", "nonfinite", "over_the_air")
+STATEFUL = ("signature_bias", "scaffold", "feddyn", "fedadam", "noise", "over_the_air")
 REMEMBERING = ("scaffold", "feddyn", "fedbc", "moon")
 DEFENCES = ("clip", "median", "trimmed_mean", "krum", "norm_bound")
 HANDS_ON = (
@@ -165,15 +163,6 @@ def a_broken_client_is_bounded(play):
     broken = Play(play.stack, 1e6)  # which remembers what it has trained, as MOON has it
     whose = [i for i in range(CLIENTS) if i != BROKEN] if "moon" in play.stack else slice(None)
     assert max(np.abs(x).max() for x in jax.tree.leaves(broken.kept(whose))) < 1e3
-
-
-def who_is_not_finite_leaves_no_trace(play):
-    """Nothing but the count of it, against rounds in which it had no weight."""
-    broken, without = Play(play.stack, np.nan), Play(play.stack, weights=(1, 2, 0, 4, 1, 1))
-    others = [i for i in range(CLIENTS) if i != BROKEN]
-    assert_near(broken.kept(others), without.kept(others), 1e-5, floor=1e-3)
-    start = copies(broken.method.init_client(ADAPTER), CLIENTS)
-    assert_near(take(broken.memory, BROKEN), take(start, BROKEN), 0)
 
 
 def the_outer_acts_first(play):
@@ -320,10 +309,8 @@ def test_every_ordered_pair_is_right_or_refused(inner, outer):
         checks.append(controls_match)
     if pair & set(DEFENCES):
         checks.append(a_broken_client_is_bounded)
-    if inner == "moon" and outer not in (*HANDS_ON, "nonfinite"):
+    if inner == "moon" and outer not in HANDS_ON:
         checks.append(a_past_is_what_was_trained)
-    if "nonfinite" in pair:
-        checks.append(who_is_not_finite_leaves_no_trace)
     if outer in HANDS_ON:
         checks.append(the_outer_acts_first)
     if goes(outer, inner) and not pair <= set(HANDS_ON):
@@ -371,7 +358,7 @@ def test_a_pair_is_seen_through_what_stands_between():
 
 
 @pytest.mark.parametrize("make", [local_only, centralized])
-@pytest.mark.parametrize("name", sorted(set(MADE) - {"fedlc", "fedga", "nonfinite"}))
+@pytest.mark.parametrize("name", sorted(set(MADE) - {"fedlc", "fedga"}))
 def test_what_works_by_uploads_refuses_methods_without_any(name, make):
     with pytest.raises(ValueError, match="send no adapters"):
         MADE[name](make())
@@ -379,7 +366,7 @@ def test_what_works_by_uploads_refuses_methods_without_any(name, make):
 
 @pytest.mark.parametrize("make", [local_only, centralized])
 def test_what_works_without_uploads_goes_around_methods_without_any(make):
-    assert nonfinite(fedlc(make())).stack == ("fedlc", "nonfinite")
+    assert fedga(fedlc(make())).stack == ("fedlc", "fedga")
 
 
 @pytest.mark.parametrize("wrap", [median, trimmed_mean])

@@ -52,7 +52,6 @@ from fedlora_jax.wrappers.fedga import calibrated, fedga
 from fedlora_jax.wrappers.fedlc import ABSENT, fedlc
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi, server
 from fedlora_jax.wrappers.moon import moon
-from fedlora_jax.wrappers.nonfinite import nonfinite
 from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
@@ -76,7 +75,6 @@ NEUTRAL = {
     "clip": lambda inner: clip(inner, 1e6),
     "noise": lambda inner: noise(inner, 0.0),
     "norm_bound": lambda inner: norm_bound(inner, 1e6),
-    "nonfinite": nonfinite,
     "krum": lambda inner: krum(inner, kept=CLIENTS),
 }
 
@@ -86,7 +84,7 @@ def plain():
     return {make: run(make()) for make in (fedit, flexlora)}
 
 
-TOGETHER = ("server", "signature_bias", "krum", "norm_bound", "noise", "clip", "proximal", "fedlc", "nonfinite")
+TOGETHER = ("server", "signature_bias", "krum", "norm_bound", "noise", "clip", "proximal", "fedlc")
 WEIGHED = ("fedavgm", "fedbc", "clip")  # as the table of orders has it
 
 

@@ -170,7 +170,7 @@ class Round(NamedTuple):
     """One round with a run's options, and how it is fed."""
 
     round_fn: RoundFn
-    drawing: dict[str, int]  # of the examples of a cohort, of ``rounds.make_cohort_step``
+    drawing: dict[str, Any]  # of the examples of a cohort, of ``rounds.make_cohort_step``
     told: Callable  # (population) -> as much of it as the method may know
 
 
@@ -188,6 +188,7 @@ def round_of(config: Config, problem: Problem, method: Method, optimizer: Any, c
         judge_fn=problem.judge_fn,
     )
     drawing = {"steps": steps, "batch": config.batch, "smallest": problem.smallest, "query": method.query}
+    drawing["dropouts"] = config.dropouts
     if method.learn is not no_learning:
         return Round(round_fn, drawing, lambda population: population)
     # Signatures of random parts are there lest a server learns its clients by heart. One that learns nothing from

@@ -45,6 +45,7 @@ class Rows:
                 row: dict[str, Any] = {"method": self._name, "seed": seed, "round": end - block + t + 1}
                 row["clients"] = ids[s, t].tolist()
                 row["loss"] = metrics.mean(np.asarray(info.loss[s, t]))  # who is left out has none
+                row["dropped"] = int(info.dropped[s, t])
                 row |= {key: float(x[s, t]) for key, x in info.aggregation._asdict().items()}
                 row |= {key: float(x[s, t]) for key, x in info.learned.items()}
                 row |= self._bytes(s, ids[s, t], row)

@@ -18,7 +18,7 @@ COHORT = ALIKE | {"krum", "norm_bound", "over_the_air"}  # what becomes of an up
 UPLOADS = OWN | COHORT
 FAIR = frozenset({"qffl", "afl"})  # clients weigh by their losses
 LOCAL = frozenset({"proximal", "fedlc", "fedga"})  # of the local loss, no state
-KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | {"moon", "fednova", "signature_bias", "nonfinite"}
+KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | {"moon", "fednova", "signature_bias"}
 
 _SWAP = "put {inner} outside: +{outer}+{inner}"
 
@@ -37,12 +37,6 @@ def _set(*names: str) -> frozenset[str]:
 
 
 REFUSED = (
-    Refused(
-        _set("nonfinite"),
-        KNOWN - LOCAL - {"nonfinite"},
-        "{outer} would see the numbers that nonfinite leaves out",
-        "put nonfinite last: +{outer}+nonfinite",
-    ),
     Refused(
         KNOWN - {"moon"},
         _set("moon"),
@@ -198,7 +192,7 @@ REFUSED = (
     ),
 )
 
-_WITHOUT_UPLOADS = frozenset({"fedlc", "fedga", "nonfinite"})  # the only ones that mean something then
+_WITHOUT_UPLOADS = frozenset({"fedlc", "fedga"})  # the only ones that mean something then
 
 
 def check(name: str, stack: tuple[str, ...], uploads: Literal["averaged", "stacked", "none"] = "averaged") -> None:
