@@ -136,6 +136,7 @@ SECOND = {
     "florist",
     "spectral",
     "ravan",
+    "lora_a2",
     "pf2lora",
     "feddpa",
     "fdlora",
