@@ -92,7 +92,7 @@ def test_every_method_and_wrapper_is_in_its_table_as_it_says_of_itself():
     rows = dict(re.findall(r"^\| `(\w+)` (.*)$", (ROOT / "docs/methods.md").read_text(), re.MULTILINE))
     told = {name: methods.about(name) for name in methods.names()}
     said = {name: (about.name, about.paper, about.arxiv, about.trains, about.exact) for name, about in told.items()}
-    said |= methods.wrappers()
+    said |= {name: about[:4] for name, about in methods.wrappers().items()}  # what it tells is in another table
     assert set(said) == set(rows) - {"file"}
     for name, parts in said.items():
         missing = [part for part in parts if part.replace("|", "&#124;") not in rows[name]]
