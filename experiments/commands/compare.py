@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -36,6 +37,7 @@ class Part(NamedTuple):
     store: Checkpoints | None  # of the first of several processes
     whole: list[int]  # rounds done in its checkpoints that can be gone on from, newest first
     timings: dict[str, float] | None = None  # where any rounds were run
+    halved: int | None = None  # clients at once, where the device had no memory for as many as were chosen
 
     @property
     def left(self) -> int:
@@ -93,12 +95,13 @@ class Plan:
         self._refuse_what_does_not_fit(part.trial for part in parts if part.left)
         write_json(folder / CONFIG, self.about)
         with tqdm(total=sum(part.left for part in parts), unit="round", smoothing=0.1, dynamic_ncols=True) as bar:
-            run = lambda part: part.trial.run(part.whole, part.store, metrics, bar)
-            parts = [part._replace(timings=run(part)) for part in parts]
+            parts = [_run(part, metrics, bar) for part in parts]
         found = {(row["method"], row["round"], row["seed"]): row for row in metrics.read()}
         order = [(name, r + 1, seed) for name in config.methods for r in range(config.rounds) for seed in config.seeds]
         metrics.rewrite([found[key] for key in order])  # seeds that came later stand among the others
-        return self._finish(folder, metrics.read(), {name: _timings(parts, name) for name in self.trials})
+        halved = {part.trial.name: {"halved_to_chunk": part.halved} for part in parts if part.halved}
+        timings = {name: _timings(parts, name) | halved.get(name, {}) for name in self.trials}
+        return self._finish(folder, metrics.read(), timings)
 
     def _follow(self) -> None:
         """Compute what the first process writes."""
@@ -186,6 +189,21 @@ class Plan:
         )
         print(f"\nreport: {path}")
         return path
+
+
+def _run(part: Part, metrics: record.Metrics, bar: tqdm) -> Part:
+    """The rounds that are left of it; where a device runs out of memory from the newest checkpoint, with less at once.
+
+    Results then agree to rounding, and not to the byte.
+    """
+    trial, whole, store, halved = part.trial, part.whole, part.store, None
+    assert store is not None
+    while True:
+        try:
+            return part._replace(timings=trial.run(whole, store, metrics, bar), halved=halved)
+        except jax.errors.JaxRuntimeError as error:
+            trial = trial.halved(error)
+            whole, halved = store.whole()[0], trial.config.chunk
 
 
 def stores(config: Config, problem: Problem, folder: Path, method: str) -> dict[tuple[int, int], Checkpoints]:

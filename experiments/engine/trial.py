@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from experiments.config import Config
 from experiments.engine import hosts, kept, methods, programs
+from experiments.engine.chunking import choose, divisor
 from experiments.engine.evaluation import Scores
 from experiments.engine.facts import facts_of
 from experiments.engine.programs import Programs
@@ -62,6 +63,27 @@ class Trial:
         config = dataclasses.replace(self.config, seeds=self.config.seeds[start:stop])
         part = Trial(config, problem.of_seeds(self.problem, start, stop), self.name)
         part.leads = start == 0
+        return part
+
+    def halved(self, error: Exception) -> Trial:
+        """The same with half as many clients at once, for a device that had no memory for so many.
+
+        Raises:
+          MemoryError: nothing is left to halve.
+          Exception: the ``error``, where it is another one, or of several processes.
+        """
+        chunk = choose(self.config, self.problem)[0]
+        if "RESOURCE_EXHAUSTED" not in str(error) or jax.process_count() > 1:
+            raise error
+        if chunk == 1:
+            raise MemoryError(
+                f"{self.name}: the device has no memory for a single client: use a smaller --batch or model, or fewer "
+                "--seeds-at-once"
+            ) from error
+        less = divisor(-(-self.config.cohort // self.config.sharing), chunk // 2)
+        say(f"{self.name}: the device has no memory for {chunk} clients at once, it goes on with {less}")
+        part = Trial(dataclasses.replace(self.config, chunk=less), self.problem, self.name)
+        part.leads = self.leads
         return part
 
     def run(self, whole: list[int], store: Checkpoints, metrics: record.Metrics, bar: tqdm) -> dict[str, float] | None:
