@@ -81,7 +81,8 @@ def test_nothing_is_lost_by_faults_at_random_moments(tmp_path):
     change()(tmp_path / "data.npz")
     began = time.monotonic()
     process = start(whole)
-    assert process.wait(600) == 0, process.stderr.read()
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, errors
     took, tried = time.monotonic() - began, 0
     while sum(done.values()) < FAULTS:
         fault = rng.choice((*SIGNALS, *DAMAGES, "full", "second", "homeless"))
@@ -117,7 +118,8 @@ def test_nothing_is_lost_by_faults_at_random_moments(tmp_path):
             assert_same(whole, out)
             out = tmp_path / f"{tried + 1}"
     process = start(out)
-    assert process.wait(600) == 0, process.stderr.read()
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, errors
     assert_same(whole, out)
     print(f"{sum(done.values())} faults: {dict(done)}")
 
