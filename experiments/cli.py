@@ -230,10 +230,10 @@ _LEFT_OUT = {
     | _RECORDED
     | _HOSTS
     | _AT_ONCE
-    | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once", "sampling"}
+    | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
     | {"signature", "theta", "schedule", "local_schedule", "adapter", "eval_clients", "novel"},
     "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META | _AT_ONCE | _HOSTS,
-    "budget": {"checkpoint_every", "dry_run", "lr", "validation", "vary", "eval_clients", "novel", "sampling"}
+    "budget": {"checkpoint_every", "dry_run", "lr", "validation", "vary", "eval_clients", "novel"}
     | _META
     | _WORK
     | _HOSTS
@@ -242,7 +242,7 @@ _LEFT_OUT = {
     | _RECORDED
     | _HOSTS
     | _AT_ONCE
-    | {"devices", "seeds_at_once", "adapter", "eval_clients", "novel", "sampling"}
+    | {"devices", "seeds_at_once", "adapter", "eval_clients", "novel"}
     | (_WORK - {"local_steps"}),
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }

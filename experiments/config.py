@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,6 @@ IMAGES = KEPT = ("auto", "resident", "staged")
 BLOCKS = ("auto", "loop", "unrolled")
 SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
-SAMPLINGS = ("fixed", "poisson")
-SPARE = 5  # standard deviations above the average for which there are places in a cohort of Poisson sampling
 TASKS = ("softmax", "sigmoid", "pairs")
 DTYPES = ("float32", "bfloat16")
 HEADS = ("linear", "cosine", "prototype", "zero_shot", "text", "transport", "gate")
@@ -116,7 +113,8 @@ class Config:
     context: str | None = option(
         None,
         "with --head text (or transport), vectors to be learned before the words of every prompt, head/context: how "
-        "many, or the words that they begin as (default: none)",
+        "many, or the words that they begin as; of a vit, how many prompts beside the tokens of every image, registers "
+        "(VPT: --targets '' --full '^registers$,^head/') (default: none)",
     )
     bridge: str | None = option(
         None,
@@ -175,12 +173,6 @@ class Config:
     )
     clients: int = option(12, "clients that train", COUNT)
     clients_per_round: int | None = option(None, "clients drawn each round (default: all)", COUNT)
-    sampling: str = option(
-        "fixed",
-        "how they are drawn: fixed, so many; or poisson, each client joins on its own, so many on average (with dp "
-        "around every method, whose accountant knows of it)",
-        among=SAMPLINGS,
-    )
     holdout_clients: int = option(
         6, "further clients with data of their own that never train: the unseen ones", "[0, 1000000]"
     )
@@ -244,6 +236,12 @@ class Config:
         "score so many of the training clients, and of the unseen ones, at most, drawn once for each seed; intervals "
         "of mean accuracies then also hold what drawing them adds (default: all are scored)",
         COUNT,
+    )
+    dropouts: float = option(
+        0.0,
+        "share of the clients of a round that never answer, others each round; rows of metrics.jsonl count them as "
+        "dropped, with those whose training failed",
+        "[0, 1)",
     )
     rounds: int = option(10, "rounds", COUNT)
     local_steps: int = option(5, "local optimizer steps per round", COUNT)
@@ -402,15 +400,8 @@ class Config:
 
     @property
     def cohort(self) -> int:
-        """Clients of a round, or places for them."""
-        n, many = self.clients, self.clients_per_round or self.clients
-        spare = SPARE * (many * (1 - many / n)) ** 0.5 if self.sampling == "poisson" and many < n else 0
-        return many if not spare else min(n, many + math.ceil(spare))
-
-    @property
-    def join_rate(self) -> float:
-        """Probability with which a client joins a round, before any is cut off."""
-        return (self.clients_per_round or self.clients) / self.clients if self.sampling == "poisson" else 1.0
+        """Clients of a round."""
+        return self.clients_per_round or self.clients
 
     @property
     def dealt_by(self) -> tuple[int, ...]:
@@ -463,8 +454,8 @@ def check(config: Config) -> None:
         raise ValueError("--scale must not be 0: nothing that adapters learn would count")
     _check_lists(config)
     cohort = config.cohort
-    if (config.clients_per_round or 0) > config.clients:
-        raise ValueError(f"--clients-per-round {config.clients_per_round} is more than --clients {config.clients}")
+    if cohort > config.clients:
+        raise ValueError(f"--clients-per-round {cohort} is more than --clients {config.clients}")
     own = -(-cohort // config.sharing)
     if config.sharing > cohort:
         hosts = f" of each of {config.hosts} hosts" * (config.hosts > 1)

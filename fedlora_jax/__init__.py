@@ -4,7 +4,6 @@ Methods and wrappers are functions of this module: ``fedlora_jax.proximal(fedlor
 """
 
 from fedlora_jax import (
-    accountant,
     batches,
     clients,
     clustering,
@@ -23,7 +22,7 @@ from fedlora_jax import (
     wrappers,
 )
 from fedlora_jax.batches import Padded
-from fedlora_jax.clients import Population, Sampling
+from fedlora_jax.clients import Population
 from fedlora_jax.lora import Dense, LoRA
 from fedlora_jax.method import About, Cohort, Dispatch, Method, Traffic
 from fedlora_jax.methods.adf_lora import adf_lora
@@ -82,9 +81,8 @@ from fedlora_jax.wrappers.fedlc import fedlc
 from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedlora_jax.wrappers.moon import moon
-from fedlora_jax.wrappers.nonfinite import nonfinite
 from fedlora_jax.wrappers.over_the_air import over_the_air
-from fedlora_jax.wrappers.privacy import clip, dp
+from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
 from fedlora_jax.wrappers.scaffold import scaffold
@@ -103,10 +101,8 @@ __all__ = [
     "MetricFn",
     "Padded",
     "Population",
-    "Sampling",
     "Signature",
     "Traffic",
-    "accountant",
     "adf_lora",
     "afl",
     "batches",
@@ -116,7 +112,6 @@ __all__ = [
     "clustering",
     "diagnostics",
     "ditto",
-    "dp",
     "dropout",
     "fdlora",
     "fed_hello",
@@ -170,7 +165,7 @@ __all__ = [
     "method",
     "methods",
     "moon",
-    "nonfinite",
+    "noise",
     "norm_bound",
     "over_the_air",
     "partition",

@@ -13,6 +13,8 @@ from jax import Array
 from jax.core import Tracer
 
 from fedlora_jax.batches import Padded
+from fedlora_jax.checks import refuse_outside
+from fedlora_jax.keys import purpose
 from fedlora_jax.method import Cohort, Memory
 
 
@@ -57,27 +59,6 @@ class Population(NamedTuple):
         return weights.astype("float32") / weights.sum().astype("float32")
 
 
-class Sampling(NamedTuple):
-    """Who takes part in a round: each of ``clients`` joins with probability ``rate``, and of those ``most`` at most.
-
-    Rate 1 is a sample of fixed size, without replacement; ``most`` = ``clients`` is Poisson sampling, or everybody.
-    Programs have ``most`` places; where fewer join, the clients at the last ones do not take part (weight 0).
-    """
-
-    clients: int
-    most: int
-    rate: float = 1.0
-
-    @property
-    def expected(self) -> float:
-        """How many take part, if ``most`` cuts none off."""
-        return min(self.clients * self.rate, float(self.most))
-
-    def joined(self, key: Array) -> Array:
-        """``[most]`` whether there is somebody at each place; those at places are in random order (``sample_ids``)."""
-        return jnp.arange(self.most) < jnp.sum(jax.random.uniform(key, (self.clients,)) < self.rate)
-
-
 def padded(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Row numbers of every client ``[N, n_max]``, as ``Population`` wants them, from one array for each.
 
@@ -111,6 +92,17 @@ def sample_views(key: Array, population: Population, ids: Array) -> Array:
         return jnp.zeros_like(ids)
     one = lambda id_: jax.random.randint(jax.random.fold_in(jax.random.fold_in(key, id_), 1), (), 1, 1 + parts)
     return jax.vmap(one)(ids)
+
+
+def sample_answers(key: Array, ids: Array, dropouts: float) -> Array:
+    """``[C]`` whether each client answers, who does not with the probability ``dropouts``.
+
+    Raises:
+      ValueError: no probability.
+    """
+    refuse_outside("[0, 1)", dropouts=dropouts)
+    one = lambda id_: jax.random.uniform(purpose(jax.random.fold_in(key, id_), "answers"))
+    return jax.vmap(one)(ids) >= dropouts
 
 
 def sample_batches(

@@ -71,7 +71,6 @@ class About(NamedTuple):
     travels: str
     exact: str  # is the new server model the mean of the clients' models?
     personal: str = "-"  # what stays with a client
-    tells: str = "-"  # what the server learns of a client beside its upload and its weight
 
 
 def no_penalty(adapter: Adapter, context: Any) -> Array:

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from fedlora_jax import diagnostics
 from fedlora_jax.batches import mean_over_steps
 from fedlora_jax.checks import refuse_other_clients, refuse_unread, refuse_widened
-from fedlora_jax.clients import Population, Sampling, sample_ids, sample_members, sample_views
+from fedlora_jax.clients import Population, sample_answers, sample_ids, sample_members, sample_views
 from fedlora_jax.diagnostics import Aggregation
-from fedlora_jax.keys import purpose
+from fedlora_jax.leaving_out import if_any, without_failed
 from fedlora_jax.lora import Adapter, Params
-from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client, models, per_client
+from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client, models
 from fedlora_jax.task import of_batch, of_model
 from fedlora_jax.training import Client, LossFn, Optimizer, clients_of, make_local, map_clients, masked
 
@@ -36,12 +36,12 @@ class MetricFn(Protocol):
 class Info(NamedTuple):
     """What one round reports."""
 
-    ids: Array  # [C] who took part; -1 at a place where nobody did (clients.Sampling)
-    loss: Array  # [C] each client's task loss (penalties left out), mean over its local steps, nan where nobody is; [1]
-    #   of pooled data
+    ids: Array  # [C] who took part
+    loss: Array  # [C] each client's task loss (penalties left out), mean over its local steps; [1] of pooled data
     aggregation: Aggregation
     learned: dict[str, Array]  # the method's own report on its new state
     moved: Array  # [C] how far its local steps took each client: the norm of the change of all that it trains
+    dropped: Array  # [] clients that did not count: they never answered, or were left out (``leaving_out``)
 
 
 class Run(NamedTuple):
@@ -93,7 +93,8 @@ def make_round(
 ) -> RoundFn:
     """``round_fn(base, state, cohort, key, round=None) -> (state, memory [C, ...], info)``.
 
-    Dispatch, local steps, aggregation; ``round`` is its number from 0, for an optimizer that follows rounds.
+    Dispatch, local steps, aggregation of those whose training did not fail (``leaving_out``); ``round`` is its number
+    from 0, for an optimizer that follows rounds.
 
     Args:
       method: what is sent and how it is put together again.
@@ -143,15 +144,18 @@ def make_round(
 
         rows = clients_of(cohort, sent, memory=cohort.memory, batches=cohort.batches, examples=cohort.queries)
         received, memory, losses, moved, meta_gradients = map_clients(client, rows, at_once, shared_by)
-        loss, cohort = jax.vmap(mean_over_steps)(cohort.batches, losses), cohort._replace(losses=losses)
-        learned = method.learn(state, cohort, meta_gradients)
-        new_state = method.aggregate(base, learned, cohort, sent, received)
+        loss = jax.vmap(mean_over_steps)(cohort.batches, losses)
+        there = without_failed(cohort._replace(losses=losses), sent.adapter, received, memory, meta_gradients)
+        cohort = there.cohort
+        learned = method.learn(state, cohort, there.meta_gradients)
+        new_state = method.aggregate(base, learned, cohort, sent, there.received)
         refuse_widened(state, new_state)
-        after = method.dispatch(base, new_state, average_client(cohort._replace(memory=memory)))
+        new_state = if_any(cohort.weights, new_state, state)
+        after = method.dispatch(base, new_state, average_client(cohort._replace(memory=there.memory)))
         part = lambda d: d._replace(adapter=method.aggregated(d.adapter) if method.aggregated else models(method, d))
-        ends = part(sent._replace(adapter=received)).adapter
+        ends = part(sent._replace(adapter=there.received)).adapter
         bias = diagnostics.measure(part(sent), ends, cohort.weights, part(after))
-        return new_state, memory, Info(ids, loss, bias, method.report(new_state), moved)
+        return new_state, there.memory, Info(ids, loss, bias, method.report(new_state), moved, there.dropped)
 
     return round_fn
 
@@ -242,7 +246,7 @@ def make_step(
     batch: int,
     smallest: int,
     query: int = 0,
-    sampling: Sampling | None = None,
+    dropouts: float = 0.0,
 ) -> StepFn:
     """``step(base, data, population, run, key) -> (run, info)``: a whole round, sampling included.
 
@@ -253,11 +257,11 @@ def make_step(
         ``Population.examples`` says how much each goes through.
       smallest: images of the smallest client; a method with queries keeps some of them apart, so it needs two.
       query: of the method. That many images are kept apart from the local steps, others each round.
-      sampling: who takes part, where that is not everybody who is drawn; its ``most`` is ``participants``. A round
-        in which nobody does needs a method that has a meaning then (``wrappers.privacy.dp``).
+      dropouts: share of the clients of a round that never answer, others each round: the round is as if they had not
+        been drawn.
     """
-    sizes = {"steps": steps, "batch": batch, "smallest": smallest, "query": query}
-    placed = make_placed_step(make_cohort_step(round_fn, **sizes, sampling=sampling))
+    drawing = {"steps": steps, "batch": batch, "smallest": smallest, "query": query, "dropouts": dropouts}
+    placed = make_placed_step(make_cohort_step(round_fn, **drawing))
 
     def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
         refuse_other_clients(run.memory, population.sizes.shape[0])
@@ -317,7 +321,7 @@ def make_host_step(cohort_step: Callable, *, participants: int) -> StepFn:
 
 
 def make_cohort_step(
-    round_fn: RoundFn, *, steps: int, batch: int, smallest: int, query: int = 0, sampling: Sampling | None = None
+    round_fn: RoundFn, *, steps: int, batch: int, smallest: int, query: int = 0, dropouts: float = 0.0
 ) -> Callable:
     """What follows once it is known who takes part; arguments as for ``make_step``.
 
@@ -332,15 +336,10 @@ def make_cohort_step(
         _, draw, train = jax.random.split(jax.random.fold_in(key, number), 3)
         batches, queries = sample_members(draw, data, members, ids, steps, batch, smallest, query)
         views = sample_views(draw, members, ids)
-        cohort = members.cohort(jnp.arange(len(ids)), (), batches, queries, views)._replace(ids=ids, memory=memory)
-        if sampling is None or sampling.rate == 1:
-            return round_fn(base, state, cohort, train, number)
-        there = sampling.joined(purpose(jax.random.fold_in(key, number), "joined"))
-        cohort = cohort._replace(weights=jnp.where(there, cohort.weights, 0.0))
-        state, kept, info = round_fn(base, state, cohort, train, number)
-        kept = jax.tree.map(lambda x, old: jnp.where(per_client(there, x) > 0, x, old), kept, memory)
-        loss = jnp.where(there, info.loss, jnp.nan)
-        return state, kept, info._replace(ids=jnp.where(there, ids, -1), loss=loss)
+        cohort = members.cohort(jnp.arange(len(ids)), (), batches, queries, views)
+        if dropouts:
+            cohort = cohort._replace(weights=cohort.weights * sample_answers(draw, ids, dropouts))
+        return round_fn(base, state, cohort._replace(ids=ids, memory=memory), train, number)
 
     return cohort_step
 

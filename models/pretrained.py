@@ -22,6 +22,8 @@ from .positions import resized
 from .tables import Table
 from .vit import TARGETS, ViT, normalise
 
+LARGEST = 1000  # prompts
+
 
 class Pretrained(NamedTuple):
     """A model with its parameters (on the host) and the normalisation of its images (per channel, of x / 255).
@@ -150,14 +152,42 @@ def vit_backbone(
     std: Sequence[float] | None = None,
     keep_head: bool = False,
     dtype: str = "float32",
+    context: str | None = None,
 ) -> Backbone:
-    """The ``Backbone`` of a file; arguments and errors as for ``load_vit``."""
+    """The ``Backbone`` of a file; arguments and errors as for ``load_vit``.
+
+    Args:
+      context: how many prompts to put beside the tokens of an image, as ``prompted`` does.
+    """
     given = {"epsilon": epsilon, "mean": mean, "std": std, "keep_head": keep_head, "dtype": getattr(jnp, dtype)}
     vit = load_vit(weights, classes, image_size, heads, **given)
+    if context is not None:
+        return backbone(prompted(vit, context), TARGETS)
     if vit.table is not None and vit.model.pool in ("cls", "cls_mean"):
         names = classes if isinstance(classes, Sequence) else map(str, range(vit.model.classes))
         return backbone(vit, TARGETS, partial(huggingface.published, vit.table, vit, tuple(names)))
     return backbone(vit, TARGETS, lambda params: Published(to_timm(params, vit.model.pool), vit.said()))
+
+
+def prompted(vit: Pretrained, context: str) -> Pretrained:
+    """The model with prompts to be learned among its tokens: Jia et al., *Visual Prompt Tuning*, ECCV 2022, arXiv
+    2203.12119, eq. 4 and 5 (VPT-shallow).
+
+    They stand where registers do, behind the class token and without positions, and nothing reads them in the end:
+    ``registers`` of the parameters, drawn as these are.
+
+    Raises:
+      ValueError: no count.
+    """
+    if not context.isdecimal() or not 1 <= int(context) <= LARGEST:
+        raise ValueError(f"--context {context}: a model without text takes 1 to {LARGEST} prompts, as in --context 8")
+    model, rng = vit.model, np.random.default_rng(0)
+    drawn = np.asarray(0.02 * rng.normal(size=(int(context), model.width)), np.float32)
+    own = vit.params.get("registers", drawn[:0])
+    params = {**vit.params, "registers": np.concatenate([own, drawn])}
+    origins = {**vit.origins, "prompts": f"{context}, drawn: registers"}
+    more = model.clone(registers=model.registers + int(context))
+    return vit._replace(model=more, params=params, origins=origins, layouts={}, table=None)
 
 
 def backbone(

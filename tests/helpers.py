@@ -17,7 +17,7 @@ import optax
 from numpy.linalg import norm
 
 from fedlora_jax import lora, rounds, training
-from fedlora_jax.clients import Population, Sampling
+from fedlora_jax.clients import Population
 from fedlora_jax.method import Cohort, Dispatch, Method, as_carried, average_client
 from fedlora_jax.methods.adf_lora import adf_lora
 from fedlora_jax.methods.centralized import centralized
@@ -75,16 +75,14 @@ from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadam, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
 from fedlora_jax.wrappers.moon import moon
-from fedlora_jax.wrappers.nonfinite import nonfinite
 from fedlora_jax.wrappers.over_the_air import over_the_air
-from fedlora_jax.wrappers.privacy import clip, dp
+from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
 from fedlora_jax.wrappers.scaffold import scaffold
 from fedlora_jax.wrappers.signature_bias import signature_bias
 
 CLIENTS, STEPS, BATCH, RANK, SCALE, CLASSES = 4, 2, 3, 2, 0.7, 3
-EVERYBODY = Sampling(CLIENTS, CLIENTS)
 SIGNATURE = Signature(np.zeros(4), np.zeros(CLASSES), np.zeros(1))  # one client's: its shapes
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -158,12 +156,11 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "fedbc": lambda: fedbc(fedit(), lr=0.1, lam=0.2),
     "signature_bias": lambda: signature_bias(fedit(), SIGNATURE, warmup=0),
     "clip": lambda: clip(fedit(), 0.05),
-    "dp": lambda: dp(fedit(), EVERYBODY, 4, bound=0.05, noise=0.0),
+    "noise": lambda: noise(fedit()),
     "median": lambda: median(fedit()),
     "trimmed_mean": lambda: trimmed_mean(fedit(), 0.25),
     "krum": lambda: krum(fedit(), kept=2),
     "norm_bound": lambda: norm_bound(fedit(), 1.0),
-    "nonfinite": lambda: nonfinite(fedit()),
     "fednova": lambda: fednova(fedit()),
     "fedga": lambda: fedga(fedit()),
     "moon": lambda: moon(fedit(), 0.5),
@@ -172,17 +169,15 @@ WRAPPED: dict[str, Callable[[], Method]] = {
 }
 STACKS: dict[str, Callable[[], Method]] = {
     "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
-    "defended": lambda: nonfinite(clip(median(flexlora("balanced", gauge=True)), 0.05)),
+    "defended": lambda: clip(noise(median(flexlora("balanced", gauge=True))), 0.05),
     "dynamic": lambda: fedlc(
-        nonfinite(clip(fedadam(feddyn(signature_bias(fedga(ffa_lora()), SIGNATURE, warmup=0), 8, 0.1)), 0.05)), 0.1
+        clip(fedadam(feddyn(signature_bias(fedga(ffa_lora()), SIGNATURE, warmup=0), 8, 0.1)), 0.05), 0.1
     ),
-    "weighed": lambda: clip(proximal(fedbc(fednova(fedyogi(flexlora("balanced", gauge=True))), lr=0.1, lam=0.2)), 0.05),
-    "private": lambda: clip(
-        dp(proximal(fedadam(flexlora("balanced", gauge=True))), EVERYBODY, 4, noise=0.0, quantile=0.5, on="products"),
-        9.0,
+    "weighed": lambda: clip(
+        noise(proximal(fedbc(fednova(fedyogi(flexlora("balanced", gauge=True))), lr=0.1, lam=0.2))), 0.05
     ),
     "outliers": lambda: over_the_air(norm_bound(krum(trimmed_mean(fedyogi(moon(fedit(), 0.5)), 0.25), kept=2)), 1e6),
-    "personal": lambda: nonfinite(clip(afl(proximal(ditto()), 100, 0.5), 0.05)),
+    "personal": lambda: clip(afl(proximal(ditto()), 100, 0.5), 0.05),
 }
 METHODS |= CLASSICS
 WRAPPED |= STACKS

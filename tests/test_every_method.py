@@ -75,8 +75,7 @@ EXCEPTIONS = {
         "local_only": "the server has no model",
         "frozen": "the server has no other model than the one it came with",
         "pfedhn": "the server learns a network from what clients changed and averages nothing",
-        "dp": "the mean is of clipped updates, whatever clients weigh",
-        "private": "the mean is of products, in factors of its own",
+        "noise": "noise is added",
         "clip": "the clients' update is cut before it is averaged",
         "feddyn": "w_g = mean of w_i - h / al goes beyond the mean",
         "dynamic": "has FedDyn in it",
@@ -87,8 +86,8 @@ EXCEPTIONS = {
         "adf_lora": "there is no server",
         "spectral": "what does not stand out is dropped",
         "florist": "what is beyond a share of the energy is dropped",
-        "weighed": "has clipping in it",
-        "defended": "has clipping in it",
+        "weighed": "has noise in it",
+        "defended": "has noise in it",
         "personal": "has clipping in it",
     }
     | dict.fromkeys(("server", "fedadam", "corrected", "outliers"), _SERVER),
@@ -137,6 +136,7 @@ SECOND = {
     "florist",
     "spectral",
     "ravan",
+    "lora_a2",
     "pf2lora",
     "feddpa",
     "fdlora",
@@ -363,6 +363,23 @@ def test_a_client_of_weight_zero_changes_nothing(name):
     assert_near(effective(m.method, BASE, again, c), effective(m.method, BASE, state, c), 1e-6)
     assert_near(again_info.aggregation, info.aggregation, 1e-3, floor=1e-3)
     assert take(again_info.loss, 3) != take(info.loss, 3)
+
+
+@every(WHOLE, "weight")
+@pytest.mark.parametrize("bad", [np.nan, 1e30])
+def test_a_round_with_a_client_that_fails_is_the_round_without_it(name, bad):
+    """Its data are no numbers, or so large that its loss or its update are; it never answers."""
+    m = compiled(name)
+    c = m.cohort(1)
+    broken = jax.tree.map(lambda x: replaced(x, 3, bad) if is_float(x) else x, (c.batches, c.queries))
+    state, memory, info = m.fast(BASE, m.state, c._replace(batches=broken[0], queries=broken[1]), KEY)
+    silent = c._replace(weights=replaced(c.weights, 3, 0.0))
+    without, kept, told = m.fast(BASE, m.state, silent, KEY)
+    assert all_finite(state)
+    assert_near((state, memory), (without, kept), 1e-5, floor=0.1)
+    assert_near(take(memory, 3), take(c.memory, 3), 0)
+    assert_near(info.aggregation, told.aggregation, 2e-3, floor=1e-3)
+    assert info.dropped == told.dropped == 1
 
 
 @every(EVERY, "fixed point")

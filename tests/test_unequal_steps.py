@@ -29,7 +29,7 @@ from helpers import (
 
 from fedlora_jax import meta, rounds, training
 from fedlora_jax.batches import Padded, pooled, steps_taken
-from fedlora_jax.clients import sample_batches, sample_rounds
+from fedlora_jax.clients import sample_answers, sample_batches, sample_rounds
 from fedlora_jax.methods.fed_sb import first_update
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.fedrep import fedrep
@@ -185,3 +185,29 @@ def test_a_method_in_phases_wants_a_step_of_each_from_everybody():
     with pytest.raises(ValueError, match=r"0\.5 of 1 local steps for the head leaves none"):
         fedrep().pool(c)
     assert fedrep().pool(short(cohort(steps=T))) is not None
+
+
+def test_who_never_answers_or_has_nothing_is_as_if_not_drawn():
+    data, clients, ids = examples(), population(), np.arange(5)
+    run = rounds.start(fedit(), KEY, nudged(ADAPTER), 5)
+    make = lambda **options: jit(
+        rounds.make_step(
+            rounds.make_round(fedit(), loss_fn, OPTIMIZER), participants=5, steps=2, batch=BATCH, smallest=0, **options
+        )
+    )
+    plain, unsure = make(), make(dropouts=0.4)
+    draw = jax.random.split(jax.random.fold_in(KEY, 0), 3)[1]
+    answers = np.asarray(sample_answers(draw, ids, 0.4))
+    assert 0 < answers.sum() < 5
+    new, info = unsure(BASE, data, clients, run, KEY)
+    without, _ = plain(BASE, data, clients._replace(weights=clients.sizes * answers), run, KEY)
+    assert_near(new.state, without.state, 1e-6)
+    assert info.dropped == 5 - answers.sum()
+    assert abs(np.mean(sample_answers(KEY, np.arange(2000), 0.4)) - 0.6) < 0.04
+    with pytest.raises(ValueError, match=r"dropouts must be at least 0 and below 1, got 1\.0"):
+        sample_answers(KEY, ids, 1.0)
+
+    empty, info = plain(BASE, data, clients._replace(sizes=clients.sizes * (ids != 2)), run, KEY)
+    without, _ = plain(BASE, data, clients._replace(weights=clients.sizes * (ids != 2)), run, KEY)
+    assert_near(empty.state, without.state, 1e-6)
+    assert info.dropped == 1

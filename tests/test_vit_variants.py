@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from weight_helpers import FACTS, reference_forward, timm_arrays, write
 
+from experiments.setup.backbone import NANO
 from fedlora_jax.lora import flatten
 from models import original, tables
 from models.parts import ACTIVATIONS, attend, split_blocks
@@ -216,3 +217,19 @@ def test_a_variant_has_the_parameters_of_its_names_alone(tmp_path):
     clip = flatten(load_vit(write(tmp_path / "b.npz", timm_arrays(**PRE), {**FACTS, "act": "gelu"})).params).keys()
     assert clip - plain == {"norm_pre/scale", "norm_pre/bias"}
     assert plain <= clip
+
+
+def test_prompts_are_tokens_that_nothing_reads_and_all_attend_to():
+    """As a ViT with registers of these values; where none are asked for the model is as it was."""
+    plain, made, read = vit_backbone(NANO, 10), vit_backbone(NANO, 10, context="4"), load_vit(NANO, 10)
+    assert flatten(made.params).keys() - flatten(plain.params).keys() == {"registers"}
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    _, expected = read.model.clone(registers=4).apply({"params": made.params}, normalise(images, read.mean, read.std))
+    out = made.apply(made.params, {}, images)[1]
+    np.testing.assert_allclose(out, expected["features"], rtol=1e-4, atol=1e-5)
+    assert np.abs(out - plain.apply(plain.params, {}, images)[1]).max() > 1e-4
+    loss = lambda prompts: (made.apply(made.params, {"registers": prompts}, images, training=True)[1] ** 3).sum()
+    assert np.abs(jax.grad(loss)(np.zeros((4, 64), np.float32))).max() > 1e-4
+    for asked in ("0", "1001", "a photo", "-1"):
+        with pytest.raises(ValueError, match="1 to 1000 prompts"):
+            vit_backbone(NANO, 10, context=asked)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.results import client_map, figures, metrics, page, spent, variance
+from experiments.results import client_map, figures, metrics, page, variance
 from experiments.results.folder import write_atomically
 from experiments.results.style import png
 from experiments.results.summary import counted, draws_clients, has_novel, window
@@ -67,7 +67,6 @@ def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, b
         _headline(summary),
         f'<p class="note">{_statistics(summary)} {_meaning(summary["config"])}</p>',
         *(f'<p class="note">{line[0].upper()}{line[1:]}.</p>' for line in variance.lines(summary)),
-        *(f'<p class="note">{escape(line)}.</p>' for line in spent.lines(summary)),
         "<h2>Figures</h2>",
         f'<p class="note">{INTERVALS}</p>' if len(config["seeds"]) > 1 else "",
         *(page.figure(name, CAPTIONS[name], image) for name, image in images.items()),

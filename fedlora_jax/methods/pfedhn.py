@@ -23,15 +23,7 @@ from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import About, Dispatch, Method
 
-ABOUT = About(
-    "pFedHN",
-    "Shamsian et al. ICML 2021",
-    "2103.04628",
-    "a, b, head",
-    "a, b, head",
-    "n/a",
-    tells="who it is, a meta-gradient",
-)
+ABOUT = About("pFedHN", "Shamsian et al. ICML 2021", "2103.04628", "a, b, head", "a, b, head", "n/a")
 
 
 class Phi(NamedTuple):

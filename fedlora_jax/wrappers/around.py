@@ -29,7 +29,6 @@ class AboutWrapper(NamedTuple):
     paper: str
     arxiv: str
     does: str
-    tells: str = "-"  # what the server learns of a client beside its upload, its weight and what the method is told
 
 
 class Wrapper(NamedTuple):

@@ -12,13 +12,13 @@ from typing import Literal, NamedTuple
 
 SERVER = frozenset({"server", "fedavgm", "fedadagrad", "fedyogi", "fedadam"})  # steps towards what was aggregated
 CONTROLS = frozenset({"scaffold", "feddyn", "fedbc"})  # server and clients keep parts of one thing, made of uploads
-OWN = frozenset({"clip"})  # changes each upload by itself, so that its client knows what became of it
-ALIKE = frozenset({"median", "trimmed_mean", "dp"})  # one update in place of all
+OWN = frozenset({"clip", "noise"})  # changes each upload by itself, so that its client knows what became of it
+ALIKE = frozenset({"median", "trimmed_mean"})  # one update in place of all
 COHORT = ALIKE | {"krum", "norm_bound", "over_the_air"}  # what becomes of an upload depends on the others
 UPLOADS = OWN | COHORT
 FAIR = frozenset({"qffl", "afl"})  # clients weigh by their losses
 LOCAL = frozenset({"proximal", "fedlc", "fedga"})  # of the local loss, no state
-KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | {"moon", "fednova", "signature_bias", "nonfinite"}
+KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | {"moon", "fednova", "signature_bias"}
 
 _SWAP = "put {inner} outside: +{outer}+{inner}"
 
@@ -37,42 +37,6 @@ def _set(*names: str) -> frozenset[str]:
 
 
 REFUSED = (
-    Refused(
-        _set("nonfinite", "dp"),
-        _set("nonfinite", "dp"),
-        "dp leaves out what is not finite, and a round that nonfinite takes back would have no noise",
-        "leave nonfinite out",
-    ),
-    Refused(
-        _set("dp"),
-        SERVER,
-        "{outer} would tell by what it does not step on who took part",
-        _SWAP,
-    ),
-    Refused(
-        _set("signature_bias", "dp"),
-        _set("signature_bias", "dp"),
-        "it learns from how each client moved its own bias, of which no more than a noised mean is told",
-        "leave one out",
-    ),
-    Refused(
-        _set("dp"),
-        FAIR | {"fednova"},
-        "noise of dp covers updates, and not the losses and numbers of steps that weigh clients here",
-        "leave one out",
-    ),
-    Refused(
-        FAIR | {"fednova"},
-        _set("dp"),
-        "noise of dp covers updates, and not the losses and numbers of steps that weigh clients here",
-        "leave one out",
-    ),
-    Refused(
-        _set("nonfinite"),
-        KNOWN - LOCAL - {"nonfinite"},
-        "{outer} would see the numbers that nonfinite leaves out",
-        "put nonfinite last: +{outer}+nonfinite",
-    ),
     Refused(
         KNOWN - {"moon"},
         _set("moon"),
@@ -203,22 +167,16 @@ REFUSED = (
     ),
     Refused(
         _set("clip"),
-        _set("dp"),
-        "dp bounds updates itself, and clip would cut its noise away again",
+        _set("noise"),
+        "noise on updates that nothing bounds is not private, and clip would cut it away again",
         _SWAP,
     ),
     Refused(
-        _set("dp"),
-        COHORT,
-        "one client can move what {outer} makes of all by more than its own bounded update, which no noise behind it "
+        _set("noise"),
+        COHORT | FAIR | {"fednova"},
+        "one client can move what {outer} makes of all by more than its own clipped update, which no noise behind it "
         "accounts for",
-        "leave one out",
-    ),
-    Refused(
-        COHORT,
-        _set("dp"),
-        "behind {outer} all updates are alike, and nothing is left for {inner}",
-        "leave one out",
+        _SWAP,
     ),
     Refused(
         ALIKE,
@@ -234,7 +192,7 @@ REFUSED = (
     ),
 )
 
-_WITHOUT_UPLOADS = frozenset({"fedlc", "fedga", "nonfinite"})  # the only ones that mean something then
+_WITHOUT_UPLOADS = frozenset({"fedlc", "fedga"})  # the only ones that mean something then
 
 
 def check(name: str, stack: tuple[str, ...], uploads: Literal["averaged", "stacked", "none"] = "averaged") -> None:

@@ -33,11 +33,7 @@ from fedlora_jax.wrappers.refusals import class_bias, tells_of_labels
 
 ABOUT = {
     "signature_bias": AboutWrapper(
-        "Signature bias",
-        "ours, after Gupta et al. 2026",
-        "2606.06154",
-        "a class bias from what a client's data are",
-        "its signature",
+        "Signature bias", "ours, after Gupta et al. 2026", "2606.06154", "a class bias from what a client's data are"
     )
 }
 
