@@ -14,7 +14,7 @@ from fedlora_jax import partition
 PREFIXES = ("auto", "stored", "anew")
 IMAGES = KEPT = ("auto", "resident", "staged")
 BLOCKS = ("auto", "loop", "unrolled")
-SIGNATURES = ("full", "label_free", "noisy", "shuffled", "constant", "random")
+SIGNATURES = ("full", "prototypes", "label_free", "noisy", "shuffled", "constant", "random")
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid", "pairs")
 DTYPES = ("float32", "bfloat16")
@@ -205,7 +205,8 @@ class Config:
     )
     signature: str = option(
         "full",
-        "what clients tell of their data: full, label_free, noisy; or a control: shuffled, constant, random",
+        "what clients tell of their data: full, prototypes (full, and where each class lies), label_free, noisy; or a "
+        "control: shuffled, constant, random",
         among=SIGNATURES,
     )
     test_images: int | None = option(

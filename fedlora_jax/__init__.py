@@ -86,6 +86,7 @@ from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
 from fedlora_jax.wrappers.scaffold import scaffold
+from fedlora_jax.wrappers.signature_adapter import signature_adapter
 from fedlora_jax.wrappers.signature_bias import signature_bias
 
 __version__ = "0.1.0"
@@ -183,6 +184,7 @@ __all__ = [
     "scaffold",
     "scan_rounds",
     "sdflora",
+    "signature_adapter",
     "signature_bias",
     "signatures",
     "spectral",

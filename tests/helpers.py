@@ -80,6 +80,7 @@ from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
 from fedlora_jax.wrappers.scaffold import scaffold
+from fedlora_jax.wrappers.signature_adapter import signature_adapter
 from fedlora_jax.wrappers.signature_bias import signature_bias
 
 CLIENTS, STEPS, BATCH, RANK, SCALE, CLASSES = 4, 2, 3, 2, 0.7, 3
@@ -154,6 +155,7 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "fedadam": lambda: fedadam(fedit()),
     "fedlc": lambda: fedlc(fedit(), 0.1),
     "fedbc": lambda: fedbc(fedit(), lr=0.1, lam=0.2),
+    "signature_adapter": lambda: signature_adapter(fedit(), SIGNATURE, rank=2, warmup=0),
     "signature_bias": lambda: signature_bias(fedit(), SIGNATURE, warmup=0),
     "clip": lambda: clip(fedit(), 0.05),
     "noise": lambda: noise(fedit()),

@@ -51,6 +51,7 @@ from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
 from fedlora_jax.wrappers.scaffold import scaffold
+from fedlora_jax.wrappers.signature_adapter import signature_adapter
 from fedlora_jax.wrappers.signature_bias import signature_bias
 
 CLIENTS, POPULATION, BROKEN = 6, 12, 2
@@ -59,6 +60,7 @@ MADE = {
     "proximal": lambda m: proximal(m, 0.3),
     "fedlc": lambda m: fedlc(m, 0.1),
     "signature_bias": lambda m: signature_bias(m, SIGNATURE, warmup=0),
+    "signature_adapter": lambda m: signature_adapter(m, SIGNATURE, rank=2, warmup=0),
     "scaffold": lambda m: scaffold(m, POPULATION, LOCAL_LR),
     "feddyn": lambda m: feddyn(m, POPULATION, 0.3),
     "fedbc": lambda m: fedbc(m, lr=0.1, gam=0.5, lam=0.2),
@@ -82,7 +84,7 @@ SERVERS = {  # which are ``server`` with another transformation, as fedadam is
     "fedyogi": fedyogi,
     "server": lambda m: server_optimizer(m, optax.sgd(1.0)),
 }
-STATEFUL = ("signature_bias", "scaffold", "feddyn", "fedadam", "noise", "over_the_air")
+STATEFUL = ("signature_bias", "signature_adapter", "scaffold", "feddyn", "fedadam", "noise", "over_the_air")
 REMEMBERING = ("scaffold", "feddyn", "fedbc", "moon")
 DEFENCES = ("clip", "median", "trimmed_mean", "krum", "norm_bound")
 HANDS_ON = (

@@ -12,6 +12,7 @@ from fedlora_jax.keys import purpose
 from fedlora_jax.signatures import Signature
 
 VIEWS = 16  # random halves of its data that describe each client in training
+PROTOTYPES = 8  # directions in which the means of classes are told, where they are
 
 
 def of_clients(
@@ -27,14 +28,20 @@ def of_clients(
       classes: there are.
       kind: ``--signature``.
     """
-    true = signatures.of_clients(features, labels, rows, sizes, classes, key, training=training, parts=VIEWS)
+    true = signatures.of_clients(
+        features, labels, rows, sizes, classes, key, training=training, parts=VIEWS, prototypes=_directions(kind)
+    )
     return _told(true, purpose(key, "what is told"), training, kind)
 
 
 def shapes_of_one(kind: str, classes: int) -> Signature:
     """Zeros in the shapes of one client's signature."""
-    told = signatures.SIZE * 2, 0 if kind == "label_free" else classes, 1
+    told = signatures.SIZE * 2 + _directions(kind) * classes, 0 if kind == "label_free" else classes, 1
     return Signature(*(np.zeros(size, np.float32) for size in told))  # type: ignore[arg-type]
+
+
+def _directions(kind: str) -> int:
+    return PROTOTYPES if kind == "prototypes" else 0
 
 
 def _told(true: Signature, key: Array, training: int, kind: str) -> Signature:

@@ -17,8 +17,9 @@ ALIKE = frozenset({"median", "trimmed_mean"})  # one update in place of all
 COHORT = ALIKE | {"krum", "norm_bound", "over_the_air"}  # what becomes of an upload depends on the others
 UPLOADS = OWN | COHORT
 FAIR = frozenset({"qffl", "afl"})  # clients weigh by their losses
+GENERATED = frozenset({"signature_bias", "signature_adapter"})  # learned from how each client moved
 LOCAL = frozenset({"proximal", "fedlc", "fedga"})  # of the local loss, no state
-KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | {"moon", "fednova", "signature_bias"}
+KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | GENERATED | {"moon", "fednova"}
 
 _SWAP = "put {inner} outside: +{outer}+{inner}"
 
@@ -136,25 +137,25 @@ REFUSED = (
     ),
     Refused(
         (UPLOADS - ALIKE) | {"fednova"},
-        _set("signature_bias"),
+        GENERATED,
         "it would learn from what clients sent before {inner}",
         _SWAP,
     ),
     Refused(
         ALIKE,
-        _set("signature_bias"),
+        GENERATED,
         "it would learn from what clients sent before {inner}, and in the other order nothing of it is left",
         "take krum, norm_bound or clip instead, outside: +{outer}+krum",
     ),
     Refused(
-        _set("signature_bias"),
+        GENERATED,
         ALIKE,
-        "it learns from how each client moved its own bias, and {outer} makes all of them alike",
+        "it learns from how each client moved, and {outer} makes all of them alike",
         "take krum, norm_bound or clip instead: +{inner}+krum",
     ),
     Refused(
         FAIR | {"fedbc"},
-        _set("signature_bias"),
+        GENERATED,
         "{inner} weighs clients anew, and what is learned outside of it would be learned by other weights than the "
         "model",
         _SWAP,
