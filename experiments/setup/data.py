@@ -95,8 +95,20 @@ def _digits() -> dict[str, np.ndarray]:
     return digits()
 
 
+def _digit_clients(source: str) -> dict[str, Any]:
+    from experiments.setup.digit_clients import read
+
+    return read(source)
+
+
 SOURCES = {
     "digits": Source("'digits'", lambda source: source == "digits", lambda source, side, skip: _digits(), False),
+    "digits of many clients": Source(
+        "digits:KIND",
+        lambda source: source.startswith("digits:"),
+        lambda source, side, skip: _digit_clients(source),
+        False,
+    ),
     "tfds": Source("tfds:NAME[/CONFIG,...][:VERSION]", lambda source: source.startswith(tfds.PREFIX), tfds.read),
     "hugging face": Source(
         "hf:NAME[:CONFIG] or a folder that datasets has saved", hugging_face_data.claims, hugging_face_data.read

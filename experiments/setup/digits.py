@@ -37,9 +37,8 @@ def digits() -> dict[str, np.ndarray]:
     domain, split = assign(y)
     draws = list(DOMAINS.values())
     x = [draws[d](scan, np.random.default_rng([i, d])) for i, (scan, d) in enumerate(zip(scans, domain, strict=True))]
-    means = np.stack(x).reshape(-1, SIDE, 2, SIDE, 2, 3).mean((2, 4))
     return {
-        "x": np.round(255 * np.clip(means, 0, 1)).astype(np.uint8),
+        "x": reduced(np.stack(x)),
         "y": y,
         "domain": domain,
         "split": split,
@@ -47,6 +46,12 @@ def digits() -> dict[str, np.ndarray]:
         "classes": np.array([str(i) for i in range(10)]),
         "domains": np.array(list(DOMAINS)),
     }
+
+
+def reduced(canvas: np.ndarray) -> np.ndarray:
+    """Images ``[..., 16, 16, 3]`` of canvases: means of 2 x 2, in bytes."""
+    means = canvas.reshape(*canvas.shape[:-3], SIDE, 2, SIDE, 2, 3).mean((-4, -2))
+    return np.round(255 * np.clip(means, 0, 1)).astype(np.uint8)
 
 
 def assign(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -61,11 +66,11 @@ def assign(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return domain, split
 
 
-def ink(digit: np.ndarray, rng: Generator) -> np.ndarray:
+def ink(digit: np.ndarray, rng: Generator, turn: tuple[float, float] = (-3, 3)) -> np.ndarray:
     """A dark pen on paper of a warm white."""
     paper = np.array([0.96, 0.93, 0.85]) * rng.uniform(0.92, 1.0) + _grain(rng, 0.02)
     pen = np.array([[0.08, 0.10, 0.40], [0.10, 0.10, 0.12], [0.32, 0.10, 0.08]])[rng.integers(3)]
-    return _paint(paper, pen, _crisp(_pose(digit, rng)))
+    return _paint(paper, pen, _crisp(_pose(digit, rng, turn)))
 
 
 def chalk(digit: np.ndarray, rng: Generator) -> np.ndarray:

@@ -1,0 +1,82 @@
+"""The embedded digits of many clients: each differs from others in what its kind says, and in nothing else."""
+
+import numpy as np
+import pytest
+
+from experiments.setup import data, digit_clients
+from experiments.setup.digit_clients import KINDS, NAMINGS, TEST, TRAIN, read
+from experiments.setup.digits import digits
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def made():
+    return {kind: read(f"digits:{kind}", COUNT) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_client_has_its_images_and_no_scan_is_seen_in_training_and_testing(made, kind):
+    own = made[kind]
+    client, source = (own["columns"].read(name) for name in ("client", "source"))
+    assert (np.bincount(client) == TRAIN + TEST).all()
+    assert (np.bincount(client[own["split"] == 0]) == TRAIN).all()
+    assert not set(source[own["split"] == 0]) & set(source[own["split"] == 1])
+    assert own["x"].dtype == np.uint8
+    assert own["x"].shape == (COUNT * (TRAIN + TEST), 16, 16, 3)
+
+
+@pytest.mark.parametrize("kind", ["domain", "rotation", "concept"])
+def test_classes_are_alike(made, kind):
+    own = made[kind]
+    client = own["columns"].read("client")
+    for part, count in ((0, TRAIN), (1, TEST)):
+        counts = [np.bincount(own["y"][(client == c) & (own["split"] == part)], minlength=10) for c in range(COUNT)]
+        assert (np.array(counts) == count // 10).all()
+
+
+def test_ways_of_naming_swap_three_pairs_and_agree_within_a_group(made):
+    own = made["concept"]
+    truth = digits()["y"][own["columns"].read("source")]
+    group = own["columns"].read("group")
+    for g in range(NAMINGS):
+        called = {(int(a), int(b)) for a, b in zip(truth[group == g], own["y"][group == g], strict=True)}
+        assert len(called) == 10
+        assert sum(a != b for a, b in called) == (6 if g else 0)
+        assert called == {(b, a) for a, b in called}
+
+
+def test_a_group_of_angles_is_an_eighth_of_the_circle(made):
+    """The same scan, upright and turned by the client's angle, agree where a plain ink image is turned back."""
+    from scipy import ndimage
+
+    own = made["rotation"]
+    group = own["columns"].read("group")
+    assert len(set(group)) > 3
+    upright = read("digits:concept", 2)
+    mean = lambda x: 255 - x.astype(float).mean((0, 3))  # of ink
+
+    def likeness(angle, x):
+        back = ndimage.rotate(mean(x), angle, reshape=False, order=1)
+        return np.corrcoef(back.ravel(), mean(upright["x"]).ravel())[0, 1]
+
+    angles = np.arange(8) * 45 + 22.5
+    found = [max(range(8), key=lambda i, g=g: likeness(angles[i], own["x"][group == g])) for g in sorted(set(group))]
+    off = (np.array(found) - sorted(set(group)) + 4) % 8 - 4
+    assert np.abs(off).mean() < 1.5  # a mean image of ten digits tells its angle roughly
+
+
+def test_shares_of_classes_differ_where_they_should(made):
+    own = made["mixed"]
+    client = own["columns"].read("client")
+    largest = [np.bincount(own["y"][client == c]).max() / (TRAIN + TEST) for c in range(COUNT)]
+    assert np.mean(largest) > 0.25
+
+
+def test_unknown_kinds_are_refused_and_known_ones_are_data(monkeypatch):
+    with pytest.raises(ValueError, match=r"no digits 'hue': expected digits:domain, .*or digits"):
+        data.load("digits:hue")
+    monkeypatch.setattr(digit_clients.read, "__defaults__", (COUNT,))
+    images = data.load("digits:concept")
+    assert images.columns.names == ("client", "group", "source")
+    assert len(images.x) == COUNT * (TRAIN + TEST)
