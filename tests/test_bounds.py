@@ -6,7 +6,7 @@ import pytest
 
 from experiments.cli import parse
 from experiments.commands import bounds
-from experiments.setup import data
+from experiments.setup import data, digit_clients
 from experiments.setup.backbone import NANO
 from models.pretrained import load_vit
 from models.vit import normalise
@@ -66,3 +66,20 @@ def test_images_of_unseen_clients_change_no_bound(plan, found, capsys):
     for name, entry in plan.execute().items():
         assert entry["seeds"][s] == found[name]["seeds"][s], name
     assert "training clients' images pooled" in capsys.readouterr().out
+
+
+def test_an_oracle_by_group_pools_those_who_are_alike_and_is_asked_about_their_images(monkeypatch):
+    monkeypatch.setattr(digit_clients.read, "__defaults__", (12,))
+    options = "--data digits:concept --partition column:client --clients 9 --holdout-clients 3 --seeds 2"
+    p = bounds.Plan(parse(["bounds", *options.split()])[1]).problem
+    groups = bounds.grouped(p, 9)
+    value = p.images.columns.read("group")
+    train, tests = value[~p.images.test], value[p.images.test]
+    for s in range(2):
+        rows, sizes = np.asarray(p.clients.population.rows[s]), np.asarray(p.clients.population.sizes[s])
+        training = set(np.concatenate([row[:n] for row, n in zip(rows[:9], sizes[:9], strict=True)]).tolist())
+        for g in range(4):
+            own = groups.held.rows[s, g, : groups.held.sizes[s, g]]
+            assert set(own.tolist()) == training & set(np.flatnonzero(train == g).tolist())
+    says = lambda own: np.full(len(tests), train[own.rows[0, 0]])  # which group's model was asked
+    np.testing.assert_array_equal(groups.right(1, says), tests)

@@ -1,11 +1,14 @@
 """Between which bounds every method lies: zero-shot and a linear probe below, local-only beside, centralised above.
 
-What is trained sees what a federation sees: the images of the clients that train, not those of unseen ones.
+What is trained sees what a federation sees: the images of the clients that train, not those of unseen ones. Where
+images have a column ``group`` (a domain, a way of naming), one more bound is centralised training for each group alone,
+by an oracle that knows the group of every client.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from tqdm import tqdm
 
 from experiments.config import Config, check
 from experiments.results import metrics, summary
-from experiments.setup import local_training, problem
+from experiments.setup import columns, local_training, problem
 from experiments.setup.backbone import frozen_features
 from experiments.setup.local_training import make_optimizer
 from experiments.setup.memory import refuse_draws
@@ -49,6 +52,8 @@ class Plan:
         local = jax.jit(lambda *row: _local(score, p, config, steps, *row))
         held = pooled(p, config.clients)
         central = jax.jit(lambda *row: _central(score, p, config, central_steps, int(held.sizes.min()), *row))
+        groups = grouped(p, config.clients)
+        alone = jax.jit(lambda *row: _central(score, p, config, central_steps, groups.smallest, *row)[1])
         features = frozen_features(p.backbone, p.images.x)
         results: dict[str, list[float]] = {"zero_shot": [], "linear_probe": [], "local_only": [], "centralised": []}
         for s in tqdm(range(len(config.seeds)), unit="seed", dynamic_ncols=True):
@@ -58,6 +63,9 @@ class Plan:
             results["zero_shot"].append(_domain_mean(p, frozen))
             results["linear_probe"].append(_domain_mean(p, _probe(p, features, own.rows[0, : int(own.sizes[0])])))
             results["centralised"].append(_domain_mean(p, tuned))
+            if groups:
+                right = groups.right(s, lambda own, seed=seed: alone(own, *seed[1:]))
+                results.setdefault("by_group", []).append(_domain_mean(p, right))
             results["local_only"].append(float(np.nanmean(local(*seed))))
         entries = {name: summary.spread(values) for name, values in results.items()}
         self._print(entries, steps, central_steps)
@@ -70,6 +78,7 @@ class Plan:
             "linear_probe": f"logistic regression on frozen features of {pooled}, all test images",
             "local_only": f"each client alone, {'up to ' * (self.problem.longest is not None)}"
             f"{summary.counted(steps, 'step')} of {self.config.batch}, own test images",
+            "by_group": f"{pooled} by group, {summary.counted(central_steps, 'step')} of {_CENTRAL_BATCH}, its test images",
             "centralised": f"{pooled}, {summary.counted(central_steps, 'step')} of {_CENTRAL_BATCH}, all test images",
         }
         print()
@@ -98,6 +107,43 @@ def pooled(p: Problem, training: int) -> Population:
         for rows, sizes in zip(population.rows, population.sizes, strict=True)
     ]
     return Population(padded(parts), np.array([len(part) for part in parts]), population.ranks.max(1))  # type: ignore
+
+
+class Groups(NamedTuple):
+    """Who is of which group, as an oracle knows it. held: of each seed and group a client that holds all that the
+    group's training clients hold, ``[S, G, ...]``. tests: the group of each test image, ``[n_test]``."""
+
+    held: Population
+    tests: np.ndarray
+
+    @property
+    def smallest(self) -> int:
+        return int(self.held.sizes.min())
+
+    def right(self, s: int, tuned: Callable[[Population], Any]) -> np.ndarray:
+        """Which test images the models of their own groups get right, ``[n_test]``, where ``tuned`` says it of one."""
+        one = lambda g: jax.tree.map(lambda x: x[s, g][None], self.held)
+        each = np.stack([tuned(one(g)) for g in range(self.held.sizes.shape[1])])
+        return each[self.tests, np.arange(len(self.tests))]
+
+
+def grouped(p: Problem, training: int) -> Groups | None:
+    """By the column ``group``; None where there is none, clients are of several, or nobody of a group trains."""
+    if "group" not in p.images.columns.names:
+        return None
+    names, value = np.unique(columns.of(p.images, "group"), return_inverse=True)
+    of_image, population, none = value[~p.images.test], jax.device_get(p.clients.population), np.zeros(0, int)
+    parts = [
+        np.concatenate([none, *(row[:n] for row, n in zip(rows, sizes, strict=True) if of_image[row[0]] == g)])
+        for rows, sizes in zip(population.rows[:, :training], population.sizes[:, :training], strict=True)
+        for g in range(len(names))
+    ]
+    sizes, mixed = np.array([len(part) for part in parts]), [len(np.unique(of_image[part])) > 1 for part in parts]
+    if not sizes.all() or any(mixed):
+        return None
+    shape = len(population.rows), len(names)
+    held = Population(padded(parts).reshape(*shape, -1), sizes.reshape(shape), np.full(shape, population.ranks.max()))  # type: ignore
+    return Groups(held, value[p.images.test])
 
 
 def _central(score, p: Problem, config: Config, steps: int, smallest: int, everybody: Population, adapter, key):
