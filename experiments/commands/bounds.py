@@ -72,14 +72,17 @@ class Plan:
         return entries
 
     def _print(self, entries: dict[str, Any], steps: int, central_steps: int) -> None:
-        pooled = "training clients' images pooled"
+        pooled, together = (
+            "training clients' images pooled",
+            f"{summary.counted(central_steps, 'step')} of {_CENTRAL_BATCH}",
+        )
         what = {
             "zero_shot": "the frozen model, all test images",
             "linear_probe": f"logistic regression on frozen features of {pooled}, all test images",
             "local_only": f"each client alone, {'up to ' * (self.problem.longest is not None)}"
             f"{summary.counted(steps, 'step')} of {self.config.batch}, own test images",
-            "by_group": f"{pooled} by group, {summary.counted(central_steps, 'step')} of {_CENTRAL_BATCH}, its test images",
-            "centralised": f"{pooled}, {summary.counted(central_steps, 'step')} of {_CENTRAL_BATCH}, all test images",
+            "by_group": f"{pooled} by group, {together} for each, its test images",
+            "centralised": f"{pooled}, {together}, all test images",
         }
         print()
         for name, entry in entries.items():

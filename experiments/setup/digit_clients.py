@@ -121,8 +121,8 @@ def picture(path: str | Path) -> None:
     for row, kind in zip(axes, KINDS, strict=True):
         data = read(PREFIX + kind, clients=24)
         scans, client = data["columns"].read("source"), data["columns"].read("client")
-        three = load_digits().target[scans] == 3
-        firsts = [rows[0] for c in range(24) if len(rows := np.flatnonzero(three & (client == c)))]
+        four = load_digits().target[scans] == 4
+        firsts = [rows[0] for c in range(24) if len(rows := np.flatnonzero(four & (client == c)))]
         for axis, i in zip(row, firsts, strict=False):
             axis.imshow(data["x"][i], interpolation="nearest")
             axis.set_title(f"“{data['y'][i]}”", fontsize=8, pad=2)
