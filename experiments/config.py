@@ -39,7 +39,8 @@ class Config:
     )
     data: str = option(
         "digits",
-        "'digits' or digits:domain, :rotation, :concept, :mixed (built in), the path of a .npz file, a folder of images, [train|test/][DOMAIN/]CLASS/IMAGE, "
+        "digits or digits:domain, :rotation, :concept, :mixed (built in), the path of a .npz file, a folder of images, "
+        "[train|test/][DOMAIN/]CLASS/IMAGE, "
         "tfds:NAME[/CONFIG,...][:VERSION] of TensorFlow Datasets, hf:NAME[:CONFIG] or a saved folder of Hugging Face",
     )
     skip_damaged: bool = option(

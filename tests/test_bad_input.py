@@ -177,7 +177,7 @@ def test_options(case, places, tmp_path, capsys, monkeypatch, compilations):
 
 def test_as_a_process_there_is_no_traceback(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "experiments", "run", "--method", "fedlt", "--out", str(tmp_path / "out")],
+        [sys.executable, "-m", "experiments", "run", "--method", "fediit", "--out", str(tmp_path / "out")],
         cwd=ROOT,
         capture_output=True,
         text=True,
