@@ -153,7 +153,7 @@ class ViT(nn.Module):
         x = norm(x)
         parts = {"cls": lambda: x[..., 0, :], "mean": lambda: x[..., prefix:, :].mean(-2), "tokens": lambda: x}
         if self.pool == "cls_mean":
-            return jnp.concatenate([part() for part in parts.values()], -1)
+            return jnp.concatenate([parts["cls"](), parts["mean"]()], -1)
         return parts[self.pool]()
 
     @property

@@ -169,11 +169,12 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "over_the_air": lambda: over_the_air(fedit(), 1e6),
     "afl": lambda: afl(fedit(), 100, 0.5),
 }
+generated = lambda inner: signature_adapter(inner, SIGNATURE, rank=2, warmup=0)
 STACKS: dict[str, Callable[[], Method]] = {
     "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
     "defended": lambda: clip(noise(median(flexlora("balanced", gauge=True))), 0.05),
     "dynamic": lambda: fedlc(
-        clip(fedadam(feddyn(signature_bias(fedga(ffa_lora()), SIGNATURE, warmup=0), 8, 0.1)), 0.05), 0.1
+        clip(fedadam(feddyn(signature_bias(generated(fedga(ffa_lora())), SIGNATURE, warmup=0), 8, 0.1)), 0.05), 0.1
     ),
     "weighed": lambda: clip(
         noise(proximal(fedbc(fednova(fedyogi(flexlora("balanced", gauge=True))), lr=0.1, lam=0.2))), 0.05

@@ -55,7 +55,8 @@ def gossip(population: int, graph: Graph = "ring", space: Space = "factors", deg
     Raises:
       ValueError: fewer than two clients, or another graph, space or degree.
     """
-    refuse_outside("[2, inf)", population=population)
+    refuse_outside("[2, inf)", population=population, degree=degree)
+    refuse_outside("[0, inf)", seed=seed)
     for what, value, known in (("graph", graph, get_args(Graph)), ("space", space, get_args(Space))):
         if value not in known:
             raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")

@@ -135,13 +135,20 @@ def _first_basis(key: Array, x: LoRA, rank: int) -> Array:
     """Orthonormal ``[..., in, k]``, that of ``a`` first: at first, moves are within it."""
     k = min(rank, x.a.shape[-2])
     more = jax.random.normal(key, (*x.a.shape[:-1], k), x.a.dtype)
-    return jnp.linalg.qr(jnp.concatenate([x.a, more], -1)[..., :k])[0]
+    return _orthonormal(jnp.concatenate([x.a, more], -1)[..., :k])
 
 
 def _factors_of(x: LoRA, rank: int) -> tuple[Array, Array]:
     """Zeros in the shapes of ``u`` and ``V[phi]`` of a kernel."""
     k = min(rank, x.a.shape[-2])
     return jnp.zeros((*x.a.shape[:-1], k)), jnp.zeros((*x.b.shape[:-2], k, x.b.shape[-1]))
+
+
+def _orthonormal(x: Array) -> Array:
+    """A basis of the columns of ``x [..., in, k]``, matrix by matrix: batched QR can hang on CPU."""
+    k = x.shape[-1]
+    identity = jnp.broadcast_to(jnp.eye(k, dtype=x.dtype), (*x.shape[:-2], k, k))
+    return product.truncate(LoRA(x, identity, 1.0), k, split="left").a
 
 
 def _beyond_the_mean(own: SignatureAdapterState, z: Signature) -> Array:
@@ -185,7 +192,7 @@ def _turned(u: Array, p: Array, moved: LoRA, seen: Array) -> Array:
     """One step of block power iteration, ``orth(sum_c p_c D_c (u^T D_c)^T)``; ``u`` where nothing moved."""
     d = jnp.einsum("c,c...ir,c...rk->...ik", p, moved.a, matmul(moved.b, seen.mT), precision="highest")
     d = d / (product.safe_sqrt(jnp.sum(d**2, (-2, -1), keepdims=True)) + 1e-20)
-    return jnp.linalg.qr(d + 1e-6 * u)[0]
+    return _orthonormal(d + 1e-4 * u)
 
 
 def _size(own: SignatureAdapterState) -> Array:
