@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 API = (  # modules of the library, in the order in which a reader needs them
     *("lora", "method", "rounds", "training", "clients", "batches", "partition", "product", "signatures", "meta"),
-    *("losses", "dropout", "clustering", "diagnostics"),
+    *("task", "dropout", "clustering", "diagnostics"),
 )
 
 
