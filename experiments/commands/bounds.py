@@ -1,8 +1,8 @@
 """Between which bounds every method lies: zero-shot and a linear probe below, local-only beside, centralised above.
 
 What is trained sees what a federation sees: the images of the clients that train, not those of unseen ones. Where
-images have a column ``group`` (a domain, a way of naming), one more bound is centralised training for each group alone,
-by an oracle that knows the group of every client.
+clients are the values of a column and images have another, ``group`` (a domain, a way of naming), one more bound is
+centralised training for each group alone, by an oracle that knows the group of every client.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Plan:
         local = jax.jit(lambda *row: _local(score, p, config, steps, *row))
         held = pooled(p, config.clients)
         central = jax.jit(lambda *row: _central(score, p, config, central_steps, int(held.sizes.min()), *row))
-        groups = grouped(p, config.clients)
+        groups = grouped(p, config.clients) if config.partition.startswith(columns.PREFIX) else None
         alone = jax.jit(lambda *row: _central(score, p, config, central_steps, groups.smallest, *row)[1])
         features = frozen_features(p.backbone, p.images.x)
         results: dict[str, list[float]] = {"zero_shot": [], "linear_probe": [], "local_only": [], "centralised": []}
@@ -131,7 +131,8 @@ class Groups(NamedTuple):
 
 
 def grouped(p: Problem, training: int) -> Groups | None:
-    """By the column ``group``; None where there is none, clients are of several, or nobody of a group trains."""
+    """By the column ``group``; None where there is none, or as many as clients, clients are of several, or nobody of a
+    group trains."""
     if "group" not in p.images.columns.names:
         return None
     names, value = np.unique(columns.of(p.images, "group"), return_inverse=True)
@@ -142,7 +143,7 @@ def grouped(p: Problem, training: int) -> Groups | None:
         for g in range(len(names))
     ]
     sizes, mixed = np.array([len(part) for part in parts]), [len(np.unique(of_image[part])) > 1 for part in parts]
-    if not sizes.all() or any(mixed):
+    if len(names) >= training or not sizes.all() or any(mixed):
         return None
     shape = len(population.rows), len(names)
     held = Population(padded(parts).reshape(*shape, -1), sizes.reshape(shape), np.full(shape, population.ranks.max()))  # type: ignore

@@ -158,12 +158,9 @@ def _beyond_the_mean(own: SignatureAdapterState, z: Signature) -> Array:
 def _beside(model: Adapter, tier: Tier) -> Adapter:
     flat = lora.flatten(model)
     for name, x in tier.own.items():
-        is_low_rank = name in tier.basis
-        flat[name] = (
-            product.plus(flat[name], LoRA(tier.basis[name] / flat[name].scale, x, flat[name].scale))
-            if is_low_rank
-            else flat[name] + x
-        )
+        bare = flat[name]
+        beside = lambda u, x=x, bare=bare: product.plus(bare, LoRA(u / bare.scale, x, bare.scale))
+        flat[name] = beside(tier.basis[name]) if name in tier.basis else bare + x
     return lora.unflatten(flat)
 
 
@@ -179,7 +176,7 @@ def _learned(own, cohort, sent, received, lr, ridge, warmup) -> SignatureAdapter
         if name in own.basis:
             u, moved = own.basis[name], jax.vmap(product.difference)(received[name], sent[name])
             seen = beyond(moved.scale * matmul(matmul(u.mT, moved.a), moved.b))  # u^T D [C, ..., k, out]
-            basis[name] = jnp.where(begun, u, _turned(u, p, moved, seen))
+            basis[name] = jax.lax.cond(begun, lambda u, *_: u, _turned, u, p, moved, seen)
         else:
             seen = beyond(received[name] - sent[name])
         step = lr * jnp.tensordot(gain, seen, 1, precision="highest")
@@ -189,7 +186,7 @@ def _learned(own, cohort, sent, received, lr, ridge, warmup) -> SignatureAdapter
 
 
 def _turned(u: Array, p: Array, moved: LoRA, seen: Array) -> Array:
-    """One step of block power iteration, ``orth(sum_c p_c D_c (u^T D_c)^T)``; ``u`` where nothing moved."""
+    """One step of block power iteration, ``orth(sum_c p_c D_c (u^T D_c)^T)``; what ``u`` spans where nothing moved."""
     d = jnp.einsum("c,c...ir,c...rk->...ik", p, moved.a, matmul(moved.b, seen.mT), precision="highest")
     d = d / (product.safe_sqrt(jnp.sum(d**2, (-2, -1), keepdims=True)) + 1e-20)
     return _orthonormal(d + 1e-4 * u)
