@@ -166,7 +166,7 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "fednova": lambda: fednova(fedit()),
     "fedga": lambda: fedga(fedit()),
     "moon": lambda: moon(fedit(), 0.5),
-    "over_the_air": lambda: over_the_air(fedit(), 1e6),
+    "over_the_air": lambda: over_the_air(fedit(), 1e10),
     "afl": lambda: afl(fedit(), 100, 0.5),
 }
 generated = lambda inner: signature_adapter(inner, SIGNATURE, rank=2, warmup=0)
