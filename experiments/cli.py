@@ -196,7 +196,7 @@ def _held(out: str, names: Collection[str]) -> dict[str, Any]:
     return found
 
 
-_RECORDED = {"resume", "target", "checkpoint_every", "dry_run"}
+_RECORDED = {"resume", "target", "checkpoint_every", "dry_run", "track"}
 _META = {"unroll", "meta_lr"}
 _HOSTS = {"hosts", "coordinator", "process_id"}
 _WORK = {"local_steps", "local_steps_from", "local_epochs", "local_cap"}
@@ -232,8 +232,11 @@ _LEFT_OUT = {
     | _AT_ONCE
     | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
     | {"signature", "theta", "schedule", "local_schedule", "adapter", "eval_clients", "novel"},
-    "sweep": {"resume", "checkpoint_every", "dry_run", "lr", "budgets", "tuning_seeds"} | _META | _AT_ONCE | _HOSTS,
-    "budget": {"checkpoint_every", "dry_run", "lr", "validation", "vary", "eval_clients", "novel"}
+    "sweep": {"resume", "checkpoint_every", "dry_run", "track", "lr", "budgets", "tuning_seeds"}
+    | _META
+    | _AT_ONCE
+    | _HOSTS,
+    "budget": {"checkpoint_every", "dry_run", "track", "lr", "validation", "vary", "eval_clients", "novel"}
     | _META
     | _WORK
     | _HOSTS

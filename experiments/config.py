@@ -20,6 +20,7 @@ TASKS = ("softmax", "sigmoid", "pairs")
 DTYPES = ("float32", "bfloat16")
 HEADS = ("linear", "cosine", "prototype", "zero_shot", "text", "transport", "gate")
 SCHEDULES = ("constant", "linear", "cosine")
+TRACKERS = ("csv", "tensorboard", "wandb", "mlflow")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 BUDGETS = (1, 2, 5, 10)
 SEEDS = 20  # a larger count is asked about: it may have been meant as the one seed
@@ -371,6 +372,15 @@ class Config:
     )
     theta: str | None = option(
         None, "a METHOD.theta.npz of an earlier run: what the method learned there, to start from (or mode=frozen)"
+    )
+    track: tuple[str, ...] = option(
+        (),
+        "who is also told of rows of metrics.jsonl, comma-separated, in OUT/tracked: csv, tensorboard, wandb (offline, "
+        "unless WANDB_MODE says otherwise), mlflow (a local database, unless MLFLOW_TRACKING_URI says otherwise); pip "
+        "install 'fedlora-jax[track]' (default: nobody)",
+        among=TRACKERS,
+        empty=True,
+        decides=RECORD,
     )
     out: str | None = option(None, "folder to write (default: runs/ and the time)", decides=RECORD)
     resume: bool = option(

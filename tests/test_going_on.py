@@ -1,5 +1,6 @@
 """A finished run goes on with more rounds, methods and seeds, to the bytes of a run that asked for all at first."""
 
+import csv
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from test_bad_input import change
 from experiments.cli import parse
 from experiments.commands import compare
 from experiments.config import Config
+from experiments.results import tracking
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.folder import file_name
 
@@ -68,6 +70,17 @@ def assert_as_if_at_first(out, whole) -> None:
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
 
 
+def assert_told_once(out) -> None:
+    """A tracker has every number of every row, and none twice."""
+    with (out / tracking.FOLDER / "csv" / tracking.CSV).open(newline="") as file:
+        lines = [(tuple(line[:5]), float(line[5])) for line in list(csv.reader(file))[1:]]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    name = lambda row: (row["method"], str(row["seed"]), str(row["round"]))
+    expected = {(*name(row), x.name, x.of): x.value for row in rows for x in tracking.values(row)}
+    assert len(lines) == len(dict(lines))
+    assert dict(lines).items() >= expected.items()  # rows that were the last once were told of with more
+
+
 @pytest.fixture
 def as_a_user():
     """One seed alone, another that joins it and both at once are the same bytes in a user's programs."""
@@ -97,16 +110,18 @@ def test_more_rounds_then_a_method_then_seeds(small, again, whole, tmp_path):
 @pytest.mark.long
 @pytest.mark.usefixtures("as_a_user")
 def test_all_at_once(small, again, whole, tmp_path):
-    run(tmp_path, *small, "--methods", "fedit", "--rounds", "2", "--seeds", "1")
-    run(tmp_path, "--resume", "--rounds", "7", "--methods", f"fedit,{again}", "--seeds", "0,1")
+    run(tmp_path, *small, "--methods", "fedit", "--rounds", "2", "--seeds", "1", "--track", "csv")
+    run(tmp_path, "--resume", "--rounds", "7", "--methods", f"fedit,{again}", "--seeds", "0,1", "--track", "csv")
     assert_as_if_at_first(tmp_path, whole)
+    assert_told_once(tmp_path)
 
 
 def test_a_finished_run_keeps_its_timings_and_trains_nothing(whole, monkeypatch):
     monkeypatch.setattr(compare.Trial, "compile", lambda self: pytest.fail("something is compiled"))
     rows, before = (whole / "metrics.jsonl").read_bytes(), json.loads((whole / "summary.json").read_text())
-    again, now = run(whole, "--resume")
+    again, now = run(whole, "--resume", "--track", "csv")
     assert again == rows
+    assert_told_once(whole)
     assert now | {"date": before["date"]} == before  # at midnight it is another
     assert before["methods"]["fedit"]["seconds_per_round"] > 0
 

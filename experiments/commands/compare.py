@@ -19,7 +19,7 @@ from experiments.engine import forecast, hosts, methods, programs
 from experiments.engine.rows import holdings
 from experiments.engine.trial import Trial
 from experiments.options import RESULTS
-from experiments.results import checkpoints, record, report, summary, variance
+from experiments.results import checkpoints, record, report, summary, tracking, variance
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.folder import CONFIG, Folder, digest, file_name, say, write_json
 from experiments.setup.problem import Problem
@@ -88,13 +88,16 @@ class Plan:
             return self._execute(path)
 
     def _execute(self, folder: Path) -> Path:
-        config, metrics = self.config, record.Metrics(folder)
-        rows = metrics.read()
+        config, rows = self.config, record.Metrics(folder).read()
         parts = [part for trial in self.trials.values() for part in self._parts(trial, folder, rows)]
         hosts.agreed([[part.trial.name, part.span, part.whole] for part in parts])
         self._refuse_what_does_not_fit(part.trial for part in parts if part.left)
         write_json(folder / CONFIG, self.about)
-        with tqdm(total=sum(part.left for part in parts), unit="round", smoothing=0.1, dynamic_ncols=True) as bar:
+        with (
+            tracking.following(config.track, folder, self.about["config"], rows) as then,
+            tqdm(total=sum(part.left for part in parts), unit="round", smoothing=0.1, dynamic_ncols=True) as bar,
+        ):
+            metrics = record.Metrics(folder, then)
             parts = [_run(part, metrics, bar) for part in parts]
         found = {(row["method"], row["round"], row["seed"]): row for row in metrics.read()}
         order = [(name, r + 1, seed) for name in config.methods for r in range(config.rounds) for seed in config.seeds]

@@ -23,6 +23,9 @@ OPTIONAL: Mapping[str, tuple[str, str]] = {
     "array_record": ("--data tfds:NAME in that format", "tfds"),
     "datasets": ("--data hf:NAME, folders of Hugging Face", "hf"),
     "huggingface_hub": ("--weights hf:OWNER/NAME", "hub"),
+    "tensorboardX": ("--track tensorboard", "track"),
+    "wandb": ("--track wandb", "track"),
+    "mlflow": ("--track mlflow", "track"),
     "psutil": ("bench: CPU time of child processes", "bench"),
     "pytest": ("the tests", "test"),
 }

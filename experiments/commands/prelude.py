@@ -12,6 +12,7 @@ from experiments.engine import methods
 from experiments.engine.chunking import mesh_of
 from experiments.engine.facts import acceptable, describe
 from experiments.options import RESULTS, SPEED
+from experiments.results import tracking
 from experiments.results.folder import Folder, say
 from experiments.setup import local_training, problem
 from experiments.setup.problem import Problem
@@ -27,6 +28,7 @@ def checked(config: Config) -> None:
     local_training.check(config)
     for name in config.methods:
         methods.check(name)
+    tracking.check(config.track)
     mesh_of(config.devices)  # refuses more devices than there are
 
 

@@ -1,10 +1,11 @@
-"""Finished runs, read from Python: ``load("runs/all").rows`` is what ``pandas.DataFrame`` takes."""
+"""Finished runs, read from Python: ``load("runs/all").to_pandas()`` is a table of their numbers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.results import tracking
 from experiments.results.folder import CONFIG, read_json
 from experiments.results.record import Metrics
 
@@ -19,6 +20,27 @@ class Finished(NamedTuple):
     record: dict[str, Any]  # hashes of data, weights and partitions, adapted kernels, and more
     summary: dict[str, Any]  # see summary.py
     rows: list[dict[str, Any]]  # of metrics.jsonl: one for each method, seed and round; of metrics.py
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame``: a row for each number of each method, seed and round, what it is ``of`` (a domain, a
+        client) beside it."""
+        import pandas
+
+        keys = tracking.IDENTITY
+        found = [(*(row[key] for key in keys), *value) for row in self.rows for value in tracking.values(row)]
+        return pandas.DataFrame(found, columns=[*keys, "measure", "of", "value"])  # type: ignore
+
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset``: each measure by method, seed and round, of domains and clients by these as well; nan
+        where it was not taken. (``.sel({"method": "fedit"})``: its own ``method`` is another thing.)"""
+        import xarray
+
+        arrays = {}
+        for measure, table in self.to_pandas().groupby("measure"):
+            own = ["client"] if measure in tracking.NAMES.values() else ["domain"] * bool(table["of"].any())
+            table = table.rename(columns={"of": own[0] if own else "of"})
+            arrays[measure] = table.set_index([*tracking.IDENTITY, *own])["value"].to_xarray()
+        return xarray.Dataset(arrays)
 
 
 def load(folder: str | Path) -> Finished:

@@ -6,6 +6,7 @@
     summary.json    per method: last round and mean of the last five, with intervals over seeds (``summary.py``)
     *.theta.npz     what a method has learned besides its adapter (state.theta), of the first seed
     checkpoints/    METHOD/SEEDS/ROUNDS, seeds by their place in the list (``checkpoints.py``); older ones are deleted
+    tracked/        what trackers were told of it, for whoever looks there (``tracking.py``)
     *.png, report.html
 
 Rows are on disk before the checkpoint that covers them. A resumed run reads the newest checkpoint that is whole and has
@@ -18,7 +19,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,16 @@ from models import archive
 class Metrics:
     """``metrics.jsonl``, append-only while a method runs."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, then: Callable[[list[dict[str, Any]]], None] = lambda rows: None):
         self.folder, self._path = folder, folder / "metrics.jsonl"
+        self._then = then  # who else is told of rows once they are on disk
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         with self._path.open("ab") as file:
             file.write(b"".join(map(_line, rows)))
             file.flush()
             os.fsync(file.fileno())
+        self._then(rows)
 
     def read(self) -> list[dict[str, Any]]:
         """The rows that are as they were written; none where two of one method, seed and round contradict."""
