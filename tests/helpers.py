@@ -155,7 +155,7 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "fedadam": lambda: fedadam(fedit()),
     "fedlc": lambda: fedlc(fedit(), 0.1),
     "fedbc": lambda: fedbc(fedit(), lr=0.1, lam=0.2),
-    "signature_adapter": lambda: signature_adapter(fedit(), SIGNATURE, rank=2, warmup=0),
+    "signature_adapter": lambda: signature_adapter(fedit(), SIGNATURE, CLIENTS, rank=2, warmup=0),
     "signature_bias": lambda: signature_bias(fedit(), SIGNATURE, warmup=0),
     "clip": lambda: clip(fedit(), 0.05),
     "noise": lambda: noise(fedit()),
@@ -169,7 +169,7 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "over_the_air": lambda: over_the_air(fedit(), 1e10),
     "afl": lambda: afl(fedit(), 100, 0.5),
 }
-generated = lambda inner: signature_adapter(inner, SIGNATURE, rank=2, warmup=0)
+generated = lambda inner: signature_adapter(inner, SIGNATURE, CLIENTS, rank=2, warmup=0)
 STACKS: dict[str, Callable[[], Method]] = {
     "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
     "defended": lambda: clip(noise(median(flexlora("balanced", gauge=True))), 0.05),

@@ -32,7 +32,7 @@ def learned_state(method):
 
 
 def test_what_is_generated_stands_beside_the_models_and_is_linear_in_the_signature():
-    method, z = signature_adapter(fedit(), SIGNATURE, rank=2), RNG.normal(size=(CLIENTS, M))
+    method, z = signature_adapter(fedit(), SIGNATURE, CLIENTS, rank=2), RNG.normal(size=(CLIENTS, M))
     state = learned_state(method)
     state = state._replace(own=state.own._replace(center=told(z.mean(0))))
     c = cohort()._replace(signatures=told(z))
@@ -48,7 +48,7 @@ def test_what_is_generated_stands_beside_the_models_and_is_linear_in_the_signatu
 
 
 def test_the_mean_client_is_served_the_inner_model():
-    method = signature_adapter(fedit(), SIGNATURE, rank=2)
+    method = signature_adapter(fedit(), SIGNATURE, CLIENTS, rank=2)
     state = learned_state(method)
     c = cohort(clients=1)._replace(signatures=jax.tree.map(lambda x: x[None], state.own.center))
     for x in jax.tree.leaves(method.dispatch(BASE, state, c).context.own.own):
@@ -57,7 +57,8 @@ def test_the_mean_client_is_served_the_inner_model():
 
 def test_one_round_is_one_step_of_ridge_regression_of_clients_moves_on_their_signatures():
     """With eta = 1 and nothing known before, in float64 NumPy; the inner method aggregates as ever."""
-    method, inner, ridge = signature_adapter(fedit(), SIGNATURE, rank=2, lr=1.0, ridge=0.5, warmup=0), fedit(), 0.5
+    inner, ridge = fedit(), 0.5
+    method = signature_adapter(inner, SIGNATURE, CLIENTS, rank=2, lr=1.0, ridge=ridge, warmup=0)
     state, z = method.init(KEY, ADAPTER), RNG.normal(size=(CLIENTS, M))
     c = cohort()._replace(signatures=told(z))
     c = c._replace(weights=c.weights / c.weights.sum())
@@ -69,7 +70,7 @@ def test_one_round_is_one_step_of_ridge_regression_of_clients_moves_on_their_sig
     beyond = lambda x: x - np.tensordot(p, x, 1)
     phi = beyond(z)
     second = np.einsum("c,ci,cj->ij", p, phi, phi)
-    gain = np.linalg.inv(second + ridge * np.trace(second) / M * np.eye(M)) @ (p[:, None] * phi).T
+    gain = np.linalg.inv(second + ridge * np.trace(second) / CLIENTS * np.eye(M)) @ (p[:, None] * phi).T
     before, after = lora.flatten(sent.adapter), lora.flatten(received)
     for name, x in new.own.maps.items():
         if name in new.own.basis:
@@ -82,7 +83,7 @@ def test_one_round_is_one_step_of_ridge_regression_of_clients_moves_on_their_sig
 
 def test_the_basis_turns_to_where_clients_move_and_stays_after_the_warm_up():
     """Clients that move along two directions each: after some rounds of warm-up these are what the basis spans."""
-    method, c = signature_adapter(fedit(), SIGNATURE, rank=2, warmup=4), cohort()
+    method, c = signature_adapter(fedit(), SIGNATURE, CLIENTS, rank=2, warmup=4), cohort()
     state = method.init(KEY, ADAPTER)
     name = next(iter(state.own.basis))
     width = lora.flatten(ADAPTER)[name].a.shape[-2]
@@ -127,16 +128,16 @@ def test_clients_of_two_kinds_are_served_better_at_once_even_if_they_never_train
         }
         return c._replace(batches=one(c.batches), queries=one(c.queries))
 
-    assert trained(signature_adapter(fedit(), SIGNATURE, rank=2)) < 0.5 * trained(fedit())
+    assert trained(signature_adapter(fedit(), SIGNATURE, CLIENTS, rank=2)) < 0.5 * trained(fedit())
 
 
 def test_numbers_and_methods_that_have_no_meaning_are_refused():
     for wrong in ({"lr": 1.5}, {"ridge": 0}, {"rank": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            signature_adapter(fedit(), SIGNATURE, **wrong)
+            signature_adapter(fedit(), SIGNATURE, CLIENTS, **wrong)
     with pytest.raises(ValueError, match="generates nothing"):
-        signature_adapter(fedit(), SIGNATURE, rank=0, head=False)
-    pair = signature_adapter(ditto(), SIGNATURE)
+        signature_adapter(fedit(), SIGNATURE, CLIENTS, rank=0, head=False)
+    pair = signature_adapter(ditto(), SIGNATURE, CLIENTS)
     rows = cohort()._replace(memory=jax.vmap(lambda i: pair.init_client(ADAPTER))(jnp.arange(CLIENTS)))
     with pytest.raises(ValueError, match="wrap a method whose clients carry one adapter"):
         pair.dispatch(BASE, pair.init(KEY, ADAPTER), rows)

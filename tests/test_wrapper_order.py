@@ -60,7 +60,7 @@ MADE = {
     "proximal": lambda m: proximal(m, 0.3),
     "fedlc": lambda m: fedlc(m, 0.1),
     "signature_bias": lambda m: signature_bias(m, SIGNATURE, warmup=0),
-    "signature_adapter": lambda m: signature_adapter(m, SIGNATURE, rank=2, warmup=0),
+    "signature_adapter": lambda m: signature_adapter(m, SIGNATURE, CLIENTS, rank=2, warmup=0),
     "scaffold": lambda m: scaffold(m, POPULATION, LOCAL_LR),
     "feddyn": lambda m: feddyn(m, POPULATION, 0.3),
     "fedbc": lambda m: fedbc(m, lr=0.1, gam=0.5, lam=0.2),

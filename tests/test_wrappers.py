@@ -73,7 +73,7 @@ NEUTRAL = {
     "fedlc": lambda inner: fedlc(inner, 0.0),
     "fedbc": lambda inner: fedbc(inner, lr=0.0, lam=0.0),
     "signature_bias": lambda inner: signature_bias(inner, SIGNATURE, lr=0.0, warmup=0),
-    "signature_adapter": lambda inner: signature_adapter(inner, SIGNATURE, lr=0.0, warmup=0),
+    "signature_adapter": lambda inner: signature_adapter(inner, SIGNATURE, CLIENTS, lr=0.0, warmup=0),
     "clip": lambda inner: clip(inner, 1e6),
     "noise": lambda inner: noise(inner, 0.0),
     "norm_bound": lambda inner: norm_bound(inner, 1e6),

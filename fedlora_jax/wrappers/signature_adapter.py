@@ -2,14 +2,17 @@
 
     client c computes with  a_c b_c + u V[phi_c]  and  y_c + H[phi_c]      phi_c = z_c - z, beyond the mean client
     S <- (1 - eta) S + eta sum_c p_c phi_c phi_c^T
-    V <- V + eta R sum_c p_c phi_c (x) u^T D_c         R = (S + lam mean(diag S) I)^-1
+    V <- V + eta R sum_c p_c phi_c (x) u^T D_c         R = (S + lam tr(S) / N I)^-1
     H <- H + eta R sum_c p_c phi_c (x) d_c             D_c, d_c: how c's product, or what is trained in full, moved
     u <- orth(sum_c p_c D_c D_c^T u)                   beyond the mean move; u in the first rounds only
 
 Ours: a generator for HyperLoRA (Gupta et al. 2026, arXiv 2606.06154, which does not publish its own), made a tier of
 its own as ``signature_bias`` is: it stands frozen beside what a client trains, so what comes back is the inner
 method's alone. It is linear in the signature, and learns how much of clients' local moves their signatures foretell:
-one step of recursive least squares with forgetting a round, where a network would make one step of Adam. It rests
+one step of recursive least squares with forgetting a round, where a network would make one step of Adam. ``N``, the
+clients that it remembers, makes a few of them believed less: what is found between signatures and moves of a dozen
+clients is mostly chance. They are those that there are, or ``(2 - eta) / eta`` cohorts: so many, weighed alike, say as
+much as all weighed by how long ago they came. It rests
 where ``displacement`` rests (uploads that signatures tell nothing of). ``u`` are the leading left singular directions
 of clients' moves beyond the mean one (block power iteration), fixed after ``warmup`` rounds; until then nothing is
 generated. The mean client is served the inner model exactly, and a client that never took part its own at once.
@@ -62,6 +65,7 @@ class Tier(NamedTuple):
 def signature_adapter(
     inner: Method,
     signature: Signature,
+    population: int,
     rank: int = 8,
     lr: float = 0.3,
     ridge: float = 3.0,
@@ -73,9 +77,10 @@ def signature_adapter(
     Args:
       inner: a method whose clients carry one adapter, and whose server one.
       signature: one client's, only its shapes are read.
+      population: clients that may take part.
       rank: of what is generated for each kernel, at most its input; 0: nothing low-rank is.
       lr: eta, from 0 to 1.
-      ridge: lam, above 0: how far signatures are believed.
+      ridge: lam, above 0: how large what signatures do not foretell of one client's move is beside what they do.
       warmup: rounds before anything is generated.
       head: whether what is trained in full is generated, too.
 
@@ -83,6 +88,7 @@ def signature_adapter(
       ValueError: a number outside of its interval; nothing would be generated; (when a round is traced) clients of the
         method carry something else than one adapter.
     """
+    refuse_outside("[1, inf)", population=population)
     refuse_outside("[0, inf)", rank=rank, warmup=warmup)
     refuse_outside("[0, 1]", lr=lr)
     refuse_outside("(0, inf)", ridge=ridge)
@@ -110,7 +116,9 @@ def signature_adapter(
     def finish(old, new, cohort, sent, received):
         # Whoever differentiates a round takes what is learned in it as given.
         own, cohort, sent, received = jax.lax.stop_gradient((old.own, cohort, sent, received))
-        return new, _learned(own, cohort, lora.flatten(sent.adapter), lora.flatten(received), lr, ridge, warmup)
+        remembered = jnp.minimum(population, len(cohort.weights) * (2 - lr) / jnp.maximum(lr, 1e-6))
+        share = ridge / remembered  # of tr(S)
+        return new, _learned(own, cohort, lora.flatten(sent.adapter), lora.flatten(received), lr, share, warmup)
 
     def traffic(own, cohort):
         theirs = inner.traffic(own, cohort)
@@ -164,12 +172,12 @@ def _beside(model: Adapter, tier: Tier) -> Adapter:
     return lora.unflatten(flat)
 
 
-def _learned(own, cohort, sent, received, lr, ridge, warmup) -> SignatureAdapterState:
+def _learned(own, cohort, sent, received, lr, share, warmup) -> SignatureAdapterState:
     p, phi = cohort.weights, _beyond_the_mean(own, cohort.signatures)
     beyond = lambda x: x - jnp.tensordot(p, x, 1)  # what is alike for all is the inner method's
     phi = beyond(phi)
     second = (1 - lr) * own.second + lr * jnp.einsum("c,ci,cj->ij", p, phi, phi, precision="highest")
-    shift = (ridge * jnp.trace(second) / len(second) + 1e-12) * jnp.eye(len(second), dtype=second.dtype)
+    shift = (share * jnp.trace(second) + 1e-12) * jnp.eye(len(second), dtype=second.dtype)
     gain = solve(second + shift, (p[:, None] * phi).T)  # [m, C]
     basis, maps, begun = {}, {}, own.round >= warmup
     for name, x in own.maps.items():
