@@ -241,6 +241,19 @@ def test_they_are_taken_where_names_are_read_and_nothing_else_is_asked_for(path)
     assert head(head="linear").startswith("new")
 
 
+def test_a_folder_of_images_may_say_its_own(path, tmp_path):
+    """A file beside its classes goes before its name, and is refused where it is asked for and says none."""
+    (own := tmp_path / "eurosat" / "templates.txt").parent.mkdir()
+    own.write_text("a {} from above\n\n{} of\n")
+    config = Config(model="clip", weights=str(path), data=str(own.parent))
+    assert backbones.read(config, ("cat", "eel"), 4).facts["head"].startswith("zero-shot, 'a {} from above', '{} of'")
+    for text, line in (("{} of\nof\n", "'of'"), ("\n", "''")):
+        own.write_text(text)
+        with pytest.raises(ValueError, match=rf"eurosat/templates\.txt has the line {line}: expected templates"):
+            backbones.read(config, ("cat", "eel"), 4)
+        assert backbones.read(Config(data=str(own.parent)), ("0",), 16).name == "nano_glyphs"  # which reads no text
+
+
 def test_every_other_name_is_of_templates_and_of_one_set():
     assert set(prompts.CALLED) <= set(prompts.PUBLISHED)
     names = [name for own in prompts.CALLED.values() for name in own]

@@ -33,6 +33,7 @@ NANO = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
 BUILT_IN_NAME = "nano"
 # by family; made by ``setup.pretrain`` and ``setup.pretrain_clip``
 BUILT_IN = {"vit": NANO, "mixer": NANO.with_name("nano_mixer.npz"), "clip": NANO.with_name("nano_clip")}
+TEMPLATES = "templates.txt"  # in a folder of images
 OF_TEXT = ("zero_shot", "text", "transport")  # heads of models that read text
 
 
@@ -98,7 +99,7 @@ def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:
         if value != getattr(Config, name):
             got = ",".join(map(str, value)) if isinstance(value, tuple) else value
             raise ValueError(f"{chosen} does not take --{name.replace('_', '-')}: leave it out{instead}, got {got}")
-    families_alone = {"adapter": config.adapter, "usual": prompts.of_data(called(config.data))}
+    families_alone = {"adapter": config.adapter} | ({"usual": templates_of(config.data)} if "usual" in asked else {})
     known = {"classes": classes, "image_size": side} | optional | ({} if own else families_alone)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -125,6 +126,25 @@ def called(source: str) -> str:
     if source.startswith(hugging_face_data.PREFIX):
         return source.removeprefix(hugging_face_data.PREFIX).partition(":")[0].rpartition("/")[2]
     return Path(source).stem
+
+
+def templates_of(source: str) -> tuple[str, ...]:
+    """What a folder of images says in its ``templates.txt``, one a line; of other data those published for its name.
+
+    Raises:
+      ValueError: the file has none, or a line without ``{}``.
+    """
+    path = Path(source) / TEMPLATES
+    if not path.is_file():
+        return prompts.of_data(called(source))
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+    found = tuple(line.strip() for line in lines if line.strip())
+    if wrong := [line for line in found if "{}" not in line] or ([] if found else [""]):
+        raise ValueError(
+            f"{path} has the line {wrong[0]!r}: expected templates, one a line, each with {{}} for the name of a "
+            "class, as in a photo of a {}."
+        )
+    return found
 
 
 def in_order(config: Config, before: Sequence[str], now: Sequence[str]) -> Config:
