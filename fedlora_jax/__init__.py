@@ -37,6 +37,7 @@ from fedlora_jax.methods.feddpa import feddpa
 from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedglomo import fedglomo
 from fedlora_jax.methods.fedhl import fedhl
+from fedlora_jax.methods.fedimpro import fedimpro
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.fedper import fedper
 from fedlora_jax.methods.fedpgp import fedpgp
@@ -61,6 +62,7 @@ from fedlora_jax.methods.ifca import ifca
 from fedlora_jax.methods.local_only import local_only
 from fedlora_jax.methods.lora_a2 import lora_a2
 from fedlora_jax.methods.lora_fair import lora_fair
+from fedlora_jax.methods.mime import mime
 from fedlora_jax.methods.per_fedavg import per_fedavg
 from fedlora_jax.methods.pf2lora import pf2lora
 from fedlora_jax.methods.pfedhn import pfedhn
@@ -75,9 +77,11 @@ from fedlora_jax.signatures import Signature
 from fedlora_jax.training import LossFn
 from fedlora_jax.wrappers.fairness import afl, qffl
 from fedlora_jax.wrappers.fedbc import fedbc
+from fedlora_jax.wrappers.feddecorr import feddecorr
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedga import fedga
 from fedlora_jax.wrappers.fedlc import fedlc
+from fedlora_jax.wrappers.fedlesam import fedlesam
 from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedlora_jax.wrappers.moon import moon
@@ -123,14 +127,17 @@ __all__ = [
     "fedalt",
     "fedavgm",
     "fedbc",
+    "feddecorr",
     "feddpa",
     "feddyn",
     "fedex_lora",
     "fedga",
     "fedglomo",
     "fedhl",
+    "fedimpro",
     "fedit",
     "fedlc",
+    "fedlesam",
     "fednova",
     "fedper",
     "fedpgp",
@@ -165,6 +172,7 @@ __all__ = [
     "meta",
     "method",
     "methods",
+    "mime",
     "moon",
     "noise",
     "norm_bound",

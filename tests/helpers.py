@@ -31,6 +31,7 @@ from fedlora_jax.methods.feddpa import feddpa
 from fedlora_jax.methods.fedex_lora import fedex_lora
 from fedlora_jax.methods.fedglomo import fedglomo
 from fedlora_jax.methods.fedhl import fedhl
+from fedlora_jax.methods.fedimpro import fedimpro
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.fedper import fedper
 from fedlora_jax.methods.fedpgp import fedpgp
@@ -55,6 +56,7 @@ from fedlora_jax.methods.ifca import ifca
 from fedlora_jax.methods.local_only import local_only
 from fedlora_jax.methods.lora_a2 import lora_a2
 from fedlora_jax.methods.lora_fair import lora_fair
+from fedlora_jax.methods.mime import mime
 from fedlora_jax.methods.per_fedavg import per_fedavg
 from fedlora_jax.methods.pf2lora import pf2lora
 from fedlora_jax.methods.pfedhn import pfedhn
@@ -68,9 +70,11 @@ from fedlora_jax.signatures import Signature
 from fedlora_jax.task import Seen, Shown
 from fedlora_jax.wrappers.fairness import afl
 from fedlora_jax.wrappers.fedbc import fedbc
+from fedlora_jax.wrappers.feddecorr import feddecorr
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedga import fedga
 from fedlora_jax.wrappers.fedlc import fedlc
+from fedlora_jax.wrappers.fedlesam import fedlesam
 from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadam, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
@@ -136,6 +140,8 @@ CLASSICS: dict[str, Callable[[], Method]] = {
     "pfedhn": lambda: pfedhn(100, size=4, width=8),
     "ifca": lambda: ifca(query=BATCH),
     "fedglomo": fedglomo,
+    "mime": lambda: mime(query=BATCH),
+    "fedimpro": lambda: fedimpro(draws=5, query=BATCH),
     "pf2lora": lambda: pf2lora(local_rank=2, al=0.1),
     "feddpa": feddpa,
     "fdlora": lambda: fdlora(query=BATCH),
@@ -165,19 +171,20 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "norm_bound": lambda: norm_bound(fedit(), 1.0),
     "fednova": lambda: fednova(fedit()),
     "fedga": lambda: fedga(fedit()),
+    "feddecorr": lambda: feddecorr(fedit()),
+    "fedlesam": lambda: fedlesam(fedit(), 0.1),
     "moon": lambda: moon(fedit(), 0.5),
     "over_the_air": lambda: over_the_air(fedit(), 1e10),
     "afl": lambda: afl(fedit(), 100, 0.5),
 }
 generated = lambda inner: signature_adapter(inner, SIGNATURE, CLIENTS, rank=2, warmup=0)
+told = lambda inner: signature_bias(generated(inner), SIGNATURE, warmup=0)
 STACKS: dict[str, Callable[[], Method]] = {
     "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
     "defended": lambda: clip(noise(median(flexlora("balanced", gauge=True))), 0.05),
-    "dynamic": lambda: fedlc(
-        clip(fedadam(feddyn(signature_bias(generated(fedga(ffa_lora())), SIGNATURE, warmup=0), 8, 0.1)), 0.05), 0.1
-    ),
+    "dynamic": lambda: fedlc(clip(fedadam(feddyn(told(fedga(feddecorr(ffa_lora()))), 8, 0.1)), 0.05), 0.1),
     "weighed": lambda: clip(
-        noise(proximal(fedbc(fednova(fedyogi(flexlora("balanced", gauge=True))), lr=0.1, lam=0.2))), 0.05
+        noise(proximal(fedbc(fednova(fedyogi(fedlesam(flexlora("balanced", gauge=True), 0.1))), lr=0.1, lam=0.2))), 0.05
     ),
     "outliers": lambda: over_the_air(norm_bound(krum(trimmed_mean(fedyogi(moon(fedit(), 0.5)), 0.25), kept=2)), 1e6),
     "personal": lambda: clip(afl(proximal(ditto()), 100, 0.5), 0.05),

@@ -117,6 +117,7 @@ EXCEPTIONS["one client"] |= EXCEPTIONS["fixed point"]
 SENT = {name: lambda carried: carried["shared"] for name in ("finetune", "ditto", "pfedme", "personal")}
 SENT |= dict.fromkeys(("feddpa", "fdlora"), SENT["ditto"])
 SENT |= {name: lambda carried: carried.shared for name in ("sdflora", "pf2lora")}
+SENT["fedimpro"] = lambda carried: carried.own
 SENT["fedglomo"] = lambda carried: carried["now"]
 
 
@@ -141,6 +142,8 @@ SECOND = {
     "feddpa",
     "fdlora",
     "adf_lora",
+    "mime",
+    "fedimpro",
 }
 
 
@@ -203,7 +206,19 @@ ALIKE = {
     "fedper",
 }
 ALIKE |= {"fedrep", "hilora_cluster", "personal", "hyperlora_exact", "fed_hello", "fslora"}
-ALIKE |= {"feddpa", "fdlora", "pf2lora", "fedsvd", "florist", "lora_a2", "ravan", "gossip", "adf_lora"}
+ALIKE |= {
+    "mime",
+    "fedimpro",
+    "feddpa",
+    "fdlora",
+    "pf2lora",
+    "fedsvd",
+    "florist",
+    "lora_a2",
+    "ravan",
+    "gossip",
+    "adf_lora",
+}
 DERIVED = [name for name in WHOLE if name not in ALIKE]
 # Derivatives go through local steps in one way, whoever's they are; looked at are those that minimise
 STEPPED = (

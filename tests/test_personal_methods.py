@@ -34,6 +34,7 @@ from personal_helpers import SGD, body, head, personal, run, task
 from fedlora_jax import lora, rounds, training
 from fedlora_jax.method import average_client
 from fedlora_jax.methods.ditto import ditto
+from fedlora_jax.methods.fedimpro import Carried, fedimpro, of_classes
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.methods.fedper import fedper
 from fedlora_jax.methods.fedpgp import fedpgp
@@ -276,6 +277,45 @@ def test_fedproto_averages_mean_features_of_each_class_over_the_clients_that_hav
         far += np.mean((mine - np.float64(known.mean[k])) ** 2)
     np.testing.assert_allclose(minimised, loss + 0.3 * far, rtol=1e-5)
     with pytest.raises(ValueError, match="one head reads"):
+        method.init(KEY, lora.split(ADAPTER)[0])
+
+
+def test_fedimpro_trains_the_head_on_features_of_all_clients():
+    """Moments are those of NumPy over all clients' examples apart; what is drawn has them; W and b see it."""
+    method = fedimpro(draws=4000, query=BATCH)
+    c, state = normalised(members(method)), method.init(KEY, nudged(ADAPTER, 0))
+    sent = take(method.dispatch(BASE, state, c), 0)
+    batch, w = take(c.batches, (0, 0)), nudged(ADAPTER, 1)
+    task = of_batch(SHOWN, BASE, batch, KEY)
+    assert_near(method.objective(task, sent.adapter._replace(own=w), sent.context), (task(w), task(w)), 0)  # none yet
+    ends = [nudged(ADAPTER, i) for i in range(CLIENTS)]
+    looks = [seen(BASE, w, take(c.queries, i), KEY) for i, w in enumerate(ends)]
+    told, labels, measured = [np.float64(x.features) for x in looks], c.queries["y"], [of_classes(x) for x in looks]
+    stacked = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    new = method.aggregate(BASE, state, c, method.dispatch(BASE, state, c), Carried(stacked(ends), stacked(measured)))
+    assert_near(
+        new.adapter, jax.tree.map(lambda *x: sum(p * y for p, y in zip(c.weights, x, strict=True)), *ends), 1e-5
+    )
+    of = [np.concatenate([x[y == k] for x, y in zip(told, labels, strict=True)]) for k in range(3)]
+    p = [np.concatenate([q * np.ones(sum(y == k)) for q, y in zip(c.weights, labels, strict=True)]) for k in range(3)]
+    has = [k for k in range(3) if len(of[k])]
+    mean = np.stack([np.average(of[k], 0, p[k]) for k in has])
+    deviation = np.sqrt(np.stack([np.average((of[k] - m) ** 2, 0, p[k]) for k, m in zip(has, mean, strict=True)]))
+    assert_near(new.features.mean[np.array(has)], mean, 1e-4)
+    context = take(method.dispatch(BASE, new, c), 0).context
+    h, y = np.float64(context.h), np.asarray(context.y)
+    assert set(y.tolist()) <= set(has)
+    for i, k in enumerate(has):
+        n = sum(y == k)
+        np.testing.assert_allclose(n / 4000, sum(p[k]) / sum(map(sum, p)), atol=0.04)
+        assert (abs(h[y == k].mean(0) - mean[i]) <= 5 * deviation[i] / n**0.5 + 1e-3).all()
+        np.testing.assert_allclose(h[y == k].std(0), deviation[i], rtol=0.2, atol=1e-3)
+    head = jax.tree.map(lambda x, d: np.float64(x) + np.float64(d), BASE["head"], w["head"])
+    z = h @ head["kernel"] + head["bias"]
+    upper = np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(4000), y])
+    minimised, loss = method.objective(task, sent.adapter._replace(own=w), context)
+    np.testing.assert_allclose(minimised, loss + upper, rtol=1e-4)
+    with pytest.raises(ValueError, match="one linear head"):
         method.init(KEY, lora.split(ADAPTER)[0])
 
 

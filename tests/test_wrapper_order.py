@@ -39,9 +39,11 @@ from fedlora_jax.task import Seen, Task
 from fedlora_jax.wrappers import Wrapped, order
 from fedlora_jax.wrappers.fairness import afl, qffl
 from fedlora_jax.wrappers.fedbc import fedbc
+from fedlora_jax.wrappers.feddecorr import feddecorr
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedga import fedga
 from fedlora_jax.wrappers.fedlc import fedlc
+from fedlora_jax.wrappers.fedlesam import fedlesam
 from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
@@ -74,9 +76,11 @@ MADE = {
     "fednova": fednova,
     "qffl": lambda m: qffl(m, LOCAL_LR, 2.0),
     "fedga": fedga,
+    "fedlesam": fedlesam,
     "moon": moon,
     "over_the_air": lambda m: over_the_air(m, 1e12),  # too loud for its noise to be seen
 }
+LOSSES = {"feddecorr": feddecorr}  # adds to the local loss and keeps nothing, as FedLC does
 FAIR = {"afl": lambda m: afl(m, POPULATION)}  # weighs by losses, as q-FFL does
 SERVERS = {  # which are ``server`` with another transformation, as fedadam is
     "fedavgm": fedavgm,
@@ -85,7 +89,7 @@ SERVERS = {  # which are ``server`` with another transformation, as fedadam is
     "server": lambda m: server_optimizer(m, optax.sgd(1.0)),
 }
 STATEFUL = ("signature_bias", "signature_adapter", "scaffold", "feddyn", "fedadam", "noise", "over_the_air")
-REMEMBERING = ("scaffold", "feddyn", "fedbc", "moon")
+REMEMBERING = ("scaffold", "feddyn", "fedbc", "moon", "fedlesam")
 DEFENCES = ("clip", "median", "trimmed_mean", "krum", "norm_bound")
 HANDS_ON = (
     *DEFENCES,
@@ -100,7 +104,7 @@ HANDS_ON = (
 def built(*stack, method=None):
     method = method or fedit()
     for name in stack:
-        method = (MADE | SERVERS | FAIR)[name](method)
+        method = (MADE | SERVERS | LOSSES | FAIR)[name](method)
     return method
 
 
@@ -217,11 +221,11 @@ def numbers(model):
 
 
 def a_past_is_what_was_trained(play):
-    """Whatever stands outside."""
+    """Or what was sent, whatever stands outside."""
     tree = play.memory
     for name in named(play.stack, REMEMBERING):
-        if name == "moon":
-            assert_near(tree.own.own, play.received, 0)
+        if name in ("moon", "fedlesam"):
+            assert_near(tree.own.own, play.received if name == "moon" else play.sent.adapter, 0)
         tree = tree.inner
 
 
@@ -311,7 +315,7 @@ def test_every_ordered_pair_is_right_or_refused(inner, outer):
         checks.append(controls_match)
     if pair & set(DEFENCES):
         checks.append(a_broken_client_is_bounded)
-    if inner == "moon" and outer not in HANDS_ON:
+    if inner in ("moon", "fedlesam") and outer not in HANDS_ON:
         checks.append(a_past_is_what_was_trained)
     if outer in HANDS_ON:
         checks.append(the_outer_acts_first)
@@ -347,8 +351,16 @@ def test_afl_is_one_to_the_table_as_q_ffl():
     assert not goes("afl", "qffl")
 
 
+def test_feddecorr_is_one_to_the_table_as_fedlc_but_for_what_takes_the_place_of_a_loss():
+    for other in MADE.keys() - {"fedlc", "fedga"}:
+        assert goes("feddecorr", other) == goes("fedlc", other)
+        assert goes(other, "feddecorr") == goes(other, "fedlc")
+    assert goes("feddecorr", "fedga")
+    assert not goes("fedga", "feddecorr")
+
+
 def test_the_table_knows_every_wrapper():
-    assert set(wrappers()) | {"server"} == order.KNOWN == set(MADE) | set(SERVERS) | set(FAIR)
+    assert set(wrappers()) | {"server"} == order.KNOWN == set(MADE) | set(SERVERS) | set(LOSSES) | set(FAIR)
 
 
 def test_a_pair_is_seen_through_what_stands_between():
@@ -368,7 +380,7 @@ def test_what_works_by_uploads_refuses_methods_without_any(name, make):
 
 @pytest.mark.parametrize("make", [local_only, centralized])
 def test_what_works_without_uploads_goes_around_methods_without_any(make):
-    assert fedga(fedlc(make())).stack == ("fedlc", "fedga")
+    assert fedga(feddecorr(fedlc(make()))).stack == ("fedlc", "feddecorr", "fedga")
 
 
 @pytest.mark.parametrize("wrap", [median, trimmed_mean])

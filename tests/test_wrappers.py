@@ -47,9 +47,11 @@ from fedlora_jax.task import Seen, Task
 from fedlora_jax.wrappers import innermost
 from fedlora_jax.wrappers.around import with_adapter
 from fedlora_jax.wrappers.fedbc import fedbc
+from fedlora_jax.wrappers.feddecorr import correlation, feddecorr
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedga import calibrated, fedga
 from fedlora_jax.wrappers.fedlc import ABSENT, fedlc
+from fedlora_jax.wrappers.fedlesam import fedlesam
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi, server
 from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.over_the_air import over_the_air
@@ -237,8 +239,48 @@ def test_moon_draws_features_to_the_global_model_and_away_from_the_past():
     assert_near(kept.own.own, w, 0)
 
 
+def test_feddecorr_is_the_squared_correlation_of_features():
+    """As NumPy has it, over the examples that count; a feature that does not vary has none. FedGA goes outside."""
+    x = np.random.default_rng(0).normal(size=(7, 4))
+    x[:, 1] += 2 * x[:, 0]
+    x[:, 3] = 0.5
+    there = np.float32([1, 1, 1, 1, 1, 1, 0])
+    of = lambda x: correlation(Seen(jnp.asarray(x, jnp.float32), jnp.zeros((7, 2)), jnp.zeros(7, int), there))
+    k = np.corrcoef(x[:6, :3].T)
+    np.testing.assert_allclose(of(x), (np.sum(k**2) - 3) / 16, rtol=1e-5)
+    assert np.isfinite(jax.grad(of)(jnp.asarray(x))).all()
+    batch, w = take(cohort().batches, (0, 0)), nudged(ADAPTER, 1)
+    task, alone = seen_of(batch), feddecorr(fedit(), 0.3)
+    term = 0.3 * correlation(task.seen(w))
+    for method, loss in ((alone, task(w)), (fedga(alone), calibrated(task.seen(w)))):
+        assert_near(method.objective(task, w, ())[0], loss + term, 1e-6)
+
+
+def test_fedlesam_takes_gradients_where_the_server_was():
+    """Without a past it is the method inside; with one, gradients are of a model at a distance of rho from its own."""
+    rho, batch, old, now = 0.3, take(cohort().batches, (0, 0)), nudged(ADAPTER, 1), nudged(ADAPTER, 2)
+    method = fedlesam(fedit(), rho)
+    task, c, w = seen_of(batch), normalised(members(method)), nudged(ADAPTER, 3)
+    context = lambda w, c: take(method.dispatch(BASE, method.init(KEY, ADAPTER)._replace(adapter=w), c).context, 0)
+    first = context(old, c)
+    assert_near(method.objective(task, w, first)[0], task(w), 0)
+    kept = method.remember(take(c.memory, 0), first, old, w)
+    memory = c._replace(memory=copies(kept, CLIENTS))
+    way = flat(old) - flat(now)
+    at = flat(w) + rho * way / np.linalg.norm(way)
+    leaves, structure = jax.tree.flatten(w)
+    parts = np.split(np.float32(at), np.cumsum([x.size for x in leaves])[:-1])
+    moved = structure.unflatten([part.reshape(x.shape) for part, x in zip(parts, leaves, strict=True)])
+    loss, gradient = jax.value_and_grad(lambda w: method.objective(task, w, context(now, memory))[0])(w)
+    assert_near((loss, gradient), jax.value_and_grad(task)(moved), 1e-5)
+    assert_near(method.model(w, context(now, memory)), w, 0)
+    for make in (ditto, lambda: sdflora(2)):
+        with pytest.raises(ValueError, match="carry something else"):
+            fedlesam(make())
+
+
 def test_what_looks_at_features_needs_a_loss_that_shows_them():
-    for method in (moon(fedit()), fedga(fedit())):
+    for method in (moon(fedit()), fedga(fedit()), feddecorr(fedit())):
         c = normalised(members(method))
         with pytest.raises(ValueError, match=r"fedlora_jax\.task\.Shown"):
             jax.eval_shape(rounds.make_round(method, loss_fn, OPTIMIZER), BASE, method.init(KEY, ADAPTER), c, KEY)

@@ -18,8 +18,9 @@ COHORT = ALIKE | {"krum", "norm_bound", "over_the_air"}  # what becomes of an up
 UPLOADS = OWN | COHORT
 FAIR = frozenset({"qffl", "afl"})  # clients weigh by their losses
 GENERATED = frozenset({"signature_bias", "signature_adapter"})  # learned from how each client moved
-LOCAL = frozenset({"proximal", "fedlc", "fedga"})  # of the local loss, no state
-KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | GENERATED | {"moon", "fednova"}
+LOCAL = frozenset({"proximal", "fedlc", "fedga", "feddecorr"})  # of the local loss, no state
+FIRST = frozenset({"moon", "fedlesam"})  # about the models of the method itself
+KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | GENERATED | FIRST | {"fednova"}
 
 _SWAP = "put {inner} outside: +{outer}+{inner}"
 
@@ -39,10 +40,22 @@ def _set(*names: str) -> frozenset[str]:
 
 REFUSED = (
     Refused(
-        KNOWN - {"moon"},
-        _set("moon"),
-        "moon compares the models of the method itself, as it is sent and as clients carry it",
-        "put moon first: +{outer}+{inner}",
+        KNOWN - FIRST,
+        FIRST,
+        "{outer} is about the models of the method itself, as it is sent and as clients carry it",
+        "put {outer} first: +{outer}+{inner}",
+    ),
+    Refused(
+        FIRST,
+        FIRST,
+        "both are about the models of the method itself, and neither knows what the other makes of them",
+        "leave one out",
+    ),
+    Refused(
+        _set("fedga"),
+        _set("feddecorr"),
+        "FedGA takes the place of the loss, and nothing would be left of what {outer} adds to it",
+        _SWAP,
     ),
     Refused(
         SERVER,
@@ -193,7 +206,7 @@ REFUSED = (
     ),
 )
 
-_WITHOUT_UPLOADS = frozenset({"fedlc", "fedga"})  # the only ones that mean something then
+_WITHOUT_UPLOADS = frozenset({"fedlc", "fedga", "feddecorr"})  # the only ones that mean something then
 
 
 def check(name: str, stack: tuple[str, ...], uploads: Literal["averaged", "stacked", "none"] = "averaged") -> None:
