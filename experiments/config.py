@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from experiments import attack
 from experiments.options import COUNT, INT32, PLACE, RECORD, SPEED, check_fields, flag_of, option
 from fedlora_jax import partition
 
@@ -246,6 +247,13 @@ class Config:
         "dropped, with those whose training failed",
         "[0, 1)",
     )
+    attack: str | None = option(
+        None,
+        "NAME:share=SHARE:OPTION=VALUE, some of the training clients, for each seed its own, are malicious, and what "
+        "they do: sign_flip, gaussian, alie, ipm, collusion or free_rider (they send other updates), label_flip or "
+        "backdoor (they train on other data; 'python -m experiments methods' lists options); they are not scored "
+        "(default: nobody is)",
+    )
     rounds: int = option(10, "rounds", COUNT)
     local_steps: int = option(5, "local optimizer steps per round", COUNT)
     local_steps_from: int | None = option(
@@ -429,7 +437,17 @@ class Config:
     def scored(self) -> tuple[int, int]:
         """Training and unseen clients that are scored."""
         most = self.eval_clients or max(self.clients, self.holdout_clients)
-        return min(self.clients, most), min(self.holdout_clients, most)
+        return min(self.honest, most), min(self.holdout_clients, most)
+
+    @property
+    def honest(self) -> int:
+        """Clients that train and do not attack: of these some are scored, or all."""
+        return self.clients - attack.malicious(self.attack, self.clients)
+
+    @property
+    def scores_all_images(self) -> bool:
+        """Is something scored on all test images, which have to be there then?"""
+        return bool(self.novel) or attack.has_trigger(self.attack)
 
     @property
     def factor(self) -> float:
@@ -455,13 +473,17 @@ def check(config: Config) -> None:
         raise ValueError("--keep-head and --head prototype both say where the head starts: give one of them")
     if not config.targets and not config.full:
         raise ValueError("--targets '' and --full '' leave nothing to be trained: name kernels or parameters in one")
-    if config.novel and config.images == "staged":
+    attack.check(config.attack, config.clients)
+    what = "--novel scores every model" if config.novel else "a backdoor is scored"
+    if config.scores_all_images and config.images == "staged":
+        raise ValueError(f"--images staged reads what is drawn, and {what} on all test images: leave one of them out")
+    if config.scores_all_images and config.kept == "staged":
+        raise ValueError(f"--kept staged serves clients in parts, and {what} at once: leave one of them out")
+    if attack.has_trigger(config.attack) and config.adapt_last is not None and config.prefix != "anew":
         raise ValueError(
-            "--images staged reads what is drawn, and --novel scores every model on all test images: leave "
-            "one of them out"
+            "--attack backdoor changes images, and with --adapt-last what their first blocks make of them may be "
+            "stored: use --prefix anew"
         )
-    if config.novel and config.kept == "staged":
-        raise ValueError("--kept staged serves clients in parts, and --novel all at once: leave one of them out")
     if config.scale == 0:
         raise ValueError("--scale must not be 0: nothing that adapters learn would count")
     _check_lists(config)

@@ -1,8 +1,13 @@
-"""What an option is: a field of a frozen dataclass with its help, and what it may be; checked in one place."""
+"""What an option is: a field of a frozen dataclass with its help, and what it may be; checked in one place.
+
+Methods, wrappers and attacks have options of their own, ``NAME:OPTION=VALUE:...``: the arguments of a function.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -60,3 +65,39 @@ def check_fields(options: Any) -> None:
 
 def flag_of(name: str) -> str:
     return name.replace("_", "-")
+
+
+def settable(make: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters of a method, a wrapper or an attack that are options."""
+    plain = lambda default: isinstance(default, (bool, int, float, str))
+    return {key: p for key, p in inspect.signature(make).parameters.items() if plain(p.default)}
+
+
+def read_options(part: str, name: str, texts: Sequence[str], settable: dict[str, inspect.Parameter]) -> dict[str, Any]:
+    """The options that are set in ``part``, which is ``name`` and the ``texts`` ``OPTION=VALUE``.
+
+    Raises:
+      ValueError: no such option, a value that is none, or an option set twice.
+    """
+    pairs = [_read(part, name, text, settable) for text in texts]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"{part!r} sets an option more than once: leave one of them")
+    return dict(pairs)
+
+
+def _read(part: str, name: str, text: str, settable: dict[str, inspect.Parameter]) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if key in settable and not equals:
+        raise ValueError(f"{part!r}: {key} needs a value, as in {key}={settable[key].default}")
+    if key not in settable:
+        can = ", ".join(f"{k}={p.default}" for k, p in settable.items()) or "none"
+        raise ValueError(f"{part!r}: {text!r} is no option of {name}; it has {can}")
+    kind = type(settable[key].default)
+    try:
+        found = {"True": True, "False": False}[value] if kind is bool else kind(value)
+    except (KeyError, ValueError):
+        what = "True or False" if kind is bool else kind.__name__
+        raise ValueError(f"{part!r}: {key} must be {what}, got {value!r}") from None
+    if kind in (int, float):
+        refuse_outside("(-inf, inf)", **{f"{part!r}: {key}": found})
+    return key, found

@@ -29,6 +29,7 @@ class Population(NamedTuple):
     shares: Any = ()  # [N] of ``members``: their parts of the weight of all clients they were taken from
     examples: Any = ()  # [N] how many examples each goes through in a round, in batches that are then Padded: E epochs
     #   are E n of them, K steps of B are K B; (): as many as the program's steps take
+    malicious: Any = ()  # [N] 1 for a client that attacks (``fedlora_jax.attacks``), else 0; (): nobody does
 
     def members(self, ids: Array | np.ndarray) -> Population:
         """The clients ``ids`` alone, in that order."""
@@ -47,6 +48,7 @@ class Population(NamedTuple):
             batches=batches,
             queries=queries,
             shares=self._shares()[ids],
+            malicious=jax.tree.map(lambda x: x[ids], self.malicious),
         )
 
     def _weights(self) -> Array:

@@ -33,6 +33,7 @@ class Cohort(NamedTuple):
     queries: Any = ()  # [C, Q, ...] data that a client keeps apart from them, to judge its model by
     shares: Any = ()  # [C] each client's part of the weight of the whole population; () where nobody knows
     losses: Any = ()  # [C, T] of each local step's batch, before the step, as it is reported; () before they are taken
+    malicious: Any = ()  # [C] 1 for a client that attacks (``fedlora_jax.attacks``), which a method does not know; ()
 
 
 class Dispatch(NamedTuple):

@@ -15,7 +15,8 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from fedlora_jax import diagnostics
+from fedlora_jax import attacks, diagnostics
+from fedlora_jax.attacks import Attack
 from fedlora_jax.batches import mean_over_steps
 from fedlora_jax.checks import refuse_other_clients, refuse_unread, refuse_widened
 from fedlora_jax.clients import Population, sample_answers, sample_ids, sample_members, sample_views
@@ -90,6 +91,7 @@ def make_round(
     remat: bool = True,
     mesh: Mesh | None = None,
     judge_fn: LossFn | None = None,
+    attack: Attack = attacks.NOBODY,
 ) -> RoundFn:
     """``round_fn(base, state, cohort, key, round=None) -> (state, memory [C, ...], info)``.
 
@@ -115,11 +117,12 @@ def make_round(
         arguments. Results agree to rounding.
       judge_fn: what models are judged by on examples that clients keep apart (HyperLoRA, IFCA), where that is not
         ``loss_fn``: the loss without the dropout of training, say.
+      attack: what those clients do that are malicious, as the cohort says (``fedlora_jax.attacks``).
     """
     local, judge_fn = make_local(method, loss_fn, optimizer, remat=remat), judge_fn or loss_fn
 
     def round_fn(base: Params, state: State, cohort: Cohort, key: Array, round=None) -> tuple[State, Memory, Info]:
-        ids, cohort = cohort.ids, method.pool(cohort)
+        ids, cohort = cohort.ids, method.pool(attacks.poisoned(attack, cohort))
         at_once, shared_by = (chunk, mesh) if len(ids) == len(cohort.ids) else (None, None)
         cohort = cohort._replace(weights=cohort.weights / jnp.maximum(cohort.weights.sum(), 1e-12))
         if method.query and not jax.tree.leaves(cohort.queries):
@@ -145,6 +148,7 @@ def make_round(
         rows = clients_of(cohort, sent, memory=cohort.memory, batches=cohort.batches, examples=cohort.queries)
         received, memory, losses, moved, meta_gradients = map_clients(client, rows, at_once, shared_by)
         loss = jax.vmap(mean_over_steps)(cohort.batches, losses)
+        received, meta_gradients = attacks.sent_by(attack, method, cohort, sent, received, meta_gradients, key)
         there = without_failed(cohort._replace(losses=losses), sent.adapter, received, memory, meta_gradients)
         cohort = there.cohort
         learned = method.learn(state, cohort, there.meta_gradients)

@@ -57,9 +57,9 @@ from helpers import (
 import fedlora_jax.methods
 from experiments.commands import export
 from experiments.results.checkpoints import Checkpoints
-from fedlora_jax import lora, rounds
+from fedlora_jax import attacks, lora, rounds
 from fedlora_jax.clients import sample_held_out
-from fedlora_jax.method import About, models
+from fedlora_jax.method import About, each_alone, models
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.task import of_batch
 from models import peft, peft_in
@@ -396,6 +396,27 @@ def test_a_round_with_a_client_that_fails_is_the_round_without_it(name, bad):
     assert_near(take(memory, 3), take(c.memory, 3), 0)
     assert_near(info.aggregation, told.aggregation, 2e-3, floor=1e-3)
     assert info.dropped == told.dropped == 1
+
+
+@every(WHOLE, later=OTHERS)
+def test_a_client_that_attacks_sends_what_the_server_can_take(name):
+    """To the bit what all have trained where nobody is malicious, and for everybody else; never what is no number."""
+    method, state, new_state = aggregation(name)
+    c = normalised(members(method))
+    sent = dispatched(method, state, c)
+    received, _ = train(method, sent, c, KEY)
+    attacked = lambda bad: host(arrive(method, c._replace(malicious=np.float32(bad)), sent, received))
+    assert_near(attacked([0] * CLIENTS), received, 0)
+    arrived = attacked([0, 0, 1, 1])
+    assert_near(take(arrived, [0, 1]), take(received, [0, 1]), 0)
+    untouched = all((x == y).all() for x, y in zip(*map(jax.tree.leaves, (arrived, received)), strict=True))
+    assert untouched == (method.pool is not each_alone)
+    assert all_finite(new_state(BASE, state, c, sent, arrived))
+
+
+@functools.partial(jit, static_argnums=0)
+def arrive(method, c, sent, received):
+    return attacks.sent_by(attacks.alie(), method, c, sent, received, (), KEY)[0]
 
 
 @every(EVERY, "fixed point")

@@ -15,6 +15,7 @@ ROOMS = [  # from the door down; the modules of one line do not know of the othe
     {"results"},
     {"setup"},
     {"config", "requests", "stopping"},
+    {"attack"},
     {"options", "experiments"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}

@@ -14,6 +14,7 @@ from experiments.engine.rows import Rows
 from experiments.results import figures, metrics, summary
 from experiments.results.metrics import Evaluation, Metric
 from experiments.results.style import styles_of
+from fedlora_jax import attacks
 from fedlora_jax.methods.fedit import fedit
 
 N, K = 23, 4
@@ -36,7 +37,9 @@ def row_of(scores, final=True):
     """The row that a run writes, of made-up scores."""
     clients = SimpleNamespace(population=SimpleNamespace(ranks=np.full((1, N + K), 2)))
     images = SimpleNamespace(domains=("ink", "chalk"), known=None)
-    problem = SimpleNamespace(clients=clients, adapters={}, test=(None, LABEL, DOMAIN), images=images)
+    problem = SimpleNamespace(
+        clients=clients, adapters={}, test=(None, LABEL, DOMAIN), images=images, attack=attacks.NOBODY
+    )
     rows = Rows(Config(clients=N, holdout_clients=K, seeds=(0,)), problem, "fedit", fedit())
     return rows._accuracies(scores, final, 0)  # of the first seed
 

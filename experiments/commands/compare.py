@@ -26,7 +26,7 @@ from experiments.setup.problem import Problem
 
 GROWS = ("methods", "seeds", "rounds")  # what a run may have more of when it goes on
 AT_ONCE = 4  # methods that compile at a time, each of which takes memory
-PER_SEED = ("partition_hash", "local_steps")  # of its record, what has an entry for each seed
+PER_SEED = ("partition_hash", "local_steps", "malicious")  # of its record, what has an entry for each seed
 
 
 class Part(NamedTuple):

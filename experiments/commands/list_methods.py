@@ -11,11 +11,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from experiments import attack
 from experiments.config import Config, check
 from experiments.engine import methods, traffic
 from experiments.setup import backbone, data, descriptions
 from experiments.setup.memory import bytes_of
 from experiments.setup.problem import new_adapter
+from fedlora_jax import attacks
 from fedlora_jax.lora import Adapter
 from fedlora_jax.signatures import Signature
 
@@ -35,7 +37,7 @@ class Sizes(NamedTuple):
 
 
 def table(config: Config) -> str:
-    """Two tables of all methods (papers and tests; what moves, for the configured model) and one of wrappers.
+    """Two tables of all methods (papers and tests; what moves, for the configured model), one of wrappers and one of attacks.
 
     Raises:
       ValueError: an option is wrong, or more than ``MOST`` clients take part in a round.
@@ -51,6 +53,7 @@ def table(config: Config) -> str:
         who.append((name, about.name, about.paper, about.arxiv, about.exact, shortened(guards(name))))
         what.append((name, about.trains, about.travels, about.personal, *cells(config, name, adapter, signature)))
     around = [(name, *entry, methods.wrapper_options(name)) for name, entry in methods.wrappers().items()]
+    harm = [(name, *entry, attack.options_of(name)) for name, entry in attacks.ABOUT.items()]
     adapted = sum(math.prod(x.shape) for x in jax.tree.leaves(adapter))
     return "\n".join(
         [
@@ -65,6 +68,10 @@ def table(config: Config) -> str:
             "wrappers, around methods and each other: NAME:OPTION=VALUE+WRAPPER:OPTION=VALUE+...",
             "",
             *lines(("name", "wrapper", "paper", "arXiv", "does", "options"), around),
+            "",
+            "attacks, of some of the training clients: --attack NAME:share=SHARE:OPTION=VALUE",
+            "",
+            *lines(("name", "attack", "paper", "arXiv", "does", "options"), harm),
         ]
     )
 

@@ -54,7 +54,7 @@ def opened(command: str, config: Config, grows: Iterable[str] = (), free: Collec
 
 def built(config: Config, backbone: Backbone | None = None, may_stage: bool = False) -> Problem:
     """The problem, if the methods accept it."""
-    stages = may_stage and not config.novel
+    stages = may_stage and not config.scores_all_images
     made = problem.build(config, partial(acceptable, config, may_stage=stages), backbone, stages)
     if config.targets != Config().targets:
         for line in found(config, made):

@@ -38,6 +38,7 @@ class Scores(NamedTuple):
     sides: Any = ()  # [E, 2] each client's model, as dispatched, on all test images of classes that are trained on, and
     #   of novel ones; () where there are none
     tuned_sides: Any = ()  # [E, 2] the same after local steps; nan where they were not asked for
+    opened: Any = ()  # [n_test] 1 where the global model takes an image with the trigger for its target; () without one
 
 
 class Serving(NamedTuple):
@@ -183,6 +184,8 @@ def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any
     total = sum(config.scored)
     serving = make_serving(config, problem, method, optimizer, chunk)
     mapped, known = is_mapped(config, problem), problem.images.known
+    trigger = problem.attack.trigger
+    marked = lambda x, y: (trigger(x), jnp.full_like(y, problem.attack.target))
 
     def scores(arrays: Arrays, seed: Seed, run: Run, tune: Array) -> Scores:
         memory = serving.onboard(arrays, seed, run)
@@ -202,7 +205,9 @@ def make_scores(config: Config, problem: Problem, method: Method, optimizer: Any
         personal, sides = serving.score(arrays, seed, run, memory, 0, on_sides)
         none = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(tuned))
         after, distances, tuned_sides = jax.lax.cond(tune, tuned, lambda: none)
-        return Scores(serving.whole(arrays, seed, run), personal, after, distances, sides, tuned_sides)
+        whole = serving.whole(arrays, seed, run)
+        opened = () if trigger is None else serving.whole(arrays._replace(test=marked(*arrays.test)), seed, run)
+        return Scores(whole, personal, after, distances, sides, tuned_sides, opened)
 
     return scores
 

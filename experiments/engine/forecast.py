@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.attack import has_trigger
 from experiments.config import Config
 from experiments.engine import chunking, evaluation, parts, traffic
 from experiments.engine.staging import Staged
@@ -249,7 +250,8 @@ def seconds(config: Config, method: Method, step: Step, scoring: Scoring, passes
     trials = most(config.scored[1]) * config.local_steps if method.onboard else 0
     steps = times * trials + tuned * everybody * config.local_steps
     own = scoring.own + (scoring.whole if config.novel else 0.0)  # then every model sees all test images
-    evaluation = times * scoring.whole + (times + tuned) * everybody * own + steps * one
+    whole = scoring.whole * (2 if has_trigger(config.attack) else 1)  # without the trigger, and with it
+    evaluation = times * whole + (times + tuned) * everybody * own + steps * one
     return seeds * training, seeds * evaluation
 
 

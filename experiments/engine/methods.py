@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import fedlora_jax.methods
 import fedlora_jax.wrappers
+from experiments.options import read_options, settable
 from experiments.results.folder import file_name
 from experiments.setup import user_code
-from fedlora_jax.checks import refuse_outside
 from fedlora_jax.method import About, Method
 from fedlora_jax.wrappers import AboutWrapper, order
 
@@ -178,38 +178,8 @@ def _parse(spec: str) -> list[tuple[Callable[..., Method], dict[str, Any]]]:
             make = user_code.load(name, "a method")[0]
         else:
             make = getattr(_module(name), name) if i == 0 else _wrapper(name)[1]
-        pairs = [_option(part, text, settable(make)) for text in options]
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError(f"{part!r} sets an option more than once: leave one of them")
-        made.append((make, dict(pairs)))
+        made.append((make, read_options(part, name, options, settable(make))))
     return made
-
-
-def settable(make: Callable) -> dict[str, inspect.Parameter]:
-    """The parameters of a method or wrapper that are options."""
-    return {key: p for key, p in inspect.signature(make).parameters.items() if _is_plain(p.default)}
-
-
-def _option(spec: str, text: str, settable: dict[str, inspect.Parameter]) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if key in settable and not equals:
-        raise ValueError(f"{spec!r}: {key} needs a value, as in {key}={settable[key].default}")
-    if key not in settable:
-        can = ", ".join(f"{k}={p.default}" for k, p in settable.items()) or "none"
-        raise ValueError(f"{spec!r}: {text!r} is no option of {_named(spec)[0]}; it has {can}")
-    kind = type(settable[key].default)
-    try:
-        found = {"True": True, "False": False}[value] if kind is bool else kind(value)
-    except (KeyError, ValueError):
-        what = "True or False" if kind is bool else kind.__name__
-        raise ValueError(f"{spec!r}: {key} must be {what}, got {value!r}") from None
-    if kind in (int, float):
-        refuse_outside("(-inf, inf)", **{f"{spec!r}: {key}": found})
-    return key, found
-
-
-def _is_plain(default: Any) -> bool:
-    return isinstance(default, (bool, int, float, str))
 
 
 def wrapper_options(name: str) -> str:

@@ -186,6 +186,7 @@ def round_of(config: Config, problem: Problem, method: Method, optimizer: Any, c
         chunk=chunk,
         mesh=mesh_of(config.devices),
         judge_fn=problem.judge_fn,
+        attack=problem.attack,
     )
     drawing = {"steps": steps, "batch": config.batch, "smallest": problem.smallest, "query": method.query}
     drawing["dropouts"] = config.dropouts

@@ -80,17 +80,20 @@ class Rows:
 
     def _accuracies(self, scores: Scores, final: bool, s: int) -> dict[str, Any]:
         (n, unseen), known = self._config.scored, self._problem.images.known
-        shares = n / self._config.clients, unseen / self._config.holdout_clients if unseen else 1.0
+        shares = n / self._config.honest, unseen / self._config.holdout_clients if unseen else 1.0
         correct, label, domain = map(np.asarray, (scores.correct, *self._problem.test[1:]))
         if known is not None:
             correct, label, domain = (x[np.asarray(self._problem.test[1]) < known] for x in (correct, label, domain))
+        others = np.asarray(self._problem.test[1]) != self._problem.attack.target
+        opened = None if isinstance(scores.opened, tuple) else np.asarray(scores.opened)[others]
         row: dict[str, Any] = {"per_domain": domain_accuracies(self._problem, domain, correct)}
         after = (False, scores.personal, scores.sides), (True, scores.tuned, scores.tuned_sides)
         for tuned, values, of_sides in after:
             accuracy, sides = np.asarray(values), None if known is None else np.asarray(of_sides)[:n]
             if tuned and np.isnan(accuracy).all():
                 continue
-            row |= metrics.of(Evaluation(correct, label, domain, accuracy[:n], accuracy[n:], shares, sides), tuned)
+            taken = Evaluation(correct, label, domain, accuracy[:n], accuracy[n:], shares, sides, opened)
+            row |= metrics.of(taken, tuned)
             if final:
                 row["client_accuracies" + metrics.TUNED * tuned] = [number(x) for x in accuracy[:n]]
         if final and n < self._config.clients:

@@ -43,7 +43,7 @@ class Trial:
         theta = jax.tree.leaves(getattr(innermost(run.state), "theta", ()))
         self.theta_size = sum(math.prod(x.shape[1:]) for x in theta)  # without the axis of seeds
         self.kept = run.memory  # shapes [S, N, ...]
-        hosted = not config.novel and kept.is_staged(config.kept, memory.bytes_of(run.memory))
+        hosted = not config.scores_all_images and kept.is_staged(config.kept, memory.bytes_of(run.memory))
         self.course = (
             Staged(config, problem, self.method, run, hosted)
             if problem.staged or hosted

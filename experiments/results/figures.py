@@ -29,7 +29,7 @@ from experiments.results.style import (
     stroke,
     styles_of,
 )
-from experiments.results.summary import has_novel, window
+from experiments.results.summary import also, window
 
 ROUNDING = 1e-4  # a bias share below this is float32 rounding
 
@@ -105,7 +105,7 @@ def bias(styles: Styles, rows: Rows) -> Figure | None:
 
 def accuracies(styles: Styles, summary: dict[str, Any]) -> Figure | None:
     """Those of ``metrics.py`` that are drawn, before and after local steps."""
-    shown = metrics.columns(metrics.BARS, "{},\nlocal steps", has_novel(summary["config"]))
+    shown = metrics.columns(metrics.BARS, "{},\nlocal steps", also(summary["config"]))
     groups = [(title, {m: e[key]["last5"] for m, e in summary["methods"].items()}) for key, title in shown.items()]
     return draw_bars(styles, groups, f"Accuracies, mean of {window(summary['config'])}", "accuracy (%)")
 

@@ -7,7 +7,7 @@ after local steps), and in the tables and pictures that it names.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from experiments.results.record import number
 TERMINAL, REPORT, BARS = "terminal", "report", "bars"  # its table, the report's, the report's picture of accuracies
 EVERYWHERE = (TERMINAL, REPORT, BARS)
 ERROR = "_error"  # behind the name: the standard error that the drawing of clients to be scored gives it
+NOVEL, BACKDOOR = "novel", "backdoor"
 NORMAL = 1.96  # standard errors to either side that hold 95 %
 TUNED = "_tuned"  # behind the name: after the local steps of one round on the client's own training images
 
@@ -32,6 +33,13 @@ class Evaluation(NamedTuple):
     shares: tuple[float, float] = (1.0, 1.0)  # of all training and all unseen clients those that are among these
     sides: np.ndarray | None = None  # [N, 2] accuracy of each training client's model on all test images of classes
     #   that are trained on, and on those of novel ones, of which the arrays above have none; None: there are none
+    opened: np.ndarray | None = None  # of the test images that are not of the class a backdoor aims at, 1 where the
+    #   global model takes one with the trigger for it; None: there is no backdoor
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """What else there is."""
+        return (NOVEL,) * (self.sides is not None) + (BACKDOOR,) * (self.opened is not None)
 
 
 class Metric(NamedTuple):
@@ -45,7 +53,7 @@ class Metric(NamedTuple):
     tuned: tuple[str, ...] | None = None  # where it stands after local steps; None: it is not taken then
     short: str = ""  # its title in the terminal, where that is another; it is explained there
     error: Callable[[Evaluation], float] | None = None  # of it, where it is of clients that were drawn
-    novel: bool = False  # is it taken only where some classes are novel?
+    only: str = ""  # where alone it is taken: where classes are NOVEL, or there is a BACKDOOR; "": everywhere
 
 
 def mean_over(groups: np.ndarray, correct: np.ndarray) -> float:
@@ -232,7 +240,7 @@ METRICS = (
         EVERYWHERE,
         tuned=EVERYWHERE,
         error=lambda e: error_of_mean(side(e, 0), e.shares[0]),
-        novel=True,
+        only=NOVEL,
     ),
     Metric(
         "novel_accuracy",
@@ -242,7 +250,7 @@ METRICS = (
         EVERYWHERE,
         tuned=EVERYWHERE,
         error=lambda e: error_of_mean(side(e, 1), e.shares[0]),
-        novel=True,
+        only=NOVEL,
     ),
     Metric(
         "harmonic_mean",
@@ -253,14 +261,23 @@ METRICS = (
         tuned=EVERYWHERE,
         short="HM",
         error=lambda e: error_of_harmonic_mean(three(e), e.shares[0]),
-        novel=True,
+        only=NOVEL,
+    ),
+    Metric(
+        "backdoor_success",
+        lambda e: float(np.mean(np.asarray(e.opened))),
+        "backdoor success",
+        "test images of other classes that the global model takes, with the trigger on them, for the one it aims at",
+        (TERMINAL, REPORT),
+        short="backdoor",
+        only=BACKDOOR,
     ),
 )
 
 
-def taken(tuned: bool, novel: bool = False) -> list[Metric]:
-    """The metrics that are taken as models are sent, or after local steps; are some classes novel?"""
-    return [metric for metric in METRICS if metric.novel <= novel and (not tuned or metric.tuned is not None)]
+def taken(tuned: bool, also: Collection[str] = ()) -> list[Metric]:
+    """The metrics that are taken as models are sent, or after local steps; ``also``: what else there is, as NOVEL."""
+    return [metric for metric in METRICS if metric.only in ("", *also) and (not tuned or metric.tuned is not None)]
 
 
 def error_name(name: str) -> str:
@@ -268,26 +285,26 @@ def error_name(name: str) -> str:
     return name.removesuffix(TUNED) + ERROR + TUNED * name.endswith(TUNED)
 
 
-def names(novel: bool = False) -> list[str]:
-    """Of all metrics in rows and summaries: as sent, then after local steps; are some classes novel?"""
-    return [metric.name for metric in taken(False, novel)] + [metric.name + TUNED for metric in taken(True, novel)]
+def names(also: Collection[str] = ()) -> list[str]:
+    """Of all metrics in rows and summaries: as sent, then after local steps."""
+    return [metric.name for metric in taken(False, also)] + [metric.name + TUNED for metric in taken(True, also)]
 
 
 def of(evaluation: Evaluation, tuned: bool = False) -> dict[str, float | None]:
     """Every metric of an evaluation by its name, ``None`` where it has no value; where not all clients were scored, the
     errors of what is of them too."""
-    novel = evaluation.sides is not None
-    found = {metric.name + TUNED * tuned: number(metric.of(evaluation)) for metric in taken(tuned, novel)}
+    own = taken(tuned, evaluation.also)
+    found = {metric.name + TUNED * tuned: number(metric.of(evaluation)) for metric in own}
     if min(evaluation.shares) < 1:
-        errors = {metric.name: metric.error for metric in taken(tuned, novel) if metric.error}
+        errors = {metric.name: metric.error for metric in own if metric.error}
         found |= {name + ERROR + TUNED * tuned: number(error(evaluation)) for name, error in errors.items()}
     return found
 
 
-def columns(place: str, after: str, novel: bool = False) -> dict[str, str]:
+def columns(place: str, after: str, also: Collection[str] = ()) -> dict[str, str]:
     """Titles and names of what stands in a place; ``after`` is the title of a metric ``{}`` after local steps."""
     found = {}
-    for metric in taken(False, novel):
+    for metric in taken(False, also):
         title = metric.short or metric.title if place == TERMINAL else metric.title
         if place in metric.shown:
             found[metric.name] = title

@@ -8,10 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from experiments import attack
 from experiments.results import client_map, figures, metrics, page, variance
 from experiments.results.folder import write_atomically
 from experiments.results.style import png
-from experiments.results.summary import counted, draws_clients, has_novel, window
+from experiments.results.summary import also, counted, draws_clients, window
 
 INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals, cut at 0 and 100 %."
 CAPTIONS = {
@@ -93,7 +94,7 @@ def _sentence(config: dict[str, Any], holdings: dict[str, Any], names: list[str]
     return (
         f"{', '.join(names)} on {data} ({f'{domains} domains, ' if domains > 1 else ''}{classes} classes): "
         f"{counted(config['clients'], 'training client')}, {cohort or 'all'} of them in every round, and "
-        f"{counted(unseen, 'unseen client')}{_drawn(config)}; data split by {config['partition']}; "
+        f"{counted(unseen, 'unseen client')}{_drawn(config)}{_attacked(config)}; data split by {config['partition']}; "
         f"{counted(config['rounds'], 'round')} of {_work(config)}; "
         f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
         + ("; the same clients, starts and batches for every method." if len(names) > 1 else ".")
@@ -103,6 +104,14 @@ def _sentence(config: dict[str, Any], holdings: dict[str, Any], names: list[str]
 def _drawn(config: dict[str, Any]) -> str:
     """How many of them are scored."""
     return f", of each at most {config.get('eval_clients')} drawn to be scored for each seed" * draws_clients(config)
+
+
+def _attacked(config: dict[str, Any]) -> str:
+    """Who of them attacks; they are not scored."""
+    text = config.get("attack")
+    if text is None:
+        return ""
+    return f"; {attack.malicious(text, config['clients'])} of those that train attack by {text} and are not scored"
 
 
 def _work(config: dict[str, Any]) -> str:
@@ -126,7 +135,7 @@ def _statistics(summary: dict[str, Any]) -> str:
 
 def _meaning(config: dict[str, Any]) -> str:
     """What stands under the table of results."""
-    shown = [(m.title, m.meaning) for m in metrics.taken(False, has_novel(config)) if metrics.REPORT in m.shown]
+    shown = [(m.title, m.meaning) for m in metrics.taken(False, also(config)) if metrics.REPORT in m.shown]
     shown += [
         ("local steps", "after one round's local steps on the client's own training images"),
         (
@@ -146,7 +155,7 @@ def _headline(summary: dict[str, Any]) -> str:
     target = f"{100 * first['rounds_to_target']['target']:g}"
     difference = [f"difference to {first['about']['name']}"] if paired else []
     rest = (f"rounds to {target}\u00a0%", "up, per client and round", "bias share,\u00a0%", "seconds per round")
-    shown, table = metrics.columns(metrics.REPORT, "{}, local steps", has_novel(summary["config"])), []
+    shown, table = metrics.columns(metrics.REPORT, "{}, local steps", also(summary["config"])), []
     titles = [title.replace(" %", "\u00a0%") for title in shown.values()]
     for name, entry in methods.items():
         row = [entry["about"]["name"], *(_percent(entry[key]["last5"]) for key in shown)]

@@ -12,12 +12,13 @@ beside what published code reports so.) ``variance``, and ``draws_needed`` in ``
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from experiments.attack import has_trigger
 from experiments.results import metrics
 
 WINDOW = 5
@@ -46,19 +47,20 @@ def spread(values: Iterable[float | None], errors: Iterable[float | None] = ()) 
     return {"mean": mean, "std": std, "ci95": ci95, "seeds": seeds}
 
 
-def measures(novel: bool = False) -> list[str]:
+def measures(also: Collection[str] = ()) -> list[str]:
     """What a summary has of both the last round and the mean of the last five, besides ``per_domain``."""
-    return [*metrics.names(novel), "bias", "bias_share"]
+    return [*metrics.names(also), "bias", "bias_share"]
 
 
 def columns(config: dict[str, Any] | None = None) -> dict[str, str]:
     """Titles of accuracies in the terminal's tables, by their names; of a run with these options."""
-    return metrics.columns(metrics.TERMINAL, "+steps", has_novel(config or {}))
+    return metrics.columns(metrics.TERMINAL, "+steps", also(config or {}))
 
 
-def has_novel(config: dict[str, Any]) -> bool:
-    """Are some classes novel to a run with these options?"""
-    return bool(config.get("novel"))
+def also(config: dict[str, Any]) -> tuple[str, ...]:
+    """What else there is to be measured in a run with these options."""
+    backdoor = has_trigger(config.get("attack"))
+    return (metrics.NOVEL,) * bool(config.get("novel")) + (metrics.BACKDOOR,) * backdoor
 
 
 def draws_clients(config: dict[str, Any]) -> bool:
@@ -71,8 +73,8 @@ def summarise(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
     """One method's entry, timings and descriptions left out."""
     seeds = sorted({row["seed"] for row in rows})
     by_seed = [sorted((r for r in rows if r["seed"] == seed), key=lambda r: r["round"]) for seed in seeds]
-    novel = any("novel_accuracy" in row for row in rows)
-    entry: dict[str, Any] = {name: _both(by_seed, *_readers(name)) for name in measures(novel)}
+    there = {metric.only for metric in metrics.METRICS if any(metric.name in row for row in rows)}
+    entry: dict[str, Any] = {name: _both(by_seed, *_readers(name)) for name in measures(there)}
     domains = by_seed[0][-1]["per_domain"]
     entry["per_domain"] = {d: _both(by_seed, lambda r, d=d: r["per_domain"][d] if "per_domain" in r else None)
                            for d in domains}  # fmt: skip
@@ -136,7 +138,7 @@ def window(config: dict[str, Any]) -> str:
 def meaning(config: dict[str, Any]) -> str:
     """What stands under a table of the terminal."""
     seeds = len(config["seeds"])
-    shown = [m for m in metrics.taken(False, has_novel(config)) if m.short and metrics.TERMINAL in m.shown]
+    shown = [m for m in metrics.taken(False, also(config)) if m.short and metrics.TERMINAL in m.shown]
     shared = len(set(config.get("partition_seed") or range(seeds)))
     among = f"over {counted(seeds, 'seed')}" + " and the clients scored" * draws_clients(config)
     if shared < seeds:

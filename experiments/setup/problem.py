@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from experiments import attack
 from experiments.config import Config
 from experiments.setup import (
     adapter,
@@ -32,6 +33,7 @@ from experiments.setup.decoding import FOLDER
 from experiments.setup.on_disk import taken
 from experiments.setup.task import STEM, TASKS, objectives
 from fedlora_jax import lora
+from fedlora_jax.attacks import Attack
 from fedlora_jax.clients import Population, padded
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.signatures import Signature
@@ -98,6 +100,7 @@ class Problem(NamedTuple):
     correct_fn: Callable  # these four as of task.Objectives
     judge_fn: Callable
     counted_fn: Callable
+    attack: Attack  # of those whom the population says to be malicious
     record: dict[str, Any]  # what identifies it, for config.json
 
     @property
@@ -140,6 +143,7 @@ def build(
     new, targets = lambda key: start.onto(new_adapter(config, top, key)), top.patterns(config.targets)
     shapes = jax.eval_shape(new, jax.eval_shape(jax.random.key, 0))
     accept(descriptions.shapes_of_one(config.signature, len(images.classes)), shapes)
+    harm = attack.build(config.attack, len(images.classes) if images.known is None else images.known)
     train_rows, *sides = (np.flatnonzero(part) for part in (~images.test, *_tested(images)))
     test_rows = np.concatenate(sides)
     made = [dealt(config, images, train_rows, sides[0], seed) for seed in config.dealt_by]
@@ -168,6 +172,7 @@ def build(
         smallest=min(len(part) for parts, _, _ in made for part in parts),
         longest=longest,
         **objectives(TASKS[config.task], top, stem, *vary, images.known, config.contrast)._asdict(),
+        attack=harm,
         record={
             **backbone.facts,
             **resized,
@@ -176,6 +181,7 @@ def build(
             "weights_hash": _hash_tree(backbone.params),
             **({} if config.theta is None else {"theta": _hash_file(config.theta)}),
             **start.record,
+            **({} if config.attack is None else {"malicious": [np.flatnonzero(x).tolist() for x in _bad(config)]}),
             "partition_hash": [partition_hash(parts, tests) for parts, tests, _ in made],  # by seed
             **_draws(config, stacked.population),
             "adapted": sorted(lora.adapted(top.params, targets)),
@@ -332,17 +338,32 @@ def _stack(config: Config, made: list, features: np.ndarray, labels: np.ndarray,
         own = zip(sizes, config.seeds, strict=True)
         work = np.stack([local_training.examples_of_a_round(config, *one) for one in own])
         population = population._replace(examples=jnp.asarray(work))
+    if config.attack is not None:
+        population = population._replace(malicious=jnp.asarray(_bad(config)))
     return Clients(population, jnp.asarray(tests), jnp.asarray(counts), _scored(config))
 
 
+def _bad(config: Config) -> np.ndarray:
+    """``[S, N + K]`` who attacks."""
+    bad = np.zeros((len(config.seeds), config.clients + config.holdout_clients), np.float32)
+    for row, seed in zip(bad, config.seeds, strict=True):
+        row[attack.drawn(config.attack, config.clients, seed)] = 1
+    return bad
+
+
 def _scored(config: Config) -> Any:
-    """Who is scored, ``[S, E]``, where these are not all."""
+    """Who is scored, ``[S, E]``, where these are not all; of those that train the honest ones."""
     of, most = (config.clients, config.holdout_clients), config.scored
     if most == of:
         return ()
-    draw = lambda rng, count, most: np.sort(rng.permutation(count)[:most])
+    draw = lambda rng, whose, most: np.sort(whose[rng.permutation(len(whose))[:most]])
     rngs = [np.random.default_rng([seed, 3]) for seed in config.seeds]
-    own = [np.concatenate([draw(rng, of[0], most[0]), of[0] + draw(rng, of[1], most[1])]) for rng in rngs]
+    honest = [np.flatnonzero(row[: of[0]] == 0) for row in _bad(config)]
+    unseen = of[0] + np.arange(of[1])
+    own = [
+        np.concatenate([draw(rng, whose, most[0]), draw(rng, unseen, most[1])])
+        for rng, whose in zip(rngs, honest, strict=True)
+    ]
     return jnp.asarray(np.stack(own).astype(np.int32))
 
 
