@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
 
 
 def table(config: Config) -> str:
-    """Two tables of all methods (papers and tests; what moves, for the configured model), one of wrappers, one of attacks.
+    """Two tables of all methods (papers and tests; what moves, for the configured model), wrappers, attacks.
 
     Raises:
       ValueError: an option is wrong, or more than ``MOST`` clients take part in a round.

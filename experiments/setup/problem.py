@@ -181,7 +181,6 @@ def build(
             "weights_hash": _hash_tree(backbone.params),
             **({} if config.theta is None else {"theta": _hash_file(config.theta)}),
             **start.record,
-            **({} if config.attack is None else {"malicious": [np.flatnonzero(x).tolist() for x in _bad(config)]}),
             "partition_hash": [partition_hash(parts, tests) for parts, tests, _ in made],  # by seed
             **_draws(config, stacked.population),
             "adapted": sorted(lora.adapted(top.params, targets)),
@@ -217,8 +216,10 @@ def _features(config: Config, backbone: Backbone, x: Any) -> np.ndarray:
 
 
 def _draws(config: Config, population: Population) -> dict[str, Any]:
-    """What draws depend on: how many images the largest client of any seed has, and how much each goes through."""
-    return {"largest": int(population.rows.shape[-1]), **local_training.record(config, population.examples)}
+    """What draws depend on: how many images the largest client of any seed has, how much each goes through; and who of
+    each seed is malicious."""
+    bad = {} if config.attack is None else {"malicious": [np.flatnonzero(x).tolist() for x in _bad(config)]}
+    return {"largest": int(population.rows.shape[-1]), **local_training.record(config, population.examples), **bad}
 
 
 def new_adapter(config: Config, backbone: Backbone, key: Array) -> Adapter:
