@@ -80,6 +80,7 @@ def no_pictures():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "png", lambda figure: b"")
+        patch.setattr(report, "svg", lambda *_: "")
         yield
 
 
@@ -89,6 +90,7 @@ def pictures(monkeypatch):
     from experiments.results import report, style
 
     monkeypatch.setattr(report, "png", style.png)
+    monkeypatch.setattr(report, "svg", style.svg)
 
 
 @pytest.fixture(autouse=True)

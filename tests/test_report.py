@@ -1,20 +1,25 @@
 """The report holds what the run found, stands alone, and survives missing values and hostile names."""
 
 import base64
+import hashlib
 import re
+import shlex
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from scipy import stats
 
-from experiments.results import client_map, figures, metrics, report
+from experiments.cli import parse
+from experiments.options import RESULTS
+from experiments.results import client_map, comparisons, figures, findings, metrics, report, typed
 from experiments.results.budget_figures import line
 from experiments.results.style import legend, png, styles_of
 from experiments.results.summary import paired, spread, summarise
 
-pytestmark = pytest.mark.usefixtures("pictures")
-FIGURES = ("curves", "accuracies", "domains", "bias", "clients", "map", "traffic", "holdings")
+rendered = pytest.mark.usefixtures("pictures")  # which takes most of the time: where it is about what is in them
+FIGURES = ("curves", "differences", "accuracies", "domains", "clients", "cost", "traffic", "bias", "map", "holdings")
 DOMAINS = ("ink", "chalk", "_neon $x$")
 ABOUT = {"paper": "Zhang et al. 2023", "arxiv": "2305.05644", "trains": "a, b", "travels": "a, b", "exact": "no"}
 SHARES = (0.4, 3e-7, 0.0, 0.05)
@@ -86,21 +91,23 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.attributes, self.words = [], [], [], []
+        self.open, self.tags, self.attributes, self.words, self.scripts = [], [], [], [], []
         self.feed(text)
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self.open[-1:] != ["style"]:
             self.words.append(data)
 
     @property
@@ -118,6 +125,7 @@ def embedded(text):
     return [base64.b64decode(code) for code in re.findall(r'src="data:image/png;base64,([^"]*)"', text)]
 
 
+@rendered
 def test_every_figure_is_a_file_and_in_the_page(tmp_path):
     text = write(tmp_path, *make())
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(f"{name}.png" for name in FIGURES), "report.html"])
@@ -125,22 +133,31 @@ def test_every_figure_is_a_file_and_in_the_page(tmp_path):
     for file in files:
         assert file.startswith(b"\x89PNG\r\n\x1a\n")
         assert file.endswith(b"IEND\xaeB`\x82")
-    assert embedded(text) == files
+    assert embedded(text) == [file for name, file in zip(FIGURES, files, strict=True) if name not in report.DRAWN]
+    assert text.count("<svg ") == len(report.DRAWN)
+    names = re.findall(r'\bid="([^"]*)"', text)
+    assert len(names) == len(set(names)), "what is named in one picture is no other's"
+    assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(names)
 
 
+@rendered
 def test_the_page_loads_nothing(tmp_path):
     text = write(tmp_path, *make())
     page = Page(text)
-    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert not {"link", "iframe", "object", "embed", "base"} & set(page.tags)
+    (script,) = page.scripts
+    assert not re.search(r"fetch|import|XMLHttp|//|innerHTML|eval", script)
+    known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{known}'\"" in text, "no other script is run"
     for name, value in page.attributes:
         assert not name.startswith("on")
         if name == "src":
             assert value.startswith("data:image/png;base64,")
-        if name == "href":
+        if name == "href" and not value.startswith("#"):
             assert value == "https://arxiv.org/abs/2305.05644"
-    (style,) = re.findall(r"<style>(.*)</style>", text, re.DOTALL)
-    assert "url(" not in style
-    assert "@import" not in style
+    for style in re.findall(r"<style[^>]*>(.*?)</style>", text, re.DOTALL):
+        assert "url(" not in style
+        assert "@import" not in style
 
 
 def test_tables_hold_the_numbers_of_the_summary(tmp_path):
@@ -163,6 +180,7 @@ def test_tables_hold_the_numbers_of_the_summary(tmp_path):
     assert "best" not in text.replace("worst to best", "").lower()
 
 
+@rendered
 def test_names_are_escaped(tmp_path):
     hostile = '<script>alert("$x$ & _y")</script>'
     summary, rows, holdings = make(names=(hostile, "_B$"), domains=(hostile[:20], "_<b>"))
@@ -172,8 +190,8 @@ def test_names_are_escaped(tmp_path):
     holdings["classes"][0] = "<class> $\\frac$"
     text = write(tmp_path, summary, rows, holdings)
     page = Page(text)
-    assert "script" not in page.tags
-    assert text.count("<img") == len(FIGURES)
+    assert page.tags.count("script") == 1
+    assert text.count("<img") == len(FIGURES) - len(report.DRAWN)
     assert hostile in page.text
     assert "<img src=x>.npz" in page.text
     assert "<a&b>" in page.text
@@ -196,6 +214,7 @@ def test_missing_values_are_dashes(tmp_path):
     assert "Rounds 4 and 8, mean" in text
 
 
+@rendered
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_figures_without_data_are_left_out(tmp_path, seeds):
     summary, rows, holdings = make(names=("FedIT",), seeds=seeds, domains=("all",), rounds=1)
@@ -204,8 +223,9 @@ def test_figures_without_data_are_left_out(tmp_path, seeds):
             row.pop(key, None)
     text = write(tmp_path, summary, rows, holdings)
     assert sorted(p.stem for p in tmp_path.glob("*.png")) == ["accuracies", "curves", "holdings", "traffic"]
-    assert len(embedded(text)) == 4
+    assert len(embedded(text)) == 2
     assert "difference" not in Page(text).text
+    assert "input" not in Page(text).tags
 
 
 def test_a_method_has_one_colour_and_colours_differ():
@@ -214,6 +234,7 @@ def test_a_method_has_one_colour_and_colours_differ():
     assert list(styles) == [f"m{i}" for i in range(12)]
 
 
+@rendered
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     assert write(tmp_path, *make()) == write(tmp_path, *make())
 
@@ -322,3 +343,65 @@ def test_one_evaluated_round_is_a_whole_number_with_its_interval(picture):
     low, high = axes.get_xlim()
     assert [t for t in axes.get_xticks() if low <= t <= high] == [5]
     assert len(axes.containers) == 2  # whiskers of both methods: a band over one round has no width
+
+
+def test_the_summary_says_who_leads_and_whether_chance_would_do_as_well():
+    entry = lambda name, seeds: {"about": {"name": name}, "global_accuracy": {"last5": spread(seeds)}}
+    said = lambda *seeds: findings.sentence(
+        {f"m{i}": entry("ABC"[i], own) for i, own in enumerate(seeds)}, "global_accuracy"
+    )
+    base, better, other = [0.5, 0.6, 0.7, 0.65], [0.6, 0.68, 0.83, 0.74], [0.5, 0.61, 0.69, 0.6736]
+    p = 2 * stats.ttest_rel(better, base).pvalue  # the better one of two was picked
+    assert said(base, better, other) == (
+        f"B leads with 71.2 %, 10.0 points over A, the first: significant (p = {p:.2g}, paired t-test over 4 seeds, "
+        "for 2 comparisons)."
+    )
+    p = stats.ttest_rel(other, base).pvalue
+    assert said(other, base) == (
+        f"A leads with 61.8 %, 0.6 points over B, the next: not told apart (p = {p:.2g}, paired t-test over 4 seeds)."
+    )
+    assert "one seed, which says nothing of chance" in said([0.5], [0.6])
+    assert said(base, base) == "A and B have the same 61.3 % on every seed."
+    assert said(base) == "A has 61.3 %."
+    assert said(base, [0.5, None, 0.6, 0.7]) == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compare",
+        "run --method ditto+proximal:mu=0.1 --rounds 3 --seeds 42, --data 'a b.npz' --rank 4,8 --optimizer adam",
+        "compare --methods fedit,flora --seeds 3,1 --alpha 8 --mean 0.5,0.5,0.5 --keep-head --classes 0,1 --lr 0.01",
+    ],
+)
+def test_what_is_shown_to_be_typed_is_the_run(line):
+    command, config = parse(shlex.split(line))
+    held = {name: list(x) if isinstance(x, tuple) else x for name, x in config.deciding(RESULTS).items()}
+    text = typed.again(command, held)
+    assert parse(shlex.split(text)[3:]) == (command, config)
+    assert sorted(shlex.split(text)[3:]) == sorted(shlex.split(line))
+
+
+def test_a_front_is_what_nothing_betters():
+    points = [(3.0, 0.5), (1.0, 0.2), (2.0, 0.6), (1.0, 0.4), (4.0, 0.6), (5.0, 0.7)]
+    beaten = lambda p: any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points)
+    assert comparisons.front(points) == sorted(p for p in points if not beaten(p))
+
+
+def test_paired_differences_and_what_is_learned_are_drawn_as_they_are():
+    summary, rows, _ = make(names=("FedIT", "FLoRA", "Ditto"))
+    styles = styles_of(summary)
+    axes = figures.comparisons.differences(styles, summary).axes[0]
+    expected = {100 * e["mean"] for e in summary["paired"].values()}
+    marks = {float(line.get_xdata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
+    assert expected <= marks
+    ends = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
+    for own in summary["paired"].values():
+        assert any(np.allclose(end, 100 * np.array(own["ci95"])) for end in ends)
+    assert comparisons.learned(styles, rows) is None
+    for row in rows:
+        if row["method"] == "ditto":
+            row["gate"] = -0.1 * row["round"]
+    axes = comparisons.learned(styles, rows).axes[0]
+    (line,) = axes.lines
+    assert np.allclose(line.get_ydata(), -0.1 * np.arange(1, 9))

@@ -16,8 +16,8 @@ Rows = list[dict[str, Any]]
 Lines = dict[str, np.ndarray]  # of each method [4, points]: x, mean over seeds, ends of the interval
 
 
-def over_rounds(styles: Styles, rows: Rows, key: str, scale: float = 1.0) -> Lines:
-    """One measure of each method that has it, at the rounds where every seed has it."""
+def over_rounds(styles: Styles, rows: Rows, key: str, scale: float = 1.0, least: float = 0.0) -> Lines:
+    """One measure of each method that has it, at the rounds where every seed has it; intervals end at ``least``."""
     lines = {}
     for name in styles:
         by_round: dict[int, list[float | None]] = {}
@@ -28,7 +28,7 @@ def over_rounds(styles: Styles, rows: Rows, key: str, scale: float = 1.0) -> Lin
         table = [(r, s["mean"], *(s["ci95"] or (s["mean"], s["mean"]))) for r, s in points if s["mean"] is not None]
         if table:
             lines[name] = np.array(table, float).T * [[1], [scale], [scale], [scale]]
-            lines[name][2:] = np.clip(lines[name][2:], 0, np.inf if scale == 1 else scale)  # an accuracy has ends
+            lines[name][2:] = np.clip(lines[name][2:], least, np.inf if scale == 1 else scale)  # an accuracy has ends
     return lines
 
 
@@ -45,8 +45,9 @@ def draw_lines(styles: Styles, lines: Lines, title: str, x: str, y: str) -> tupl
     """Means over seeds as lines, intervals as bands (of a single point, as whiskers)."""
     figure, axes = new(title, x, y)
     for name, (at, mean, low, high) in lines.items():
-        axes.plot(at, mean, **stroke(styles, name, len(mean)))
-        axes.fill_between(at, low, high, color=styles[name].colour, alpha=0.13, linewidth=0)
+        axes.plot(at, mean, **stroke(styles, name, len(mean)), gid=f"m{list(styles).index(name)}")
+        band = {"color": styles[name].colour, "alpha": 0.13, "linewidth": 0, "gid": f"m{list(styles).index(name)}"}
+        axes.fill_between(at, low, high, **band)
         if len(at) == 1 and low < high:
             axes.errorbar(at, mean, [mean - low, high - mean], color=styles[name].colour, elinewidth=0.9, capsize=3)
     low, high = axes.get_ylim()

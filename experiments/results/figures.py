@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.results import client_map, metrics
+from experiments.results import client_map, comparisons, metrics
 from experiments.results.charts import Rows, along_rounds, draw_bars, draw_lines, over_rounds
 from experiments.results.style import (
     FAINT,
@@ -39,12 +39,15 @@ def draw(summary: dict[str, Any], rows: Rows, holdings: dict[str, Any]) -> dict[
     styles = styles_of(summary)
     figures = {
         "curves": curves(styles, rows, summary["config"].get("target")),
+        "differences": comparisons.differences(styles, summary),
         "accuracies": accuracies(styles, summary),
         "domains": domains(styles, summary),
-        "bias": bias(styles, rows),
         "clients": clients(styles, rows),
-        "map": client_map.picture(styles, rows, holdings),
+        "cost": comparisons.cost(styles, summary),
         "traffic": traffic(styles, rows),
+        "bias": bias(styles, rows),
+        "learned": comparisons.learned(styles, rows),
+        "map": client_map.picture(styles, rows, holdings),
         "holdings": held(holdings),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}

@@ -24,7 +24,7 @@ class Finished(NamedTuple):
     def to_pandas(self) -> Any:
         """A ``pandas.DataFrame``: a row for each number of each method, seed and round, what it is ``of`` (a domain, a
         client) beside it."""
-        import pandas
+        import pandas  # type: ignore
 
         keys = tracking.IDENTITY
         found = [(*(row[key] for key in keys), *value) for row in self.rows for value in tracking.values(row)]
@@ -33,7 +33,7 @@ class Finished(NamedTuple):
     def to_xarray(self) -> Any:
         """An ``xarray.Dataset``: each measure by method, seed and round, of domains and clients by these as well; nan
         where it was not taken. (``.sel({"method": "fedit"})``: its own ``method`` is another thing.)"""
-        import xarray
+        import xarray  # type: ignore
 
         arrays = {}
         for measure, table in self.to_pandas().groupby("measure"):

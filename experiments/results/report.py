@@ -1,4 +1,4 @@
-"""``report.html``: one page with everything a run found; it needs no network, no script and no other file."""
+"""``report.html``: one page with everything a run found; it needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from experiments import attack
-from experiments.results import client_map, figures, metrics, page, variance
+from experiments.results import client_map, figures, findings, metrics, page, typed, variance
 from experiments.results.folder import write_atomically
-from experiments.results.style import png
+from experiments.results.style import png, svg
 from experiments.results.summary import also, counted, draws_clients, window
 
 INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals, cut at 0 and 100 %."
+DRAWN = ("curves", "traffic", "bias")  # in the page as lines that can be hidden; as files all are PNG
 CAPTIONS = {
     "curves": "How fast each method rises, and where it settles.",
+    "differences": "What is not chance: an interval on one side of zero tells a method from the first, on the same "
+    "clients and batches. Small dots are seeds.",
+    "cost": "Filled: personal models, hollow: the global one. What lies below a dotted line is bettered by a method "
+    "that costs no more.",
+    "learned": "What methods that learn on the server report of it: gates, rates, sizes.",
     "accuracies": "What a method gains globally against what single clients, the worst served ones and unseen ones "
     "get, and how much of a gap a few local steps close.",
     "domains": "Whether a method gains everywhere or buys one domain with another.",
@@ -47,24 +53,31 @@ def write(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]], hol
     Returns:
       The path of ``report.html``.
     """
-    images = {name: png(figure) for name, figure in figures.draw(summary, rows, holdings).items()}
-    for name, image in images.items():
-        write_atomically(folder / f"{name}.png", image)
+    drawn, names = figures.draw(summary, rows, holdings), _names(summary["methods"])
+    images: dict[str, bytes | str] = {}
+    for name, figure in drawn.items():
+        write_atomically(folder / f"{name}.png", image := png(figure))
+        images[name] = svg(figure, name, names) if name in DRAWN else image
     path = folder / "report.html"
     write_atomically(path, _page(summary, holdings, images).encode("utf-8", "xmlcharrefreplace"))
     return path
 
 
-def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, bytes]) -> str:
-    methods, config = summary["methods"], summary["config"]
-    names = [entry["about"]["name"] for entry in methods.values()]
+def _names(methods: dict[str, Any]) -> list[str]:
+    return [entry["about"]["name"] for entry in methods.values()]
+
+
+def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, bytes | str]) -> str:
+    methods, config, names = summary["methods"], summary["config"], _names(summary["methods"])
     data = Path(config["data"]).name
     what = names[0] if len(names) == 1 else f"{len(names)} methods"
     title = escape(f"{summary['command']}: {what} on {data}")
     parts = [
         f"<h1>{title}</h1>",
         f"<p>{escape(_sentence(config, holdings, names, data))}</p>",
+        _found(summary),
         "<h2>Results</h2>",
+        page.toggles(names),
         _headline(summary),
         f'<p class="note">{_statistics(summary)} {_meaning(summary["config"])}</p>',
         *(f'<p class="note">{line[0].upper()}{line[1:]}.</p>' for line in variance.lines(summary)),
@@ -75,9 +88,20 @@ def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, b
         *(["<h2>Global model on each domain</h2>", _domains(summary)] if len(holdings["domains"]) > 1 else []),
         "<h2>Methods</h2>",
         _methods(methods),
+        "<h2>Again</h2>",
+        f"<pre>{escape(typed.again(summary['command'], config))}</pre>",
+        '<p class="note">All other options are as by default; data and weights lie where they lay.</p>',
         _record(summary),
     ]
     return page.whole(title, parts)
+
+
+def _found(summary: dict[str, Any]) -> str:
+    items = [
+        f"<li><b>{escape(title[0].upper() + title[1:])}</b>: {escape(text)}</li>"
+        for title, text in findings.lines(summary)
+    ]
+    return f'<ul class="found">{"".join(items)}</ul>' if items else ""
 
 
 def _without_map(clients: int) -> str:
@@ -188,7 +212,7 @@ def _methods(methods: dict[str, Any]) -> str:
     note = "Exact: is the server's new model the mean of its clients' models? Up, down: per client and round. "
     note += "Down is what it was sent so that it could start; to all: all of one seed, until every client that trains "
     note += "holds the final model."
-    return page.table(header, table, "words") + f'<p class="note">{note}</p>'
+    return page.table(header, table, "words sorts") + f'<p class="note">{note}</p>'
 
 
 def _paper(about: dict[str, str]) -> str:

@@ -5,8 +5,10 @@ readers; titles, axes, lines and legends alike in every picture.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -100,6 +102,26 @@ def plain(text: str, limit: int = 24) -> str:
     start = limit // 2  # both ends stay: methods that differ by an option differ at the end
     text = (text if len(text) <= limit else f"{text[:start]}…{text[start + 1 - limit :]}").replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
+
+
+def svg(figure: Figure, name: str, titles: Sequence[str]) -> str:
+    """A figure as an element of a page, with the text as text; what is of a method (gid m0, m1, ...) shows its title
+    where the pointer is, and is of that class.
+
+    Args:
+      figure: it.
+      name: before all that is named in it, so that it is no other figure's.
+      titles: of the methods.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    title = lambda match: f'<g class="m{match[1]}"><title>{escape(titles[int(match[1])])}</title>'
+    return re.sub(rf'<g id="{name}-m(\d+)">', title, text).replace("xlink:href", "href").strip()
 
 
 def png(figure: Figure) -> bytes:

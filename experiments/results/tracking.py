@@ -86,7 +86,7 @@ def to_csv(place: Place) -> Series:
 
 def to_tensorboard(place: Place) -> Series:
     """Event files, a folder for each run: ``tensorboard --logdir FOLDER``."""
-    from tensorboardX import SummaryWriter
+    from tensorboardX import SummaryWriter  # type: ignore
 
     folder, suffix = place.folder / file_name(place.method) / f"seed{place.seed}", f".{uuid.uuid4().hex[:8]}"
     writer = SummaryWriter(str(folder), filename_suffix=suffix)  # its own names are alike within a second
@@ -102,7 +102,7 @@ def to_tensorboard(place: Place) -> Series:
 def to_wandb(place: Place) -> Series:
     """A run of Weights & Biases, grouped by the whole; offline, unless WANDB_MODE says otherwise."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
+    import wandb  # type: ignore
 
     options = {"silent": True, "console": "off", "disable_git": True, "disable_code": True, "x_disable_stats": True}
     run = wandb.init(
@@ -122,8 +122,8 @@ def to_wandb(place: Place) -> Series:
 
 def to_mlflow(place: Place) -> Series:
     """A run of MLflow, the whole its experiment; in a database of its own, unless MLFLOW_TRACKING_URI says where."""
-    from mlflow.entities import Metric, Param
-    from mlflow.tracking import MlflowClient
+    from mlflow.entities import Metric, Param  # type: ignore
+    from mlflow.tracking import MlflowClient  # type: ignore
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
