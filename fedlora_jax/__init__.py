@@ -4,6 +4,7 @@ Methods and wrappers are functions of this module: ``fedlora_jax.proximal(fedlor
 """
 
 from fedlora_jax import (
+    attacks,
     batches,
     clients,
     clustering,
@@ -88,7 +89,7 @@ from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
-from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
+from fedlora_jax.wrappers.robust import geometric_median, krum, median, norm_bound, trimmed_mean, trust
 from fedlora_jax.wrappers.scaffold import scaffold
 from fedlora_jax.wrappers.signature_adapter import signature_adapter
 from fedlora_jax.wrappers.signature_bias import signature_bias
@@ -110,6 +111,7 @@ __all__ = [
     "Traffic",
     "adf_lora",
     "afl",
+    "attacks",
     "batches",
     "centralized",
     "clients",
@@ -155,6 +157,7 @@ __all__ = [
     "florist",
     "frozen",
     "fslora",
+    "geometric_median",
     "gossip",
     "hetlora",
     "hilora",
@@ -199,5 +202,6 @@ __all__ = [
     "task",
     "training",
     "trimmed_mean",
+    "trust",
     "wrappers",
 ]

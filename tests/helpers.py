@@ -82,7 +82,7 @@ from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
-from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
+from fedlora_jax.wrappers.robust import geometric_median, krum, median, norm_bound, trimmed_mean, trust
 from fedlora_jax.wrappers.scaffold import scaffold
 from fedlora_jax.wrappers.signature_adapter import signature_adapter
 from fedlora_jax.wrappers.signature_bias import signature_bias
@@ -168,6 +168,8 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "median": lambda: median(fedit()),
     "trimmed_mean": lambda: trimmed_mean(fedit(), 0.25),
     "krum": lambda: krum(fedit(), kept=2),
+    "geometric_median": lambda: geometric_median(fedit(), on="products"),
+    "trust": lambda: trust(fedit()),
     "norm_bound": lambda: norm_bound(fedit(), 1.0),
     "fednova": lambda: fednova(fedit()),
     "fedga": lambda: fedga(fedit()),
@@ -186,8 +188,10 @@ STACKS: dict[str, Callable[[], Method]] = {
     "weighed": lambda: clip(
         noise(proximal(fedbc(fednova(fedyogi(fedlesam(flexlora("balanced", gauge=True), 0.1))), lr=0.1, lam=0.2))), 0.05
     ),
-    "outliers": lambda: over_the_air(norm_bound(krum(trimmed_mean(fedyogi(moon(fedit(), 0.5)), 0.25), kept=2)), 1e6),
-    "personal": lambda: clip(afl(proximal(ditto()), 100, 0.5), 0.05),
+    "outliers": lambda: over_the_air(
+        norm_bound(krum(geometric_median(trimmed_mean(fedyogi(moon(fedit(), 0.5)), 0.25), on="products"), kept=2)), 1e6
+    ),
+    "personal": lambda: clip(trust(afl(proximal(ditto()), 100, 0.5)), 0.05),
 }
 METHODS |= CLASSICS
 WRAPPED |= STACKS

@@ -12,6 +12,8 @@ from helpers import (
     LOCAL_LR,
     assert_near,
     cohort,
+    copies,
+    dense,
     jit,
     loss_fn,
     members,
@@ -25,6 +27,7 @@ from wrapper_helpers import SGD, adapter_of, aggregated, flat, uploads
 
 from fedlora_jax import lora, rounds
 from fedlora_jax.methods.fedit import FedITState, fedit
+from fedlora_jax.methods.fedsa_lora import fedsa_lora
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.ifca import ifca
 from fedlora_jax.methods.pfedhn import pfedhn
@@ -34,7 +37,7 @@ from fedlora_jax.wrappers.around import with_adapter
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedopt import fedadam
 from fedlora_jax.wrappers.privacy import clip, noise
-from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
+from fedlora_jax.wrappers.robust import geometric_median, krum, median, norm_bound, trimmed_mean, trust
 from fedlora_jax.wrappers.scaffold import scaffold
 
 
@@ -89,16 +92,31 @@ def with_outlier(size=1e4):
     return replaced(uploads(), 2, size)
 
 
-@pytest.mark.parametrize("wrap", [median, lambda m: trimmed_mean(m, 0.25), krum, lambda m: norm_bound(m, 1.0)])
+KINDS = {
+    "median": median,
+    "trimmed_mean": lambda m: trimmed_mean(m, 0.25),
+    "krum": krum,
+    "krum on products": lambda m: krum(m, on="products"),
+    "norm_bound": lambda m: norm_bound(m, 1.0),
+    "norm_bound on products": lambda m: norm_bound(m, 1.0, on="products"),
+    "geometric_median": geometric_median,
+    "geometric_median on products": lambda m: geometric_median(m, on="products"),
+    "trust": trust,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1e4, jnp.nan])
-def test_an_outlier_does_not_carry_the_server_away(wrap, size):
+def test_an_outlier_does_not_carry_the_server_away(kind, size):
+    wrap = KINDS[kind]
     if wrap not in (median, krum) and not np.isfinite(size):
         size = 1e6  # what is not a number is for nonfinite
     _, new = aggregated(wrap(fedit()), with_outlier(size))
     _, plain = aggregated(fedit(), with_outlier())
     start = flat(nudged(ADAPTER, 0))
     reach = np.linalg.norm(flat(uploads(), clients=True) - start, axis=1).max()
-    assert np.linalg.norm(adapter_of(new) - start) < 1.5 * reach
+    far = 8 if kind == "norm_bound on products" else 1.5  # a factor may go far where the other is small
+    assert np.linalg.norm(adapter_of(new) - start) < far * reach
     assert np.linalg.norm(adapter_of(plain) - start) > 100 * reach
 
 
@@ -200,6 +218,127 @@ def test_krum_picks_the_update_with_the_nearest_others():
         aggregated(krum(fedit(), 2), w, c)
     with pytest.raises(ValueError, match="keeps 100 of a cohort of 4 clients"):
         aggregated(krum(fedit(), kept=100), w, c)
+
+
+def weiszfeld(points, p, steps=200):
+    """The geometric median of points ``[C, n]``, by the plain algorithm."""
+    v = p @ points / p.sum()
+    for _ in range(steps):
+        w = p / np.maximum(np.linalg.norm(points - v, axis=1), 1e-9)
+        v = w @ points / w.sum()
+    return v
+
+
+def products(tree):
+    """``[C, n]`` of an adapter: the products of low-rank updates, dense, and the rest."""
+    leaves = jax.tree.leaves(tree, is_leaf=lora.is_lora)
+    rows = [x.scale * dense(x) if lora.is_lora(x) else np.float64(x) for x in leaves]
+    return np.concatenate([x.reshape(len(x), -1) for x in rows], 1)
+
+
+def handed_on(make, c, *uploads):
+    """Weights and uploads that FedIT is given of each of these uploads of clients that were sent the same."""
+    seen, state = [], FedITState(nudged(ADAPTER, 0))
+    spy = fedit()._replace(aggregate=lambda base, state, c, sent, received: seen.append((c.weights, received)) or state)
+    method = make(spy)
+    sent = method.dispatch(BASE, state, c)
+    for received in uploads:
+        method.aggregate(BASE, state, c, sent, received)
+    return sent, seen
+
+
+@pytest.mark.parametrize("weights", [[1, 2, 3, 1, 2, 1], [1, 0, 2, 1, 1, 3]])
+def test_the_weights_make_the_mean_the_geometric_median(weights):
+    """Of factors, and of products, whose mean is then up to the inner method."""
+    c, w = normalised(cohort(clients=6, weights=weights)), nudged(copies(nudged(ADAPTER, 0), 6), 1)
+    w = replaced(w, 2, jax.tree.map(lambda x: 30 * x, w))
+    for on, points in ("factors", flat(w, clients=True)), ("products", products(w)):
+        _, [(found, _)] = handed_on(lambda m, on=on: geometric_median(m, on=on), c, w)
+        assert_near(np.float64(found) @ points, weiszfeld(points, np.float64(c.weights), 32), 1e-3)
+        assert (np.asarray(found)[np.asarray(weights) == 0] == 0).all()
+
+
+def test_of_several_ranks_the_geometric_median_is_of_who_holds_an_entry():
+    """Distances are means over what a client holds, times what the largest holds."""
+    c, state = normalised(cohort(clients=5, ranks=[2, 1, 2, 1, 2])), FedITState(nudged(ADAPTER, 0))
+    sent = fedit().dispatch(BASE, state, c)
+    d = nudged(jax.tree.map(np.zeros_like, sent.adapter), 1, 0.5)
+    w = jax.tree.map(lambda x, m, y: x + m * y, sent.adapter, sent.mask, d)
+    _, [(found, _)] = handed_on(geometric_median, c, w)
+    held = flat(jax.tree.map(lambda x, m: np.broadcast_to(m, x.shape), sent.adapter, sent.mask), clients=True)
+    d, p = (flat(w, clients=True) - flat(sent.adapter, clients=True)) * held, np.float64(c.weights)
+    beta = p
+    for _ in range(32):
+        v = beta @ (held * d) / np.maximum(beta @ held, 1e-12)
+        beta = p / np.sqrt((held * (d - v) ** 2).sum(1) / held.sum(1) * held.sum(1).max())
+        beta /= beta.sum()
+    np.testing.assert_allclose(found, beta, rtol=1e-3)
+
+
+def test_on_products_it_does_not_matter_how_they_are_factored():
+    w, c = nudged(copies(nudged(ADAPTER, 0), 6), 1), normalised(cohort(clients=6))
+    size = lambda x: np.float32([4, 0.5, 1, 2, 0.25, 1]).reshape(6, *(1,) * (x.ndim - 1))
+    other = lora.tree_map(lambda x: lora.LoRA(x.a * size(x.a), x.b / size(x.b), x.scale), w, full=lambda x: x)
+    for make in (geometric_median, lambda m, on: krum(m, kept=3, on=on)):
+        _, ((one, _), (two, _)) = handed_on(lambda m, make=make: make(m, on="products"), c, w, other)
+        np.testing.assert_allclose(one, two, atol=1e-4)
+    _, ((one, _), (two, _)) = handed_on(geometric_median, c, w, other)
+    assert np.abs(one - two).max() > 0.02, "of factors it does"
+
+
+@pytest.mark.parametrize("ranks", [[2, 2, 2, 2, 2], [2, 1, 2, 1, 2]])
+def test_products_are_bounded_by_the_median_of_their_norms(ranks):
+    """On the straight way of factors, against products that are formed; who is shorter sends what it has trained."""
+    c, state = normalised(cohort(clients=5, ranks=ranks)), FedITState(nudged(ADAPTER, 0))
+    sent = fedit().dispatch(BASE, state, c)
+    d = nudged(jax.tree.map(np.zeros_like, sent.adapter), 1, 0.5)
+    w = jax.tree.map(lambda x, m, y: x + m * y, sent.adapter, sent.mask, d)
+    _, [(_, bounded)] = handed_on(lambda m: norm_bound(m, 1.0, on="products"), c, w)
+    norms = lambda tree: np.linalg.norm(products(tree) - products(sent.adapter), axis=1)
+    before, after = norms(w), norms(bounded)
+    np.testing.assert_allclose(after, np.minimum(before, np.median(before)), rtol=1e-4)
+    short = before < np.median(before)
+    assert_near(take(bounded, short), take(w, short), 1e-6)
+    start, ends = flat(sent.adapter, clients=True), [flat(x, clients=True) for x in (bounded, w)]
+    part = (ends[0] - start) / np.where(ends[1] == start, 1, ends[1] - start)
+    for row, moved in zip(part, ends[1] != start, strict=True):
+        np.testing.assert_allclose(row[moved], row[moved][0], rtol=2e-3)
+
+
+def test_krum_on_products_picks_the_product_with_the_nearest_others():
+    w, c = uploads(), normalised(cohort())
+    rows = products(w)
+    scores = np.sort(np.sum((rows[:, None] - rows[None]) ** 2, -1), 1)[:, 1 : 1 + CLIENTS - 1 - 2].sum(1)
+    _, new = aggregated(krum(fedit(), 1, on="products"), w, c)
+    assert_near(adapter_of(new), flat(w, clients=True)[scores.argmin()], 1e-6)
+
+
+@pytest.mark.parametrize("root", [-1, 12])
+def test_trust_weighs_by_the_cosine_to_the_reference_and_makes_all_as_long(root):
+    """To the coordinate-wise median, or to the update of the trusted client."""
+    c, w, start = normalised(cohort(weights=[1, 2, 3, 0])), uploads(), flat(nudged(ADAPTER, 0))
+    d = (flat(w, clients=True) - start)[:3]
+    reference = d[2] if root == 12 else np.median(d, 0)
+    norms, goal = np.linalg.norm(d, axis=1), np.linalg.norm(reference)
+    trusted = np.maximum(0, d @ reference / (norms * goal))
+    _, new = aggregated(trust(fedit(), root), w, c)
+    assert_near(adapter_of(new), start + trusted @ (d * goal / norms[:, None]) / trusted.sum(), 1e-5)
+
+
+def test_where_nobody_is_trusted_nothing_moves():
+    """The trusted client has not moved, so that nobody goes its way."""
+    w, c = uploads(), normalised(cohort())
+    w = replaced(w, 2, jax.tree.map(lambda x: np.stack([x] * CLIENTS), nudged(ADAPTER, 0)))
+    _, new = aggregated(trust(fedit(), 12), w, c)
+    assert_near(adapter_of(new), flat(nudged(ADAPTER, 0)), 1e-6)
+
+
+@pytest.mark.parametrize("make", [krum, geometric_median, norm_bound])
+def test_products_of_which_a_part_is_sent_are_refused(make):
+    with pytest.raises(ValueError, match="needs both factors, and clients of this method keep a part"):
+        make(fedsa_lora(), on="products")
+    with pytest.raises(ValueError, match="on='factors' or on='products', got 'weights'"):
+        make(fedit(), on="weights")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])

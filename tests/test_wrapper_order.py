@@ -51,7 +51,7 @@ from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.privacy import clip, noise
 from fedlora_jax.wrappers.proximal import proximal
-from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
+from fedlora_jax.wrappers.robust import geometric_median, krum, median, norm_bound, trimmed_mean, trust
 from fedlora_jax.wrappers.scaffold import scaffold
 from fedlora_jax.wrappers.signature_adapter import signature_adapter
 from fedlora_jax.wrappers.signature_bias import signature_bias
@@ -81,6 +81,7 @@ MADE = {
     "over_the_air": lambda m: over_the_air(m, 1e12),  # too loud for its noise to be seen
 }
 LOSSES = {"feddecorr": feddecorr}  # adds to the local loss and keeps nothing, as FedLC does
+WEIGHED = {"geometric_median": geometric_median, "trust": trust}  # clients count anew, as of Krum
 FAIR = {"afl": lambda m: afl(m, POPULATION)}  # weighs by losses, as q-FFL does
 SERVERS = {  # which are ``server`` with another transformation, as fedadam is
     "fedavgm": fedavgm,
@@ -104,7 +105,7 @@ HANDS_ON = (
 def built(*stack, method=None):
     method = method or fedit()
     for name in stack:
-        method = (MADE | SERVERS | LOSSES | FAIR)[name](method)
+        method = (MADE | SERVERS | LOSSES | WEIGHED | FAIR)[name](method)
     return method
 
 
@@ -351,6 +352,15 @@ def test_afl_is_one_to_the_table_as_q_ffl():
     assert not goes("afl", "qffl")
 
 
+def test_what_weighs_clients_anew_is_one_to_the_table_as_krum():
+    """But that the geometric median leaves nobody out, so that a server's steps may stand outside of it."""
+    for other in MADE.keys() - {"krum"}:
+        assert goes("trust", other) == goes("krum", other)
+        assert goes("geometric_median", other) == (goes("krum", other) or other == "fedadam")
+        for name in WEIGHED:
+            assert goes(other, name) == goes(other, "krum")
+
+
 def test_feddecorr_is_one_to_the_table_as_fedlc_but_for_what_takes_the_place_of_a_loss():
     for other in MADE.keys() - {"fedlc", "fedga"}:
         assert goes("feddecorr", other) == goes("fedlc", other)
@@ -360,7 +370,7 @@ def test_feddecorr_is_one_to_the_table_as_fedlc_but_for_what_takes_the_place_of_
 
 
 def test_the_table_knows_every_wrapper():
-    assert set(wrappers()) | {"server"} == order.KNOWN == set(MADE) | set(SERVERS) | set(LOSSES) | set(FAIR)
+    assert set(wrappers()) | {"server"} == order.KNOWN == set(MADE | SERVERS | LOSSES | WEIGHED | FAIR)
 
 
 def test_a_pair_is_seen_through_what_stands_between():

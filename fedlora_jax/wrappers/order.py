@@ -14,7 +14,8 @@ SERVER = frozenset({"server", "fedavgm", "fedadagrad", "fedyogi", "fedadam"})  #
 CONTROLS = frozenset({"scaffold", "feddyn", "fedbc"})  # server and clients keep parts of one thing, made of uploads
 OWN = frozenset({"clip", "noise"})  # changes each upload by itself, so that its client knows what became of it
 ALIKE = frozenset({"median", "trimmed_mean"})  # one update in place of all
-COHORT = ALIKE | {"krum", "norm_bound", "over_the_air"}  # what becomes of an upload depends on the others
+WEIGHED = frozenset({"krum", "trust", "geometric_median"})  # clients count anew, by what they sent
+COHORT = ALIKE | WEIGHED | {"norm_bound", "over_the_air"}  # what becomes of an upload depends on the others
 UPLOADS = OWN | COHORT
 FAIR = frozenset({"qffl", "afl"})  # clients weigh by their losses
 GENERATED = frozenset({"signature_bias", "signature_adapter"})  # learned from how each client moved
@@ -174,7 +175,7 @@ REFUSED = (
         _SWAP,
     ),
     Refused(
-        _set("krum", "fedbc"),
+        _set("krum", "trust", "fedbc"),
         SERVER,
         "{inner} gives clients the weight zero, and {outer} would take what these alone hold for moved",
         _SWAP,

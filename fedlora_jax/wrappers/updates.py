@@ -59,4 +59,10 @@ def changed(mask: Adapter, sent: Adapter, received: Adapter, updates: Adapter) -
 
 def square_norms(stacked: Adapter) -> Array:
     """``[C]`` squared norms over all arrays together."""
-    return sum((jnp.sum(x**2, tuple(range(1, x.ndim))) for x in jax.tree.leaves(stacked)), jnp.zeros(()))
+    return inner_products(stacked, stacked)
+
+
+def inner_products(one: Adapter, other: Adapter) -> Array:
+    """``[C]`` inner products of two trees ``[C, ...]`` over all arrays together."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return sum((jnp.sum(x * y, tuple(range(1, x.ndim))) for x, y in pairs), jnp.zeros(()))
