@@ -46,21 +46,24 @@ class Entries(NamedTuple):
 
 
 class Products(NamedTuple):
-    """The products of one kernel's updates, of all clients; the three of ``Entries``, layer for entry."""
+    """The products of one kernel's updates, of all clients: what ``Entries`` has, layer for entry."""
 
     inner: Array  # [C, C, L] inner products
     held: Array  # [C, L] 1 where a client may move a layer
     size: int  # entries of one
 
     def apart(self) -> Array:
+        """``[C, C]`` squared distances over what both hold."""
         own = jnp.diagonal(self.inner).T  # [C, L]
         square = jnp.maximum(own[:, None] + own[None] - 2 * self.inner, 0.0)
         return jnp.einsum("cdl,cl,dl->cd", square, self.held, self.held)
 
     def common(self) -> Array:
+        """``[C, C]`` how many entries of products both hold."""
         return self.size * self.held @ self.held.T
 
     def from_mean(self, weights: Array) -> Array:
+        """``[C]`` squared distances from the mean of the holders of each layer by ``weights [C]``."""
         p = self.held * weights[:, None]
         p /= jnp.maximum(p.sum(0), 1e-12)
         near = jnp.einsum("cdl,dl->cl", self.inner, p)
