@@ -20,6 +20,8 @@ def on_files(files: Any, config: Any) -> Any:
 
     pages = {"index.md": (ROOT / "README.md").read_text(), "api.md": api()}
     pages |= {f"examples/{path.stem}.md": example(path) for path in sorted((ROOT / "examples").glob("*.py"))}
+    notebooks = sorted((ROOT / "examples" / "notebooks").glob("*.py"))
+    pages |= {f"examples/notebooks/{path.stem}.md": notebook(path) for path in notebooks}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -28,7 +30,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links as they are on the site: the README lies among the pages, and examples are pages."""
     markdown = markdown.replace("](docs/", "](").replace("](../README.md", "](index.md")
-    return re.sub(r"\]\((?:\.\./)?examples/(\w+)\.py\)", r"](examples/\1.md)", markdown)
+    return re.sub(r"\]\((?:\.\./)?examples/((?:notebooks/)?\w+)\.py\)", r"](examples/\1.md)", markdown)
 
 
 def api() -> str:
@@ -54,3 +56,16 @@ def example(path: Path) -> str:
     code = path.read_text()
     said = ast.get_docstring(ast.parse(code)) or ""
     return f"# {path.stem.replace('_', ' ').capitalize()}\n\n{said}\n\n```python\n{code}```\n"
+
+
+def notebook(path: Path) -> str:
+    """A notebook, a script whose cells begin with ``# %%``, as a page."""
+    parts = []
+    for cell in re.split(r"^# %%", path.read_text(), flags=re.MULTILINE)[1:]:
+        kind, _, text = cell.partition("\n")
+        plain = re.sub(r"^# ?", "", text, flags=re.MULTILINE).strip()
+        parts.append(plain if "[markdown]" in kind else f"```python\n{text.strip()}\n```")
+    title, _, rest = "\n\n".join(parts).partition("\n")
+    where = f"`examples/notebooks/{path.name}`"
+    told = f"*A script that runs as it is: {where}. `jupytext --to notebook {path.name}` makes a notebook of it.*"
+    return f"{title}\n\n{told}\n{rest}\n"
