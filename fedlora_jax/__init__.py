@@ -5,6 +5,7 @@ Methods and wrappers are functions of this module: ``fedlora_jax.proximal(fedlor
 
 from fedlora_jax import (
     attacks,
+    audit,
     batches,
     clients,
     clustering,
@@ -112,6 +113,7 @@ __all__ = [
     "adf_lora",
     "afl",
     "attacks",
+    "audit",
     "batches",
     "centralized",
     "clients",

@@ -1,0 +1,104 @@
+"""What leaks, measured: lower bounds that a claim of privacy must not lie below. NumPy, nothing of it is compiled.
+
+    epsilon >= log((TPR - delta) / FPR)        of whoever tells two neighbouring runs apart by a threshold
+
+A true and a false positive rate that are counted are known to a Clopper-Pearson interval, so that the bound holds at a
+stated confidence: Jagielski et al., *Auditing Differentially Private Machine Learning*, NeurIPS 2020, arXiv 2006.07709.
+What finds examples that a model was trained on is the likelihood ratio attack, Carlini et al., *Membership Inference
+Attacks From First Principles*, S&P 2022, arXiv 2112.03570 (LiRA), and the threshold on their loss, Yeom et al., CSF
+2018, arXiv 1709.01604. That an attack finds nothing proves nothing; that it finds more than a claim allows does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fedlora_jax.checks import refuse_outside
+
+
+def at_least(count: int, trials: int, confidence: float = 0.95) -> float:
+    """The least probability with which ``count`` of ``trials`` succeed, one-sided (Clopper & Pearson 1934).
+
+    Args:
+      count: from 0 to ``trials``.
+      trials: at least 1.
+      confidence: that it is not less, from 0 to 1.
+
+    Raises:
+      ValueError: a number out of bounds.
+    """
+    refuse_outside("(0, 1)", confidence=confidence)
+    refuse_outside("[1, inf)", trials=trials)
+    refuse_outside(f"[0, {trials}]", count=count)
+    if count == 0:
+        return 0.0
+    k = np.arange(count, trials + 1)
+    choose = [math.lgamma(trials + 1) - math.lgamma(i + 1) - math.lgamma(trials - i + 1) for i in k]
+    so_many = lambda p: np.exp(choose + k * math.log(p) + (trials - k) * math.log1p(-p)).sum()
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        p = (low + high) / 2
+        low, high = (p, high) if so_many(p) < 1 - confidence else (low, p)
+    return low
+
+
+def epsilon_at_least(there: np.ndarray, absent: np.ndarray, delta: float = 0.0, confidence: float = 0.95) -> float:
+    """A lower bound on the epsilon of what gave these scores; at most what is claimed, at that confidence, or it fails.
+
+    Args:
+      there: ``[n]`` scores of independent runs on one of two neighbouring populations (a canary takes part).
+      absent: ``[m]`` on the other. Every second run of both chooses the threshold, the others are counted.
+      delta: of the claim.
+      confidence: of the bound.
+    """
+    threshold = _best_threshold(there[::2], absent[::2])
+    there, absent, both = there[1::2], absent[1::2], (1 + confidence) / 2  # either may fail
+    hits = at_least(int((there > threshold).sum()), len(there), both)
+    alarms = 1 - at_least(int((absent <= threshold).sum()), len(absent), both)
+    return math.log((hits - delta) / alarms) if hits - delta > alarms else 0.0
+
+
+def _best_threshold(there: np.ndarray, absent: np.ndarray) -> float:
+    """Where the ratio of rates is largest; false alarms count three more, as many as a bound makes of none."""
+    thresholds = np.quantile(np.concatenate([there, absent]), np.linspace(0.02, 0.999, 100))
+    ratio = lambda t: (there > t).mean() / (((absent > t).sum() + 3) / len(absent))
+    return float(max(thresholds, key=ratio))
+
+
+def area(members: np.ndarray, others: np.ndarray) -> float:
+    """The probability that a member's score is above another's, ties by half: 0.5 of scores that say nothing."""
+    ranks = np.searchsorted(np.sort(others), members, "left") + np.searchsorted(np.sort(others), members, "right")
+    return float(ranks.mean() / (2 * len(others)))
+
+
+def most_advantage(epsilon: float, delta: float = 0.0) -> float:
+    """By how much a true positive rate can be above the false one (Humphries et al., CSF 2023, arXiv 2010.12112)."""
+    return (math.expm1(epsilon) + 2 * delta) / (math.exp(epsilon) + 1)
+
+
+def likelihood_ratios(losses: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """``[K, n]`` how much better an example's loss fits models that were trained on it than models that were not.
+
+    Of each of K models the others are the shadow models. Logits ``log(p / (1 - p))`` of confidences ``p = exp(-loss)``
+    are taken for Gaussian, with one variance, as published for few shadow models.
+
+    Args:
+      losses: ``[K, n]`` cross-entropy of every model on every example.
+      members: ``[K, n]`` whether it was trained on it; of each example at least two models were and two were not.
+
+    Raises:
+      ValueError: some example has fewer.
+    """
+    members = np.asarray(members, bool)
+    if min(members.sum(0).min(), (~members).sum(0).min()) < 2:
+        raise ValueError(
+            "each example needs two models that were trained on it and two that were not: draw more models"
+        )
+    x = -np.log(np.expm1(np.clip(np.float64(losses), 1e-12, 500)))
+    # The mean over the other models of one kind; what is left over, of both kinds, has the variance.
+    without = lambda who: (np.sum(who * x, 0) - who * x) / np.maximum(who.sum(0) - who, 1)
+    inside, outside = without(members), without(~members)
+    variance = np.var(np.where(members, x - inside, x - outside)) + 1e-12
+    return ((x - outside) ** 2 - (x - inside) ** 2) / (2 * variance)
