@@ -5,8 +5,8 @@ are told from the others by what each client sends: by a threshold on the loss, 
 likelihood ratios with the other clients for shadow models (``fedlora_jax.audit``). 0.5 is a guess.
 
 ``python examples/audit.py signatures`` has 120 clients tell a signature of each kind (``--signature``), and a linear
-probe on four fifths of them say of the others from which domain most of their images are, and which classes they hold. Beside
-it is the share that is right who always says what most clients are.
+probe on four fifths of them say of the others from which domain most of their images are, and which classes they hold.
+Beside it is the share that is right who always says what most clients are.
 """
 
 import sys
