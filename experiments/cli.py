@@ -14,7 +14,7 @@ import fedlora_jax
 from experiments.bench import options as bench
 from experiments.config import Config
 from experiments.options import PLACE, SPEED, check_fields
-from experiments.requests import CompareRuns, Data, Doctor, Export, Models, Recipes
+from experiments.requests import CompareRuns, Data, Doctor, Export, Models, Pool, Recipes
 from experiments.results.folder import asked, program
 from experiments.setup import adapter, option_files
 from experiments.setup.option_values import converter, from_file, is_a
@@ -28,6 +28,7 @@ OWN = {
     "doctor": Doctor,
     "export": Export,
     "models": Models,
+    "pool": Pool,
     "recipes": Recipes,
 }  # commands with options of their own
 GROUPS = {  # of options, by what they decide
@@ -79,6 +80,8 @@ def _parsers() -> tuple[_Parser, Any]:
         add_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False), name)
     text = "what a finished run has learned, as weights or as an adapter"
     _add_own(commands, "export", text, Export, "run")
+    text = "unseen clients of a finished run, served by the adapters that its clients left behind"
+    _add_own(commands, "pool", text, Pool, "run")
     text = "finished runs side by side: accuracies, paired differences, options that differ"
     _add_own(commands, "compare-runs", text, CompareRuns, "runs")
     _add_benches(commands)

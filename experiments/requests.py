@@ -8,6 +8,8 @@ from experiments.options import COUNT, INT32, RECORD, option
 from fedlora_jax import partition
 
 FORMS = ("merged", "peft", "npz")  # of what is exported
+ROUTERS = ("everyone", "nearest", "retrieval", "likelihood")
+ASKING = ("client", "image")  # of a pool of adapters
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,31 @@ class Export:
         "transformers4, or transformers-bare and transformers4-bare, those without a classifier (default: the first)",
     )
     seed: int | None = option(None, "the seed (default: the run's first)", INT32)
+    out: str | None = option(None, "folder to write (default: runs/ and the time)", decides=RECORD)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Who serves clients that never trained, of the adapters that those of a finished run left behind."""
+
+    run: str = option("", "the folder of a finished compare or run, with unseen clients")
+    method: str | None = option(None, "the method, as it was named in the run (default: the run's only one)")
+    router: tuple[str, ...] = option(
+        ROUTERS,
+        "comma-separated: everyone, all adapters alike; nearest, that of the client whose mean feature is nearest in "
+        "direction; retrieval, the --count nearest alike (RAMoLE); likelihood, by each owner's Gaussian, rank-one "
+        "components of as many as one adapter has (HiLoRA's routing)",
+        among=ROUTERS,
+    )
+    count: int = option(3, "adapters that retrieval finds", COUNT)
+    by: str = option(
+        "client", "what asks: client, all of its training images at once; image, each test image", among=ASKING
+    )
+    local_steps: int | None = option(
+        None,
+        "steps that clients adapt what they are served by before they leave it (default: as in the run)",
+        "[0, inf)",
+    )
     out: str | None = option(None, "folder to write (default: runs/ and the time)", decides=RECORD)
 
 

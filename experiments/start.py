@@ -112,6 +112,11 @@ def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any
 
             plan = export.Plan(options)
             return plan.folder, plan.execute
+        case "pool":
+            from experiments.commands import pool
+
+            plan = pool.Plan(options)
+            return plan.folder, plan.execute
         case "bounds":
             from experiments.commands import bounds
 

@@ -13,10 +13,11 @@ from peft_helpers import applied, random_adapter
 
 from experiments.cli import parse
 from experiments.commands.compare import Plan
-from experiments.commands.export import Model, as_adapter, restored
+from experiments.commands.export import Model, as_adapter, restored, served
 from experiments.commands.export import Plan as Export
+from experiments.commands.pool import Plan as Pool
 from experiments.engine import chunking, evaluation
-from experiments.setup.backbone import NANO, cut
+from experiments.setup.backbone import NANO, cut, frozen_features
 from experiments.setup.local_training import make_optimizer
 from fedlora_jax import lora, rounds
 from fedlora_jax.lora import LoRA
@@ -237,7 +238,7 @@ def test_other_data_and_missing_rounds_are_refused(quick, capsys, monkeypatch):
     try:
         change(y=np.arange(96)[::-1] % 3)(data)
         said = refused(["export", "run", "--method", "ditto"], capsys, monkeypatch)
-        assert "cannot export what was computed with other data, weights or code" in said
+        assert "cannot go by what was computed with other data, weights or code" in said
         assert "data_hash was" in said
         data.write_bytes(original)
         last.rename("away")
@@ -247,3 +248,33 @@ def test_other_data_and_missing_rounds_are_refused(quick, capsys, monkeypatch):
         data.write_bytes(original)
         if Path("away").exists():
             Path("away").rename(last)
+
+
+# --- a pool of adapters
+
+
+def test_unseen_clients_are_served_by_the_model_of_the_nearest_client(quick, tmp_path, capsys, monkeypatch):
+    """What each client keeps is looked up by NumPy; what the run serves is what it was scored by."""
+    monkeypatch.chdir(quick)
+    plan = Pool(parse(["pool", "run", "--router", "nearest", "--local-steps", "0", "--out", str(tmp_path / "a")])[1])
+    plan.execute()
+    told = json.loads((tmp_path / "a" / "pool.json").read_text())["unseen_accuracy"]
+    assert "accuracy of unseen clients" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (quick / "run" / "metrics.jsonl").read_text().splitlines()]
+    scored = [row["unseen_accuracy"] for row in rows if row["round"] == ROUNDS]
+    np.testing.assert_allclose(np.mean(told["as the run serves them"], 1), scored, atol=1e-6)
+    p, (method, seed, run) = plan.problem, plan.restored[SEED]
+    models = served(plan.config, p, method, seed, run, list(range(CLIENTS)))
+    features = np.float64(frozen_features(p.backbone, p.images.x[~p.images.test]))
+    own, n = jax.tree.map(np.asarray, seed.clients), CLIENTS
+    of = [features[r[:size]].mean(0) for r, size in zip(own.population.rows, own.population.sizes, strict=True)]
+    far = np.array(of) - np.mean(of[:n], 0)
+    far /= np.linalg.norm(far, axis=1)[:, None]
+    for i in range(n, n + UNSEEN):
+        model, rows = models[int(np.argmax(far[:n] @ far[i]))], own.test_rows[i, : own.test_counts[i]]
+        right = p.correct_fn(model.base, model.adapter, (p.test[0][rows], p.test[1][rows]))
+        np.testing.assert_allclose(told["nearest"][SEED][i - n], np.mean(right), atol=1e-6)
+    options = [["--router", "near"], ["--by", "hand"], ["--count", "0"]]
+    for option in options:
+        with pytest.raises(ValueError, match=f"{option[0]} must be"):
+            Pool(parse(["pool", "run", *option])[1])

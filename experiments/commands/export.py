@@ -62,7 +62,7 @@ class Plan:
         if options.layout is not None and options.to != "peft":
             raise ValueError(f"--layout {options.layout} is of --to peft: leave it out, or use --to peft")
         command, config = recorded(Path(options.run))
-        self.options, self.method = options, _chosen(options.method, config)
+        self.options, self.method = options, chosen(options.method, config)
         self.seed = config.seeds[0] if options.seed is None else options.seed
         if self.seed not in config.seeds:
             raise ValueError(f"the run has the seeds {','.join(map(str, config.seeds))}: got --seed {self.seed}")
@@ -78,7 +78,7 @@ class Plan:
                 "and there from a run without --adapt-last"
             )
         self.folder = Folder("export", options.out)
-        self.config, self.problem = config, _same_problem(command, config)
+        self.config, self.problem = config, same_problem(command, config)
         self.top = backbones.cut(self.problem.backbone, config.adapt_last)[1]
         if self.top.publish is None and config.adapt_last is not None:
             raise ValueError(
@@ -346,7 +346,12 @@ def _without_switches(name: str, base: Params, adapter: Adapter) -> Adapter:
     return lora.unflatten({key: x for key, x in flat.items() if key in known})
 
 
-def _chosen(method: str | None, config: Config) -> str:
+def chosen(method: str | None, config: Config) -> str:
+    """The method of a run that is meant.
+
+    Raises:
+      ValueError: it has several, or none of that name.
+    """
     if method is None and len(config.methods) == 1:
         return config.methods[0]
     if method not in config.methods:
@@ -367,7 +372,7 @@ def _clients(model: str, total: int) -> list[int]:
     return [int(match[1])]
 
 
-def _same_problem(command: str, config: Config) -> Problem:
+def same_problem(command: str, config: Config) -> Problem:
     """The problem of a run, built again.
 
     Raises:
@@ -378,5 +383,5 @@ def _same_problem(command: str, config: Config) -> Problem:
     try:
         prelude.going_on(folder, prelude.about(command, config, problem))
     except ValueError as error:
-        raise ValueError(f"cannot export what was computed with other data, weights or code: {error}") from None
+        raise ValueError(f"cannot go by what was computed with other data, weights or code: {error}") from None
     return problem
