@@ -22,7 +22,7 @@ WORDS = "--context=a photo of a"  # vectors that begin as words
 MODELS = [  # title, options with spaces between them (one with spaces of its own stands apart), rate, methods
     ("zero-shot", [IMAGE], 0.1, ["frozen"]),
     ("LoRA in the image tower", [IMAGE], 0.3, ["fedit"]),
-    ("", [IMAGE], 0.1, ["hyperlora", "fedvlm", "local_only"]),
+    ("", [IMAGE], 0.1, ["hyperlora", "hilora", "fedvlm", "local_only"]),
     ("HyperLoRA, shuffled signatures", [IMAGE, "--signature shuffled"], 0.1, ["hyperlora"]),
     ("HyperLoRA, constant signatures", [IMAGE, "--signature constant"], 0.1, ["hyperlora"]),
     ("HyperLoRA, random signatures", [IMAGE, "--signature random"], 0.1, ["hyperlora"]),

@@ -1,6 +1,7 @@
 """The weights that come along are what their command makes, small, and of models that have learned to read."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ from experiments.setup import pretrain, pretrain_clip
 from experiments.setup.backbone import BUILT_IN, load
 from experiments.setup.digits import SIDE, digits
 from fedlora_jax.lora import flatten
-from models import families
+from models import families, tokenizer
 from models.backbone import NO_ADAPTER
+from models.clip import PROMPT, text_features
+from models.vit import normalise
 
 OPTIONS = (
     "--clients 6 --holdout-clients 0 --rounds 2 --seeds 1 --local-steps 2 --batch 8 --rank 2 --prefix anew".split()
@@ -64,6 +67,44 @@ def test_a_clip_is_written_as_the_one_that_comes_along(tmp_path):
         np.testing.assert_allclose(flatten(own.params)[f"text/{key}"], x, rtol=1e-3, atol=1e-6)
     for key, x in flatten(params["image"]).items():
         np.testing.assert_allclose(flatten(own.params)[key], x, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.long
+def test_a_clip_of_any_data_computes_as_it_was_trained(tmp_path, monkeypatch, capsys):
+    """Two steps, by the command: what the folder is read as, a run's model, has the features that it was saved with."""
+    draw, source = np.random.default_rng(0), tmp_path / "own.npz"
+    x, y = draw.integers(0, 256, (12, 8, 8, 3)).astype(np.uint8), np.arange(12) % 3
+    np.savez(source, x=x, y=y, classes=["cat", "sea_lion", "eel"], split=np.repeat([0, 1], 6))
+
+    def make(*options):
+        monkeypatch.setattr(sys, "argv", ["pretrain_clip", "--data", str(source), *options])
+        pretrain_clip.main()
+
+    for module in (pretrain, pretrain_clip):
+        monkeypatch.setattr(module, "SCAN", 2)
+    made = []
+    trained = pretrain_clip.pretrain
+    monkeypatch.setattr(pretrain_clip, "pretrain", lambda *rest: made.append(trained(*rest)) or made[-1])
+    make("--out", str(tmp_path / "clip"), "--image-size", "8", "--steps", "2")
+    assert "'a photo of a cat.' and so on: " in capsys.readouterr().out
+    names = ("cat", "sea lion", "eel")
+    model = load(Config(model="clip", weights=str(tmp_path / "clip"), head="text"), names, 8)
+    lesson = pretrain_clip.of_data(str(source), 8)
+    image, text = pretrain_clip.towers(len(pretrain_clip.vocabulary(lesson)[0]))
+    words = tokenizer.built(*pretrain_clip.vocabulary(lesson))
+    g = text_features(text, made[0]["text"], words, [PROMPT.format(name) for name in names])
+    f = pretrain_clip.features(image, made[0]["image"], normalise(x, pretrain.MEAN, pretrain.STD))
+    scores = np.exp(float(made[0]["logit_scale"])) * np.asarray(f) @ g.T
+    np.testing.assert_allclose(model.apply(model.params, NO_ADAPTER, x)[0], scores, atol=0.05)
+    capsys.readouterr()
+    for options, said in (
+        ([], "--data makes a model of its own: name the folder to write with --out"),
+        (["--out", "a", "--steps", "3"], "--steps must be a multiple of 2; got 3"),
+        (["--out", "a", "--image-size", "6"], "--image-size must be a multiple of 4, the side of a patch; got 6"),
+    ):
+        with pytest.raises(SystemExit):
+            make(*options)
+        assert capsys.readouterr().err == f"error: {said}\n"
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
