@@ -6,7 +6,8 @@ Several heads of rank k in place of one of rank h k: as many trained numbers as 
 rank of the update. Clients train the cores H_h [k, k] and one gain g_h for each head, and send the products g_h H_h,
 whose mean is exact. Known from the abstract: all but the start. Ours: the bases of all heads together are orthonormal
 and random, as Fed-SB's here, cores begin at zero and gains at 1, where they are again after every round; a client of a
-smaller rank has the first heads.
+smaller rank has the first heads. Of an adapter that has learned the bases are its singular vectors and the cores its
+singular values, the largest in the first head; what it lacks of its rank is random.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedlora_jax import lora
+from fedlora_jax import lora, product
 from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter, LoRA
 from fedlora_jax.method import About, Dispatch, Method, Traffic, mean
-from fedlora_jax.methods.fed_sb import nonzero, orthonormal
+from fedlora_jax.methods.fed_sb import nonzero, orthonormal, projected
 
 ABOUT = About("Ravan", "Raje et al. NeurIPS 2025", "2506.05568", "H, g, head", "g H, head", "yes")
 
@@ -54,13 +55,13 @@ def ravan(heads: int = 2) -> Method:
 
     def init(key, adapter):
         low_rank, full = lora.split(adapter)
-        bases = orthonormal(nonzero(key, low_rank))
+        bases, values = turned(low_rank, orthonormal(nonzero(key, low_rank)))
         flat = lora.flatten(bases)
         for name, x in flat.items():
             if x.a.shape[-1] % heads:
                 raise ValueError(f"{heads} heads do not divide the rank {x.a.shape[-1]} of {name}: choose a multiple")
-        k = {name: x.a.shape[-1] // heads for name, x in flat.items()}
-        cores = {name: jnp.zeros((*x.a.shape[:-2], heads, k[name], k[name]), x.a.dtype) for name, x in flat.items()}
+        divided = {name: s.reshape(*s.shape[:-1], heads, -1) for name, s in lora.flatten(values).items()}
+        cores = {name: s[..., None] * jnp.eye(s.shape[-1], dtype=s.dtype) for name, s in divided.items()}
         gains = {name: jnp.ones(x.shape[:-2], x.dtype) for name, x in cores.items()}
         return RavanState(Heads(cores, gains, full), bases)
 
@@ -102,6 +103,16 @@ def with_bases(own: Heads, bases: Any) -> Adapter:
         return LoRA(inside.reshape(x.a.shape), x.b, x.scale)
 
     return lora.unflatten(lora.flatten(own.full) | {name: put(name, x) for name, x in lora.flatten(bases).items()})
+
+
+def turned(adapter: Adapter, bases: Adapter) -> tuple[Adapter, Adapter]:
+    """Bases of the same spaces in which the cores of every product are diagonal, and these diagonals ``[.., r]``.
+
+    So that heads side by side hold all of it: between them there is nothing.
+    """
+    svd = jax.tree.map(jnp.linalg.svd, projected(adapter, bases))
+    turn = lambda x, r: LoRA(product.matmul(x.a, r.U), product.matmul(r.Vh, x.b), x.scale)
+    return lora.tree_map(turn, bases, svd), lora.tree_map(lambda x, r: r.S, bases, svd)
 
 
 def _live(core: Array, ranks: Array) -> Array:
