@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -57,7 +58,7 @@ class Checkpoints:
         path = self._path / str(rounds_done)
         _remove(path)
         with _as_os_error(path), _quiet():
-            _ORBAX.save(path, args=ocp.args.StandardSave(_arrays(_names(run), jax.tree.leaves(run))))
+            _orbax().save(path, args=ocp.args.StandardSave(_arrays(_names(run), jax.tree.leaves(run))))
         about = {**self._about, "rounds": rounds_done, "notes": notes, "named": True, "files": _sums(path)}
         write_atomically(path / MANIFEST, json.dumps(sealed(about)).encode())
         self.keep(self._steps()[:2])
@@ -69,7 +70,7 @@ class Checkpoints:
         names = _names(like) if named else [f"{i:04d}" for i in range(len(leaves))]  # as they once were
         with _quiet():
             room = ocp.args.StandardRestore(_room(names, leaves))
-            arrays = _ORBAX.restore(self._path / str(rounds_done), args=room)
+            arrays = _orbax().restore(self._path / str(rounds_done), args=room)
         keys = {name for name, x in zip(names, leaves, strict=True) if _is_key(x)}  # these are of jax again
         arrays = {name: jax.random.wrap_key_data(x) if name in keys else x for name, x in arrays.items()}
         kept = [arrays.get(name, old) for name, old in zip(names, leaves, strict=True)]
@@ -122,9 +123,12 @@ def spans(folder: Path, count: int) -> list[tuple[int, int]]:
     return out + [(end, count)] * (end < count)
 
 
-# Without threads of its own that outlive a call; where several processes share a run, the first alone reads and writes.
-_ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
-_ORBAX = ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=_ALONE), multiprocessing_options=_ALONE)
+@functools.cache
+def _orbax() -> ocp.Checkpointer:
+    """Without threads of its own that outlive a call; where several processes share a run, the first alone reads and
+    writes. Not made before it is used: to be made it has jax look for its devices."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 def _remove(path: Path) -> None:
