@@ -13,7 +13,7 @@ from scipy import stats
 
 from experiments.cli import parse
 from experiments.options import RESULTS
-from experiments.results import client_map, comparisons, figures, findings, metrics, report, typed
+from experiments.results import client_map, comparisons, figures, findings, metrics, report, typed, variance
 from experiments.results.budget_figures import line
 from experiments.results.style import legend, png, styles_of
 from experiments.results.summary import paired, spread, summarise
@@ -195,6 +195,43 @@ def test_names_are_escaped(tmp_path):
     assert hostile in page.text
     assert "<img src=x>.npz" in page.text
     assert "<a&b>" in page.text
+
+
+def test_nothing_that_a_run_says_is_markup(tmp_path, monkeypatch):
+    """Every text of it, and every name, with a tag and quotes in it: the page has the elements that it has without."""
+    monkeypatch.setattr(report, "png", lambda figure: b"")
+    sign = "<script>alert('\"&amp;\u202e')</script>"
+    tags, attributes = [], []
+    for hostile in ("", sign):
+        told = lambda tree: poisoned(tree, hostile)  # noqa: B023
+        names, domains = [f"A{hostile}", f"B{hostile}"], [f"x{hostile}", f"y{hostile}"]
+        summary, rows, holdings = make(names, seeds=variance.FEWEST, domains=domains)
+        summary["variance"] = variance.of_run(summary["methods"], draws := range(variance.FEWEST))
+        summary["paired"] = variance.with_draws(summary["paired"], draws)
+        for part in ("config", "record", "versions"):
+            summary[part] = told(summary[part])
+        summary |= {name: told(summary[name]) for name in ("command", "device", "date")}
+        for entry in summary["methods"].values():
+            entry["about"] = {name: told(text) for name, text in entry["about"].items()}
+        holdings["classes"] = told(holdings["classes"])
+        page = Page(write(tmp_path, summary, rows, holdings))
+        tags.append(page.tags)
+        attributes.append([(name, value) for name, value in page.attributes if name != "src"])
+        shown = [x for part in ("record", "versions", "config") for x in summary[part].values() if isinstance(x, str)]
+        assert all(text in page.text for text in (*shown, *names, *domains))
+        assert f"as the one to {names[0].lower()}" in page.text
+    plain = [[tag for tag in each if tag != "a"] for each in tags]  # no number of arXiv any more
+    assert plain[0] == plain[1]
+    assert [pair for pair in attributes[0] if "arxiv" not in pair[1]] == attributes[1]
+
+
+def poisoned(tree, sign):
+    """Every text of a tree with a sign at its end."""
+    if isinstance(tree, str):
+        return tree + sign
+    if isinstance(tree, dict):
+        return {name: poisoned(value, sign) for name, value in tree.items()}
+    return [poisoned(value, sign) for value in tree] if isinstance(tree, list) else tree
 
 
 def test_one_seed_has_no_intervals(tmp_path):
