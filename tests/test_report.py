@@ -222,7 +222,7 @@ def test_nothing_that_a_run_says_is_markup(tmp_path, monkeypatch):
         assert f"as the one to {names[0].lower()}" in page.text
     plain = [[tag for tag in each if tag != "a"] for each in tags]  # no number of arXiv any more
     assert plain[0] == plain[1]
-    assert [pair for pair in attributes[0] if "arxiv" not in pair[1]] == attributes[1]
+    assert [pair for pair in attributes[0] if "arxiv" not in f"{pair[1]}"] == attributes[1]
 
 
 def poisoned(tree, sign):
