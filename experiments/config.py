@@ -247,6 +247,12 @@ class Config:
         "dropped, with those whose training failed",
         "[0, 1)",
     )
+    stragglers: float = option(
+        0.0,
+        "share of the clients of a round that stop before their last local step, others each round, after any step "
+        "equally likely",
+        "[0, 1]",
+    )
     attack: str | None = option(
         None,
         "NAME:share=SHARE:OPTION=VALUE, some of the training clients, for each seed its own, are malicious, and what "

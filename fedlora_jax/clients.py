@@ -107,6 +107,23 @@ def sample_answers(key: Array, ids: Array, dropouts: float) -> Array:
     return jax.vmap(one)(ids) >= dropouts
 
 
+def sample_stops(key: Array, ids: Array, stragglers: float, examples: Array, batch: int) -> Array:
+    """``[C]`` how many of ``examples [C]`` each client goes through that may stop before its last local step.
+
+    It does with the probability ``stragglers``, after 1 to T - 1 of its T steps, which are equally likely; who has one
+    step takes it.
+
+    Raises:
+      ValueError: no probability.
+    """
+    refuse_outside("[0, 1]", stragglers=stragglers)
+    one = lambda id_: jax.random.uniform(purpose(jax.random.fold_in(key, id_), "stops"), (2,))
+    stops, when = jax.vmap(one)(ids).T
+    steps = -(-examples // batch)
+    early = batch * (1 + (when * (steps - 1)).astype(examples.dtype))
+    return jnp.where(stops < stragglers, jnp.minimum(early, examples), examples)
+
+
 def sample_batches(
     key: Array, data: Any, population: Population, ids: Array, steps: int, batch: int, smallest: int
 ) -> Any:

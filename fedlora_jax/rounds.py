@@ -19,7 +19,7 @@ from fedlora_jax import attacks, diagnostics
 from fedlora_jax.attacks import Attack
 from fedlora_jax.batches import mean_over_steps
 from fedlora_jax.checks import refuse_other_clients, refuse_unread, refuse_widened
-from fedlora_jax.clients import Population, sample_answers, sample_ids, sample_members, sample_views
+from fedlora_jax.clients import Population, sample_answers, sample_ids, sample_members, sample_stops, sample_views
 from fedlora_jax.diagnostics import Aggregation
 from fedlora_jax.leaving_out import if_any, without_failed
 from fedlora_jax.lora import Adapter, Params
@@ -251,6 +251,7 @@ def make_step(
     smallest: int,
     query: int = 0,
     dropouts: float = 0.0,
+    stragglers: float = 0.0,
 ) -> StepFn:
     """``step(base, data, population, run, key) -> (run, info)``: a whole round, sampling included.
 
@@ -263,9 +264,11 @@ def make_step(
       query: of the method. That many images are kept apart from the local steps, others each round.
       dropouts: share of the clients of a round that never answer, others each round: the round is as if they had not
         been drawn.
+      stragglers: share of them that stop before their last local step, others each round and after any step; batches
+        are then ``Padded``.
     """
-    drawing = {"steps": steps, "batch": batch, "smallest": smallest, "query": query, "dropouts": dropouts}
-    placed = make_placed_step(make_cohort_step(round_fn, **drawing))
+    drawing = {"steps": steps, "batch": batch, "smallest": smallest, "query": query}
+    placed = make_placed_step(make_cohort_step(round_fn, **drawing, dropouts=dropouts, stragglers=stragglers))
 
     def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
         refuse_other_clients(run.memory, population.sizes.shape[0])
@@ -325,7 +328,14 @@ def make_host_step(cohort_step: Callable, *, participants: int) -> StepFn:
 
 
 def make_cohort_step(
-    round_fn: RoundFn, *, steps: int, batch: int, smallest: int, query: int = 0, dropouts: float = 0.0
+    round_fn: RoundFn,
+    *,
+    steps: int,
+    batch: int,
+    smallest: int,
+    query: int = 0,
+    dropouts: float = 0.0,
+    stragglers: float = 0.0,
 ) -> Callable:
     """What follows once it is known who takes part; arguments as for ``make_step``.
 
@@ -338,6 +348,9 @@ def make_cohort_step(
         base, data, members: Population, ids: Array, state: State, memory: Memory, number: Array, key: Array
     ):
         _, draw, train = jax.random.split(jax.random.fold_in(key, number), 3)
+        if stragglers:
+            whole = jnp.full(len(ids), steps * batch) if isinstance(members.examples, tuple) else members.examples
+            members = members._replace(examples=sample_stops(draw, ids, stragglers, jnp.asarray(whole), batch))
         batches, queries = sample_members(draw, data, members, ids, steps, batch, smallest, query)
         views = sample_views(draw, members, ids)
         cohort = members.cohort(jnp.arange(len(ids)), (), batches, queries, views)

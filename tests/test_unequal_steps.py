@@ -29,7 +29,7 @@ from helpers import (
 
 from fedlora_jax import meta, rounds, training
 from fedlora_jax.batches import Padded, pooled, steps_taken
-from fedlora_jax.clients import sample_answers, sample_batches, sample_rounds
+from fedlora_jax.clients import sample_answers, sample_batches, sample_rounds, sample_stops
 from fedlora_jax.methods.fed_sb import first_update
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.fedrep import fedrep
@@ -185,6 +185,33 @@ def test_a_method_in_phases_wants_a_step_of_each_from_everybody():
     with pytest.raises(ValueError, match=r"0\.5 of 1 local steps for the head leaves none"):
         fedrep().pool(c)
     assert fedrep().pool(short(cohort(steps=T))) is not None
+
+
+def test_stragglers_stop_after_some_of_their_steps():
+    """As many as are asked for, after any step; the round is that of clients that had no more to do, FedNova's too."""
+    steps, many = 5, np.arange(4000)
+    whole = jnp.full(len(many), steps * BATCH)
+    own = np.asarray(sample_stops(KEY, many, 0.4, whole, BATCH))
+    assert abs(np.mean(own < steps * BATCH) - 0.4) < 0.03
+    counts = np.bincount(own // BATCH, minlength=steps + 1)
+    assert counts[0] == 0
+    np.testing.assert_allclose(counts[1:steps] / len(many), 0.1, atol=0.02)
+    assert set(np.asarray(sample_stops(KEY, many, 1.0, jnp.full(len(many), 2), BATCH))) == {2}, "one step is taken"
+    assert np.asarray(sample_stops(KEY, many, 0.0, whole, BATCH)).min() == steps * BATCH
+
+    data, clients = examples(), population()
+    draw = jax.random.split(jax.random.fold_in(KEY, 0), 3)[1]
+    own = sample_stops(draw, np.arange(5), 0.6, jnp.full(5, T * BATCH), BATCH)
+    assert len(set(own.tolist())) > 1
+    for name in ("fedit", "fednova"):
+        method = (METHODS | WRAPPED)[name]()
+        run = rounds.start(method, KEY, nudged(ADAPTER), 5)
+        round_fn = rounds.make_round(method, any_loss, optax.sgd(LOCAL_LR))
+        make = lambda round_fn=round_fn, **options: jit(
+            rounds.make_step(round_fn, participants=5, steps=T, batch=BATCH, smallest=0, **options)
+        )
+        found = make(stragglers=0.6)(BASE, data, clients, run, KEY)
+        assert_near(found, make()(BASE, data, clients._replace(examples=own), run, KEY), 1e-6)
 
 
 def test_who_never_answers_or_has_nothing_is_as_if_not_drawn():

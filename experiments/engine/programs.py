@@ -189,7 +189,7 @@ def round_of(config: Config, problem: Problem, method: Method, optimizer: Any, c
         attack=problem.attack,
     )
     drawing = {"steps": steps, "batch": config.batch, "smallest": problem.smallest, "query": method.query}
-    drawing["dropouts"] = config.dropouts
+    drawing |= {"dropouts": config.dropouts, "stragglers": config.stragglers}
     if method.learn is not no_learning:
         return Round(round_fn, drawing, lambda population: population)
     # Signatures of random parts are there lest a server learns its clients by heart. One that learns nothing from
@@ -199,11 +199,12 @@ def round_of(config: Config, problem: Problem, method: Method, optimizer: Any, c
 
 
 def refuse_too_few_steps(config: Config, problem: Problem, method: Method) -> None:
-    """Show a method the batches of the client that takes the fewest steps, where their numbers differ.
+    """Show a method the batches of the client that takes the fewest steps, where their numbers are not all the same.
 
     Raises:
       ValueError: the method cannot do with so few.
     """
-    if problem.longest is not None:
-        fewest = -(-int(problem.clients.population.examples.min()) // config.batch)
+    if problem.longest is not None or config.stragglers:
+        own = problem.clients.population.examples
+        fewest = 1 if config.stragglers else -(-int(own.min()) // config.batch)
         method.pool(Cohort(jnp.zeros(1, int), jnp.ones(1), jnp.ones(1, int), (), batches=jnp.zeros((1, fewest, 1))))
