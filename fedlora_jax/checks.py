@@ -109,3 +109,17 @@ def refuse_other_clients(memory: Memory, clients: int) -> None:
             f"the run keeps rows of {max(rows)} clients between rounds, and the population has {clients}: give their "
             "number to rounds.start(..., clients=)"
         )
+
+
+def refuse_twice(ids: Array) -> None:
+    """Refuse a cohort in which a client is twice, where that can be seen (not while a program is traced).
+
+    Methods that count clients (FedHL, HetLoRA, FedRA, Fed-HeLLo) would count it twice, whatever its weights, and of
+    what it keeps one row of two would be lost.
+    """
+    if is_concrete(ids) and len(some := np.asarray(ids)[np.asarray(ids) >= 0]) > len(np.unique(some)):
+        found, times = np.unique(some, return_counts=True)
+        raise ValueError(
+            f"client {found[times > 1][0]} is in the cohort {times.max()} times: give it once, with the sum of its "
+            "weights"
+        )

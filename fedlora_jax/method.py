@@ -24,7 +24,7 @@ Memory = Any
 class Cohort(NamedTuple):
     """The clients of one round, stacked."""
 
-    ids: Array  # [C] row of each client in the population; -1 for nobody in particular
+    ids: Array  # [C] row of each client in the population, none twice; -1 for nobody in particular
     weights: Array  # [C] p_c; make_round scales them to sum to one
     ranks: Array  # [C] columns of a (rows of b) each client may use
     signatures: Any  # [C, ...] what the server knows of each client's data (a Signature), or ()

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from fedlora_jax import attacks, diagnostics
 from fedlora_jax.attacks import Attack
 from fedlora_jax.batches import mean_over_steps
-from fedlora_jax.checks import refuse_other_clients, refuse_unread, refuse_widened
+from fedlora_jax.checks import refuse_other_clients, refuse_twice, refuse_unread, refuse_widened
 from fedlora_jax.clients import Population, sample_answers, sample_ids, sample_members, sample_stops, sample_views
 from fedlora_jax.diagnostics import Aggregation
 from fedlora_jax.leaving_out import if_any, without_failed
@@ -122,6 +122,7 @@ def make_round(
     local, judge_fn = make_local(method, loss_fn, optimizer, remat=remat), judge_fn or loss_fn
 
     def round_fn(base: Params, state: State, cohort: Cohort, key: Array, round=None) -> tuple[State, Memory, Info]:
+        refuse_twice(cohort.ids)
         ids, cohort = cohort.ids, method.pool(attacks.poisoned(attack, cohort))
         at_once, shared_by = (chunk, mesh) if len(ids) == len(cohort.ids) else (None, None)
         cohort = cohort._replace(weights=cohort.weights / jnp.maximum(cohort.weights.sum(), 1e-12))

@@ -37,6 +37,7 @@ from hypothesis import strategies as st
 from experiments.config import Config
 from experiments.engine.programs import make_block
 from fedlora_jax import rounds
+from fedlora_jax.checks import refuse_twice
 from fedlora_jax.clients import sample_batches, sample_ids, sample_rows
 from fedlora_jax.method import Method, average_client
 from fedlora_jax.methods.fedit import FedITState, fedit
@@ -162,6 +163,16 @@ def test_weights_count_in_proportion():
     one, _, _ = round_fn(BASE, state, c, KEY)
     other, _, _ = round_fn(BASE, state, c._replace(weights=7 * c.weights), KEY)
     assert_near(other, one, 1e-6)
+
+
+def test_a_client_that_is_twice_in_a_cohort_is_refused():
+    """Some methods count clients and not weights; of what it keeps, one row would be lost."""
+    c, method = cohort(), METHODS["fedit"]()
+    twice = c._replace(ids=jnp.asarray([3, 1, 3, 0]))
+    round_fn = rounds.make_round(method, loss_fn, OPTIMIZER)
+    with pytest.raises(ValueError, match=r"client 3 is in the cohort 2 times: give it once"):
+        round_fn(BASE, method.init(KEY, ADAPTER), twice, KEY)
+    refuse_twice(jnp.full(CLIENTS, -1))  # nobody in particular may be many
 
 
 def test_client_keys_do_not_depend_on_chunks():
