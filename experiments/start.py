@@ -56,6 +56,11 @@ def main(joined: Joined = ALONE) -> None:
             sys.stdout.flush()
         except (FloatingPointError, MemoryError) as error:
             fail(joined.name + str(error))
+        except RuntimeError as error:  # jax's, that of run and compare comes after their chunks were halved
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            less = "use a smaller --chunk, --batch or model, fewer seeds or values"
+            fail(f"{joined.name}the device ran out of memory: {less}; {goes_on()}", code=1)
         except OSError as error:
             if error.errno is None:  # ours: somebody else has taken the folder
                 fail(str(error))

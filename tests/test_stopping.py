@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from test_bad_input import change
@@ -110,6 +111,22 @@ def test_a_refusal_is_one_line_that_says_what_to_do(number, said, command, monke
     assert line.startswith("error: cannot write to the output: ")
     assert said in line
     assert "to go on: python -m experiments run --method fedit" in line
+    assert line.count("\n") == 1
+
+
+def test_a_device_without_memory_is_one_line(command, monkeypatch, capsys):
+    """Of commands that do not halve by themselves: what is done (in budget) is kept."""
+
+    def execute():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+
+    monkeypatch.setattr(start, "planned", lambda *_: (None, execute))
+    with pytest.raises(SystemExit) as stop:
+        command("budget", "--methods", "fedit")
+    assert stop.value.code == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: the device ran out of memory: use a smaller --chunk, --batch")
+    assert "to go on: python -m experiments budget --methods fedit" in line
     assert line.count("\n") == 1
 
 
