@@ -15,7 +15,8 @@ from fedlora_jax import partition
 PREFIXES = ("auto", "stored", "anew")
 IMAGES = KEPT = ("auto", "resident", "staged")
 BLOCKS = ("auto", "loop", "unrolled")
-SIGNATURES = ("full", "prototypes", "label_free", "noisy", "shuffled", "constant", "random")
+CONTROLS = ("noisy", "shuffled", "constant", "random")  # of signatures
+SIGNATURES = ("full", "prototypes", "label_free", "group", *CONTROLS, *(f"prototypes+{name}" for name in CONTROLS))
 WEIGHTS = ("counts", "uniform")
 TASKS = ("softmax", "sigmoid", "pairs")
 DTYPES = ("float32", "bfloat16")
@@ -208,8 +209,9 @@ class Config:
     )
     signature: str = option(
         "full",
-        "what clients tell of their data: full, prototypes (full, and where each class lies), label_free, noisy; or a "
-        "control: shuffled, constant, random",
+        "what clients tell of their data: full, prototypes (full, and where each class lies), label_free; group, what "
+        "an oracle knows (the column group of their images); or a control: noisy, shuffled, constant, random of full, "
+        "prototypes+shuffled of these",
         among=SIGNATURES,
     )
     test_images: int | None = option(

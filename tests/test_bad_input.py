@@ -26,6 +26,10 @@ OPTIONS = {
     "what was learned for other signatures": ("run --method hyperlora --theta {theta}", "another signature"),
     "queries of clients with one image": ("run --method hyperlora:mode=exact --minimum 1", "must be at least 2"),
     "unknown signature": ("run --method hyperlora --signature vague", "--signature must be one of"),
+    "groups of data that have none": (
+        "run --method hyperlora --signature group",
+        "--signature group: data has no columns",
+    ),
     "all of the training images set apart": ("run --method fedit --validation 1", "below 1"),
     "more blocks than there are": ("run --method fedit --adapt-last 5", "choose 1 to 3"),
     "budgets without unseen clients": ("budget --methods fedit {small}", "--holdout-clients 0"),

@@ -188,14 +188,14 @@ def true(config):
     return _signatures(config)
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "constant", "random", "label_free", "noisy"])
+@pytest.mark.parametrize("kind", ["shuffled", "constant", "random", "label_free", "noisy", "prototypes+shuffled"])
 def test_what_clients_tell_can_be_made_a_control(kind, config, true):
     told = _signatures(dataclasses.replace(config, signature=kind))
     if kind == "label_free":
         assert told.labels.shape[-1] == 0
         np.testing.assert_array_equal(told.shape, true.shape)
         return
-    assert told.shape.shape == true.shape.shape
+    assert told.shape.shape == true.shape.shape or "prototypes" in kind
     z, t = true.shape[0], told.shape[0]  # [clients, views, m]
     match kind:
         case "shuffled":
@@ -205,6 +205,9 @@ def test_what_clients_tell_can_be_made_a_control(kind, config, true):
         case "random":
             assert abs(np.corrcoef(t[:, 0].ravel(), z[:, 0].ravel())[0, 1]) < 0.2
             np.testing.assert_array_equal(t[:, 0], t[:, 1])  # a fixed tag for each client
+        case "prototypes+shuffled":
+            where = _signatures(dataclasses.replace(config, signature="prototypes")).shape[0]
+            np.testing.assert_array_equal(t[[1, 2, 3, 0, 5, 4]], where)
         case "noisy":
             assert 0.2 < np.std(t - np.clip(z, -3, 3)) < 0.4
 

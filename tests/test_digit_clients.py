@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.setup import data, digit_clients
+from experiments.config import Config
+from experiments.setup import data, digit_clients, problem
 from experiments.setup.digit_clients import KINDS, NAMINGS, TEST, TRAIN, read
 from experiments.setup.digits import digits
 
@@ -83,3 +84,15 @@ def test_unknown_kinds_are_refused_and_known_ones_are_data(monkeypatch):
     images = data.load("digits:concept")
     assert images.columns.names == ("client", "group", "source")
     assert len(images.x) == COUNT * (TRAIN + TEST)
+
+
+def test_an_oracle_tells_groups_apart_and_nothing_else():
+    options = {"data": "digits:concept", "partition": "column:client", "clients": 8, "holdout_clients": 4}
+    p = problem.build(Config(signature="group", seeds=(0,), **options))
+    z = np.asarray(p.clients.population.signatures.shape)[0]  # [clients, views, m]
+    rows = np.asarray(p.clients.population.rows)[0, :, 0]
+    group = read("digits:concept")["columns"].read("group")[np.flatnonzero(~p.images.test)[rows]]
+    assert len(set(group)) > 2
+    np.testing.assert_allclose(z, np.broadcast_to(z[:, :1], z.shape), atol=1e-5)  # in every part of its data
+    apart = np.abs(z[:, None, 0] - z[None, :, 0]).max(-1)
+    np.testing.assert_array_equal(apart < 1e-5, group[:, None] == group)

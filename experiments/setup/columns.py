@@ -30,21 +30,20 @@ class Columns(NamedTuple):
 NONE = Columns((), lambda name: np.zeros(0))
 
 
-def of(images: Any, name: str) -> np.ndarray:
-    """The values ``[N]`` of a column, of the images that are used.
+def of(images: Any, name: str, asked: str = "") -> np.ndarray:
+    """The values ``[N]`` of a column, of the images that are used. asked: which option asks, where not --partition.
 
     Raises:
       ValueError: there is no such column, or it has not one number or text for each image.
     """
+    asked = asked or f"--partition {PREFIX}{name}"
     if name not in images.columns.names:
         has = ", ".join(own for own in images.columns.names if own != IMAGE) or "no columns"
-        raise ValueError(
-            f"--partition {PREFIX}{name}: {images.name} has {has}: expected a column of one value an image"
-        )
+        raise ValueError(f"{asked}: {images.name} has {has}: expected a column {name} of one value an image")
     values, rows = images.columns.read(name), np.arange(len(images.y)) if images.rows is None else images.rows
     if values.ndim != 1 or values.dtype.kind not in "iuUS" or len(values) <= rows.max():
         raise ValueError(
-            f"--partition {PREFIX}{name}: {name} of {images.name} is {values.dtype} {list(values.shape)}, expected one "
+            f"{asked}: {name} of {images.name} is {values.dtype} {list(values.shape)}, expected one "
             "whole number or text for each image"
         )
     return values[rows]

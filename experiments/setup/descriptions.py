@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from experiments.setup import columns
 from fedlora_jax import signatures
 from fedlora_jax.keys import purpose
 from fedlora_jax.signatures import Signature
@@ -21,7 +24,7 @@ def of_clients(
     """What the server is told of all clients, in all views: a Signature ``[N + K, 1 + VIEWS, ...]``.
 
     Args:
-      features: ``[n, width]`` of all training images, by the frozen model; ``labels [n]``.
+      features: ``[n, width]`` of all training images, by the frozen model, or their ``basis``; ``labels [n]``.
       rows, sizes: of clients, as in ``Population``; the first ``training`` of them are those that train.
       key: of the views, and of what is not told as it is.
       training: clients over which features are standardised.
@@ -34,6 +37,21 @@ def of_clients(
     return _told(true, purpose(key, "what is told"), training, kind)
 
 
+def refuse_without_groups(images: Any, kind: str) -> None:
+    """Refuse an oracle of groups where images have no column ``group``."""
+    if kind == "group":
+        columns.of(images, "group", "--signature group")
+
+
+def basis(kind: str, images: Any, rows: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """What signatures are made of, of the images in ``rows``: their features, or which group they are of, as an oracle
+    knows, ``[n, groups]``."""
+    if kind != "group":
+        return features
+    values = columns.of(images, "group", "--signature group")[rows]
+    return (values[:, None] == np.unique(values)).astype(np.float32)
+
+
 def shapes_of_one(kind: str, classes: int) -> Signature:
     """Zeros in the shapes of one client's signature."""
     told = signatures.SIZE * 2 + _directions(kind) * classes, 0 if kind == "label_free" else classes, 1
@@ -41,12 +59,12 @@ def shapes_of_one(kind: str, classes: int) -> Signature:
 
 
 def _directions(kind: str) -> int:
-    return PROTOTYPES if kind == "prototypes" else 0
+    return PROTOTYPES if kind.startswith("prototypes") else 0
 
 
 def _told(true: Signature, key: Array, training: int, kind: str) -> Signature:
     """What the server is told instead of the true signatures ``[N + K, 1 + V, ...]``."""
-    match kind:
+    match kind.removeprefix("prototypes+"):
         case "label_free":
             return signatures.label_free(true)
         case "noisy":

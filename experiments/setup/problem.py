@@ -145,7 +145,6 @@ def build(
     accept(descriptions.shapes_of_one(config.signature, len(images.classes)), shapes)
     harm = attack.build(config.attack, len(images.classes) if images.known is None else images.known)
     train_rows, *sides = (np.flatnonzero(part) for part in (~images.test, *_tested(images)))
-    test_rows = np.concatenate(sides)
     made = [dealt(config, images, train_rows, sides[0], seed) for seed in config.dealt_by]
 
     images, base = data.resized(images, side), backbones.kept_as(config.base_dtype, top.params, config.full)
@@ -154,7 +153,8 @@ def build(
         base = {**base, STEM: backbones.kept_as(config.base_dtype, stem.params, ())}
     base = jax.device_put(base)
     features = _features(config, backbone, taken(images.x, train_rows))
-    stacked = _stack(config, made, features, images.y[train_rows], len(images.classes))
+    told = descriptions.basis(config.signature, images, train_rows, features)
+    stacked = _stack(config, made, told, images.y[train_rows], len(images.classes))
     longest = local_training.longest(config, stacked.population.examples)
     vary = config.label_smoothing, config.augment, config.dropout, unrolls(config, base, longest)
     keys = jax.vmap(jax.random.key)(jnp.asarray(config.seeds))
@@ -164,7 +164,7 @@ def build(
         backbone=backbone,
         base=base,
         train=_placed((shown, images.y), train_rows, stay),
-        test=_placed((shown, images.y, images.domain), test_rows, stay),  # type: ignore[arg-type]
+        test=_placed((shown, images.y, images.domain), np.concatenate(sides), stay),  # type: ignore[arg-type]
         clients=stacked,
         adapters=adapters,
         keys=keys,
@@ -197,6 +197,7 @@ def _images(config: Config) -> tuple[Config, Images, dict[str, str]]:
         images = data.resplit(images, config.resplit)
     images = data.validation(images, config.validation) if config.validation else images
     data.note_untrained(images)
+    descriptions.refuse_without_groups(images, config.signature)
     own = data.base_to_novel(images, config.novel)
     return backbones.in_order(config, images.classes, own.classes), own, resized
 
