@@ -64,11 +64,8 @@ class Plan:
     def execute(self) -> None:
         """Print accuracies of unseen clients, and write them."""
         p, n = self.problem, self.config.clients
-        train = np.flatnonzero(~p.images.test)
-        features = tuple(
-            jnp.asarray(backbones.frozen_features(p.backbone, taken(p.images.x, rows)))
-            for rows in (train, np.flatnonzero(p.images.test))
-        )
+        seen = lambda rows: jnp.asarray(backbones.frozen_features(p.backbone, taken(p.images.x, np.flatnonzero(rows))))
+        features = seen(~p.images.test), seen(p.images.test)
         with self.folder as folder:
             found = [self._of_seed(method, seed, run, features) for method, seed, run in self.restored]
             rows = {name: np.stack([own[name] for own in found]) for name in found[0]}  # [seeds, unseen]
