@@ -17,7 +17,7 @@ from jax.extend import random as prng
 from experiments.config import Config
 from experiments.engine import evaluation
 from experiments.setup import descriptions, problem
-from fedlora_jax import clients, layers, lora, rounds
+from fedlora_jax import attacks, clients, layers, lora, rounds
 from fedlora_jax.keys import purpose, stable_hash
 from fedlora_jax.methods.fed_hello import fed_hello
 from fedlora_jax.methods.fed_sb import fed_sb
@@ -153,7 +153,7 @@ def test_evaluation_draws_nothing_that_rounds_draw(name):
     right = lambda base, model, xy: (logits(base, model, xy[0]).argmax(-1) == xy[1]).astype(float)
     loss = lambda base, adapter, xy, key: loss_fn(base, adapter, {"x": xy[0], "y": xy[1]}, key)
     what_is_told = {"smallest": 3, "longest": None, "adapters": ADAPTER, "images": SimpleNamespace(known=None)}
-    task = SimpleNamespace(correct_fn=right, loss_fn=loss, **what_is_told)
+    task = SimpleNamespace(correct_fn=right, loss_fn=loss, attack=attacks.NOBODY, **what_is_told)
     wider = population((5, 9, 3, 7, 4, 6, 5))
     everybody = problem.Clients(wider, jnp.zeros((7, 2), int), jnp.ones(7, int))
     scores = jit(evaluation.make_scores(config, task, method, SGD, 1))  # type: ignore[arg-type]
