@@ -1,14 +1,15 @@
 """Faults of the machine at random moments: a run that goes on after all of them ends with the bytes of one left alone.
 
-``FAULTS=200 python -m pytest -n 0 -m long tests/test_faults.py`` has so many of them.
+``FAULTS=200 python -m pytest -n 0 -s -m long tests/test_faults.py`` has so many of them, and says of which kinds;
+``SEED`` others.
 """
 
+import itertools
 import json
 import os
 import random
-import resource
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -16,122 +17,135 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from fault_helpers import COMMANDS, ERRORS, GOES_ON, Ended, Process, arguments, content, damage, newest
 from input_helpers import change
-from quick import QUICK
 
 from experiments.__main__ import main
 from experiments.commands import compare
 from experiments.engine.resident import Resident
 
-ROOT, FAULTS = Path(__file__).parents[1], int(os.environ.get("FAULTS", "6"))
-METHODS = ("flora", "fedit+fedadam", "ditto")  # with a key in its state, moments of a server, memory of clients
-RUN = (
-    f"compare --methods {','.join(METHODS)} --clients 4 --clients-per-round 2 --holdout-clients 1 --partition iid "
-    "--minimum 4 --rounds 12 --checkpoint-every 2 --seeds 2 --local-steps 1 --batch 4 --rank 2 --adapt-last 1 "
-    "--dropouts 0.3"
-).split()
+FAULTS = int(os.environ.get("FAULTS", "8"))
+OFTEN = dict(zip(COMMANDS, (9, 4, 2, 2, 2, 5), strict=True))  # those that take less time, more often
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 DAMAGES = ("truncated", "flipped", "removed")
 
 
-def start(out: Path, *more: str, env: dict[str, str] | None = None, limit: int | None = None) -> subprocess.Popen:
-    """A process that goes on with a run; ``limit``: no file may have more bytes."""
-    command = [sys.executable, "-m", "experiments", *RUN, "--data", str(out.parent / "data.npz"), "--out", str(out)]
-    command += ["--resume"] * (out / "config.json").exists() + list(more)
-    small = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | QUICK | (env or {}),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=small,
-    )
+class Tried:
+    """What has suffered so far, in a folder: of each command a run that nothing happened to, and one that it does."""
 
+    def __init__(self, place: Path):
+        self.place, self.done, self._count = place, Counter(), itertools.count()
+        self._whole: dict[str, tuple[Path, float]] = {}
+        self.out = {name: self.fresh() for name in COMMANDS}
+        change()(place / "data.npz")
 
-def arrays(out: Path) -> dict[str, dict[str, np.ndarray]]:
-    last = {path.parent.parent.name: path for path in out.glob("checkpoints/*/*/12")}
-    return {name: ocp.StandardCheckpointer().restore(path.absolute()) for name, path in last.items()}
+    def fresh(self) -> Path:
+        return self.place / f"{next(self._count)}"
 
+    def start(self, name: str, out: Path, run: Path | None = None, **trouble) -> Process:
+        run = run or (self.whole("run")[0] if name == "export" else out)
+        return Process(arguments(name, self.place / "data.npz", run, out), self.fresh(), **trouble)
 
-def newest(out: Path) -> Path | None:
-    """A file of the newest checkpoint."""
-    found = [path for path in out.glob("checkpoints/*/*/*/**/*") if path.is_file() and path.stat().st_size]
-    return max(found, key=lambda path: path.stat().st_mtime) if found else None
+    def whole(self, name: str) -> tuple[Path, float]:
+        """The folder, and the seconds it took."""
+        if name not in self._whole:
+            out, began = self.fresh(), time.monotonic()
+            ended = self.start(name, out).end()
+            assert ended.code == 0, ended.errors
+            self._whole[name] = out, time.monotonic() - began
+        return self._whole[name]
 
-
-def damage(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    if how == "removed":
-        path.unlink()
-    elif how == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    else:
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    def goes_on(self, name: str, ended: Ended) -> None:
+        """Look at what is there; where it came to its end, or cannot go on, the next begins anew."""
+        assert "Traceback" not in ended.errors, ended.errors
+        out, whole = self.out[name], content(name, self.whole(name)[0])
+        if ended.code == 0:
+            assert content(name, out) == whole
+        elif name == "export":
+            assert content(name, out).items() <= whole.items()  # whole files
+        if ended.code == 0 or name not in GOES_ON:
+            self.out[name] = self.fresh()
 
 
 @pytest.mark.long
-@pytest.mark.timeout(60 + 60 * FAULTS)
+@pytest.mark.timeout(300 + 60 * FAULTS)
 def test_nothing_is_lost_by_faults_at_random_moments(tmp_path):
-    """Signals, kills, files that may not grow, damaged checkpoints, a second process, a home that cannot be written."""
-    rng, done, whole, out = random.Random(int(os.environ.get("SEED", "0"))), Counter(), tmp_path / "0", tmp_path / "1"
-    change()(tmp_path / "data.npz")
-    began = time.monotonic()
-    process = start(whole)
-    errors = process.communicate(timeout=600)[1]
-    assert process.returncode == 0, errors
-    took, tried = time.monotonic() - began, 0
-    while sum(done.values()) < FAULTS:
-        fault = rng.choice((*SIGNALS, *DAMAGES, "full", "second", "homeless"))
-        if fault in DAMAGES:
-            if path := newest(out):
-                damage(path, fault)
-                done[fault] += 1
-            fault = rng.choice(SIGNALS)
-        env = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"} if fault == "homeless" else None
-        process = start(out, env=env, limit=rng.randrange(200, 20_000) if fault == "full" else None)
-        if fault == "second":
-            wait_for(out / ".lock", process)
-            other = start(out)
-            errors = other.communicate(timeout=300)[1]
-            assert other.returncode == 2 or process.poll() is not None, errors
-            assert "Traceback" not in errors, errors
-        if fault == "full":
-            errors = process.communicate(timeout=300)[1]
-            assert process.returncode in (0, 1, 2), errors
-        else:
-            time.sleep(rng.uniform(0.2, 1) * took)
-            name = fault if fault in SIGNALS else "SIGKILL"
-            ended = process.poll() is not None
-            process.send_signal(getattr(signal, name))
-            errors = process.communicate(timeout=300)[1]
-            if not ended and name != "SIGKILL" and process.returncode != 0:
-                assert process.returncode == 128 + getattr(signal, name), errors
-                assert "; to go on: python -m experiments compare" in errors.splitlines()[-1]
-        assert "Traceback" not in errors, errors
-        done[fault] += 1
-        tried += 1
-        if (out / "report.html").exists():  # it was through: another begins
-            assert_same(whole, out)
-            out = tmp_path / f"{tried + 1}"
-    process = start(out)
-    errors = process.communicate(timeout=600)[1]
-    assert process.returncode == 0, errors
-    assert_same(whole, out)
-    print(f"{sum(done.values())} faults: {dict(done)}")
+    """Signals, disks that refuse or are too small, damaged checkpoints, a second process, no home, a clock that goes
+    back: several in one process, counted where they came to be."""
+    rng, tried = random.Random(int(os.environ.get("SEED", "0"))), Tried(tmp_path)
+    while tried.done.total() < FAULTS:
+        (name,) = rng.choices(list(OFTEN), list(OFTEN.values()))
+        if name == "export" and rng.random() < 0.3:
+            export_of_a_damaged_run(tried, rng.choice(DAMAGES))
+            continue
+        suffers(name, tried, rng)
+    for name in GOES_ON:
+        tried.goes_on(name, ended := tried.start(name, tried.out[name]).end())
+        assert ended.code == 0, ended.errors
+    print(f"{tried.done.total()} faults: {dict(tried.done)}")
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.05)
+def suffers(name: str, tried: Tried, rng: random.Random) -> None:
+    """A command is started, or goes on, and something ends it; it may not be alone, nor the first that happens."""
+    out, took, ends = tried.out[name], tried.whole(name)[1], rng.choice((*SIGNALS, *ERRORS, "too small"))
+    if name in GOES_ON and rng.random() < 0.8 and (path := newest(out)):
+        damage(path, how := rng.choice(DAMAGES))
+        tried.done[f"{name}: {how}"] += 1
+    trouble = {"clock": int(rng.random() < 0.5), "homeless": name == "run" and rng.random() < 0.05}
+    if ends in ERRORS:
+        trouble |= {"refuse": ERRORS[ends], "after": rng.randrange(30)}
+    process = tried.start(name, out, longest=rng.randrange(200, 20_000) if ends == "too small" else None, **trouble)
+    if rng.random() < 0.15 and locked(out / ".lock", process):
+        other = tried.start(name, out).end()
+        assert other.code == 2 or not process.runs(), other.errors
+        assert "Traceback" not in other.errors, other.errors
+        tried.done[f"{name}: second process"] += other.code == 2
+    if ends in SIGNALS:
+        time.sleep(rng.uniform(0.1, 0.9) * took)
+        process.send(getattr(signal, ends))
+    ended = process.end()
+    stopped = 128 + getattr(signal, ends) if ends in SIGNALS else 1
+    assert ended.code in (0, stopped, 2 if ends not in SIGNALS else 0), ended.errors
+    if ended.code == stopped and ends != "SIGKILL":
+        assert "to go on: python -m experiments" in ended.errors.splitlines()[-1], ended.errors
+    tried.done[f"{name}: {ends}"] += ended.code != 0
+    for what in ("clock", "homeless"):
+        tried.done[f"{name}: {what}"] += bool(trouble[what])
+    tried.goes_on(name, ended)
 
 
-def assert_same(whole: Path, out: Path) -> None:
-    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), arrays(whole), arrays(out))
+def export_of_a_damaged_run(tried: Tried, how: str) -> None:
+    """It is refused in a line, and nothing is written."""
+    hurt, out = tried.fresh(), tried.fresh()
+    shutil.copytree(tried.whole("run")[0], hurt)
+    damage(newest(hurt), how)
+    ended = tried.start("export", out, hurt).end()
+    assert ended.code == 2, ended.errors
+    assert ended.errors.count("\n") == 1, ended.errors
+    assert not out.exists()
+    tried.done[f"export: {how}"] += 1
+
+
+def locked(path: Path, process: Process) -> bool:
+    """Whether it comes to write a folder."""
+    while process.runs() and not path.exists():
+        time.sleep(0.02)
+    return process.runs()
+
+
+@pytest.mark.long
+def test_a_clock_that_goes_back_is_no_matter(tmp_path):
+    """An hour at every look: what is newest, who holds a lock, and where a run goes on depend on no time."""
+    tried = Tried(tmp_path)
+    process = tried.start("run", out := tried.out["run"], clock=1)
+    while process.runs() and not list(out.glob("checkpoints/*/*/4/manifest.json")):
+        time.sleep(0.02)
+    assert tried.start("run", out).end().code == 2, "it is locked"
+    process.send(signal.SIGKILL)
+    process.end()
+    tried.goes_on("run", ended := tried.start("run", out, clock=1).end())
+    assert ended.code == 0, ended.errors
 
 
 def test_a_device_without_memory_goes_on_with_half_as_many_clients(tmp_path, monkeypatch, capsys):
