@@ -55,6 +55,10 @@ class Process:
         self._process = context.Process(target=command, args=(arguments, str(errors)), kwargs=trouble, daemon=True)
         self._process.start()
 
+    @property
+    def number(self) -> int | None:
+        return self._process.pid
+
     def runs(self) -> bool:
         return self._process.exitcode is None
 
