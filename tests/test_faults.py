@@ -4,10 +4,12 @@
 ``SEED`` others.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -18,14 +20,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fault_helpers import COMMANDS, ERRORS, GOES_ON, Ended, Process, arguments, content, damage, newest
+from fault_helpers import COMMANDS, ERRORS, GOES_ON, SIZES, Ended, Process, arguments, content, damage, newest
 from input_helpers import change
 
 from experiments.__main__ import main
 from experiments.commands import compare
 from experiments.engine.resident import Resident
 
-FAULTS = int(os.environ.get("FAULTS", "8"))
+FAULTS, SOAK = (int(os.environ.get(name, default)) for name, default in (("FAULTS", "8"), ("SOAK", "200")))
 OFTEN = dict(zip(COMMANDS, (12, 4, 1, 1, 1, 5), strict=True))  # those that take less time, more often
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 DAMAGES = ("truncated", "flipped", "removed")
@@ -111,8 +113,8 @@ def suffers(name: str, tried: Tried, rng: random.Random) -> None:
     if ended.code == stopped and ends != "SIGKILL":
         assert "to go on: python -m experiments" in ended.errors.splitlines()[-1], ended.errors
     tried.done[f"{name}: {ends}"] += ended.code != 0
-    for what in ("clock", "homeless"):
-        tried.done[f"{name}: {what}"] += bool(trouble[what])
+    for what in filter(trouble.get, ("clock", "homeless")):
+        tried.done[f"{name}: {what}"] += 1
     tried.goes_on(name, ended)
     print(f"{tried.done.total()} faults: {dict(tried.done)}", flush=True)
 
@@ -149,6 +151,31 @@ def test_a_clock_that_goes_back_is_no_matter(tmp_path):
     process.end()
     tried.goes_on("run", ended := tried.start("run", out, clock=1).end())
     assert ended.code == 0, ended.errors
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300 + SOAK)
+def test_many_rounds_take_no_more_memory_and_files_than_few(tmp_path):
+    """From a quarter of the rounds to their end; ``SOAK=2000`` has so many."""
+    tried, out = Tried(tmp_path), tmp_path / "soak"
+    many = f"run --method fedit --rounds {SOAK} --eval-every 5 --checkpoint-every 20 --seeds 1 {SIZES}".split()
+    process = Process([*many, "--data", str(tmp_path / "data.npz"), "--out", str(out)], tried.fresh())
+    there, seen, rows = Path(f"/proc/{process.number}"), [], out / "metrics.jsonl"
+    while process.runs():
+        with contextlib.suppress(OSError):
+            done = rows.read_bytes().count(b"\n")
+            pages = int((there / "statm").read_text().split()[1])
+            seen.append((done, pages * resource.getpagesize() / 2**20, len(list((there / "fd").iterdir()))))
+        time.sleep(0.02)
+    ended = process.end()
+    assert ended.code == 0, ended.errors
+    late = np.array([x for x in seen if SOAK / 4 <= x[0] < SOAK])
+    assert len(late) > 10
+    early = late[: len(late) // 4]
+    print(f"{SOAK} rounds: {early[0, 1]:.1f} MiB after {early[0, 0]:.0f}, {late[-1, 1]:.1f} after {late[-1, 0]:.0f}; "
+          f"files: {np.median(early[:, 2]):.0f}, {np.median(late[:, 2]):.0f}")  # fmt: skip
+    assert late[-1, 1] < early[:, 1].max() + 8
+    assert np.median(late[:, 2]) == np.median(early[:, 2])
 
 
 def test_a_device_without_memory_goes_on_with_half_as_many_clients(tmp_path, monkeypatch, capsys):
