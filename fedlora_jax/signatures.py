@@ -180,11 +180,13 @@ def of_clients(
 def _of_clients(features, labels, rows, sizes, key, classes, training, parts, prototypes) -> Signature:
     def one(of_client: tuple[Array, Array, Array]) -> Moments:
         key, r, size = of_client
-        return views(key, features[r], labels[r], jnp.arange(r.shape[0]) < size, classes, parts, prototypes)
+        own = views(key, features[r], labels[r], jnp.arange(r.shape[0]) < size, classes, parts, prototypes)
+        return own if prototypes else own._replace(prototypes=())  # lax.map cannot put arrays of nothing together
 
     keys, width = jax.random.split(key, rows.shape[0]), (1 + parts) * rows.shape[1] * features.shape[1]
     step = max(1, AT_ONCE // width)  # every view of a client's features is an array of its own
     each = jax.lax.map(one, (keys, rows, sizes), batch_size=step)
+    each = each if prototypes else each._replace(prototypes=jnp.zeros((*each.size.shape, classes, 0)))
     return signatures(each, standard(jax.tree.map(lambda x: x[:training, 0], each)))
 
 
