@@ -16,6 +16,7 @@ from experiments.cli import parse
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = "python -m experiments"
+RUN = ["README.md", "library.md", "methods.md"]  # the pages with a block of Python, each of which runs here
 
 
 def block(page: str, heading: str) -> str:
@@ -44,8 +45,8 @@ def test_links_between_pages_lead_somewhere():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_ones_that_the_command_line_knows(page):
     """All that stand in blocks, and within sentences those that are whole; what they ask for is not looked at."""
-    text = re.sub(r"\n(?!\n)", " ", re.sub(r"```bash\n.*?```", "", page.read_text(), flags=re.DOTALL))
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    text = re.sub(r"\n(?!\n)", " ", re.sub(r"```(?:ba)?sh\n.*?```", "", page.read_text(), flags=re.DOTALL))
+    blocks = re.findall(r"```(?:ba)?sh\n(.*?)```", page.read_text(), re.DOTALL)
     commands = [
         line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith(COMMAND)
     ]
@@ -57,6 +58,29 @@ def test_commands_are_ones_that_the_command_line_knows(page):
                 parse(typed)
             except SystemExit as error:
                 raise AssertionError(f"{page.name}: {command}") from error
+
+
+def test_no_block_is_of_a_kind_that_nobody_runs():
+    """Python runs below, commands are parsed above; what is neither is only looked at."""
+    kinds = {page.name: re.findall(r"^```(\w*)\n.*?^```", page.read_text(), re.MULTILINE | re.DOTALL) for page in PAGES}
+    assert {kind for found in kinds.values() for kind in found} <= {"", "text", "bash", "sh", "python"}
+    assert [name for name, found in kinds.items() for kind in found if kind == "python"] == RUN
+
+
+@pytest.mark.long
+def test_what_a_beginner_types_can_be_planned(tmp_path, monkeypatch, capsys):
+    """The commands of the first page that need no data of one's own: a forecast for each method of each."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/start.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith(f"{COMMAND} compare --methods")]
+    assert len(commands) == 2
+    for command in commands:
+        typed = [word for word in shlex.split(command)[3:] if word != "--dry-run"]
+        monkeypatch.setattr(sys, "argv", ["experiments", *typed, "--dry-run"])
+        main()
+        said = capsys.readouterr().out
+        assert all(method in said for method in ("fedit", "ditto"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_examples_run_one_after_the_other():

@@ -71,7 +71,7 @@ moments = tx.init(rate)
 for i in range(8):
     loss, slope = both(rate, jax.random.fold_in(key, i))
     update, moments = tx.update(slope, moments)
-    rate = optax.apply_updates(rate, update)
+    rate = jnp.add(rate, update)
 print(f"learning rate 0.05 -> {float(jnp.exp(rate)):.2f}, loss after two rounds {first:.3f} -> {float(loss):.3f}")
 assert float(loss) < first
 
