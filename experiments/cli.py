@@ -233,13 +233,14 @@ _LEFT_OUT = {
     | _RECORDED
     | _HOSTS
     | _AT_ONCE
-    | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once"}
+    | {"methods", "out", "eval_every", "chunk", "devices", "seeds_at_once", "sampling"}
     | {"signature", "theta", "schedule", "local_schedule", "adapter", "eval_clients", "novel", "attack"},
     "sweep": {"resume", "checkpoint_every", "dry_run", "track", "lr", "budgets", "tuning_seeds", "attack"}
     | _META
     | _AT_ONCE
     | _HOSTS,
     "budget": {"checkpoint_every", "dry_run", "track", "lr", "validation", "vary", "eval_clients", "novel", "attack"}
+    | {"sampling"}
     | _META
     | _WORK
     | _HOSTS
@@ -248,7 +249,7 @@ _LEFT_OUT = {
     | _RECORDED
     | _HOSTS
     | _AT_ONCE
-    | {"devices", "seeds_at_once", "adapter", "eval_clients", "novel", "attack"}
+    | {"devices", "seeds_at_once", "adapter", "eval_clients", "novel", "attack", "sampling"}
     | (_WORK - {"local_steps"}),
     "methods": {field.name for field in dataclasses.fields(Config)} - _MODEL - {"clients", "clients_per_round"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ BLOCKS = ("auto", "loop", "unrolled")
 CONTROLS = ("noisy", "shuffled", "constant", "random")  # of signatures
 SIGNATURES = ("full", "prototypes", "label_free", "group", *CONTROLS, *(f"prototypes+{name}" for name in CONTROLS))
 WEIGHTS = ("counts", "uniform")
+SAMPLINGS = ("fixed", "poisson")
+SPARE = 5  # standard deviations above the average for which there are places in a cohort of Poisson sampling
 TASKS = ("softmax", "sigmoid", "pairs")
 DTYPES = ("float32", "bfloat16")
 HEADS = ("linear", "cosine", "prototype", "zero_shot", "text", "transport", "gate")
@@ -177,6 +180,11 @@ class Config:
     )
     clients: int = option(12, "clients that train", COUNT)
     clients_per_round: int | None = option(None, "clients drawn each round (default: all)", COUNT)
+    sampling: str = option(
+        "fixed",
+        "how they are drawn: fixed, so many; or poisson, each client joins on its own, so many on average",
+        among=SAMPLINGS,
+    )
     holdout_clients: int = option(
         6, "further clients with data of their own that never train: the unseen ones", "[0, 1000000]"
     )
@@ -428,8 +436,15 @@ class Config:
 
     @property
     def cohort(self) -> int:
-        """Clients of a round."""
-        return self.clients_per_round or self.clients
+        """Clients of a round, or places for them."""
+        n, many = self.clients, self.clients_per_round or self.clients
+        spare = SPARE * (many * (1 - many / n)) ** 0.5 if self.sampling == "poisson" and many < n else 0
+        return many if not spare else min(n, many + math.ceil(spare))
+
+    @property
+    def join_rate(self) -> float:
+        """Probability with which a client joins a round, before any is cut off."""
+        return (self.clients_per_round or self.clients) / self.clients if self.sampling == "poisson" else 1.0
 
     @property
     def dealt_by(self) -> tuple[int, ...]:
@@ -496,8 +511,8 @@ def check(config: Config) -> None:
         raise ValueError("--scale must not be 0: nothing that adapters learn would count")
     _check_lists(config)
     cohort = config.cohort
-    if cohort > config.clients:
-        raise ValueError(f"--clients-per-round {cohort} is more than --clients {config.clients}")
+    if (config.clients_per_round or 0) > config.clients:
+        raise ValueError(f"--clients-per-round {config.clients_per_round} is more than --clients {config.clients}")
     own = -(-cohort // config.sharing)
     if config.sharing > cohort:
         hosts = f" of each of {config.hosts} hosts" * (config.hosts > 1)

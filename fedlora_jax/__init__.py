@@ -4,6 +4,7 @@ Methods and wrappers are functions of this module: ``fedlora_jax.proximal(fedlor
 """
 
 from fedlora_jax import (
+    accountant,
     attacks,
     audit,
     batches,
@@ -25,7 +26,7 @@ from fedlora_jax import (
     wrappers,
 )
 from fedlora_jax.batches import Padded
-from fedlora_jax.clients import Population
+from fedlora_jax.clients import Population, Sampling
 from fedlora_jax.lora import Dense, LoRA
 from fedlora_jax.method import About, Cohort, Dispatch, Method, Traffic
 from fedlora_jax.methods.adf_lora import adf_lora
@@ -89,7 +90,7 @@ from fedlora_jax.wrappers.fednova import fednova
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.over_the_air import over_the_air
-from fedlora_jax.wrappers.privacy import clip, noise
+from fedlora_jax.wrappers.privacy import clip, dp
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import geometric_median, krum, median, norm_bound, trimmed_mean, trust
 from fedlora_jax.wrappers.scaffold import scaffold
@@ -109,8 +110,10 @@ __all__ = [
     "MetricFn",
     "Padded",
     "Population",
+    "Sampling",
     "Signature",
     "Traffic",
+    "accountant",
     "adf_lora",
     "afl",
     "attacks",
@@ -122,6 +125,7 @@ __all__ = [
     "clustering",
     "diagnostics",
     "ditto",
+    "dp",
     "dropout",
     "fdlora",
     "fed_hello",
@@ -180,7 +184,6 @@ __all__ = [
     "methods",
     "mime",
     "moon",
-    "noise",
     "norm_bound",
     "over_the_air",
     "partition",

@@ -61,6 +61,27 @@ class Population(NamedTuple):
         return weights.astype("float32") / weights.sum().astype("float32")
 
 
+class Sampling(NamedTuple):
+    """Who takes part in a round: each of ``clients`` joins with probability ``rate``, and of those ``most`` at most.
+
+    Rate 1 is a sample of fixed size, without replacement; ``most`` = ``clients`` is Poisson sampling, or everybody.
+    Programs have ``most`` places; where fewer join, the clients at the last ones do not take part (weight 0).
+    """
+
+    clients: int
+    most: int
+    rate: float = 1.0
+
+    @property
+    def expected(self) -> float:
+        """How many take part, if ``most`` cuts none off."""
+        return min(self.clients * self.rate, float(self.most))
+
+    def joined(self, key: Array) -> Array:
+        """``[most]`` whether there is somebody at each place; those at places are in random order (``sample_ids``)."""
+        return jnp.arange(self.most) < jnp.sum(jax.random.uniform(key, (self.clients,)) < self.rate)
+
+
 def padded(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Row numbers of every client ``[N, n_max]``, as ``Population`` wants them, from one array for each.
 

@@ -3,8 +3,9 @@
 A client that sends a number that is not finite, or beyond ``LARGEST`` (of its loss too), counts as if it had sent what
 it was sent, with weight zero; the others share its weight. Whoever has weight zero (it never answered, say) keeps the
 memory it had, and its meta-gradients count as zero. Where nobody is left the server's state stays as it was, with all
-that wrappers keep. What is finite and wrong is for wrappers: ``clip``, ``krum`` and the like. Of pooled data (upper
-bounds) nobody's part can be told apart: one that fails makes the round fail, and the state stays.
+that wrappers keep (unless ``Method.always``). What is finite and wrong is for wrappers: ``clip``, ``krum`` and the
+like. Of pooled data (upper bounds) nobody's part can be told apart: one that fails makes the round fail, and the state
+stays.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ class About(NamedTuple):
     travels: str
     exact: str  # is the new server model the mean of the clients' models?
     personal: str = "-"  # what stays with a client
+    tells: str = "-"  # what the server learns of a client beside its upload and its weight
 
 
 def no_penalty(adapter: Adapter, context: Any) -> Array:
@@ -183,6 +184,8 @@ class Method(NamedTuple):
       query: examples that each client keeps apart in a round for ``judge``; 0 where the meta-gradient needs none.
       onboard: how a client that never took part finds its place, where what it holds before does not say; ``None``: it
         needs none.
+      always: whether the server moves on even in a round in which nobody is left (noise has to be there whoever is);
+        elsewhere its state stays as it was.
       uploads: what the server makes of adapters: it may average them entry by entry (whatever it does besides), only
         stack them as products, or get none. Says which wrappers have a meaning (``fedlora_jax.wrappers.order``).
       stack: names of the wrappers around the method, from the innermost.
@@ -207,6 +210,7 @@ class Method(NamedTuple):
     report: Callable[[State], dict[str, Array]] = no_report
     query: int = 0
     onboard: Onboarding | None = None
+    always: bool = False
     uploads: Literal["averaged", "stacked", "none"] = "averaged"
     stack: tuple[str, ...] = ()
 

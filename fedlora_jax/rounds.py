@@ -19,8 +19,17 @@ from fedlora_jax import attacks, diagnostics
 from fedlora_jax.attacks import Attack
 from fedlora_jax.batches import mean_over_steps
 from fedlora_jax.checks import refuse_other_clients, refuse_twice, refuse_unread, refuse_widened
-from fedlora_jax.clients import Population, sample_answers, sample_ids, sample_members, sample_stops, sample_views
+from fedlora_jax.clients import (
+    Population,
+    Sampling,
+    sample_answers,
+    sample_ids,
+    sample_members,
+    sample_stops,
+    sample_views,
+)
 from fedlora_jax.diagnostics import Aggregation
+from fedlora_jax.keys import purpose
 from fedlora_jax.leaving_out import if_any, without_failed
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method, State, average_client, models
@@ -37,8 +46,9 @@ class MetricFn(Protocol):
 class Info(NamedTuple):
     """What one round reports."""
 
-    ids: Array  # [C] who took part
-    loss: Array  # [C] each client's task loss (penalties left out), mean over its local steps; [1] of pooled data
+    ids: Array  # [C] who took part; -1 at a place where nobody did (clients.Sampling)
+    loss: Array  # [C] each client's task loss (penalties left out), mean over its local steps, nan where nobody is; [1]
+    #   of pooled data
     aggregation: Aggregation
     learned: dict[str, Array]  # the method's own report on its new state
     moved: Array  # [C] how far its local steps took each client: the norm of the change of all that it trains
@@ -155,7 +165,7 @@ def make_round(
         learned = method.learn(state, cohort, there.meta_gradients)
         new_state = method.aggregate(base, learned, cohort, sent, there.received)
         refuse_widened(state, new_state)
-        new_state = if_any(cohort.weights, new_state, state)
+        new_state = new_state if method.always else if_any(cohort.weights, new_state, state)
         after = method.dispatch(base, new_state, average_client(cohort._replace(memory=there.memory)))
         part = lambda d: d._replace(adapter=method.aggregated(d.adapter) if method.aggregated else models(method, d))
         ends = part(sent._replace(adapter=there.received)).adapter
@@ -253,6 +263,7 @@ def make_step(
     query: int = 0,
     dropouts: float = 0.0,
     stragglers: float = 0.0,
+    sampling: Sampling | None = None,
 ) -> StepFn:
     """``step(base, data, population, run, key) -> (run, info)``: a whole round, sampling included.
 
@@ -267,9 +278,11 @@ def make_step(
         been drawn.
       stragglers: share of them that stop before their last local step, others each round and after any step; batches
         are then ``Padded``.
+      sampling: who takes part, where that is not everybody who is drawn; its ``most`` is ``participants``.
     """
-    drawing = {"steps": steps, "batch": batch, "smallest": smallest, "query": query}
-    placed = make_placed_step(make_cohort_step(round_fn, **drawing, dropouts=dropouts, stragglers=stragglers))
+    drawing: dict[str, Any] = {"steps": steps, "batch": batch, "smallest": smallest, "query": query}
+    drawing |= {"dropouts": dropouts, "stragglers": stragglers, "sampling": sampling}
+    placed = make_placed_step(make_cohort_step(round_fn, **drawing))
 
     def step(base: Params, data: Any, population: Population, run: Run, key: Array) -> tuple[Run, Info]:
         refuse_other_clients(run.memory, population.sizes.shape[0])
@@ -337,6 +350,7 @@ def make_cohort_step(
     query: int = 0,
     dropouts: float = 0.0,
     stragglers: float = 0.0,
+    sampling: Sampling | None = None,
 ) -> Callable:
     """What follows once it is known who takes part; arguments as for ``make_step``.
 
@@ -354,10 +368,16 @@ def make_cohort_step(
             members = members._replace(examples=sample_stops(draw, ids, stragglers, jnp.asarray(whole), batch))
         batches, queries = sample_members(draw, data, members, ids, steps, batch, smallest, query)
         views = sample_views(draw, members, ids)
-        cohort = members.cohort(jnp.arange(len(ids)), (), batches, queries, views)
+        cohort = members.cohort(jnp.arange(len(ids)), (), batches, queries, views)._replace(ids=ids, memory=memory)
         if dropouts:
             cohort = cohort._replace(weights=cohort.weights * sample_answers(draw, ids, dropouts))
-        return round_fn(base, state, cohort._replace(ids=ids, memory=memory), train, number)
+        if sampling is None or sampling.rate == 1:
+            return round_fn(base, state, cohort, train, number)
+        there = sampling.joined(purpose(jax.random.fold_in(key, number), "joined"))
+        cohort = cohort._replace(weights=jnp.where(there, cohort.weights, 0.0))
+        state, kept, info = round_fn(base, state, cohort, train, number)
+        nobody = info._replace(ids=jnp.where(there, ids, -1), loss=jnp.where(there, info.loss, jnp.nan))
+        return state, kept, nobody._replace(dropped=info.dropped - jnp.sum(~there).astype(jnp.int32))
 
     return cohort_step
 

@@ -17,7 +17,7 @@ import optax
 from numpy.linalg import norm
 
 from fedlora_jax import lora, rounds, training
-from fedlora_jax.clients import Population
+from fedlora_jax.clients import Population, Sampling
 from fedlora_jax.method import Cohort, Dispatch, Method, as_carried, average_client
 from fedlora_jax.methods.adf_lora import adf_lora
 from fedlora_jax.methods.centralized import centralized
@@ -80,7 +80,7 @@ from fedlora_jax.wrappers.fedopt import fedadam, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
 from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.over_the_air import over_the_air
-from fedlora_jax.wrappers.privacy import clip, noise
+from fedlora_jax.wrappers.privacy import clip, dp
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import geometric_median, krum, median, norm_bound, trimmed_mean, trust
 from fedlora_jax.wrappers.scaffold import scaffold
@@ -88,6 +88,7 @@ from fedlora_jax.wrappers.signature_adapter import signature_adapter
 from fedlora_jax.wrappers.signature_bias import signature_bias
 
 CLIENTS, STEPS, BATCH, RANK, SCALE, CLASSES = 4, 2, 3, 2, 0.7, 3
+EVERYBODY = Sampling(CLIENTS, CLIENTS)
 SIGNATURE = Signature(np.zeros(4), np.zeros(CLASSES), np.zeros(1))  # one client's: its shapes
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -164,7 +165,7 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "signature_adapter": lambda: signature_adapter(fedit(), SIGNATURE, CLIENTS, rank=2, warmup=0),
     "signature_bias": lambda: signature_bias(fedit(), SIGNATURE, warmup=0),
     "clip": lambda: clip(fedit(), 0.05),
-    "noise": lambda: noise(fedit()),
+    "dp": lambda: dp(fedit(), EVERYBODY, 4, bound=0.05, noise=0.0),
     "median": lambda: median(fedit()),
     "trimmed_mean": lambda: trimmed_mean(fedit(), 0.25),
     "krum": lambda: krum(fedit(), kept=2),
@@ -183,10 +184,14 @@ generated = lambda inner: signature_adapter(inner, SIGNATURE, CLIENTS, rank=2, w
 told = lambda inner: signature_bias(generated(inner), SIGNATURE, warmup=0)
 STACKS: dict[str, Callable[[], Method]] = {
     "corrected": lambda: fedadam(scaffold(proximal(fedit()), 8, LOCAL_LR)),
-    "defended": lambda: clip(noise(median(flexlora("balanced", gauge=True))), 0.05),
+    "defended": lambda: clip(median(flexlora("balanced", gauge=True)), 0.05),
     "dynamic": lambda: fedlc(clip(fedadam(feddyn(told(fedga(feddecorr(ffa_lora()))), 8, 0.1)), 0.05), 0.1),
     "weighed": lambda: clip(
-        noise(proximal(fedbc(fednova(fedyogi(fedlesam(flexlora("balanced", gauge=True), 0.1))), lr=0.1, lam=0.2))), 0.05
+        proximal(fedbc(fednova(fedyogi(fedlesam(flexlora("balanced", gauge=True), 0.1))), lr=0.1, lam=0.2)), 0.05
+    ),
+    "private": lambda: clip(
+        dp(proximal(fedadam(flexlora("balanced", gauge=True))), EVERYBODY, 4, noise=0.0, quantile=0.5, on="products"),
+        9.0,
     ),
     "outliers": lambda: over_the_air(
         norm_bound(krum(geometric_median(trimmed_mean(fedyogi(moon(fedit(), 0.5)), 0.25), on="products"), kept=2)), 1e6

@@ -96,7 +96,7 @@ OPTIONS = {
     "a bound without end": ("run --method fedit+clip:bound=inf", "'clip:bound=inf': bound must be a finite number"),
     "a method's rate that is no number": ("run --method fedit+signature_bias:lr=nan", "lr must be a finite number"),
     "noise that float32 cannot hold": (
-        "run --method fedit+noise:deviation=1e300 --weights-of-clients uniform",
+        "run --method fedit+dp:noise=1e300",
         "float32 cannot hold",
     ),
     "steps that int32 cannot hold": ("run --method lora_fair:steps=1000000000000", "int32 cannot hold"),

@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from helpers import SIGNATURE
+from helpers import EVERYBODY, SIGNATURE
 
 from experiments.engine import methods
 from fedlora_jax.checks import in_words, refuse_outside
@@ -43,6 +43,7 @@ PARTS |= {name: methods._wrapper(name)[1] for name in methods.wrappers()}
 OPTIONS = [(name, key) for name, make in PARTS.items() for key, p in methods.settable(make).items()
            if type(p.default) in (int, float)]  # fmt: skip
 FACTS = {"participants": 4, "population": 8, "rounds": 3, "local_lr": 0.1, "signature": SIGNATURE}
+FACTS |= {"sampling": EVERYBODY}
 
 
 @pytest.mark.parametrize(("name", "key"), OPTIONS)

@@ -1,15 +1,12 @@
 """How much each client counts: by its examples, or as it is told; and what part of all that is."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
-from helpers import ADAPTER, population
+from helpers import population
 
 from experiments.config import Config, check
-from experiments.engine.facts import acceptable
-from experiments.setup import descriptions, problem
+from experiments.setup import problem
 
 IDS = np.asarray([3, 1, 4])
 ALIKE = np.ones(5, np.float32)
@@ -43,11 +40,3 @@ def test_on_the_command_line_clients_count_by_their_images_or_alike(asked, expec
     np.testing.assert_allclose(one.shares, np.asarray(expected) / sum(expected), rtol=1e-6)
     with pytest.raises(ValueError, match="counts, uniform; got equal"):
         check(Config(weights_of_clients="equal"))
-
-
-@pytest.mark.parametrize("name", ["fedit+noise", "fedit+noise:deviation=0.1+clip"])
-def test_noise_needs_clients_that_count_alike(name):
-    config, signature = Config(methods=(name,)), descriptions.shapes_of_one("full", 3)
-    with pytest.raises(ValueError, match="use --weights-of-clients uniform, got counts"):
-        acceptable(config, signature, ADAPTER)
-    acceptable(dataclasses.replace(config, weights_of_clients="uniform"), signature, ADAPTER)

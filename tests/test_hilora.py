@@ -39,7 +39,7 @@ from fedlora_jax.method import average_client, models
 from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.hilora import CLUSTER, LEAF, ROOT, hilora
 from fedlora_jax.wrappers.fedlc import fedlc
-from fedlora_jax.wrappers.privacy import noise
+from fedlora_jax.wrappers.over_the_air import over_the_air
 from fedlora_jax.wrappers.proximal import proximal
 
 IDS = jnp.arange(CLIENTS)
@@ -272,7 +272,7 @@ def test_a_trial_takes_the_steps_of_a_root_client():
 
 def test_wrappers_pass_the_trial_on():
     method, states, _, _ = history()
-    around = fedlc(noise(proximal(method, 0.1)), 0.1)
+    around = fedlc(over_the_air(proximal(method, 0.1), 1e12), 0.1)
     assert around.onboard is not None
     strangers = members(around)._replace(ids=IDS + 50)
     whole = around.init(KEY, ADAPTER)

@@ -18,6 +18,7 @@ from experiments.config import Config
 from experiments.engine import evaluation
 from experiments.setup import descriptions, problem
 from fedlora_jax import attacks, clients, layers, lora, rounds
+from fedlora_jax.clients import Sampling
 from fedlora_jax.keys import purpose, stable_hash
 from fedlora_jax.methods.fed_hello import fed_hello
 from fedlora_jax.methods.fed_sb import fed_sb
@@ -31,7 +32,7 @@ from fedlora_jax.methods.ifca import ifca
 from fedlora_jax.methods.pfedhn import pfedhn
 from fedlora_jax.methods.rac_lora import rac_lora
 from fedlora_jax.methods.sdflora import sdflora
-from fedlora_jax.wrappers.privacy import noise
+from fedlora_jax.wrappers.privacy import dp
 
 STEPS, SGD, PEOPLE, DATA = 2, optax.sgd(0.1), population(), examples(0, 28)
 SEEN: list[tuple[int, int]] = []  # the keys whose bits have been drawn
@@ -111,7 +112,9 @@ def once(seen: Counter) -> bool:
 
 METHODS = {
     "fedit": fedit,
-    "noise around the noise of SDFLoRA": lambda: noise(sdflora(2, clip=1.0, noise=0.5), 0.1),
+    "dp around the noise of SDFLoRA": lambda: dp(
+        sdflora(2, clip=1.0, noise=0.5), Sampling(5, 4), 4, noise=0.0, quantile=0.5
+    ),
     "ifca": lambda: ifca(query=BATCH),
     "fslora": fslora,
     "fedra": fedra,

@@ -31,12 +31,13 @@ from wrapper_helpers import flat
 
 from experiments.engine.methods import wrappers
 from fedlora_jax.batches import Padded
+from fedlora_jax.clients import Sampling
 from fedlora_jax.methods.centralized import centralized
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.local_only import local_only
 from fedlora_jax.task import Seen, Task
-from fedlora_jax.wrappers import Wrapped, order
+from fedlora_jax.wrappers import order
 from fedlora_jax.wrappers.fairness import afl, qffl
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddecorr import feddecorr
@@ -49,7 +50,7 @@ from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedlora_jax.wrappers.fedopt import server as server_optimizer
 from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.over_the_air import over_the_air
-from fedlora_jax.wrappers.privacy import clip, noise
+from fedlora_jax.wrappers.privacy import clip, dp
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import geometric_median, krum, median, norm_bound, trimmed_mean, trust
 from fedlora_jax.wrappers.scaffold import scaffold
@@ -68,7 +69,7 @@ MADE = {
     "fedbc": lambda m: fedbc(m, lr=0.1, gam=0.5, lam=0.2),
     "fedadam": lambda m: fedadam(m, 0.1),
     "clip": lambda m: clip(m, 0.8),
-    "noise": lambda m: noise(m, 0.1),
+    "dp": lambda m: dp(m, Sampling(CLIENTS, CLIENTS), 9, bound=0.8, noise=0.0),
     "median": median,
     "trimmed_mean": lambda m: trimmed_mean(m, 0.25),
     "krum": lambda m: krum(m, kept=3),
@@ -89,12 +90,11 @@ SERVERS = {  # which are ``server`` with another transformation, as fedadam is
     "fedyogi": fedyogi,
     "server": lambda m: server_optimizer(m, optax.sgd(1.0)),
 }
-STATEFUL = ("signature_bias", "signature_adapter", "scaffold", "feddyn", "fedadam", "noise", "over_the_air")
+STATEFUL = ("signature_bias", "signature_adapter", "scaffold", "feddyn", "fedadam", "dp", "over_the_air")
 REMEMBERING = ("scaffold", "feddyn", "fedbc", "moon", "fedlesam")
-DEFENCES = ("clip", "median", "trimmed_mean", "krum", "norm_bound")
+DEFENCES = ("clip", "median", "trimmed_mean", "krum", "norm_bound", "dp")
 HANDS_ON = (
     *DEFENCES,
-    "noise",
     "fedbc",
     "fednova",
     "qffl",
@@ -112,7 +112,7 @@ def built(*stack, method=None):
 class Play:
     """Two rounds of uploads ``sent + updates`` through wrappers around FedIT."""
 
-    def __init__(self, stack, size=1.0, weights=(1, 2, 3, 4, 1, 1), key=None):
+    def __init__(self, stack, size=1.0, weights=(1, 2, 3, 4, 1, 1)):
         """``size``: of what the broken client sends in place of an update, or 1: none is broken."""
         self.stack, self.method = stack, built(*stack)
         c = normalised(cohort(clients=CLIENTS, weights=weights, ranks=[2, 2, 2, 1, 2, 1]))
@@ -121,8 +121,6 @@ class Play:
         self.c = c._replace(shares=np.float32([1, 2, 3, 4, 1, 1]) / 24, batches=Padded(c.batches, present))
         self.memory = copies(self.method.init_client(ADAPTER), CLIENTS)
         self.state = self.method.init(KEY, ADAPTER)
-        if key is not None and "noise" in stack:
-            self.state = with_own(self.state, named(stack, STATEFUL).index("noise"), key)
         for t in range(2):
             moved = nudged(jax.tree.map(np.zeros_like, copies(ADAPTER, CLIENTS)), t, 0.3)
             self.step(moved if size == 1 else replaced(moved, BROKEN, size))
@@ -151,10 +149,6 @@ def named(stack, which):
     return [name for name in reversed(stack) if name in which]
 
 
-def with_own(state, depth, own):
-    return state._replace(own=own) if depth == 0 else state._replace(inner=with_own(state.inner, depth - 1, own))
-
-
 # --- what is right
 
 
@@ -177,16 +171,16 @@ def the_outer_acts_first(play):
     inner, outer = play.stack
     method, c = built(inner), play.c
     (state, memory), new, after = play.before, play.state, play.memory
-    lam = key = None
-    if outer in ("noise", "over_the_air"):
-        state, key, new = state.inner, state.own, new.inner
+    lam = None
+    if outer in ("dp", "over_the_air"):
+        state, new = state.inner, new.inner
     if outer == "fedbc":
         memory, lam, after = memory.inner, memory.own, after.inner
     sent = method.dispatch(BASE, state, c._replace(memory=memory))
-    weights, uploads = handed_on(outer, play, lam, key)
+    weights, uploads = handed_on(outer, play, lam)
     c = c._replace(weights=np.float32(weights), memory=memory)
     assert_near(as_numbers(method.aggregate(BASE, state, c, sent, uploads)), as_numbers(new), 1e-4, floor=1e-3)
-    if outer in ("clip", "noise", "fedbc"):  # what a client knows of its own upload
+    if outer in ("clip", "fedbc"):  # what a client knows of its own upload
         rows = jax.vmap(method.remember)(memory, sent.context, sent.adapter, uploads)
         assert_near(rows, after, 1e-4, floor=1e-3)
 
@@ -197,8 +191,7 @@ def as_numbers(state):
 
 def the_order_does_not_matter(play):
     """All that is kept, the penalty, the loss and the model are those of the other order."""
-    key = jax.random.key(7)
-    one, other = Play(play.stack, key=key), Play(play.stack[::-1], key=key)
+    one, other = Play(play.stack), Play(play.stack[::-1])
     assert_near(other.kept(), one.kept(), 1e-4, floor=1e-3)
     seen = []
     for p in (one, other):
@@ -230,7 +223,7 @@ def a_past_is_what_was_trained(play):
         tree = tree.inner
 
 
-def handed_on(name, play, lam, key):
+def handed_on(name, play, lam):
     """``(weights [C], received)`` of the last round behind one wrapper, by its equations."""
     mask = jax.tree.map(lambda x, m: np.broadcast_to(m, x.shape), play.sent.adapter, play.sent.mask)
     x, y, held = (flat(tree, clients=True) for tree in (play.sent.adapter, play.received, mask))
@@ -261,8 +254,9 @@ def handed_on(name, play, lam, key):
         loss = np.float64(play.c.losses)[:, 0]
         fair, bent = p * loss**2, p * 2 * loss * norms**2 / LOCAL_LR
         p, d = fair / fair.sum(), d * fair.sum() / (fair.sum() + bent.sum())
-    elif name == "noise":
-        d = d + flat(drawn(play, key), clients=True)
+    elif name == "dp":
+        d = (d * np.minimum(1, 0.8 / norms)[:, None]).mean(0) + 0 * d
+        p = np.full(CLIENTS, 1 / CLIENTS)
     return p, unflattened(np.where(held > 0, x + d, y), play.received)
 
 
@@ -275,17 +269,6 @@ def chosen_by_krum(d, held, p, kept):
     d, p = d.copy(), p.copy()
     d[out], p[out] = 0, 0
     return d, p / p.sum()
-
-
-def drawn(play, key):
-    """The noise of a round: what noise alone, with that key, hands on of no updates."""
-    seen = []
-    spy = fedit()._replace(aggregate=lambda base, state, c, sent, received: seen.append(received) or state)
-    alone = built("noise", method=spy)
-    state = Wrapped(spy.init(KEY, ADAPTER), key)
-    sent = alone.dispatch(BASE, state, play.c)
-    alone.aggregate(BASE, state, play.c, sent, sent.adapter)
-    return jax.tree.map(lambda x, y: np.asarray(y - x), sent.adapter, seen[0])
 
 
 def unflattened(rows, tree):
@@ -397,4 +380,4 @@ def test_what_works_without_uploads_goes_around_methods_without_any(make):
 def test_entrywise_defences_refuse_a_stack_of_products(wrap):
     with pytest.raises(ValueError, match="stacks every client's own product"):
         wrap(flora())
-    assert clip(noise(krum(norm_bound(flora())))).stack == ("norm_bound", "krum", "noise", "clip")
+    assert clip(krum(norm_bound(flora()))).stack == ("norm_bound", "krum", "clip")

@@ -9,6 +9,7 @@ from helpers import (
     ADAPTER,
     BASE,
     CLIENTS,
+    EVERYBODY,
     KEY,
     LOCAL_LR,
     OPTIMIZER,
@@ -55,7 +56,7 @@ from fedlora_jax.wrappers.fedlesam import fedlesam
 from fedlora_jax.wrappers.fedopt import fedadagrad, fedadam, fedavgm, fedyogi, server
 from fedlora_jax.wrappers.moon import moon
 from fedlora_jax.wrappers.over_the_air import over_the_air
-from fedlora_jax.wrappers.privacy import clip, noise
+from fedlora_jax.wrappers.privacy import clip, dp
 from fedlora_jax.wrappers.proximal import proximal
 from fedlora_jax.wrappers.robust import krum, median, norm_bound, trimmed_mean
 from fedlora_jax.wrappers.scaffold import scaffold
@@ -77,7 +78,6 @@ NEUTRAL = {
     "signature_bias": lambda inner: signature_bias(inner, SIGNATURE, lr=0.0, warmup=0),
     "signature_adapter": lambda inner: signature_adapter(inner, SIGNATURE, CLIENTS, lr=0.0, warmup=0),
     "clip": lambda inner: clip(inner, 1e6),
-    "noise": lambda inner: noise(inner, 0.0),
     "norm_bound": lambda inner: norm_bound(inner, 1e6),
     "krum": lambda inner: krum(inner, kept=CLIENTS),
 }
@@ -88,7 +88,8 @@ def plain():
     return {make: run(make()) for make in (fedit, flexlora)}
 
 
-TOGETHER = ("server", "signature_bias", "krum", "norm_bound", "noise", "clip", "proximal", "fedlc")
+private = lambda inner: dp(inner, EVERYBODY, 1, noise=0.0)
+TOGETHER = ("server", "signature_bias", "krum", "norm_bound", "clip", "proximal", "fedlc")
 WEIGHED = ("fedavgm", "fedbc", "clip")  # as the table of orders has it
 
 
@@ -324,7 +325,7 @@ def test_what_clients_keep_for_every_entry_refuses_methods_whose_clients_carry_s
         method.dispatch(BASE, method.init(KEY, ADAPTER), members(method))
 
 
-@pytest.mark.parametrize("wrap", [clip, noise, median, trimmed_mean, krum, norm_bound])
+@pytest.mark.parametrize("wrap", [clip, private, median, trimmed_mean, krum, norm_bound])
 def test_what_acts_on_uploads_refuses_methods_that_learn_from_slopes(wrap):
     with pytest.raises(ValueError, match="also learns from meta-gradients"):
         wrap(pfedhn(8))
@@ -339,7 +340,7 @@ def test_numbers_out_of_range_are_refused():
         (lambda: fedbc(fedit(), lr=-1.0), "at least 0"),
         (lambda: fedlc(fedit(), -1.0), "at least 0"),
         (lambda: clip(fedit(), 0.0), "above 0"),
-        (lambda: noise(fedit(), -1.0), "at least 0"),
+        (lambda: dp(fedit(), EVERYBODY, 1, noise=-1.0), "at least 0"),
         (lambda: trimmed_mean(fedit(), 0.5), "below 0.5"),
         (lambda: krum(fedit(), kept=0), "at least 1"),
         (lambda: norm_bound(fedit(), 0.0), "above 0"),

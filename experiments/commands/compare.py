@@ -19,7 +19,7 @@ from experiments.engine import forecast, hosts, methods, programs
 from experiments.engine.rows import holdings
 from experiments.engine.trial import Trial
 from experiments.options import RESULTS
-from experiments.results import checkpoints, record, report, summary, tracking, variance
+from experiments.results import checkpoints, record, report, spent, summary, tracking, variance
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.folder import CONFIG, Folder, digest, file_name, say, write_json
 from experiments.setup.problem import Problem
@@ -133,9 +133,8 @@ class Plan:
 
     def _refuse_stages_of_other_rounds(self, folder: Folder) -> None:
         before, now = folder.held("config"), self.config.rounds
-        staged = [
-            f"{name} divides its rounds into stages" for name in before["methods"] if methods.asks(name, "rounds")
-        ]
+        what = lambda name: "spends its epsilon over its rounds" if "+dp" in name else "divides its rounds into stages"
+        staged = [f"{name} {what(name)}" for name in before["methods"] if methods.asks(name, "rounds")]
         if self.config.schedule != "constant":
             staged.append(f"--schedule {self.config.schedule} knows the last round")
         if staged and before["rounds"] != now:
@@ -185,7 +184,12 @@ class Plan:
         }
         write_json(folder / "summary.json", result)
         path = report.write(folder, result, rows, holdings(self.config, self.problem))
-        print(f"\n{summary.table(result)}\n\n{summary.meaning(result['config'])}", *variance.lines(result), sep="\n")
+        print(
+            f"\n{summary.table(result)}\n\n{summary.meaning(result['config'])}",
+            *variance.lines(result),
+            *spent.lines(result),
+            sep="\n",
+        )
         print(f"\nreport: {path}")
         return path
 

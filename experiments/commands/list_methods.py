@@ -51,7 +51,8 @@ def table(config: Config) -> str:
     for name in methods.names():
         about = methods.about(name)
         who.append((name, about.name, about.paper, about.arxiv, about.exact, shortened(guards(name))))
-        what.append((name, about.trains, about.travels, about.personal, *cells(config, name, adapter, signature)))
+        own = name, about.trains, about.travels, about.personal, about.tells
+        what.append((*own, *cells(config, name, adapter, signature)))
     around = [(name, *entry, methods.wrapper_options(name)) for name, entry in methods.wrappers().items()]
     harm = [(name, *entry, attack.options_of(name)) for name, entry in attacks.ABOUT.items()]
     adapted = sum(math.prod(x.shape) for x in jax.tree.leaves(adapter))
@@ -61,13 +62,14 @@ def table(config: Config) -> str:
             "",
             f"{config.model or config.weights} at rank {','.join(map(str, config.rank))}, {count} clients a round, "
             f"{adapted} numbers trained; up, down: KiB a client and round;",
-            "state: KiB the server keeps beside the adapter; memory: KiB a client keeps between rounds",
+            "state: KiB the server keeps beside the adapter; memory: KiB a client keeps between rounds; tells: what",
+            "the server learns of a client beside its upload and its weight",
             "",
-            *lines(("name", "trains", "travels", "personal", "up", "down", "state", "memory"), what),
+            *lines(("name", "trains", "travels", "personal", "tells", "up", "down", "state", "memory"), what),
             "",
             "wrappers, around methods and each other: NAME:OPTION=VALUE+WRAPPER:OPTION=VALUE+...",
             "",
-            *lines(("name", "wrapper", "paper", "arXiv", "does", "options"), around),
+            *lines(("name", "wrapper", "paper", "arXiv", "does", "tells", "options"), around),
             "",
             "attacks, of some of the training clients: --attack NAME:share=SHARE:OPTION=VALUE",
             "",

@@ -14,6 +14,7 @@ from experiments.results import record
 from experiments.results.summary import counted
 from experiments.setup import local_training, memory
 from fedlora_jax import rounds
+from fedlora_jax.clients import Sampling
 from fedlora_jax.lora import Adapter
 from fedlora_jax.signatures import Signature
 
@@ -22,6 +23,7 @@ def facts_of(config: Config, signature: Signature) -> dict[str, Any]:
     """What a method can ask to be given of a run."""
     return {
         "participants": config.cohort,
+        "sampling": Sampling(config.clients, config.cohort, config.join_rate),
         "signature": signature,
         "population": config.clients,
         "rounds": config.rounds,
@@ -46,11 +48,15 @@ def acceptable(config: Config, signature: Signature, adapter: Adapter, may_stage
             )
         if "fedlc" in method.stack and config.task != "softmax":
             raise ValueError(f"{name}: FedLC calibrates a softmax, --task must be softmax, got {config.task}")
-        if "noise" in method.stack and config.weights_of_clients != "uniform":
+        tells = methods.about(name).tells
+        if "dp" in method.stack and config.cohort * config.join_rate < config.clients and tells != "-":
             raise ValueError(
-                f"{name}: noise is scaled for clients that count alike, and a client with more images would be less "
-                f"private than it says: use --weights-of-clients uniform, got {config.weights_of_clients}"
+                f"{name}: epsilon counts on nobody knowing who is drawn, and this method is told of a client {tells}: "
+                "let all clients take part (leave --clients-per-round out), or take a method that is told nothing, as "
+                "fedit"
             )
+        if "dp" in method.stack and len(set(config.rank)) > 1:
+            raise ValueError(f"{name}: a mean over clients of several ranks tells who is among them: give one --rank")
         start = lambda key, adapter, method=method: rounds.start(method, key, adapter, config.clients)
         run = jax.eval_shape(start, jax.eval_shape(jax.random.key, 0), adapter)
         rows, rest = (len(config.seeds) * memory.bytes_of(x) for x in (run.memory, run._replace(memory=())))

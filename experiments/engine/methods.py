@@ -50,7 +50,8 @@ def about(spec: str) -> About:
     entry = _about_own(name) if user_code.is_own(name) else _module(name).ABOUT
     names = [entry.name, *(_wrapper(name)[0].name for name, _ in parts[1:])]
     shown = [name + _shown(options) for name, (_, options) in zip(names, parts, strict=True)]
-    return entry._replace(name=" + ".join(shown))
+    told = [text for text in (entry.tells, *(_wrapper(name)[0].tells for name, _ in parts[1:])) if text != "-"]
+    return entry._replace(name=" + ".join(shown), tells=", ".join(told) or "-")
 
 
 def _about_own(name: str) -> About:

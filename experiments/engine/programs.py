@@ -19,7 +19,7 @@ from experiments.setup.local_training import make_optimizer
 from experiments.setup.memory import refuse_draws
 from experiments.setup.problem import Arrays, Clients, Problem, Seed
 from fedlora_jax import rounds, training
-from fedlora_jax.clients import Population
+from fedlora_jax.clients import Population, Sampling
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Cohort, Method, no_learning
 from fedlora_jax.rounds import RoundFn, Run
@@ -170,7 +170,7 @@ class Round(NamedTuple):
     """One round with a run's options, and how it is fed."""
 
     round_fn: RoundFn
-    drawing: dict[str, Any]  # of the examples of a cohort, of ``rounds.make_cohort_step``
+    drawing: dict[str, Any]  # of who is in a cohort, and of its examples, of ``rounds.make_cohort_step``
     told: Callable  # (population) -> as much of it as the method may know
 
 
@@ -188,8 +188,9 @@ def round_of(config: Config, problem: Problem, method: Method, optimizer: Any, c
         judge_fn=problem.judge_fn,
         attack=problem.attack,
     )
-    drawing = {"steps": steps, "batch": config.batch, "smallest": problem.smallest, "query": method.query}
-    drawing |= {"dropouts": config.dropouts, "stragglers": config.stragglers}
+    drawing: dict[str, Any] = {"steps": steps, "batch": config.batch, "smallest": problem.smallest}
+    drawing |= {"query": method.query, "dropouts": config.dropouts, "stragglers": config.stragglers}
+    drawing |= {"sampling": Sampling(config.clients, config.cohort, config.join_rate)}
     if method.learn is not no_learning:
         return Round(round_fn, drawing, lambda population: population)
     # Signatures of random parts are there lest a server learns its clients by heart. One that learns nothing from

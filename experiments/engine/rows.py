@@ -43,12 +43,12 @@ class Rows:
         for t in range(block):
             for s, seed in enumerate(self._config.seeds):
                 row: dict[str, Any] = {"method": self._name, "seed": seed, "round": end - block + t + 1}
-                row["clients"] = ids[s, t].tolist()
-                row["loss"] = metrics.mean(np.asarray(info.loss[s, t]))  # who is left out has none
+                row["clients"] = who = ids[s, t][ids[s, t] >= 0].tolist()
+                row["loss"] = number(metrics.mean(np.asarray(info.loss[s, t])))  # who is left out has none
                 row["dropped"] = int(info.dropped[s, t])
                 row |= {key: float(x[s, t]) for key, x in info.aggregation._asdict().items()}
-                row |= {key: float(x[s, t]) for key, x in info.learned.items()}
-                row |= self._bytes(s, ids[s, t], row)
+                row |= {key: number(x[s, t]) for key, x in info.learned.items()}
+                row |= self._bytes(s, np.asarray(who, int), row)
                 row = {key: x for key, x in row.items() if key not in ("travels_up", "travels_down")}
                 if t == block - 1:
                     row |= self._accuracies(jax.tree.map(lambda x, s=s: x[s], scores), end == self._config.rounds, s)

@@ -158,7 +158,9 @@ class Trial:
         return 0, start
 
     def _check_moved(self, info: Info, end: int) -> None:
-        failed = ~np.isfinite(info.aggregation.bias) | ~np.isfinite(info.loss).any(-1)  # one client may, if left out
+        some = (np.asarray(info.ids) >= 0).any(-1)
+        failed = some & ~np.isfinite(info.loss).any(-1)  # one client may, if left out
+        failed |= ~np.isfinite(info.aggregation.bias)
         if failed.any():
             first = " (or, as it is so from the first round on, look at what the model makes of an image)"
             raise FloatingPointError(

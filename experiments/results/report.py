@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import attack
-from experiments.results import client_map, figures, findings, metrics, page, typed, variance
+from experiments.results import client_map, figures, findings, metrics, page, spent, typed, variance
 from experiments.results.folder import write_atomically
 from experiments.results.style import png, svg
 from experiments.results.summary import also, counted, draws_clients, window
@@ -80,7 +80,10 @@ def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, b
         page.toggles(names),
         _headline(summary),
         f'<p class="note">{_statistics(summary)} {_meaning(summary["config"])}</p>',
-        *(f'<p class="note">{escape(line[0].upper() + line[1:])}.</p>' for line in variance.lines(summary)),
+        *(
+            f'<p class="note">{escape(line[0].upper() + line[1:])}.</p>'
+            for line in (*variance.lines(summary), *spent.lines(summary))
+        ),
         "<h2>Figures</h2>",
         f'<p class="note">{INTERVALS}</p>' if len(config["seeds"]) > 1 else "",
         *(page.figure(name, CAPTIONS[name], image) for name, image in images.items()),

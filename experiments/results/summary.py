@@ -6,7 +6,8 @@ rounds among the last five. Intervals are 95 % t-intervals over seeds; they know
 them. Where clients are drawn to be scored (``--eval-clients``, anew for each seed), those of what is of them are no
 narrower than their drawing alone makes them, which is all there is for a single seed. There is no best round: picking
 one on test data would be selection. (``--best-test-leaky`` adds ``best_test_leaky``, a spread of the global model's,
-beside what published code reports so.) ``variance``, and ``draws_needed`` in ``paired``, are of ``variance.py``.
+beside what published code reports so.) ``privacy`` is of methods that keep an account (``spent.py``), after their last
+round. ``variance``, and ``draws_needed`` in ``paired``, are of ``variance.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.attack import has_trigger
-from experiments.results import metrics
+from experiments.results import metrics, spent
 
 WINDOW = 5
 NUMBERS = ("no", "one", "two", "three", "four", "five")
@@ -84,7 +85,7 @@ def summarise(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
         total = sum(row[way] for row in by_seed[0])
         entry[way] = {"per_client_round": round(total / sum(len(r["clients"]) for r in by_seed[0])), "total": total}
     entry["bytes_down"]["to_all"] = entry["bytes_down"]["total"] + by_seed[0][-1]["bytes_behind"]
-    return entry
+    return entry | spent.of(rows)
 
 
 def best_on_test(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,15 @@ from fedlora_jax.method import About, Method
 from fedlora_jax.methods.gossip import GossipState, Graph, gossip
 from fedlora_jax.methods.rolora import one_factor
 
-ABOUT = About("ADF-LoRA", "Wang et al. 2025", "2511.18291", "b or a in turn, head", "a, b, head to neighbours", "n/a")
+ABOUT = About(
+    "ADF-LoRA",
+    "Wang et al. 2025",
+    "2511.18291",
+    "b or a in turn, head",
+    "a, b, head to neighbours",
+    "n/a",
+    tells="who it is",
+)
 
 
 class ADFLoRAState(NamedTuple):

@@ -16,7 +16,7 @@ from fedlora_jax import batches
 from fedlora_jax.method import About, Cohort, Method, Traffic, average_client
 from fedlora_jax.methods.fedit import fedit
 
-ABOUT = About("Centralised", "upper bound", "-", "a, b, head", "data", "yes")
+ABOUT = About("Centralised", "upper bound", "-", "a, b, head", "data", "yes", tells="all of its data")
 
 
 def centralized() -> Method:

@@ -26,7 +26,14 @@ from fedlora_jax.lora import Adapter
 from fedlora_jax.method import About, Method, Traffic, broadcast, mean_of_holders, uniform
 
 ABOUT = About(
-    "Fed-HeLLo", "Zhang et al. 2025", "2506.12213", "a, b of chosen layers; head", "chosen layers, head", "no", "budget"
+    "Fed-HeLLo",
+    "Zhang et al. 2025",
+    "2506.12213",
+    "a, b of chosen layers; head",
+    "chosen layers, head",
+    "no",
+    "budget",
+    "which layers it holds",
 )
 
 _BOTTLENECK = (3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3)  # of 27, for twelve layers

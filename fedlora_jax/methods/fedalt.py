@@ -23,7 +23,16 @@ from fedlora_jax import lora, personal
 from fedlora_jax.lora import Adapter, LoRA
 from fedlora_jax.method import About, Cohort, Dispatch, Method, mean, memory_of, per_client
 
-ABOUT = About("FedALT", "Bian et al. AAAI 2026", "2503.11880", "a, b, G, head", "a, b, head", "n/a", "a, b, G, head")
+ABOUT = About(
+    "FedALT",
+    "Bian et al. AAAI 2026",
+    "2503.11880",
+    "a, b, G, head",
+    "a, b, head",
+    "n/a",
+    "a, b, G, head",
+    "its own model",
+)
 
 
 class FedALTState(NamedTuple):

@@ -25,7 +25,16 @@ from fedlora_jax.lora import Adapter
 from fedlora_jax.method import About, Dispatch, MetaGradient, Method, Traffic
 from fedlora_jax.task import Seen
 
-ABOUT = About("FedProto", "Tan et al. AAAI 2022", "2105.00243", "a, b, head", "mean features", "n/a", "a, b, head")
+ABOUT = About(
+    "FedProto",
+    "Tan et al. AAAI 2022",
+    "2105.00243",
+    "a, b, head",
+    "mean features",
+    "n/a",
+    "a, b, head",
+    "its class counts",
+)
 
 
 class Prototypes(NamedTuple):

@@ -22,7 +22,14 @@ from fedlora_jax.lora import Adapter
 from fedlora_jax.method import About, Method, Traffic, broadcast, mean_of_holders, uniform
 
 ABOUT = About(
-    "FedRA", "Su et al. ECCV 2024", "2311.11227", "a, b of held blocks; head", "held blocks, head", "no", "depth"
+    "FedRA",
+    "Su et al. ECCV 2024",
+    "2311.11227",
+    "a, b of held blocks; head",
+    "held blocks, head",
+    "no",
+    "depth",
+    "which blocks it holds",
 )
 
 

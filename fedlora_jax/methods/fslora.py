@@ -24,7 +24,15 @@ from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, LoRA
 from fedlora_jax.method import About, Cohort, Dispatch, Method, mean
 
-ABOUT = About("FSLoRA", "Fang et al. 2025", "2501.19389", "k columns of a, b; head", "k columns of a, b; head", "no")
+ABOUT = About(
+    "FSLoRA",
+    "Fang et al. 2025",
+    "2501.19389",
+    "k columns of a, b; head",
+    "k columns of a, b; head",
+    "no",
+    tells="which columns it holds",
+)
 
 
 class FSLoRAState(NamedTuple):

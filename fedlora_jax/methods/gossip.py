@@ -28,7 +28,13 @@ from fedlora_jax.lora import Adapter
 from fedlora_jax.method import About, Dispatch, Method, Traffic, mean, per_client
 
 ABOUT = About(
-    "Gossip (D-PSGD)", "after Lian et al. NeurIPS 2017", "1705.09056", "a, b, head", "a, b, head to neighbours", "n/a"
+    "Gossip (D-PSGD)",
+    "after Lian et al. NeurIPS 2017",
+    "1705.09056",
+    "a, b, head",
+    "a, b, head to neighbours",
+    "n/a",
+    tells="who it is",
 )
 
 Graph = Literal["ring", "grid", "random", "full"]

@@ -22,7 +22,7 @@ from fedlora_jax.lora import Adapter, LoRA
 from fedlora_jax.method import About, Method, mean, memory_of, revived, uniform
 from fedlora_jax.methods.fedit import fedit
 
-ABOUT = About("HetLoRA", "Cho et al. EMNLP 2024", "2401.06432", "a, b, head", "a, b, head", "no", "rank")
+ABOUT = About("HetLoRA", "Cho et al. EMNLP 2024", "2401.06432", "a, b, head", "a, b, head", "no", "rank", "its rank")
 
 
 class Ranks(NamedTuple):

@@ -39,7 +39,13 @@ from fedlora_jax.method import About, Cohort, Dispatch, Method, Traffic
 from fedlora_jax.signatures import Signature
 
 ABOUT = About(
-    "HyperLoRA", "Gupta et al. 2026 (our design)", "2606.06154", "a, b, head", "a, b, head; signature up", "to rank r"
+    "HyperLoRA",
+    "Gupta et al. 2026 (our design)",
+    "2606.06154",
+    "a, b, head",
+    "a, b, head; signature up",
+    "to rank r",
+    tells="its signature, a meta-gradient",
 )
 
 Mode = Literal["displacement", "first_order", "exact", "frozen"]

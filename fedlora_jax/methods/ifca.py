@@ -22,7 +22,15 @@ from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, LoRA
 from fedlora_jax.method import About, Dispatch, MetaGradient, Method, Traffic, mean, no_meta_gradient, revived
 
-ABOUT = About("IFCA", "Ghosh et al. NeurIPS 2020", "2006.04088", "a, b, head", "a, b, head; k-fold down", "no")
+ABOUT = About(
+    "IFCA",
+    "Ghosh et al. NeurIPS 2020",
+    "2006.04088",
+    "a, b, head",
+    "a, b, head; k-fold down",
+    "no",
+    tells="which model fits it",
+)
 
 
 class IFCAState(NamedTuple):

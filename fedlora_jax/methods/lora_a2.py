@@ -26,7 +26,13 @@ from fedlora_jax.method import About, MetaGradient, Method, Traffic
 from fedlora_jax.methods.rolora import rolora
 
 ABOUT = About(
-    "LoRA-A2", "Koo et al. ACL 2025", "2410.22815", "chosen ranks of b or a in turn, head", "chosen ranks, head", "yes"
+    "LoRA-A2",
+    "Koo et al. ACL 2025",
+    "2410.22815",
+    "chosen ranks of b or a in turn, head",
+    "chosen ranks, head",
+    "yes",
+    tells="which ranks it chose",
 )
 
 

@@ -22,7 +22,15 @@ from fedlora_jax.lora import Adapter
 from fedlora_jax.method import About, MetaGradient, Method, Traffic, mean
 from fedlora_jax.methods.fedit import FedITState, fedit
 
-ABOUT = About("MimeLite", "Karimireddy et al. NeurIPS 2021", "2008.03606", "a, b, head", "a, b, head; momentum", "no")
+ABOUT = About(
+    "MimeLite",
+    "Karimireddy et al. NeurIPS 2021",
+    "2008.03606",
+    "a, b, head",
+    "a, b, head; momentum",
+    "no",
+    tells="its gradient",
+)
 
 
 class MimeState(NamedTuple):

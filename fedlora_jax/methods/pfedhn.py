@@ -23,7 +23,15 @@ from fedlora_jax.checks import refuse_outside
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import About, Dispatch, Method
 
-ABOUT = About("pFedHN", "Shamsian et al. ICML 2021", "2103.04628", "a, b, head", "a, b, head", "n/a")
+ABOUT = About(
+    "pFedHN",
+    "Shamsian et al. ICML 2021",
+    "2103.04628",
+    "a, b, head",
+    "a, b, head",
+    "n/a",
+    tells="who it is, a meta-gradient",
+)
 
 
 class Phi(NamedTuple):

@@ -4,8 +4,8 @@ What one adds is a ``Wrapper`` (``around``), a NamedTuple of functions as a meth
 for all of them.
 
 They stack and stay one traced round. The outermost sees first what clients send, and last what the server has made of
-it: ``clip(noise(m))`` clips first. An order, or a pair, that has no meaning is refused when it is made, with what to do
-instead: ``noise(clip(m))`` would add noise and clip it away. ``order`` has the table of all pairs.
+it: ``krum(clip(m))`` chooses first. An order, or a pair, that has no meaning is refused when it is made, with
+what to do instead: ``dp(clip(m))`` would clip noise away. ``order`` has the table of all pairs.
 
 All of them live in *factor* space, on what clients share (``Method.upload_mask``). Methods that take singular vectors
 for factors (FlexLoRA) may turn these from round to round, and momenta or control variates kept over rounds then point

@@ -29,6 +29,7 @@ class AboutWrapper(NamedTuple):
     paper: str
     arxiv: str
     does: str
+    tells: str = "-"  # what the server learns of a client beside its upload, its weight and what the method is told
 
 
 class Wrapper(NamedTuple):
@@ -55,6 +56,7 @@ class Wrapper(NamedTuple):
       finish: ``(old state, new inner state, cohort, sent, received) -> (inner state, own state)`` after it, with what
         clients sent to this wrapper (before ``upload`` and ``receive``).
       report: ``(own state) -> {name: scalar}``.
+      always: as ``Method.always``.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Wrapper(NamedTuple):
     receive: Callable[[Any, Cohort, Dispatch, Adapter], tuple[Array, Adapter]] | None = None
     finish: Callable[[Wrapped, State, Cohort, Dispatch, Adapter], tuple[State, Any]] | None = None
     report: Callable[[Any], dict[str, Array]] | None = None
+    always: bool = False
 
     @property
     def has_context(self) -> bool:
@@ -99,6 +102,7 @@ def around(inner: Method, own: Wrapper) -> Method:
         objective=both(_objective) if other_objective else inner.objective,
         learn=no_learning if inner.learn is no_learning else both(_learn),
         report=both(_report),
+        always=inner.always or own.always,
         onboard=Onboarding(partial(_start, trial, own), partial(_place, trial, own)) if trial else None,
         stack=(*inner.stack, own.name),
     )

@@ -26,8 +26,12 @@ from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around
 from fedlora_jax.wrappers.updates import changed, square_norms, updates
 
 ABOUT = {
-    "qffl": AboutWrapper("q-FFL", "Li et al. ICLR 2020", "1905.10497", "clients weigh by their loss to the power q"),
-    "afl": AboutWrapper("AFL", "Mohri et al. ICML 2019", "1902.00146", "weights towards the worst mixture of clients"),
+    "qffl": AboutWrapper(
+        "q-FFL", "Li et al. ICLR 2020", "1905.10497", "clients weigh by their loss to the power q", "its loss"
+    ),
+    "afl": AboutWrapper(
+        "AFL", "Mohri et al. ICML 2019", "1902.00146", "weights towards the worst mixture of clients", "its loss"
+    ),
 }
 LEAST = 1e-6  # a loss below it counts as this
 

@@ -23,7 +23,11 @@ from fedlora_jax.method import Method
 from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around
 from fedlora_jax.wrappers.updates import present, square_norms, updates
 
-ABOUT = {"fedbc": AboutWrapper("FedBC", "Bedi et al. 2022", "2206.10815", "a learned penalty weighs each client")}
+ABOUT = {
+    "fedbc": AboutWrapper(
+        "FedBC", "Bedi et al. 2022", "2206.10815", "a learned penalty weighs each client", "its multiplier"
+    )
+}
 
 
 class Context(NamedTuple):

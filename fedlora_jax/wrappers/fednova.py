@@ -22,7 +22,11 @@ from fedlora_jax.method import Method, per_client
 from fedlora_jax.wrappers.around import AboutWrapper, Wrapper, around
 from fedlora_jax.wrappers.updates import changed, updates
 
-ABOUT = {"fednova": AboutWrapper("FedNova", "Wang et al. NeurIPS 2020", "2007.07481", "updates per local step")}
+ABOUT = {
+    "fednova": AboutWrapper(
+        "FedNova", "Wang et al. NeurIPS 2020", "2007.07481", "updates per local step", "how many steps it took"
+    )
+}
 
 
 def fednova(inner: Method, momentum: float = 0.0) -> Method:

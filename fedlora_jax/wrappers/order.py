@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 
 SERVER = frozenset({"server", "fedavgm", "fedadagrad", "fedyogi", "fedadam"})  # steps towards what was aggregated
 CONTROLS = frozenset({"scaffold", "feddyn", "fedbc"})  # server and clients keep parts of one thing, made of uploads
-OWN = frozenset({"clip", "noise"})  # changes each upload by itself, so that its client knows what became of it
-ALIKE = frozenset({"median", "trimmed_mean"})  # one update in place of all
+OWN = frozenset({"clip"})  # changes each upload by itself, so that its client knows what became of it
+ALIKE = frozenset({"median", "trimmed_mean", "dp"})  # one update in place of all
 WEIGHED = frozenset({"krum", "trust", "geometric_median"})  # clients count anew, by what they sent
 COHORT = ALIKE | WEIGHED | {"norm_bound", "over_the_air"}  # what becomes of an upload depends on the others
 UPLOADS = OWN | COHORT
@@ -40,6 +40,36 @@ def _set(*names: str) -> frozenset[str]:
 
 
 REFUSED = (
+    Refused(
+        _set("dp"),
+        SERVER,
+        "{outer} would tell by what it does not step on who took part",
+        _SWAP,
+    ),
+    Refused(
+        GENERATED,
+        _set("dp"),
+        "it learns from how each client moved, of which no more than a noised mean is told",
+        "leave one out",
+    ),
+    Refused(
+        _set("dp"),
+        GENERATED,
+        "it learns from how each client moved, of which no more than a noised mean is told",
+        "leave one out",
+    ),
+    Refused(
+        _set("dp"),
+        FAIR | {"fednova"},
+        "noise of dp covers updates, and not the losses and numbers of steps that weigh clients here",
+        "leave one out",
+    ),
+    Refused(
+        FAIR | {"fednova"},
+        _set("dp"),
+        "noise of dp covers updates, and not the losses and numbers of steps that weigh clients here",
+        "leave one out",
+    ),
     Refused(
         KNOWN - FIRST,
         FIRST,
@@ -182,16 +212,22 @@ REFUSED = (
     ),
     Refused(
         _set("clip"),
-        _set("noise"),
-        "noise on updates that nothing bounds is not private, and clip would cut it away again",
+        _set("dp"),
+        "dp bounds updates itself, and clip would cut its noise away again",
         _SWAP,
     ),
     Refused(
-        _set("noise"),
-        COHORT | FAIR | {"fednova"},
-        "one client can move what {outer} makes of all by more than its own clipped update, which no noise behind it "
+        _set("dp"),
+        COHORT,
+        "one client can move what {outer} makes of all by more than its own bounded update, which no noise behind it "
         "accounts for",
-        _SWAP,
+        "leave one out",
+    ),
+    Refused(
+        COHORT,
+        _set("dp"),
+        "behind {outer} all updates are alike, and nothing is left for {inner}",
+        "leave one out",
     ),
     Refused(
         ALIKE,

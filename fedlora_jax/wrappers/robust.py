@@ -45,7 +45,9 @@ ABOUT = {
     "trimmed_mean": AboutWrapper("Trimmed mean", *_YIN, "coordinate-wise, without the extremes"),
     "krum": AboutWrapper("Krum", "Blanchard et al. NeurIPS 2017", "1703.02757", "the update nearest to others"),
     "geometric_median": AboutWrapper("RFA", "Pillutla et al. 2022", "1912.13445", "weights of the geometric median"),
-    "trust": AboutWrapper("Trust", "after Cao et al. NDSS 2021", "2012.13995", "updates weigh by their cosine to one"),
+    "trust": AboutWrapper(
+        "Trust", "after Cao et al. NDSS 2021", "2012.13995", "updates weigh by their cosine to one", "who it is"
+    ),
     "norm_bound": AboutWrapper("Norm bound", "Sun et al. 2019", "1911.07963", "updates bounded by their median norm"),
 }
 

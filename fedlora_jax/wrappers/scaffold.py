@@ -29,7 +29,13 @@ from fedlora_jax.wrappers.refusals import needs_an_adapter, same_structure
 from fedlora_jax.wrappers.updates import control_weights, updates
 
 ABOUT = {
-    "scaffold": AboutWrapper("SCAFFOLD", "Karimireddy et al. ICML 2020", "1910.06378", "control variates; SGD inside")
+    "scaffold": AboutWrapper(
+        "SCAFFOLD",
+        "Karimireddy et al. ICML 2020",
+        "1910.06378",
+        "control variates; SGD inside",
+        "how many steps it took",
+    )
 }
 
 

@@ -41,6 +41,7 @@ ABOUT = {
         "ours, after Gupta et al. 2026",
         "2606.06154",
         "an adapter from what a client's data are",
+        "its signature",
     )
 }
 

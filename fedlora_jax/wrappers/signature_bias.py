@@ -33,7 +33,11 @@ from fedlora_jax.wrappers.refusals import class_bias, tells_of_labels
 
 ABOUT = {
     "signature_bias": AboutWrapper(
-        "Signature bias", "ours, after Gupta et al. 2026", "2606.06154", "a class bias from what a client's data are"
+        "Signature bias",
+        "ours, after Gupta et al. 2026",
+        "2606.06154",
+        "a class bias from what a client's data are",
+        "its signature",
     )
 }
 
