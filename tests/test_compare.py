@@ -1,5 +1,6 @@
 """A small comparison from the command line to its files: what is written, and what it must not depend on."""
 
+import html
 import json
 import sys
 
@@ -56,7 +57,8 @@ def test_the_folder_holds_what_is_promised(compared):
     assert set(summary["paired"]) == {"flora"}
     assert set(summary["variance"]) == set(variance.MEASURES)
     assert variance.lines(summary)[-1].startswith("2 draws of clients are too few")
-    assert all(f"{line[0].upper()}{line[1:]}." in (out / "report.html").read_text() for line in variance.lines(summary))
+    page = html.unescape((out / "report.html").read_text())
+    assert all(f"{line[0].upper()}{line[1:]}." in page for line in variance.lines(summary))
 
 
 def test_finished_runs_are_compared_and_read(compared, tmp_path):
