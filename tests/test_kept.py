@@ -130,4 +130,4 @@ def test_it_is_chosen_by_itself_and_said_before_anything_runs(folder, monkeypatc
 
 def test_what_is_scored_all_at_once_is_not_kept_in_parts(capsys, monkeypatch):
     text = refused(["compare", "--kept", "staged", "--novel", "half"], capsys, monkeypatch)
-    assert "--kept staged serves clients in parts, and --novel all at once" in text
+    assert "--kept staged serves clients in parts, and --novel scores every model at once" in text

@@ -311,7 +311,12 @@ def test_only_servers_that_learn_from_signatures_are_told_of_random_parts():
     config = Config(clients=len(SIZES), local_steps=1, batch=BATCH, seeds=(0,))
     images = examples()
     data = SimpleNamespace(
-        loss_fn=loss_fn, judge_fn=None, smallest=min(SIZES), longest=None, train=(images["x"], images["y"])
+        loss_fn=loss_fn,
+        judge_fn=None,
+        smallest=min(SIZES),
+        longest=None,
+        train=(images["x"], images["y"]),
+        attack=None,
     )
 
     def keep(base, state, cohort, sent, received):
