@@ -37,6 +37,7 @@ from hypothesis import strategies as st
 from experiments.config import Config
 from experiments.engine.programs import make_block
 from fedlora_jax import rounds
+from fedlora_jax.attacks import NOBODY
 from fedlora_jax.checks import refuse_twice
 from fedlora_jax.clients import sample_batches, sample_ids, sample_rows
 from fedlora_jax.method import Method, average_client
@@ -316,7 +317,7 @@ def test_only_servers_that_learn_from_signatures_are_told_of_random_parts():
         smallest=min(SIZES),
         longest=None,
         train=(images["x"], images["y"]),
-        attack=None,
+        attack=NOBODY,
     )
 
     def keep(base, state, cohort, sent, received):
