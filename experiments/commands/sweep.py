@@ -159,7 +159,8 @@ class Plan:
             entry = {"method": name, "about": about, "lr": lr, "value": value if self.axis.name else None,
                      "run": f"--method {self.spec(name, value)} --lr {lr:g}"}  # fmt: skip
             rows.go_on(())  # every point is a run of its own
-            lost = ~(np.isfinite(own[0].aggregation.bias) & np.isfinite(own[0].loss).any(-1)).all((1, 2))
+            some = np.isfinite(own[0].loss).any(-1) & (own[0].dropped < own[0].loss.shape[-1])  # not all were left out
+            lost = ~(np.isfinite(own[0].aggregation.bias) & some).all((1, 2))
             entry["diverged"] = [seed for seed, gone in zip(config.seeds, lost, strict=True) if gone]
             if not lost.any():
                 found = []
