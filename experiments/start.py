@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import bench
-from experiments.cli import fail, parse
+from experiments.cli import parse
 from experiments.config import SEEDS, Config, check
 from experiments.engine import hosts, process
 from experiments.engine.hosts import ALONE, Joined
 from experiments.options import check_fields
+from experiments.parsers import fail
 from experiments.results.folder import Folder, command
 from experiments.setup import option_files
 from experiments.stopping import stoppable

@@ -31,9 +31,9 @@ from test_starting_from_an_adapter import made_by_peft
 from weight_helpers import FACTS, timm_arrays, write
 
 from experiments.bench import options as bench
-from experiments.cli import _LEFT_OUT
 from experiments.config import Config
 from experiments.options import RESULTS, SPEED
+from experiments.parsers import LEFT_OUT
 from experiments.requests import Data, Export, Models
 
 COUNTED: dict[str, int] = {}
@@ -53,9 +53,9 @@ def of_config(name: str) -> list[str]:
         "coordinator": ["--hosts", "2", "--process-id", "0"],
         "momentum": ["--optimizer", "momentum"],
     }
-    if name not in _LEFT_OUT["compare"]:
+    if name not in LEFT_OUT["compare"]:
         return [*(RUN if name != "methods" else ["compare", *TRAINS]), *needs.get(name, ())]
-    command = next(own for own in ("sweep", "budget", "meta") if name not in _LEFT_OUT[own])
+    command = next(own for own in ("sweep", "budget", "meta") if name not in LEFT_OUT[own])
     steps = [] if command == "budget" else ["--local-steps", "1"]
     method = ["--method" if command == "meta" else "--methods", "hyperlora"]
     return [command, *method, *SMALL[:-2], *steps, *ON_DATA, "--holdout-clients", "1"]
@@ -154,7 +154,7 @@ def option_files(place):
     tables = {"a table": "{a = 1}", "a list of lists": "[[1]]", "a date": "1979-05-27", "a list of tables": "[{}]"}
     tables |= {"a number without end": "1" + "0" * 400, "a text": json.dumps(HOSTILE + RUNS)}
     for field in dataclasses.fields(Config):
-        if field.name in _LEFT_OUT["compare"]:  # and so by this command
+        if field.name in LEFT_OUT["compare"]:  # and so by this command
             continue
         for what, text in tables.items():
             if what == "a text" and "str" in field.type:
@@ -165,9 +165,7 @@ def option_files(place):
     config = Config(methods=("fedit",), rounds=2)
     own, speed = config.deciding(RESULTS), config.deciding(SPEED)
     begun = json.loads(json.dumps({"command": "compare", "config": own, "speed": speed, "record": {}}))
-    for i, (what, bad) in enumerate(
-        with_one(begun["config"], STRUCTURES, lambda name, _: name in _LEFT_OUT["compare"])
-    ):
+    for i, (what, bad) in enumerate(with_one(begun["config"], STRUCTURES, lambda name, _: name in LEFT_OUT["compare"])):
         Path(f"run{i}").mkdir()
         Path(f"run{i}/config.json").write_text(json.dumps({**begun, "config": bad}))
         yield Case(f"export: {what}", ["export", f"run{i}"])

@@ -13,7 +13,7 @@ from scipy.special import expit, log_softmax
 from experiments.cli import parse
 from experiments.commands import compare
 from experiments.commands.compare import Plan
-from experiments.config import TASKS as NAMES
+from experiments.groups.problem import TASKS as NAMES
 from experiments.setup import data
 from experiments.setup.data import SOURCES, Source
 from experiments.setup.task import TASKS

@@ -10,12 +10,13 @@ ROOMS = [  # from the door down; the modules of one line do not know of the othe
     {"__main__"},
     {"start"},
     {"cli"},
+    {"parsers"},
     {"commands", "bench"},
     {"engine"},
     {"results"},
     {"setup"},
     {"config", "requests", "stopping"},
-    {"attack"},
+    {"attack", "groups"},
     {"options", "experiments"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}

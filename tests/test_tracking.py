@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from experiments.config import TRACKERS
+from experiments.groups.training import TRACKERS
 from experiments.results import finished, tracking
 from experiments.results.folder import file_name
 

@@ -215,7 +215,7 @@ def stores(config: Config, problem: Problem, folder: Path, method: str) -> dict[
     deciding = {key: x for key, x in deciding.items() if key not in GROWS and x != getattr(default, key)}
     # of all that a checkpoint depends on besides its method, seeds and rounds; an option that is new changes nothing
     of_all = {key: None if key in PER_SEED else x for key, x in problem.record.items()}
-    identity = digest(json.dumps([deciding, of_all]).encode())
+    identity = digest(json.dumps([deciding, of_all], sort_keys=True).encode())
     path, found = folder / "checkpoints" / file_name(method), {}
     for start, stop in checkpoints.spans(path, len(config.seeds)):
         about = {"run": identity, "method": method, "seeds": config.seeds[start:stop]}

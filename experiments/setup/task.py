@@ -1,6 +1,6 @@
 """What the outputs of a model mean: the loss that is minimised, and when a prediction counts as right.
 
-A new task is one entry of ``TASKS``, and its name in ``config.TASKS`` (a test holds them together).
+A new task is one entry of ``TASKS``, and its name in ``groups.problem.TASKS`` (a test holds them together).
 """
 
 from __future__ import annotations
