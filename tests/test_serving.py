@@ -42,7 +42,7 @@ def test_a_comparison_a_budget_and_a_sweep_give_every_client_the_same_accuracy(n
     run = own.programs.start(p.adapters, p.keys)
     run, _ = own.programs.train(p.base, p.train, p.clients, run, p.keys)
     scores = own.programs.evaluate(p.base, p.train, p.test, p.clients, run, p.keys, np.bool_(True))
-    found = budget.program(config, p, own.method, 1)((config.lr,))
+    found = budget.program(config, p, own.method, 1, budget.TAUS)((config.lr,))
     clients = np.asarray(found.clients)[0, 0]  # [taus, N + K]
     np.testing.assert_array_equal(clients[budget.TAUS.index(0)], scores.personal[0])
     np.testing.assert_array_equal(clients[budget.TAUS.index(2)], scores.tuned[0])

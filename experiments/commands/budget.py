@@ -100,11 +100,12 @@ class Plan:
     def _entry(self, name: str, steps: int) -> dict[str, Any]:
         config, method = dataclasses.replace(self.config, local_steps=steps), self.built[name]
         scores: dict[tuple[float, int], float] = {}
-        run = program(config, self.problems["validation"], method, len(config.lrs))
+        served = (0, steps)
+        run = program(config, self.problems["validation"], method, len(config.lrs), served)
         for rate, clients in zip(config.lrs, np.asarray(run(config.lrs).clients), strict=True):
-            scores |= {(rate, t): float(np.nanmean(clients[:, TAUS.index(t)])) for t in (0, steps)}
+            scores |= {(rate, t): float(np.nanmean(clients[:, i])) for i, t in enumerate(served)}
         lr, tau = max(scores, key=scores.__getitem__)
-        result = program(config, self.problems["test"], method, 1)((lr,))
+        result = program(config, self.problems["test"], method, 1, TAUS)((lr,))
         result = jax.tree.map(lambda x: np.asarray(x[0]), result)
         return {"method": name, "about": methods.about(name)._asdict(), "steps": steps, "lr": lr, "tau": tau,
                 "validation": [{"lr": r, "tau": t, "accuracy": a} for (r, t), a in scores.items()],
@@ -135,8 +136,11 @@ def held_in(path: Path) -> list[dict[str, Any]]:
     return whole
 
 
-def program(config: Config, p: Problem, method: Method, points: int) -> Callable[[tuple[float, ...]], Outcome]:
-    """All rounds of all seeds and their scores as one jitted function of ``points`` learning rates: ``[P, ...]``."""
+def program(
+    config: Config, p: Problem, method: Method, points: int, taus: tuple[int, ...]
+) -> Callable[[tuple[float, ...]], Outcome]:
+    """All rounds of all seeds and their scores after ``taus`` local steps, one jitted function of ``points`` learning
+    rates: ``[P, ...]``."""
     n, (chunk, _) = config.clients, choose(config, p, points)
     weights = jnp.asarray(metrics.alike(np.asarray(p.test[2])), jnp.float32)
 
