@@ -1,5 +1,7 @@
 """The embedded digits of many clients: each differs from others in what its kind says, and in nothing else."""
 
+import colorsys
+
 import numpy as np
 import pytest
 
@@ -27,7 +29,7 @@ def test_every_client_has_its_images_and_no_scan_is_seen_in_training_and_testing
     assert own["x"].shape == (COUNT * (TRAIN + TEST), 16, 16, 3)
 
 
-@pytest.mark.parametrize("kind", ["domain", "rotation", "concept"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mixed"])
 def test_classes_are_alike(made, kind):
     own = made[kind]
     client = own["columns"].read("client")
@@ -70,6 +72,23 @@ def test_a_group_of_angles_is_an_eighth_of_the_circle(made):
         assert max(range(8), key=lambda eighth, g=g: likeness(g, eighth)) == g
 
 
+def test_a_group_is_an_eighth_of_the_hues_contrasts_or_blurs(made):
+    """Each read off the images by another measure: colour of the corners, darkness of the stroke, sharpness."""
+    images = lambda kind: (made[kind]["x"].astype(float) / 255, made[kind]["columns"].read("group"))
+    x, group = images("hue")
+    hues = [colorsys.rgb_to_hsv(*rgb)[0] for rgb in x[:, 0, 0]]
+    assert np.mean(np.floor(8 * np.array(hues)) == group) > 0.95
+    x, group = images("contrast")
+    stroke = x[:, 0, 0].mean(-1) - x.mean(-1).min((1, 2)), x[:, 0, 0].mean(-1) - x.mean(-1).max((1, 2))
+    assert ((stroke[0] > -stroke[1]) == (group >= 4)).mean() > 0.95  # negatives have the light stroke
+    wide = np.abs(group - 3.5)
+    spread = x.mean(-1).std((1, 2))
+    assert np.corrcoef(wide, spread)[0, 1] > 0.9
+    x, group = images("blur")
+    edges = np.abs(np.diff(x.mean(-1), axis=1)).max((1, 2))
+    assert np.corrcoef(group, edges)[0, 1] < -0.8
+
+
 def test_shares_of_classes_differ_where_they_should(made):
     own = made["mixed"]
     client = own["columns"].read("client")
@@ -78,8 +97,8 @@ def test_shares_of_classes_differ_where_they_should(made):
 
 
 def test_unknown_kinds_are_refused_and_known_ones_are_data(monkeypatch):
-    with pytest.raises(ValueError, match=r"no digits 'hue': expected digits:domain, .*or digits"):
-        data.load("digits:hue")
+    with pytest.raises(ValueError, match=r"no digits 'shear': expected digits:domain, .*or digits"):
+        data.load("digits:shear")
     monkeypatch.setattr(digit_clients.read, "__defaults__", (COUNT,))
     images = data.load("digits:concept")
     assert images.columns.names == ("client", "group", "source")

@@ -2,13 +2,17 @@
 
     digits:domain     one of six image domains each, classes alike
     digits:rotation   an angle each, anywhere on the circle, classes alike
+    digits:hue        a hue of the paper each, and of the pen across the circle of colours from it, classes alike
+    digits:contrast   a contrast each, from a negative (-1) through nothing to see (0) to a print (1), classes alike
+    digits:blur       a blur each, from none to three pixels of the canvas, classes alike
     digits:concept    one of four ways to name the same images each (three pairs of classes are swapped), classes alike
     digits:mixed      one of six image domains each, shares of classes from Dirichlet(0.5)
 
 Every client has images drawn for it alone, from scans that it shares with others: training images from scans for
 training, test images from others. So clients are many and each knows little, as where amortisation could pay, but
-handwriting is not its own. Columns: ``client``, ``group`` (domain, eighth of the circle, way of naming: what an oracle
-would know) and ``source`` (the scan). ``--partition column:client`` makes them the clients of a run.
+handwriting is not its own. Columns: ``client``, ``group`` (domain, way of naming, or which eighth of the circle or
+range: what an oracle would know) and ``source`` (the scan). ``--partition column:client`` makes them the clients of a
+run.
 
 ``python -m experiments.setup.digit_clients PATH.png`` draws some of them.
 """
@@ -23,14 +27,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
+from scipy import ndimage
 from sklearn.datasets import load_digits
 
 from experiments.setup.columns import Columns
-from experiments.setup.digits import DOMAINS, Draw, assign, ink, reduced
+from experiments.setup.digits import DOMAINS, Draw, assign, ink, reduced, two_colours
 
 PREFIX = "digits:"
 CLIENTS, TRAIN, TEST = 300, 30, 20  # clients, and images of each
 CLASSES, EIGHTHS, NAMINGS = 10, 8, 4
+BLUR = 3.0  # deviation of the widest, in pixels of the canvas
 
 
 class Client(NamedTuple):
@@ -52,6 +58,23 @@ def _rotation(number: int, rng: Generator) -> Client:
     return Client(int(angle * EIGHTHS / 360), partial(ink, turn=(angle - 3, angle + 3)), np.arange(CLASSES))
 
 
+def _hue(number: int, rng: Generator) -> Client:
+    turn = rng.uniform()
+    return Client(int(turn * EIGHTHS), partial(two_colours, hue=turn), np.arange(CLASSES))
+
+
+def _contrast(number: int, rng: Generator) -> Client:
+    contrast = rng.uniform(-1, 1)
+    draw = lambda digit, rng: 0.5 + contrast * (ink(digit, rng) - 0.5)
+    return Client(int((1 + contrast) / 2 * EIGHTHS), draw, np.arange(CLASSES))
+
+
+def _blur(number: int, rng: Generator) -> Client:
+    width = rng.uniform()
+    draw = lambda digit, rng: ndimage.gaussian_filter(ink(digit, rng), (BLUR * width, BLUR * width, 0))
+    return Client(int(width * EIGHTHS), draw, np.arange(CLASSES))
+
+
 def _concept(number: int, rng: Generator) -> Client:
     group, names = number % NAMINGS, np.arange(CLASSES)
     if group:
@@ -67,6 +90,9 @@ def _mixed(number: int, rng: Generator) -> Client:
 KINDS: dict[str, Callable[[int, Generator], Client]] = {
     "domain": _domain,
     "rotation": _rotation,
+    "hue": _hue,
+    "contrast": _contrast,
+    "blur": _blur,
     "concept": _concept,
     "mixed": _mixed,
 }
@@ -116,7 +142,7 @@ def picture(path: str | Path) -> None:
     """Write a PNG: for each kind a row of images of one digit, each of another client, with what it calls it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    figure = Figure(figsize=(8, 6.2), layout="constrained")
     axes = figure.subplots(len(KINDS), 12)
     for row, kind in zip(axes, KINDS, strict=True):
         data = read(PREFIX + kind, clients=24)

@@ -73,6 +73,12 @@ def ink(digit: np.ndarray, rng: Generator, turn: tuple[float, float] = (-3, 3)) 
     return _paint(paper, pen, _crisp(_pose(digit, rng, turn)))
 
 
+def two_colours(digit: np.ndarray, rng: Generator, hue: float) -> np.ndarray:
+    """Paper of a hue and a pen of the opposite one, as light as it: only colour tells the shape."""
+    paper = np.broadcast_to(_hue(hue, 0.75, 0.75), (CANVAS, CANVAS, 3)) + _grain(rng, 0.02)
+    return _paint(paper, _hue(hue + 0.5, 0.75, 0.75), _crisp(_pose(digit, rng)))
+
+
 def chalk(digit: np.ndarray, rng: Generator) -> np.ndarray:
     """Pale broken strokes on a dark board with wiped streaks."""
     wiped = ndimage.gaussian_filter(rng.normal(size=(CANVAS, CANVAS)), (1, 6))
