@@ -19,7 +19,10 @@ a{color:var(--link)}small,figcaption,.note{color:var(--soft)}.note,figcaption{fo
 pre{overflow-x:auto;padding:.7rem;background:var(--head);border-radius:6px;font-size:.85rem;white-space:pre-wrap}
 .box{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
 .wide{width:min(100vw - 3rem,94rem);margin-left:calc(50% - min(50vw - 1.5rem,47rem))}
-@media(min-width:90rem){.hint{display:none}}
+.wide small{display:block}.wide th:first-child{min-width:6rem}
+@media(min-width:68rem){.hint{display:none}}
+@media screen and (max-width:68rem){.wide,.drawn{mask-image:linear-gradient(90deg,#000 calc(100% - 1.5rem),transparent)}
+.wide :is(th,td):last-child{padding-right:1.5rem}}
 table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.4rem .5rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);font-weight:400}
 thead th{border-top:0;background:var(--head);vertical-align:bottom;white-space:normal;font-weight:600}
@@ -28,14 +31,15 @@ thead th:first-child{background:var(--head)}
 th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--link)}
 th[aria-sort=descending] button::after{content:" ↓"}th[aria-sort=ascending] button::after{content:" ↑"}
 .words :is(th,td){text-align:left;vertical-align:top}.words td{white-space:normal}
-#show{position:sticky;top:0;z-index:1;background:var(--page);padding:.4rem 0}
+#show{position:sticky;top:0;z-index:1;background:var(--page);padding:.4rem 0;max-height:4.5rem;overflow-y:auto}
 #show label{margin-right:1rem;white-space:nowrap}
 figure{margin:1.6rem 0;max-width:52rem}.drawn{overflow-x:auto;background:#fff;border-radius:6px}
 .drawn>*{display:block;box-sizing:border-box;width:100%;min-width:34rem;height:auto;padding:.4rem}
 figcaption{margin-top:.4rem}details{margin-top:2.2rem}summary{font-size:1.15rem;font-weight:600;cursor:pointer}
 @media print{@page{margin:12mm}html{font-size:9pt}body{padding:0}.box{overflow:visible;border:0}.drawn>*{min-width:0}
 .wide{width:auto;margin:0}table{font-size:6.5pt}th,td{padding:.2rem .15rem;white-space:normal}#show,.hint{display:none}
-th:first-child{position:static}figure,tr,li{break-inside:avoid}figure{max-width:32rem}h2{break-after:avoid}}
+th:first-child{position:static}figure,tr,li{break-inside:avoid}h2{break-after:avoid}
+figure{display:inline-block;width:48%;margin:.6rem .5%;vertical-align:top}}
 """
 
 # Columns are sorted by a click on their title, methods are shown or hidden everywhere.
