@@ -36,7 +36,9 @@ TESTS = itertools.count(1)
 def group(nodeid: str) -> str:
     """What one process runs: a file, or of the battery all tests of one method, which share what they compile."""
     file, _, test = nodeid.partition("::")
-    return test[test.index("[") :] if file.endswith("test_every_method.py") and "[" in test else file
+    if file.endswith("test_every_method.py") and test.endswith("]"):
+        return f"[{test[test.index('[') + 1 : -1].rpartition('-')[2]}]"  # behind any other parameter
+    return file
 
 
 def pytest_collection_modifyitems(items):

@@ -170,6 +170,7 @@ def vit_params():
     return jit(small_vit().init)(KEY, IMAGES)["params"]
 
 
+@pytest.mark.long
 def test_scanned_unrolled_and_rematerialised_blocks_are_the_same_network():
     params = vit_params()
     adapter = nudged(lora.new(KEY, params, 2, targets="attn/(query|value)/kernel", full="head", scale=SCALE))
@@ -188,6 +189,7 @@ def test_scanned_unrolled_and_rematerialised_blocks_are_the_same_network():
         assert_near(value_and_grad(small_vit(**options)), expected)
 
 
+@pytest.mark.long
 def test_the_vit_reads_its_adapters():
     params, apply = vit_params(), jit(small_vit().apply)
     adapter = nudged(lora.new(KEY, params, 2, targets="kernel", scale=SCALE))

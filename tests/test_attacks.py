@@ -92,6 +92,7 @@ def test_gaussian_noise_is_as_large_as_asked_for_and_of_each_round_its_own():
     assert abs(stats.pearsonr(sent[bad], d[bad])[0]) < 0.4
 
 
+@pytest.mark.long
 def test_a_round_in_which_nobody_is_malicious_is_the_plain_one_and_what_is_no_number_is_left_out():
     method, c = fedit(), members(fedit())
     loud = attacks.Attack(craft=lambda key, seen: jax.tree.map(lambda d: d + np.inf, seen.updates))
@@ -194,6 +195,7 @@ def test_every_seed_draws_its_own_and_the_options_are_those_of_the_attack():
     assert labels.tolist() == [2, 1, 0]
 
 
+@pytest.mark.long
 def test_a_run_under_attack_scores_the_honest_and_counts_how_often_a_backdoor_opens(tmp_path):
     change()(tmp_path / "data.npz")
     out = tmp_path / "out"

@@ -60,6 +60,7 @@ def canaries(z, bound, there, trials=2000):
     return np.asarray(along) * 10 / (bound * size**0.5)
 
 
+@pytest.mark.long
 def test_a_claim_of_noise_lies_above_what_a_canary_measures_and_one_of_too_little_does_not():
     """A round of noise multiplier 2, and of a quarter of it under the same claim."""
     pytest.importorskip("dp_accounting")
@@ -118,6 +119,7 @@ def trained(steps, bound=np.inf, deviation=0.0, models=16, pool=24):
     return np.asarray(losses), members
 
 
+@pytest.mark.long
 def test_membership_is_found_in_what_clients_send_unless_noise_covers_it():
     """By a threshold on the loss, and by likelihood ratios. Clipped and noised at a multiplier of 4 an upload tells no
     more than its epsilon allows; without noise it would."""

@@ -158,6 +158,7 @@ def test_randaugment_does_what_pillow_does(photographs):
             )  # ties of places
 
 
+@pytest.mark.long
 def test_randaugment_draws_its_operations_and_their_ways(photographs):
     many = np.repeat(photographs[:1], 200, 0)
     draw = jax.jit(augment.randaugment, static_argnums=(2, 3, 4))
@@ -204,6 +205,7 @@ def test_boxes_come_from_another_image_and_so_does_their_share_of_the_label():
     assert max(shares) > 0.4
 
 
+@pytest.mark.long
 def test_a_key_is_a_picture():
     ways = ("flip", "crop:1", "resized_crop:0.5", "jitter:0.4", "hue:0.1", "randaugment:1:5", "mixup:1", "cutmix:1")
     one = varied(*ways)[0]

@@ -179,6 +179,7 @@ def test_options(case, places, tmp_path, capsys, monkeypatch, compilations):
     assert [p.name for p in places["other"].iterdir()] == ["config.json"]
 
 
+@pytest.mark.long
 def test_as_a_process_there_is_no_traceback(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "experiments", "run", "--method", "fediit", "--out", str(tmp_path / "out")],

@@ -132,6 +132,7 @@ def test_the_harmonic_mean_is_of_the_three():
     assert "HM" not in summary.columns({"novel": []}).values()
 
 
+@pytest.mark.long
 def test_a_run_has_base_and_novel_of_every_client(tmp_path, monkeypatch, capsys):
     """Of a method that sends one model to everybody, base is what that is on all test images, and nobody trains on
     novel ones; what nothing has trained is the zero-shot model still."""

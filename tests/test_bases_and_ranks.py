@@ -202,6 +202,7 @@ def test_ranks_are_chosen_over_all_modules_by_how_far_they_move_the_product():
             )
 
 
+@pytest.mark.long
 def test_what_is_not_chosen_stays_and_the_rest_is_trained_as_alone():
     """Of six ranks three; under weight decay, too. A client's end is that of a trial, and then of its mask."""
     method = lora_a2(0.5)

@@ -17,6 +17,7 @@ from models.backbone import NO_ADAPTER
 HALF = ["--dtype", "bfloat16", "--base-dtype", "bfloat16"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", BUILT_IN)
 def test_logits_move_by_a_hundredth_of_their_spread(family):
     """An activation or weight is off by at most 2^-9 of itself, one in five hundred; four blocks add these up."""
@@ -47,6 +48,7 @@ def config(*options, rank="2"):
     return parse(["run", "--method", "fedit", *SMALL, "--data", "data.npz", "--rank", rank, *options])[1]
 
 
+@pytest.mark.long
 def test_only_what_is_frozen_has_fewer_bits(files):
     made = problem.build(config(*HALF, "--adapt-last", "2"))
     kinds = {name: str(x.dtype) for name, x in lora.flatten(made.base).items()}
@@ -62,6 +64,7 @@ def test_only_what_is_frozen_has_fewer_bits(files):
     np.testing.assert_allclose(*losses, rtol=2e-3)
 
 
+@pytest.mark.long
 def test_by_default_nothing_of_it_is_in_the_program(files):
     made = problem.build(config())
     adapter, batch = jax.tree.map(lambda x: x[0], made.adapters), jax.tree.map(lambda x: x[:4], made.train)
@@ -70,6 +73,7 @@ def test_by_default_nothing_of_it_is_in_the_program(files):
     assert "bf16" in text(problem.build(config("--dtype", "bfloat16")))
 
 
+@pytest.mark.long
 def test_gradients_point_the_same_way(files):
     """Of a local step, with a head and factors that are not zero; they are float32."""
     found, draw = [], lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)

@@ -30,6 +30,7 @@ def found(plan):
     return plan.execute()
 
 
+@pytest.mark.long
 def test_everything_pooled_is_what_training_clients_hold_seed_by_seed(plan):
     p = plan.problem
     held = bounds.pooled(p, 3)
@@ -41,6 +42,7 @@ def test_everything_pooled_is_what_training_clients_hold_seed_by_seed(plan):
         assert not set(held.rows[s].tolist()) & set.union(*own[3:])  # nor in the padding
 
 
+@pytest.mark.long
 def test_bounds_start_from_the_frozen_model(plan, found):
     """Zero-shot is counted once more by plain prediction; tuning on everything beats it."""
     images, nano = plan.problem.images, load_vit(NANO)

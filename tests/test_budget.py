@@ -113,6 +113,7 @@ def test_validation_images_are_training_images():
     np.testing.assert_allclose(own.test.mean(), 0.25, atol=0.03)
 
 
+@pytest.mark.long
 def test_a_budget_goes_on_where_it_was_cut_off_and_takes_more_methods(small, tmp_path, monkeypatch, capsys):
     cells: list[tuple[str, int]] = []
 

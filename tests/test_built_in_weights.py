@@ -29,6 +29,7 @@ def test_every_model_that_is_pretrained_comes_along():
     assert all(path.stat().st_size < 600_000 for path in files)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", pretrain.MODELS)
 def test_a_file_is_written_as_the_one_that_comes_along(name, tmp_path):
     """The same arrays and the same words beside them, and what is read is what was written."""
@@ -44,6 +45,7 @@ def test_a_file_is_written_as_the_one_that_comes_along(name, tmp_path):
         np.testing.assert_array_equal(read[key], x)
 
 
+@pytest.mark.long
 def test_a_clip_is_written_as_the_one_that_comes_along(tmp_path):
     """The same files, in which arrays alone differ, and what is read is what was written, to half precision."""
     lesson = pretrain_clip.characters(np.zeros((1, 42, 48, 48)))
@@ -107,6 +109,7 @@ def test_a_clip_of_any_data_computes_as_it_was_trained(tmp_path, monkeypatch, ca
         assert capsys.readouterr().err == f"error: {said}\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_they_read_half_of_the_handwriting_that_they_have_never_seen(name):
     data = digits()

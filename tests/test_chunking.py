@@ -54,6 +54,7 @@ def test_blocks_are_unrolled_where_training_is_long_or_where_one_says_so():
     assert [of(blocks=how) for how in ("loop", "unrolled")] == [False, True]
 
 
+@pytest.mark.long
 def test_a_loop_and_unrolled_blocks_are_one_loss_and_the_arithmetic_of_all_blocks_is_counted():
     """The numbers are the same to rounding; of a loop XLA would count one turn."""
     model = load(Config(), tuple("0123456789"), 16)
@@ -87,6 +88,7 @@ def test_a_process_starts_itself_again_once_and_keeps_its_arguments():
     assert call(env | {"GLIBC_TUNABLES": ""}) == " ['a b', '--c']\n", "what the user has set stays"
 
 
+@pytest.mark.long
 def test_where_a_plugin_for_an_accelerator_is_installed_it_gets_its_own_settings(tmp_path):
     (tmp_path / "jax_plugins").mkdir()  # a namespace package, as jax's plugins make it
     code = "import os; from experiments.engine import process; process.settle(); import jax; jax.devices('cpu'); "

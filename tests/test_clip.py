@@ -160,6 +160,7 @@ def logits(backbone):
     return np.asarray(backbone.apply(backbone.params, {}, IMAGES)[0])
 
 
+@pytest.mark.long
 def test_a_zero_shot_head_gives_the_logits_of_the_definition(tmp_path):
     w = arrays()
     made = clip_backbone(folder(tmp_path / "a", w), NAMES)
@@ -238,6 +239,7 @@ def test_open_clip_is_the_same_under_other_names(quick, tmp_path):
     assert made.facts["mean"] == "0.1,0.2,0.3 (open_clip_config.json)"
 
 
+@pytest.mark.long
 def test_shards_with_their_index_are_one_network(tmp_path):
     whole, parts = folder(tmp_path / "a", arrays()), folder(tmp_path / "b", arrays())
     (parts / "model.safetensors").unlink()
@@ -345,6 +347,7 @@ def test_a_zero_shot_head_needs_names(tmp_path):
     assert load_clip(tmp_path / "a", 3, head="linear").image.model.classes == 3
 
 
+@pytest.mark.long
 def test_it_is_federated_like_any_other_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     change()(tmp_path / "data.npz")

@@ -93,6 +93,7 @@ def transported(tokens, texts, scale, steps=3000):
     return out
 
 
+@pytest.mark.long
 def test_logits_of_two_prompts_are_transport_to_the_patches_of_an_image(path):
     """With vectors that have moved; each of them has a gradient, and what stays with a client is the local one."""
     backbone = clip_backbone(path, SHORT, head="transport", context="2")
@@ -130,6 +131,7 @@ OWN = [
 MIDDLE = ["bridge/kernel", "bridge/bias"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("last", [1, 2])
 def test_adapters_of_both_towers_share_their_middle(last, path):
     """Logits of the definition, all of it moved; the gradient of the middle is that of both towers together."""

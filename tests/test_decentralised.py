@@ -49,6 +49,7 @@ def test_weights_sum_to_one_both_ways_whoever_is_there():
         assert all(m[i, i] == 1 for i in np.flatnonzero(there == 0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("space", ["factors", "products"])
 def test_who_is_there_takes_its_neighbours_mean_and_all_others_stay(space):
     method = gossip(N, "ring", space)
@@ -85,6 +86,7 @@ def nobodys(method, state):
     return take(method.dispatch(BASE, state, normalised(cohort())._replace(ids=np.full(CLIENTS, -1))).adapter, 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("space", "like"), [("factors", fedit), ("products", flexlora)])
 def test_where_all_are_neighbours_a_round_is_that_of_a_server(space, like):
     method = gossip(CLIENTS, "full", space)
@@ -103,6 +105,7 @@ def test_where_all_are_neighbours_a_round_is_that_of_a_server(space, like):
     assert disagreement(new.adapters) < (1e-5 if space == "factors" else 1.0)
 
 
+@pytest.mark.long
 def test_gossip_alone_brings_clients_together():
     """Nobody moves: the mean stays, and what they disagree by shrinks as the second eigenvalue says."""
     method = gossip(N, "ring")

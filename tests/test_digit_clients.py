@@ -105,6 +105,7 @@ def test_unknown_kinds_are_refused_and_known_ones_are_data(monkeypatch):
     assert len(images.x) == COUNT * (TRAIN + TEST)
 
 
+@pytest.mark.long
 def test_an_oracle_tells_groups_apart_and_nothing_else():
     options = {"data": "digits:concept", "partition": "column:client", "clients": 8, "holdout_clients": 4}
     p = problem.build(Config(signature="group", seeds=(0,), **options))

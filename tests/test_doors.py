@@ -116,6 +116,7 @@ def plan(*options):
     return Plan(*parse([*options, *SMALL, "--data", "data.npz", "--out", "out"]))
 
 
+@pytest.mark.long
 def test_a_model_of_ones_own_is_compared_like_any_other(files):
     found = plan("compare", "--methods", "fedit,flexlora", "--model", "own.py:cnn", "--targets", "all", "--rank", "2")
     record = found.problem.record
@@ -168,6 +169,7 @@ def test_what_is_no_model_or_no_task_is_refused(options, said, files, capsys, mo
     assert not (files / "out").exists()
 
 
+@pytest.mark.long
 def test_named_sets_are_the_kernels_they_say(files, monkeypatch):
     monkeypatch.setattr(compare, "Trial", lambda *_: None)  # nothing is traced
     adapted = lambda *options: plan("run", "--method", "fedit", *options).problem.record["adapted"]
@@ -340,6 +342,7 @@ def test_pairs_of_different_classes_have_the_loss_of_clip():
     )
 
 
+@pytest.mark.long
 def test_a_run_minimises_its_task(files):
     losses = {}
     for name in NAMES:

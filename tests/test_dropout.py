@@ -52,6 +52,7 @@ def files(tmp_path, monkeypatch):
     change()(tmp_path / "data.npz")
 
 
+@pytest.mark.long
 def test_it_is_in_local_steps_alone_and_only_where_asked_for(files):
     options = ["run", "--method", "fedit", *SMALL, "--data", "data.npz", "--rank", "2"]
     plain, dropped = (problem.build(parse([*options, *more])[1]) for more in ((), ("--dropout", "0.5")))
@@ -69,6 +70,7 @@ def test_it_is_in_local_steps_alone_and_only_where_asked_for(files):
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.long
 def test_models_are_judged_without_it(files, monkeypatch):
     """By the commands; and by the library, where whoever judges by the negative loss chooses the other model."""
     asked = []

@@ -60,6 +60,7 @@ def plain():
     return run(fedit(), 2)[0]
 
 
+@pytest.mark.long
 def test_feddpa_is_ditto_alone_and_fedit_at_its_other_end(plain):
     """mix = 1: the clients' own, as Ditto's at lam = 0; 0: nothing of it. The server is FedIT's."""
     state, c, _ = run(feddpa(1.0), 2)
@@ -108,6 +109,7 @@ def test_fdloras_server_is_fedits(plain):
 # --- PF2LoRA
 
 
+@pytest.mark.long
 def test_pf2loras_levels_have_their_gradients():
     """The upper one through the client's answer, second derivatives included; finite differences in float32 agree."""
     al, method = 0.3, pf2lora(local_rank=1, al=0.3)
@@ -134,6 +136,7 @@ def test_pf2loras_common_part_is_fedits_without_a_local_one(plain):
 # --- FedALT
 
 
+@pytest.mark.long
 def test_the_rest_of_the_world_is_the_mean_of_all_others():
     """Over two rounds in which other clients take part, against sums that are written out."""
     method = fedalt()
@@ -182,6 +185,7 @@ def test_a_mixer_weighs_both_updates_by_each_input():
     assert_near(logits(BASE, even, BATCH_0["x"]), logits(BASE, X, BATCH_0["x"]), 1e-5)
 
 
+@pytest.mark.long
 def test_fedalts_clients_go_on_from_where_they_were_and_train_their_mixers():
     method = fedalt()
     c = normalised(members(method))

@@ -46,11 +46,12 @@ def scored_in(out):
     return config, problem.build(config, may_stage=True).clients.all_scored()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "images"),
     [
         pytest.param(KEPT, "resident", id="kept"),
-        pytest.param(TRIED, "staged", id="tried", marks=pytest.mark.long),
+        pytest.param(TRIED, "staged", id="tried"),
     ],
 )
 def test_who_is_drawn_has_the_accuracies_that_all_have(method, images, rows):

@@ -36,7 +36,6 @@ from helpers import (
     dispatched,
     effective,
     examples,
-    hooks,
     host,
     is_float,
     jit,
@@ -60,7 +59,6 @@ from experiments.results.checkpoints import Checkpoints
 from fedlora_jax import attacks, lora, rounds
 from fedlora_jax.clients import sample_held_out
 from fedlora_jax.method import About, each_alone, models
-from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.task import of_batch
 from models import peft, peft_in
 from models.backbone import Layout, Linear
@@ -122,65 +120,28 @@ SENT["fedimpro"] = lambda carried: carried.own
 SENT["fedglomo"] = lambda carried: carried["now"]
 
 
-# Built from the same parts as another that always runs: these run with the long tests.
-SECOND = {
-    "lora_fair_ridge",
-    "flexlora_balanced",
-    "fedvlm",
-    "fed_talora",
-    "fed_hello",
-    "hyperlora_exact",
-    "fedpgp",
-    "fedproto",
-    "hilora_cluster",
-    "frozen",
-    "fedsvd",
-    "florist",
-    "spectral",
-    "ravan",
-    "lora_a2",
-    "pf2lora",
-    "feddpa",
-    "fdlora",
-    "adf_lora",
-    "mime",
-    "fedimpro",
+# Every method runs a round in the suite that is run at every change, and what can be seen in that program is looked at.
+# Tests that compile more run with the long ones, but for a few methods:
+FEW = {
+    "fedit",  # plain factors
+    "flexlora",  # a decomposition
+    "ditto",  # two models for each client, and memory
 }
 
 
-def every(names, test: str | None = None, later: frozenset[str] = frozenset()):
-    """``names``, without the exceptions of a test; those in ``later`` run with the long tests, as ``SECOND`` does."""
+def every(names, test: str | None = None, always: set[str] | None = None):
+    """``names``, without the exceptions of a test; all but ``always`` (where given) run with the long tests."""
     held = [name for name in names if name not in EXCEPTIONS.get(test or "", {})]
-    mark = lambda name: pytest.param(name, marks=pytest.mark.long) if name in SECOND | later else name
-    return pytest.mark.parametrize("name", [mark(name) for name in held])
+    long = lambda name: always is not None and name not in always
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.long) if long(name) else name for name in held]
+    )
 
 
 # Wrappers are looked at in stacks, which together hold every one of them and cost no more than one; alone only where a
 # stack has another in it to which the test does not apply.
 WHOLE = METHODS | STACKS
 every_method = every(WHOLE)
-# Tests that compile most always run for one method of each kind of state, hook and aggregation, and with the long tests
-# for the others.
-KINDS = {
-    "fedit",  # plain factors
-    "fedex_lora",  # a residual in the base
-    "flora",  # restarts every round
-    "flexlora",  # a decomposition
-    "lora_fair",  # a solver
-    "hyperlora",  # a server that learns
-    "hilora",  # stages and clusters
-    "fed_sb",  # a core between factors
-    "sdflora",  # two adapters for each client
-    "fedra",  # layers drawn for each client
-    "ditto",  # two models for each client
-    "ifca",  # a model chosen by its loss
-    "pfedme",  # a loop inside of each step
-    "pfedhn",  # a network of embeddings
-    "corrected",  # memory at clients and at the server
-    "defended",  # uploads changed before they are averaged
-    "dynamic",  # signatures, weights in the loss
-}
-OTHERS = frozenset(WHOLE.keys() - KINDS)
 # Loops over seeds, rounds and chunks are the same code for all and see a method through its hooks alone. That these
 # keep the state's structure, are traced once and depend on nothing else is looked at for every method; the loops for
 # one of each kind of what they carry:
@@ -233,12 +194,10 @@ STEPPED = (
     "corrected",  # penalties of wrappers, and clients' memory
     "dynamic",  # the same, and weights in the loss
 )
-# Whose clients' local steps are those of FedIT.
-PLAIN = frozenset(name for name, make in WHOLE.items() if hooks(built(make)) == hooks(fedit())) - {"fedit"}
 
 
 def test_exceptions_are_of_methods_that_exist():
-    known = {name for names in EXCEPTIONS.values() for name in names} | SECOND | KINDS | ALIKE | {*LOOPED, *STEPPED}
+    known = {name for names in EXCEPTIONS.values() for name in names} | FEW | ALIKE | {*LOOPED, *STEPPED}
     assert not known - EVERY.keys()
 
 
@@ -276,8 +235,8 @@ def all_finite(tree):
 @every_method
 def test_it_is_traced_once(name):
     m = compiled(name)
-    before = len(m.traces)
-    m.fast(BASE, m.state, m.cohort(5), jax.random.key(9))
+    state, before = m.state, len(m.traces)
+    m.fast(BASE, state, m.cohort(5), jax.random.key(9))
     assert len(m.traces) == before
 
 
@@ -287,13 +246,11 @@ def lowered(f, *arguments):
     return f.trace(*arguments).lower(lowering_platforms=PLATFORMS).as_text()
 
 
-@every_method
+@every(WHOLE, always=FEW)
 def test_a_round_is_one_program_on_cpu_cuda_and_tpu(name):
     m = compiled(name)
-    before = len(m.traces)
-    text = lowered(m.fast, BASE, m.state, m.cohort(), KEY)
+    text = lowered(m.fast, BASE, m.start, m.cohort(), KEY)
     assert "platform_index" in text
-    assert len(m.traces) == before
     # Two batches of LAPACK at once hang for ever on a CPU of two cores (jaxlib 0.10.2): it is given single matrices.
     assert not re.findall(r'@lapack_\w+.*num_batch_dims = "[^0]"', text)
 
@@ -325,6 +282,7 @@ def untraced(f, *arguments):
     return said[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LOOPED)
 def test_a_whole_run_is_a_loop_over_single_rounds(name):
     """Seeds side by side, rounds scanned, clients in chunks, state donated: against one round after the other on
@@ -399,7 +357,7 @@ def test_a_round_with_a_client_that_fails_is_the_round_without_it(name, bad):
     assert info.dropped == told.dropped == 1
 
 
-@every(WHOLE, later=OTHERS)
+@every(WHOLE, always=FEW)
 def test_a_client_that_attacks_sends_what_the_server_can_take(name):
     """To the bit what all have trained where nobody is malicious, and for everybody else; never what is no number."""
     method, state, new_state = aggregation(name)
@@ -421,7 +379,7 @@ def arrive(method, c, sent, received):
     return attacks.sent_by(attacks.alie(), method, c, sent, received, (), KEY)[0]
 
 
-@every(EVERY, "fixed point")
+@every(EVERY, "fixed point", always=FEW)
 def test_identical_clients_are_a_fixed_point(name):
     """The server's weights become theirs (FLoRA restarts its factors, and keeps the weights)."""
     method, state, new_state = aggregation(name)
@@ -433,7 +391,7 @@ def test_identical_clients_are_a_fixed_point(name):
     assert_near(after, weights_of(sent.base, take(averaged(name, method, sent, received), 0)))
 
 
-@every(WHOLE, "one client", later=PLAIN)
+@every(WHOLE, "one client", always=FEW)
 def test_one_client_is_plain_fine_tuning(name):
     """What the one that counts has trained, against a loop written with optax alone, of what the method says is
     minimised."""
@@ -502,7 +460,7 @@ def test_a_cohort_of_several_ranks_is_aggregated(name):
         assert (x.a.any(-2) | x.b.any(-1)).all(), "a column that is zero in both factors has no gradient ever again"
 
 
-@every(STEPPED, later=OTHERS)
+@every(STEPPED, always=FEW)
 def test_a_round_has_finite_derivatives_at_the_start(name):
     """At b = 0, where every run begins: of a loss after one round, in every float of the state before it."""
     m = compiled(name)
@@ -517,7 +475,7 @@ def test_a_round_has_finite_derivatives_at_the_start(name):
     assert_finite_derivatives(after, m.start)
 
 
-@every([name for name in DERIVED if name not in STEPPED], later=OTHERS)
+@every([name for name in DERIVED if name not in STEPPED], always=FEW)
 def test_a_server_has_finite_derivatives_at_the_start(name):
     """The same without local steps: of what is sent after one aggregation of whatever clients have sent."""
     method, start, _ = aggregation(name)
@@ -546,7 +504,7 @@ def assert_finite_derivatives(f, state):
     assert any(np.abs(g).max() > 1e-3 for g in grads)
 
 
-@every_method
+@every(WHOLE, always=FEW)
 def test_the_reported_loss_leaves_the_penalty_out(name):
     method, state, _ = aggregation(name)
     c = members(method)
@@ -556,6 +514,7 @@ def test_the_reported_loss_leaves_the_penalty_out(name):
     assert_near(same, losses)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_methods_hold_the_mean_of_the_clients_weights(name):
     method, _, new_state = aggregation(name)

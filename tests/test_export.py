@@ -105,6 +105,7 @@ def holds_what_was_evaluated(name, out):
     assert own[CLIENTS] == pytest.approx(last["unseen_accuracy"])
 
 
+@pytest.mark.long
 def test_weights_compute_what_was_evaluated(quick, tmp_path, monkeypatch):
     monkeypatch.chdir(quick)
     holds_what_was_evaluated("ditto", tmp_path / "out")
@@ -129,6 +130,7 @@ def test_weights_compute_what_was_evaluated_whatever_the_server_holds(name, slow
     holds_what_was_evaluated(name, tmp_path / "out")
 
 
+@pytest.mark.long
 def test_an_adapter_is_its_arrays(quick, tmp_path, monkeypatch):
     monkeypatch.chdir(quick)
     plan = export(tmp_path / "out", "--method", "ditto", "--model", "client:2", "--to", "npz")
@@ -253,6 +255,7 @@ def test_other_data_and_missing_rounds_are_refused(quick, capsys, monkeypatch):
 # --- a pool of adapters
 
 
+@pytest.mark.long
 def test_unseen_clients_are_served_by_the_model_of_the_nearest_client(quick, tmp_path, capsys, monkeypatch):
     """What each client keeps is looked up by NumPy; what the run serves is what it was scored by."""
     monkeypatch.chdir(quick)

@@ -66,6 +66,7 @@ def derivatives(net, base, adapter, images):
     return jax.grad(loss, (0, 1), has_aux=True)(base, adapter)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("blocks", [[0, 2], [1], [0, 1, 2, 3]])
 def test_a_gate_of_zero_is_a_truly_shallower_network(tiny, blocks, unroll):
@@ -83,6 +84,7 @@ def test_a_gate_of_zero_is_a_truly_shallower_network(tiny, blocks, unroll):
     assert not any(x[skipped].any() for x in jax.tree.leaves((of_base["blocks"], of_adapter["blocks"])))
 
 
+@pytest.mark.long
 def test_a_model_without_a_gate_has_no_gate_in_it(tiny):
     model, base, adapter, images = tiny
     forward = lambda adapter: model.apply(lora.variables(base, adapter), images)[0]
@@ -106,6 +108,7 @@ def test_every_share_is_dealt_equally_often_and_nobody_in_particular_has_all():
     assert layers.budgets((0.01,), KEY, jnp.asarray([0]), 12) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [fedra, fed_hello])
 @pytest.mark.parametrize("modulus", [2, 3, 6])
 def test_depth_says_nothing_of_what_is_dealt_by_id(make, modulus):
@@ -244,6 +247,7 @@ def test_a_sketch_is_the_product_on_average_and_has_one_set_of_indices():
     assert (drawn[:, 0] != drawn[:, 1]).any()
 
 
+@pytest.mark.long
 def test_fslora_trains_the_columns_it_drew_and_nothing_else():
     method = fslora()
     c = normalised(members(method, ranks=[1, 2, 1, 2]))
@@ -267,6 +271,7 @@ def test_fslora_at_full_rank_and_a_plain_server_is_fedit():
     assert_near(new.adapter, plain.adapter, 1e-5)
 
 
+@pytest.mark.long
 def test_fslora_takes_one_step_of_its_servers_optimizer():
     method = fslora("adamw", 0.01)
     c, state, sent, received, new = aggregated(method, cohort(ranks=[1, 2, 1, 2]))

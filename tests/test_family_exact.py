@@ -128,6 +128,7 @@ def test_at_the_end_of_a_block_rac_lora_folds_it_in_and_draws_a_anew():
         assert lora.flatten(second.residual)[name].any()
 
 
+@pytest.mark.long
 def test_a_step_of_rac_lora_is_a_projected_gradient_step():
     """One SGD step from b = 0 moves the weights by -lr s^2 a a^T G, G the gradient at the weights."""
     method, lr, c = rac_lora(), 0.1, normalised(cohort(clients=1, steps=1))

@@ -70,6 +70,7 @@ def test_the_column_objective_only_falls(x64, size, rows):
     assert path[-1] < path[0] * (1 - 1e-6)
 
 
+@pytest.mark.long
 def test_correcting_a_is_correcting_b_of_the_transposed_problem():
     _, _, _, received, new = aggregated(lora_fair(solver="ridge", on="a"))
     c, state, *_ = aggregated(fedit())

@@ -126,6 +126,7 @@ def test_a_client_is_sent_its_truncation_and_nobody_in_particular_the_whole_upda
     )
 
 
+@pytest.mark.long
 def test_at_full_rank_and_equal_weights_fedhl_is_the_mean_of_products():
     """And so is FlexLoRA, where it truncates nothing."""
     rng = np.random.default_rng(3)
@@ -171,6 +172,7 @@ def test_tail_decay_shrinks_what_no_client_is_sent():
     assert_near(np.asarray(shares), np.asarray(exact) / np.asarray(sizes), 1e-4)
 
 
+@pytest.mark.long
 def test_subspace_iteration_finds_what_the_exact_decomposition_finds(x64):
     """Singular values that fall, on a matrix too large to be taken exactly; the derivative is that of the product."""
     rng = np.random.default_rng(0)
@@ -205,6 +207,7 @@ def test_hetlora_weighs_clients_by_the_size_of_their_products():
     assert_near(new.adapter, means)
 
 
+@pytest.mark.long
 def test_hetlora_of_equal_ranks_and_sizes_without_a_penalty_is_fedit():
     method = hetlora(lam=0.0)
     c = normalised(members(method, weights=[1, 1, 1, 1]))
@@ -237,6 +240,7 @@ def test_hetlora_prunes_the_tail_that_shrank():
         np.testing.assert_array_equal(np.asarray([x.a[i, ..., 1].any() for i in range(4)]), [False, True, False, True])
 
 
+@pytest.mark.long
 def test_the_penalty_of_hetlora_is_the_product_of_the_tails_norms():
     method, x = hetlora(gamma=0.5, lam=0.1, min_rank=1), take(nudged(ADAPTER, 0), ...)
     c = normalised(members(method))

@@ -178,6 +178,7 @@ def test_many_rounds_take_no_more_memory_and_files_than_few(tmp_path):
     assert np.median(late[:, 2]) == np.median(early[:, 2])
 
 
+@pytest.mark.long
 def test_a_device_without_memory_goes_on_with_half_as_many_clients(tmp_path, monkeypatch, capsys):
     """From the newest checkpoint, said in a line and in the record; a device that has none for one client ends it."""
     change()(tmp_path / "data.npz")

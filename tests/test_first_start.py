@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from input_helpers import SMALL, change
 from quick import QUICK
 
@@ -44,6 +45,7 @@ def start(caches: Path, out: str) -> tuple[int, int]:
     return int(compiled), int(found)
 
 
+@pytest.mark.long
 def test_a_second_start_compiles_nothing_and_none_warns(tmp_path):
     compiled, _ = start(tmp_path, "first")
     again, found = start(tmp_path, "second")
@@ -62,6 +64,7 @@ def test_a_folder_of_the_user_gets_no_limit_and_is_written_beside_what_others_le
     assert not list((tmp_path).glob("fedlora-jax"))
 
 
+@pytest.mark.long
 def test_programs_are_kept_where_the_process_does_not_start_again(tmp_path):
     """On an accelerator, say, and jax has read its environment while options were parsed."""
     code = "from experiments import start; start.settle(); import jax; print(jax.config.jax_compilation_cache_dir, "

@@ -97,6 +97,7 @@ def whole(small, again, tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("as_a_user")
 def test_more_rounds_then_a_method_then_seeds(small, again, whole, tmp_path):
     """The last five rounds of two are not those of seven."""
@@ -116,6 +117,7 @@ def test_all_at_once(small, again, whole, tmp_path):
     assert_told_once(tmp_path)
 
 
+@pytest.mark.long
 def test_a_finished_run_keeps_its_timings_and_trains_nothing(whole, monkeypatch):
     monkeypatch.setattr(compare.Trial, "compile", lambda self: pytest.fail("something is compiled"))
     rows, before = (whole / "metrics.jsonl").read_bytes(), json.loads((whole / "summary.json").read_text())
@@ -158,6 +160,7 @@ def flip(path: Path, at: int = 100) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.long
 def test_nothing_is_cut_before_it_is_known_from_where_a_run_goes_on(whole, tmp_path, monkeypatch):
     """The fault may be in what reads: rows and checkpoints are as they were when it fails."""
     out = tmp_path / "out"
@@ -249,12 +252,14 @@ def test_an_option_that_is_newer_than_a_run_is_as_by_default_there(small, tmp_pa
         plan(tmp_path, "--resume", "--clip-norm", "1")
 
 
+@pytest.mark.long
 def test_rates_that_go_down_to_the_last_round_are_not_those_of_more_rounds(small, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(plan(tmp_path, *small, "--schedule", "cosine").about))
     with pytest.raises(ValueError, match="--schedule cosine knows the last round"):
         plan(tmp_path, "--resume", "--rounds", "20")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("untraced")
 def test_seeds_that_would_change_the_draws_of_others_are_refused(small, tmp_path):
     """Batches are permutations of lists as long as the largest client of any seed, so that a larger one changes all."""

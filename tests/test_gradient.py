@@ -32,6 +32,7 @@ def of(name):
     return lambda *args: outcome(GRADIENTS[name], *args)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("transform", ["as it is", "jit", "vmap", "checkpoint", "second derivative"])
 def test_its_derivatives_are_those_of_the_plain_gradient(transform, x64):
     x, w, key = *jax.tree.map(jnp.asarray, (X, W)), jax.random.key(0)

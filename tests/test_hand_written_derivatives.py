@@ -42,6 +42,7 @@ def pulled(f, arguments):
     return jax.grad(weighted, tuple(range(len(arguments))))(*arguments)
 
 
+@pytest.mark.long
 def test_values_and_derivatives(rule):
     by_hand, plain, arguments = rule
     assert_near(by_hand(*arguments), plain(*arguments), 1e-12)

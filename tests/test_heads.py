@@ -23,6 +23,7 @@ def unit(x, axis):
     return x / np.linalg.norm(x, axis=axis, keepdims=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["vit", "mixer"])
 def test_cosines_are_those_of_features_and_columns(family):
     plain, cosine = (load(Config(model=family, head=head), CLASSES, 16) for head in (None, "cosine"))
@@ -50,6 +51,7 @@ def test_what_is_trained_of_it_moves_its_logits_and_a_cut_changes_nothing():
     np.testing.assert_allclose(again, model.apply(model.params, NO_ADAPTER, IMAGES)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["vit", "clip"])
 def test_a_gate_is_the_softmax_of_two_layers_and_starts_open(family):
     given = {"head": "zero_shot"} if family == "clip" else {}
@@ -105,6 +107,7 @@ def test_a_head_of_names_is_the_models_that_reads_them(capsys, monkeypatch):
     assert "vit reads no text to make --head zero_shot of: use linear, cosine or prototype" in said
 
 
+@pytest.mark.long
 def test_prototypes_are_the_means_of_the_training_clients(tmp_path, monkeypatch):
     """Of each seed its own; logits are distances from them, and unseen clients tell nothing of their images."""
     monkeypatch.chdir(tmp_path)

@@ -104,6 +104,7 @@ def same(x, y):
     return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True))
 
 
+@pytest.mark.long
 def test_stages_follow_one_another_and_only_one_tier_moves():
     """20 / 20 / 10 of 50, at a tenth of the size; what is frozen is the same bits."""
     _, states, memories, infos = history()
@@ -205,6 +206,7 @@ def test_clusters_are_truncated_means_of_their_members_and_idle_ones_stay():
     assert same(new.root, state.root)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [ROOT, CLUSTER])
 def test_one_tier_and_one_cluster_is_flexlora(stage):
     """The root stage alone, or one cluster of everybody on a root of zero."""
@@ -226,6 +228,7 @@ def test_one_tier_and_one_cluster_is_flexlora(stage):
         assert_near(dense(x), dense(y), 1e-5)
 
 
+@pytest.mark.long
 def test_the_root_stage_ends_early_when_its_product_rests():
     method, state, c = halfway(ROOT, make(100, tau=0.01))
     sent = dispatch(method)(state, c)
@@ -250,6 +253,7 @@ def test_nobody_in_particular_is_served_the_root():
     assert_near(take(lora.split(one)[1], 0), lora.split(state.root)[1], 0)
 
 
+@pytest.mark.long
 def test_a_trial_takes_the_steps_of_a_root_client():
     method, states, _, _ = history()
     state = states[4]
@@ -283,6 +287,7 @@ def test_wrappers_pass_the_trial_on():
     assert proximal(flexlora(), 0.1).onboard is None
 
 
+@pytest.mark.long
 def test_bases_are_averages_over_the_rounds_a_client_took_part_in():
     method, state, c = halfway(ROOT, make(100, population=6))
     c = c._replace(weights=replaced(c.weights, 3, 0.0))

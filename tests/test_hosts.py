@@ -100,6 +100,7 @@ def assert_same(out: Path, other: Path) -> None:
             assert row[key] == pytest.approx(same[key], abs=1e-4 if key == "bias" else 1e-5), key
 
 
+@pytest.mark.long
 def test_where_one_of_two_is_lost_the_other_ends_with_a_line(folder, lost):
     (code, _, said), (_, output, last) = lost
     assert code == 1

@@ -268,6 +268,7 @@ def test_folders_of_another_kind_are_refused(case, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.long
 def test_a_folder_is_federated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     change()(tmp_path / "data.npz")

@@ -83,6 +83,7 @@ def test_at_initialisation_the_aggregate_is_the_truncated_mean_product():
     assert_near(products(synthesize(neutral(), x)), {k: truncated(m) for k, m in means(x).items()})
 
 
+@pytest.mark.long
 def test_while_it_warms_up_it_is_flexlora_with_balanced_factors():
     plain, method = compiled("flexlora_balanced"), hyperlora(CLIENTS, SIGNATURE, warmup=3)
     warm = jit(rounds.make_round(method, loss_fn, OPTIMIZER))
@@ -183,6 +184,7 @@ def test_memory_makes_a_part_of_the_last_move_again(x64):
     assert_near(new["head"]["bias"], mean + 0.7 * (now - then), 1e-10)
 
 
+@pytest.mark.long
 def test_a_round_remembers_the_round_before():
     method = hyperlora(CLIENTS, SIGNATURE, memory=0.7)
     aggregate, states = jit(method.aggregate), [begin(method.init, jax.random.key(1))]
@@ -231,6 +233,7 @@ def test_the_personal_part_adds_a_clients_last_update_as_far_as_its_gate_is_open
         assert norm(opened[name]) <= max(map(norm, one)) * (1 + 1e-9)
 
 
+@pytest.mark.long
 def test_a_client_keeps_its_update_and_the_unseen_one_has_none():
     method = hyperlora(CLIENTS, SIGNATURE, warmup=0, personal=1)
     step = jit(rounds.make_round(method, loss_fn, optax.sgd(0.1)))
@@ -323,6 +326,7 @@ def test_a_kernels_number_does_not_depend_on_how_a_dict_was_built():
     assert_near(given(backwards), given(start), 1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_the_generators_forms_are_their_equations(form, x64):
     """One client, in NumPy, from the outputs of the network."""
@@ -346,6 +350,7 @@ def test_the_generators_forms_are_their_equations(form, x64):
         assert_near(new.b[1], b, 1e-10)
 
 
+@pytest.mark.long
 def test_the_heads_bias_is_generated_class_by_class(x64):
     """``tanh(t)`` of the move from the mean's log shares to the client's; who says nothing of labels gets none."""
     g, z, x = learned().generator, doubles(cohort().signatures), nudged(doubles(ADAPTER))

@@ -99,6 +99,7 @@ def start_gradient(lr, base, theta, last, c):
     return jax.grad(lambda theta: lr * c.weights @ losses(cut(phi(theta, last, c.signatures), c.ranks)))(theta)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [[2, 2, 2, 2], [1, 2, 2, 1]])
 def test_displacement_is_the_exact_gradient_for_one_step_of_sgd(x64, ranks):
     """d/dtheta of sum_c p_c L_c(start of c), in generator, synthesizer and corrector: from uploads alone."""
@@ -129,6 +130,7 @@ def unrolled(theta, lr, c, base, last):
 unrolled_gradient = jit(jax.grad(unrolled))
 
 
+@pytest.mark.long
 def test_exact_is_the_gradient_of_the_unrolled_objective(x64):
     """In all three parts; of an objective scaled so that clipping shows as a common factor only."""
     lr, (base, theta, last, c) = 0.3, _problem64()
@@ -140,6 +142,7 @@ def test_exact_is_the_gradient_of_the_unrolled_objective(x64):
         assert_near(flat(getattr(got, field)), clip * flat(getattr(exact, field)), 1e-6)
 
 
+@pytest.mark.long
 def test_the_unrolled_objective_agrees_with_finite_differences(x64):
     lr, (base, theta, last, _) = 0.3, _problem64()
     c = normalised(cohort(1, steps=3))
@@ -164,6 +167,7 @@ def test_first_order_tends_to_exact_as_local_steps_shrink(x64):
     assert 0 < apart[1] < 0.2 * apart[0]
 
 
+@pytest.mark.long
 def test_the_generator_has_a_gradient_from_the_first_round_on():
     """Though b and the coefficients of its bases start at zero; with bases of zero, too, it would never use them."""
     m = compiled("hyperlora")
@@ -178,6 +182,7 @@ def test_the_generator_has_a_gradient_from_the_first_round_on():
         assert np.isfinite(flat(gradient)).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["displacement", "exact"])
 def test_only_displacement_needs_no_client_data(mode):
     """Everything that a client did not send is replaced by NaN after its upload: nothing changes."""
@@ -200,6 +205,7 @@ def test_only_displacement_needs_no_client_data(mode):
     assert_near(server(gone), new, 0)
 
 
+@pytest.mark.long
 def test_a_frozen_theta_serves_and_stays():
     theta = learned()
     method = hyperlora(CLIENTS, SIGNATURE, "frozen", theta=module.named(theta))
@@ -221,6 +227,7 @@ def test_the_report_is_zero_for_flexlora_and_says_what_was_learned():
     assert counts == {part: flat(getattr(learned(), part)).size for part in Theta._fields}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factors", ["balanced", "steady"])
 def test_while_its_gates_are_closed_the_personal_part_changes_nothing(factors):
     """Neither products nor factors, whatever clients keep: rounds with and without it are the same bits."""

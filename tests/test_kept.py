@@ -58,15 +58,16 @@ def resident(folder):
     return computed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("more", "most"),
     [
         pytest.param(MODELS, 1, id="a round at a time"),
-        pytest.param(MODELS, parts.STAGE, id="two rounds at a time", marks=pytest.mark.long),
-        pytest.param(CONTROLS, parts.STAGE, id="control variates", marks=pytest.mark.long),
-        pytest.param(CHOICES, 1, id="numbers, and some are scored", marks=pytest.mark.long),
-        pytest.param(TRIED, 1, id="newcomers", marks=pytest.mark.long),
-        pytest.param(IMAGES, 1, id="images too", marks=pytest.mark.long),
+        pytest.param(MODELS, parts.STAGE, id="two rounds at a time"),
+        pytest.param(CONTROLS, parts.STAGE, id="control variates"),
+        pytest.param(CHOICES, 1, id="numbers, and some are scored"),
+        pytest.param(TRIED, 1, id="newcomers"),
+        pytest.param(IMAGES, 1, id="images too"),
     ],
 )
 def test_every_row_is_the_same_to_the_last_bit(more, most, folder, resident, monkeypatch):
@@ -81,6 +82,7 @@ def test_every_row_is_the_same_to_the_last_bit(more, most, folder, resident, mon
     assert len({json.loads(row)["loss"] for row in rows(folder, out).splitlines()}) >= 4
 
 
+@pytest.mark.long
 def test_a_run_goes_on_on_the_other_path(folder, resident, capsys):
     """After two of four rounds."""
     for first, then in (("staged", "resident"), ("resident", "staged")):
@@ -108,6 +110,7 @@ def test_a_device_is_given_those_who_take_part_and_they_alone_are_written():
     np.testing.assert_array_equal(served["b"][0], [held["b"][1, 1], 7, held["b"][1, 3]])
 
 
+@pytest.mark.long
 def test_it_is_chosen_by_itself_and_said_before_anything_runs(folder, monkeypatch, capsys):
     """And what a device is given does not grow with the number of clients."""
     made = plan(folder, "none", "auto", f"{MODELS} --dry-run")

@@ -118,6 +118,7 @@ def test_an_epoch_is_every_image_once_and_unequal_steps_are_drawn_for_each_clien
     assert (local_training.longest(Config(), ()), local_training.record(Config(), ())) == (None, {})
 
 
+@pytest.mark.long
 def test_a_run_of_epochs_says_how_many_steps_they_are(tmp_path, monkeypatch):
     """Unseen clients are tuned as long as they would train; nothing else of a run is another."""
     change()(tmp_path / "data.npz")

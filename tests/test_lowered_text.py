@@ -68,6 +68,7 @@ MODELS = [("vit",), ("mixer", *HALF)]
 every_model = pytest.mark.parametrize("model", MODELS, ids=" ".join)
 
 
+@pytest.mark.long
 @every_model
 def test_what_a_run_carries_is_written_where_it_was(model, lowered):
     """Every array of it: the server's state, and what clients keep."""
@@ -85,6 +86,7 @@ def test_frozen_weights_are_there_once_for_all_clients(model, lowered):
     assert not copied(own.frozen, shapes(own.text))
 
 
+@pytest.mark.long
 def test_frozen_weights_are_there_once_in_what_is_compiled(lowered):
     """And what a run carries takes no memory a second time."""
     own = lowered("vit")

@@ -37,6 +37,7 @@ def cohort_step(name: str):
     return jit(rounds.make_cohort_step(round_of(name), **SAMPLING))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["ditto", "fedsa_lora", "fedit"])
 def test_memory_on_the_host_gives_the_same_numbers(name):
     method, data, clients = METHODS[name](), examples(count=28), crowd(7)

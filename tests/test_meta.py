@@ -63,6 +63,7 @@ def inner(x, y) -> float:
     return float(sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)))
 
 
+@pytest.mark.long
 def test_the_loss_is_that_of_the_rounds_run_one_by_one(x64):
     base, adapter = problem()
     method, optimizer = fedit(), optax.sgd(0.1)
@@ -102,6 +103,7 @@ def _proximal(method, mu):
     return method._replace(penalty=lambda adapter, context: mu * square(adapter, context))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", HYPER)
 def test_it_differentiates_in_hyper_parameters(name, x64):
     base, adapter = problem()
@@ -120,6 +122,7 @@ def test_it_differentiates_in_hyper_parameters(name, x64):
     np.testing.assert_allclose(inner(grads, way), slope, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.long
 def test_it_differentiates_in_the_state_generator_synthesizer_and_corrector_included(x64):
     """Two rounds of HyperLoRA: what theta does in the first aggregation is felt in the second round."""
     base, adapter = problem()
@@ -140,6 +143,7 @@ def test_it_differentiates_in_the_state_generator_synthesizer_and_corrector_incl
         np.testing.assert_allclose(inner(getattr(grads, part), way), slope, rtol=1e-4, atol=1e-9, err_msg=part)
 
 
+@pytest.mark.long
 def test_recomputing_steps_and_rounds_changes_no_gradient(x64, monkeypatch):
     base, adapter = problem()
     start = fedit().init(KEY, nudged(doubles(adapter)))
@@ -161,6 +165,7 @@ def test_recomputing_steps_and_rounds_changes_no_gradient(x64, monkeypatch):
 # --- slopes
 
 
+@pytest.mark.long
 def test_forward_mode_gives_the_same_derivative_where_steps_are_not_computed_again(x64):
     base, adapter = problem()
     start = fedit().init(KEY, nudged(doubles(adapter)))
@@ -197,6 +202,7 @@ def test_the_start_can_count_too(x64):
 # --- examples kept apart, and views
 
 
+@pytest.mark.long
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), query=st.integers(1, 6))
 def test_what_is_kept_apart_is_the_clients_own_and_in_no_batch(seed, query):
@@ -214,6 +220,7 @@ def test_what_is_kept_apart_is_the_clients_own_and_in_no_batch(seed, query):
         assert trained == own - apart  # 12 draws pass through everything that is left
 
 
+@pytest.mark.long
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), query=st.integers(1, 6))
 def test_what_judges_several_rounds_is_in_no_batch_of_any_of_them(seed, query):

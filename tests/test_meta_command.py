@@ -78,6 +78,7 @@ def test_one_steep_meta_gradient_does_not_end_what_theta_learns():
     assert way(with_it) > 0.5 * way(without)  # Adam alone: a sixteenth
 
 
+@pytest.mark.long
 def test_images_that_judge_a_step_are_in_no_batch_of_its_rounds(options, tmp_path):
     """Three rounds of two of three clients, over many keys."""
     more = ("--unroll", 3, "--clients-per-round", 2, "--batch", 6, "--local-steps", 4, "--out", tmp_path)

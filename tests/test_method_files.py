@@ -73,6 +73,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_it_runs_beside_others_with_options_wrappers_and_facts_of_the_run(here, monkeypatch, capsys):
     names = ["mine/own.py:same", "fedit", "mine/own.py:fed_median:size=0.5+proximal:mu=0.1"]
     run(monkeypatch, "compare", "--methods", ",".join(names), "--out", "out")
@@ -86,6 +87,7 @@ def test_it_runs_beside_others_with_options_wrappers_and_facts_of_the_run(here, 
     assert all(re.fullmatch(r"[\w.:=,+%-]+", path.name) for path in inside)
 
 
+@pytest.mark.long
 def test_what_it_learns_is_written_beside_under_a_safe_name(here, monkeypatch):
     (here / "mine" / "learns.py").write_text(
         "from typing import Any, NamedTuple\n"
@@ -106,6 +108,7 @@ def test_what_it_learns_is_written_beside_under_a_safe_name(here, monkeypatch):
     assert np.load(theta)["['x']"] == 1.0
 
 
+@pytest.mark.long
 def test_going_on_needs_the_same_file_and_may_add_others(here, monkeypatch, capsys):
     run(monkeypatch, "compare", "--methods", "mine/own.py:same", "--out", "out")
     (here / "other.py").write_text(CODE)

@@ -19,6 +19,7 @@ def shapes():
     return list_methods.shapes(Config())
 
 
+@pytest.mark.long
 def test_every_method_has_a_line_in_both_tables_with_its_sizes():
     text = list_methods.table(Config())
     first, second = text.split("\n\n")[0], text.split("\n\n")[2]
@@ -57,6 +58,7 @@ def test_every_method_is_guarded_by_the_battery_and_by_a_test_of_its_own():
     assert list_methods.shortened(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
 
 
+@pytest.mark.long
 def test_a_method_that_does_not_fit_the_model_says_so():
     command, config = parse(["methods", "--targets", "embed/kernel", "--rank", "2"])
     assert command == "methods"

@@ -135,6 +135,7 @@ def test_sizes_have_names():
         mixer("X/16", 10)
 
 
+@pytest.mark.long
 def test_it_is_federated_like_any_other_model(tmp_path, monkeypatch, capsys):
     """Nothing is said but the file: its names tell what it is. Depth can be left out, and the prefix stored."""
     monkeypatch.chdir(tmp_path)

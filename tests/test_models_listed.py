@@ -123,6 +123,7 @@ def test_a_file_says_what_it_is_and_what_would_be_adapted(tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_other_images_have_other_parameters_or_cannot_be_cut(listed):
     other = rows(list_models.table(Models(rank=8, image_size=256)))
     more = (256 // 16) ** 2 - (224 // 16) ** 2
@@ -181,6 +182,7 @@ def test_what_cannot_be_used_is_refused_with_what_is_wrong(options, said, tmp_pa
     assert said in refused(["models", *options.split()], capsys, monkeypatch)
 
 
+@pytest.mark.long
 def test_a_run_says_what_each_of_its_targets_finds(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     change()(tmp_path / "data.npz")

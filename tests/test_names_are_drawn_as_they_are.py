@@ -10,6 +10,7 @@ from experiments.results.style import png
 NAMES = ("$x^", "$x^$", r"\$", r"\$y\$", r"$\frac$", "$$", "_hidden", "a_b^c", r"\alpha", "{", "%s", "#&~", "$")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", range(0, len(NAMES), 4))
 def test_names_that_look_like_mathematics_are_drawn_as_they_are(first):
     names = (NAMES + NAMES)[first : first + 4]

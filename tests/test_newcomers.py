@@ -39,6 +39,7 @@ def planted(clients=N, **options):
     return method, state, c, sent, lora.tree_map(b_of, sent.adapter), labels
 
 
+@pytest.mark.long
 def test_clients_are_clustered_by_b_at_the_switch_and_newcomers_find_their_cluster():
     method, state, c, sent, received, labels = planted()
     new = jit(method.aggregate)(BASE, state, c, sent, received)
@@ -59,6 +60,7 @@ def test_clients_are_clustered_by_b_at_the_switch_and_newcomers_find_their_clust
     assert are_equal(sent_to(new, strangers), sent_to(new, c))
 
 
+@pytest.mark.long
 def test_newcomers_are_placed_by_their_signatures_where_that_is_asked_for():
     """Against distances in NumPy: members' signatures are noise about one of two points, newcomers' as well."""
     method, state, c, sent, received, labels = planted(newcomers="signature")

@@ -119,8 +119,6 @@ METHODS = {
     "fslora": fslora,
     "fedra": fedra,
     "hilora": lambda: hilora(5, 3, root=0.34),  # clusters are formed in the second round
-}
-LONG = {
     "fed_hello": fed_hello,
     "pfedhn": lambda: pfedhn(5, size=4, width=8),
     "flora": flora,
@@ -129,13 +127,15 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", METHODS)
 def test_a_run_draws_from_every_key_once(name):
-    run, _, seen = of_rounds((METHODS | LONG)[name]())
+    run, _, seen = of_rounds(METHODS[name]())
     assert once(Counter({key: times for key, times in seen.items() if key not in dealt(run)}) + of_preparation("full"))
     assert not dealt(run) & of_preparation("full").keys()
 
 
+@pytest.mark.long
 def test_parts_that_learn_begin_with_draws_of_their_own():
     """Of HyperLoRA, whose rounds draw what those of IFCA do."""
     seen = drawn(rounds.start, hyperlora(CLIENTS, SIGNATURE, form="bases"), SEED, ADAPTER, 5)[1]
@@ -147,6 +147,7 @@ def test_what_is_told_instead_of_signatures_is_drawn_apart(kind):
     assert once(of_preparation(kind))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["fedit", "hilora"])
 def test_evaluation_draws_nothing_that_rounds_draw(name):
     """Local steps after which a model is scored have batches of their own, and so have the trials of newcomers."""

@@ -50,6 +50,7 @@ def test_an_nnx_model_computes_what_it_did(pytestconfig):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_an_nnx_model_is_federated(pytestconfig, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     change()(tmp_path / "data.npz")

@@ -74,6 +74,7 @@ def test_an_adapter_of_a_model_of_transformers(table, layout, tmp_path):
     assert len(json.loads((held / "adapter_config.json").read_text())["target_modules"]) == 12
 
 
+@pytest.mark.long
 def test_an_adapter_of_a_mixer(tmp_path):
     arrays = test_mixer.written(test_mixer.TIMM)
     path = test_mixer.save(tmp_path / "mixer.safetensors", arrays)

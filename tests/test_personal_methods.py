@@ -90,6 +90,7 @@ def test_local_only_clients_train_alone_from_where_they_were():
     assert_near(state.adapter, ADAPTER, 0)
 
 
+@pytest.mark.long
 def test_fine_tuning_trains_fedit_and_serves_its_clients():
     """All steps: a client's model is what it sent; half of them: what it held in the middle; none: FedIT."""
     state, c, _ = run(finetune(1.0), 2)
@@ -108,6 +109,7 @@ def test_fine_tuning_trains_fedit_and_serves_its_clients():
     assert finetune(0.0).dispatch(BASE, FedITState(ADAPTER), cohort()).adapter.keys() == ADAPTER.keys()
 
 
+@pytest.mark.long
 def test_ditto_between_local_only_and_the_global_model():
     """lam = 0: every client alone; lam large: the global adapter as sent; the server is FedIT's all along."""
     alone, c, _ = run(local_only(), 2)
@@ -251,6 +253,7 @@ def test_fedrep_refuses_local_steps_that_are_all_for_the_head():
             rounds.make_round(method, loss_fn, SGD)(BASE, method.init(KEY, ADAPTER), members(method, steps=steps), KEY)
 
 
+@pytest.mark.long
 def test_fedproto_averages_mean_features_of_each_class_over_the_clients_that_have_it():
     """Two rounds: what clients send are class means of their queries after local steps, in float64."""
     method = fedproto(0.3, query=BATCH)
@@ -280,6 +283,7 @@ def test_fedproto_averages_mean_features_of_each_class_over_the_clients_that_hav
         method.init(KEY, lora.split(ADAPTER)[0])
 
 
+@pytest.mark.long
 def test_fedimpro_trains_the_head_on_features_of_all_clients():
     """Moments are those of NumPy over all clients' examples apart; what is drawn has them; W and b see it."""
     method = fedimpro(draws=4000, query=BATCH)
@@ -322,6 +326,7 @@ def test_fedimpro_trains_the_head_on_features_of_all_clients():
 # --- in a run
 
 
+@pytest.mark.long
 def test_what_clients_keep_goes_by_client_through_a_run_with_few_participants():
     data, clients, method = examples(), population((5, 9, 3, 7, 4)), ditto()
     round_fn = rounds.make_round(method, loss_fn, OPTIMIZER)

@@ -35,6 +35,7 @@ from fedlora_jax.methods.pfedme import pfedme
 # --- objectives with inner steps
 
 
+@pytest.mark.long
 def test_pfedme_descends_the_moreau_envelope():
     lam, steps, lr = 3.0, 4, 0.1
     method, w = pfedme(lam, steps, lr, query=BATCH), nudged(ADAPTER, 0)
@@ -53,6 +54,7 @@ def test_pfedme_descends_the_moreau_envelope():
     assert envelope < f(w)
 
 
+@pytest.mark.long
 def test_pfedme_clients_use_theta_of_their_last_w_and_the_server_takes_part_of_a_step():
     state, c, _ = run(pfedme(5.0, 2, query=BATCH), 1, SGD)
     half, _, _ = run(pfedme(5.0, 2, beta=0.5, query=BATCH), 1, SGD)
@@ -66,6 +68,7 @@ def test_pfedme_clients_use_theta_of_their_last_w_and_the_server_takes_part_of_a
         assert after < before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", ["exact", "first_order"])
 def test_per_fedavg_has_the_gradient_of_the_loss_after_a_step(x64, order):
     al, w = 0.3, jax.tree.map(lambda x: x.astype(float), nudged(ADAPTER, 0))
@@ -87,6 +90,7 @@ def test_per_fedavg_has_the_gradient_of_the_loss_after_a_step(x64, order):
     np.testing.assert_allclose(along, numeric, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_per_fedavg_without_an_inner_step_is_fedit():
     state, _, info = run(per_fedavg(0.0), 2)
     expected, _, report = run(fedit(), 2)
@@ -97,6 +101,7 @@ def test_per_fedavg_without_an_inner_step_is_fedit():
 # --- hypernetwork, clusters, pooled data
 
 
+@pytest.mark.long
 def test_pfedhn_learns_by_the_pullback_of_displacements():
     method, lr = pfedhn(20, lr=0.3, size=3, width=5), 0.3
     state, c = method.init(jax.random.key(1), ADAPTER), normalised(members(method))
@@ -133,6 +138,7 @@ def test_pfedhn_sends_strangers_the_adapter_of_the_mean_embedding():
     assert any((x[3] != x[0]).any() for x in jax.tree.leaves(strangers))
 
 
+@pytest.mark.long
 def test_ifca_with_one_model_is_fedit():
     state, c, info = run(ifca(1), 2)
     expected, _, report = run(fedit(), 2)
@@ -141,6 +147,7 @@ def test_ifca_with_one_model_is_fedit():
     assert_near(personal(ifca(1), state, c), copies(expected.adapter))
 
 
+@pytest.mark.long
 def test_ifca_clients_choose_what_fits_and_clusters_are_means_of_who_chose():
     """A whole round with three models against its steps by hand."""
     method, good = ifca(3, query=BATCH), [nudged(ADAPTER, 0), nudged(ADAPTER, 1)]

@@ -26,6 +26,7 @@ def build(config, prefix):
     return problem.build(dataclasses.replace(config, prefix=prefix))
 
 
+@pytest.mark.long
 def test_stored_and_anew_give_the_same_losses_gradients_and_predictions(config):
     stored, anew = build(config, "stored"), build(config, "anew")
     assert stored.train[0].dtype == np.float32

@@ -19,6 +19,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="evaluation data are not here")
 
 
+@pytest.mark.long
 @needs_data
 def test_deit_tiny_reproduces_its_reference(tmp_path):
     """As it is here, and as it is published: arrays alone, with timm's or transformers' facts beside them."""
@@ -53,6 +54,7 @@ def test_deit_tiny_reproduces_its_reference(tmp_path):
     assert np.abs(outputs(guessed)[0] - reference["logits"]).max() > 1  # what the warning is for
 
 
+@pytest.mark.long
 @needs_data
 def test_interpolated_positions_keep_what_the_network_sees():
     """At half the size features stay close in direction: a transposed or shuffled grid would not."""
@@ -104,6 +106,7 @@ def test_positions_are_interpolated_by_cubic_convolution(old, new):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("top", [1, 3])
 def test_a_model_in_two_parts_is_the_model(top):
     """Adapters in the last blocks only: the same logits and, up to rounding, gradients."""

@@ -96,6 +96,7 @@ def test_epsilon_of_everybody_is_the_closed_form(count):
     np.testing.assert_allclose(accountant.epsilons(1.3, Sampling(40, 40), count, 1e-4)[-1], expected, rtol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sampling", [Sampling(30, 30), Sampling(30, 30, 0.2), Sampling(30, 6)])
 def test_the_noise_that_is_found_spends_what_was_asked_for_and_no_more(sampling):
     pytest.importorskip("dp_accounting")
@@ -162,6 +163,7 @@ def test_noise_is_of_the_cohorts_size_one_draw_for_all_and_ends_with_the_plan(fr
     assert abs(np.corrcoef(drawn[:2])[0, 1]) < 0.3
 
 
+@pytest.mark.long
 def test_neither_noise_nor_what_it_is_over_tells_who_failed_or_never_answered(free):
     """Whole rounds: those of nobody are noise alone, the same as beside the updates of two or of all."""
     ends = {}
@@ -183,6 +185,7 @@ def test_neither_noise_nor_what_it_is_over_tells_who_failed_or_never_answered(fr
     assert not ends[0.0, (0, 0, 0, 0)][0].any()
 
 
+@pytest.mark.long
 def test_an_account_goes_on_over_resume(tmp_path, monkeypatch):
     """Epsilon, the bound that follows norms, and noise: the same bytes; to more rounds the account does not stretch."""
     pytest.importorskip("dp_accounting")
@@ -220,6 +223,7 @@ def test_an_account_goes_on_over_resume(tmp_path, monkeypatch):
         go(tmp_path / "stopped", "compare", "--resume", "--rounds", "6", "--out")
 
 
+@pytest.mark.long
 def test_frozen_factors_get_no_noise(free):
     method = dp(ffa_lora(), EVERYBODY, 2, noise=3.0)
     state = method.init(KEY, ADAPTER)

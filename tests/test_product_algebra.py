@@ -136,6 +136,7 @@ def test_the_bias_is_a_covariance_and_a_sum_over_pairs(seed, clients):
 # --- truncation
 
 
+@pytest.mark.long
 @few
 @given(
     seed=seeds,
@@ -360,6 +361,7 @@ def test_rotations_are_found_and_followed_one_matrix_at_a_time(x64):
     assert_followed(rotation, by_numpy, (x,), (dx,))
 
 
+@pytest.mark.long
 def test_eigenvectors_are_found_and_followed_one_matrix_at_a_time(x64):
     """Their signs are nobody's: squares are compared. Vectors of equal eigenvalues have no derivative: it is finite."""
     x, dx = (y + y.swapaxes(-1, -2) for y in stacks((4, 4), (4, 4)))

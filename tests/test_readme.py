@@ -82,6 +82,7 @@ def test_what_a_beginner_types_can_be_planned(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_the_examples_run_one_after_the_other():
     first, second = block("README.md", "The library in 25 lines"), block("docs/library.md", "Learn through rounds")
     assert sum(bool(line.strip()) for line in first.splitlines()) <= 25
@@ -95,6 +96,7 @@ def test_the_examples_run_one_after_the_other():
     assert learned["lam"] != 0.1
 
 
+@pytest.mark.long
 def test_the_tutorial_method_is_one_short_file_that_works_at_once(tmp_path, monkeypatch, capsys):
     code = block("docs/methods.md", "Add a method")
     assert len(code.splitlines()) < 60

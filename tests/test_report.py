@@ -125,6 +125,7 @@ def embedded(text):
     return [base64.b64decode(code) for code in re.findall(r'src="data:image/png;base64,([^"]*)"', text)]
 
 
+@pytest.mark.long
 @rendered
 def test_every_figure_is_a_file_and_in_the_page(tmp_path):
     text = write(tmp_path, *make())
@@ -140,6 +141,7 @@ def test_every_figure_is_a_file_and_in_the_page(tmp_path):
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(names)
 
 
+@pytest.mark.long
 @rendered
 def test_the_page_loads_nothing(tmp_path):
     text = write(tmp_path, *make())
@@ -180,6 +182,7 @@ def test_tables_hold_the_numbers_of_the_summary(tmp_path):
     assert "best" not in text.replace("worst to best", "").lower()
 
 
+@pytest.mark.long
 @rendered
 def test_names_are_escaped(tmp_path):
     hostile = '<script>alert("$x$ & _y")</script>'
@@ -271,6 +274,7 @@ def test_a_method_has_one_colour_and_colours_differ():
     assert list(styles) == [f"m{i}" for i in range(12)]
 
 
+@pytest.mark.long
 @rendered
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     assert write(tmp_path, *make()) == write(tmp_path, *make())

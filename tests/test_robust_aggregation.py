@@ -138,6 +138,7 @@ def test_a_model_that_one_client_chose_moves_as_that_client_says(share):
         assert_near(flat(take(new.models, k)), expected, 1e-5)
 
 
+@pytest.mark.long
 def test_krum_does_not_prefer_clients_that_hold_less():
     """Of updates alike in size, by what two clients both hold; whoever holds less is no nearer for that."""
     picked = []
@@ -249,6 +250,7 @@ def test_on_products_it_does_not_matter_how_they_are_factored():
     assert np.abs(one - two).max() > 0.02, "of factors it does"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [[2, 2, 2, 2, 2], [2, 1, 2, 1, 2]])
 def test_products_are_bounded_by_the_median_of_their_norms(ranks):
     """On the straight way of factors, against products that are formed; who is shorter sends what it has trained."""
@@ -321,6 +323,7 @@ def test_a_client_that_fails_changes_nothing_and_is_counted(bad):
     assert not 0 < info.loss[2] < 1e9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "make",
     [fedit, flexlora, rac_lora, lambda: fedadam(fedit()), lambda: clip(feddyn(fedit(), 8)), lambda: pfedhn(100)],

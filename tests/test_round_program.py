@@ -82,6 +82,7 @@ def test_cohorts_are_different_clients_and_everybody_comes_at_last():
             sample_ids(KEY, 4, wrong)
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), size=st.sampled_from([1, 2, 5, 9]), batch=st.integers(1, 3))
 def test_every_epoch_visits_each_of_a_clients_rows_once_and_never_padding(seed, size, batch):
@@ -176,6 +177,7 @@ def test_a_client_that_is_twice_in_a_cohort_is_refused():
     refuse_twice(jnp.full(CLIENTS, -1))  # nobody in particular may be many
 
 
+@pytest.mark.long
 def test_client_keys_do_not_depend_on_chunks():
     """A loss that is nothing but its key."""
     read = lambda adapter: sum(0 * x.sum() for x in jax.tree.leaves(adapter))
@@ -200,6 +202,7 @@ def test_a_chunk_that_does_not_divide_the_cohort_is_refused():
 # --- the loop
 
 
+@pytest.mark.long
 def test_a_run_compiles_once_counts_its_rounds_and_donates_its_state():
     """Step by step and as scans; what was given to ``start`` lives on."""
     traces = []
@@ -264,6 +267,7 @@ def accuracy_and_loss(base, adapter, own):
     return {"accuracy": jnp.mean(scores.argmax(-1) == own["y"]), "scores": scores}
 
 
+@pytest.mark.long
 def test_evaluation_scores_what_is_dispatched_before_and_after_local_steps():
     method, c = METHODS["flora"](), cohort(2, ranks=[1, 2, 2, 1])
     state = method.init(KEY, ADAPTER)._replace(adapter=nudged(ADAPTER))

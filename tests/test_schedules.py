@@ -49,6 +49,7 @@ def by_hand():
     return run
 
 
+@pytest.mark.long
 def test_a_rate_follows_rounds_in_one_program(by_hand):
     round_fn = rounds.make_round(fedit(), loss_fn, lambda round: optax.sgd(rate(round)))
     step = rounds.make_step(round_fn, participants=3, **SAMPLING)
@@ -61,6 +62,7 @@ def test_a_rate_follows_rounds_in_one_program(by_hand):
     assert_near(run.state, by_hand.state, 1e-6)
 
 
+@pytest.mark.long
 def test_evaluation_and_unrolled_rounds_take_the_rate_of_their_round():
     metric = lambda base, adapter, x: logits(base, adapter, x["x"])
     follow, c, own = lambda round: optax.sgd(rate(round)), cohort(steps=2), cohort().queries

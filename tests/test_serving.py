@@ -57,6 +57,7 @@ def test_a_comparison_a_budget_and_a_sweep_give_every_client_the_same_accuracy(n
         np.testing.assert_array_equal(getattr(swept, part)[0, 0, -1], getattr(scores, part)[0], err_msg=part)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["hilora:root=0.4:cluster=0.6", "fedit"])
 def test_clients_served_in_groups_have_the_accuracies_of_all_at_once(name, options, monkeypatch):
     """Six clients in groups of four: the last group is filled up, and no group sees another's clients.

@@ -55,6 +55,7 @@ def test_the_mean_client_is_served_the_inner_model():
         assert_near(x, np.zeros(x.shape), 0)
 
 
+@pytest.mark.long
 def test_one_round_is_one_step_of_ridge_regression_of_clients_moves_on_their_signatures():
     """With eta = 1 and nothing known before, in float64 NumPy; the inner method aggregates as ever."""
     inner, ridge = fedit(), 0.5
@@ -107,6 +108,7 @@ def test_the_basis_turns_to_where_clients_move_and_stays_after_the_warm_up():
     assert_near(bases[3], bases[5], 0)
 
 
+@pytest.mark.long
 def test_clients_of_two_kinds_are_served_better_at_once_even_if_they_never_trained():
     """Kinds name what they see differently; signatures say who is of which."""
     kind = np.arange(CLIENTS) % 2

@@ -86,6 +86,7 @@ def test_the_mean_client_is_served_the_inner_model():
     assert_near(method.dispatch(BASE, state, c).context.own, np.zeros((1, CLASSES)), 0)
 
 
+@pytest.mark.long
 def test_it_learns_what_is_served_without_a_step():
     """Clients of one class each: on fresh examples of that class, models as sent become better than FedIT's."""
     only = np.arange(CLIENTS) % CLASSES
@@ -128,6 +129,7 @@ def test_the_gradient_is_that_of_the_bias_clients_gave_back():
     assert_near(new.own.t, optax.apply_updates(LEARNED, updates), 1e-5)
 
 
+@pytest.mark.long
 def test_a_hierarchy_keeps_its_tiers_and_t_rests_while_nothing_is_sent():
     make = lambda: hilora(CLIENTS, 3, root=0.34, cluster=0.33, newcomers="signature", signature=SIGNATURE)
     method = signature_bias(make(), SIGNATURE, warmup=0)

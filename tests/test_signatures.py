@@ -12,6 +12,7 @@ from fedlora_jax.method import average_client
 from fedlora_jax.signatures import Signature
 
 
+@pytest.mark.long
 def test_signatures_describe_valid_examples_only():
     rng = np.random.default_rng(0)
     features, labels, valid = rng.normal(size=(3, 8, 6)), rng.integers(0, 4, (3, 8)), np.arange(8) < [[5], [8], [3]]
@@ -34,6 +35,7 @@ def test_signatures_describe_valid_examples_only():
     assert_near(one, take(z, slice(1)))  # a client's does not depend on who else is described
 
 
+@pytest.mark.long
 def test_views_are_the_whole_and_random_halves_of_it():
     rng = np.random.default_rng(0)
     features, labels = jnp.asarray(rng.normal(size=(40, 6))), jnp.asarray(rng.integers(0, 4, 40))
@@ -49,6 +51,7 @@ def test_views_are_the_whole_and_random_halves_of_it():
     np.testing.assert_allclose(alone.mean, np.broadcast_to(features[0], (6, 6)), rtol=1e-5)  # never of nothing
 
 
+@pytest.mark.long
 def test_of_clients_describes_each_by_its_own_rows_and_standardises_over_those_that_train(monkeypatch):
     rng = np.random.default_rng(1)
     features, labels = jnp.asarray(rng.normal(size=(30, 6)), jnp.float32), jnp.asarray(rng.integers(0, 4, 30))

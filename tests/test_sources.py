@@ -101,6 +101,7 @@ def load_in_a_process(root, cache, results):
     results.put(data.load(root, test_share=0.34).fingerprint())
 
 
+@pytest.mark.long
 def test_two_processes_may_decode_at_once(tmp_path, own_cache):
     root = str(folder(tmp_path / "images", each=30))
     context = multiprocessing.get_context("spawn")

@@ -82,13 +82,14 @@ def run(folder: Path, out: Path, images: str, more: str) -> bytes:
     return (out / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("more", "most"),
     [
         pytest.param(DRAWN, 1, id="a round and few clients at a time"),
-        pytest.param(JUDGED, 1, id="queries and signatures", marks=pytest.mark.long),
-        pytest.param(STORED, 1, id="stored tokens, newcomers", marks=pytest.mark.long),
-        pytest.param(UNEQUAL, parts.STAGE, id="unequal work", marks=pytest.mark.long),
+        pytest.param(JUDGED, 1, id="queries and signatures"),
+        pytest.param(STORED, 1, id="stored tokens, newcomers"),
+        pytest.param(UNEQUAL, parts.STAGE, id="unequal work"),
     ],
 )
 def test_every_row_is_the_same_to_the_last_bit(more, most, folder, resident, tmp_path, monkeypatch):
@@ -108,6 +109,7 @@ def test_every_row_is_the_same_to_the_last_bit(more, most, folder, resident, tmp
     assert "client_positions" in rows[-1]
 
 
+@pytest.mark.long
 def test_a_part_sees_what_it_draws_and_no_more(folder, monkeypatch):
     """And one that may see little has one round of one seed, and the clients that are scored at once."""
     config = parse(typed(folder, folder / "none", "staged", "--methods fedit --chunk 1 --clients-per-round 2"))[1]
@@ -132,6 +134,7 @@ def _method_and_start(config, p):
     return trial.method, trial.course._start
 
 
+@pytest.mark.long
 def test_images_that_end_while_a_run_goes_on_are_said_and_nothing_is_lost(
     folder, resident, tmp_path, monkeypatch, capsys
 ):
@@ -211,6 +214,7 @@ def test_models_of_a_staged_run_are_exported_as_of_a_resident_one(folder, reside
         np.testing.assert_array_equal(held[0][name], held[1][name], err_msg=name)
 
 
+@pytest.mark.long
 def test_a_dry_run_says_where_images_are(folder, capsys):
     for images, text in (
         ("resident", "--images resident: 150 images (0.0 MiB) are all on the device"),

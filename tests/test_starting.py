@@ -53,6 +53,7 @@ def test_the_version_by_module(module):
     assert done.stdout == f"fedlora-jax {fedlora_jax.__version__}\n"
 
 
+@pytest.mark.long
 def test_the_console_script_is_the_command_line_from_any_folder(script, tmp_path):
     (tmp_path / "experiments").mkdir()  # of the user's, as there are many
     (tmp_path / "experiments" / "__init__.py").touch()
@@ -62,6 +63,7 @@ def test_the_console_script_is_the_command_line_from_any_folder(script, tmp_path
     assert "did you mean fedit" in one_line(call(script, "run", "--method", "fediit", cwd=tmp_path))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at /proc")
 def test_the_console_script_starts_again_with_its_settings_and_stops_at_a_signal(script, tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -85,6 +87,7 @@ def _catches(here: Path, number: int) -> bool:
     return bool(int(line.split()[1], 16) >> (number - 1) & 1)
 
 
+@pytest.mark.long
 def test_the_library_alone_says_that_it_has_no_command_line(tmp_path):
     """As the wheel installs it."""
     shutil.copytree(ROOT / "fedlora_jax", tmp_path / "site" / "fedlora_jax")

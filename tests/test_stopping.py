@@ -130,6 +130,7 @@ def test_a_device_without_memory_is_one_line(command, monkeypatch, capsys):
     assert line.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_disk_that_refuses_loses_nothing(small, command, tmp_path, monkeypatch, capsys):
     """One line, exit code 1, and the command in it goes on; in the end there are the bytes of a run left alone."""
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -160,6 +161,7 @@ def test_a_disk_that_refuses_loses_nothing(small, command, tmp_path, monkeypatch
     assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.long
 def test_a_mistake_of_ours_is_no_refusal(small, command, tmp_path, monkeypatch):
     monkeypatch.setattr(record.Metrics, "append", lambda *_: np.load(tmp_path / "nowhere.npy"))
     with pytest.raises(FileNotFoundError):

@@ -54,6 +54,7 @@ def test_all_values_and_seeds_are_one_program_and_each_point_is_a_run(small, tmp
     assert np.abs(np.subtract(*(e["bias"]["last"]["seeds"] for e in found[:2]))).min() > 1e-6, "every value arrives"
 
 
+@pytest.mark.long
 def test_a_method_that_is_built_for_the_learning_rate_is_given_the_traced_one(small, tmp_path):
     swept = plan(*"--methods fedit+scaffold --lrs 0.1,0.2".split(), *small, "--out", str(tmp_path / "out"))
     assert list(swept.lowered) == ["fedit+scaffold"]

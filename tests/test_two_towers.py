@@ -38,6 +38,7 @@ def logits(backbone, adapter=None, images=IMAGES):
     return np.asarray(backbone.apply(backbone.params, adapter or {}, images)[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scale", [0.5, 1.5])
 def test_logits_are_those_of_the_definition_with_every_layer_adapted(scale, path, tmp_path):
     """The reference computes with the arrays that PEFT would make of the adapter."""
@@ -54,6 +55,7 @@ def test_logits_are_those_of_the_definition_with_every_layer_adapted(scale, path
     np.testing.assert_allclose(logits(backbone, adapter), reference(w, IMAGES, rows), rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.long
 def test_it_starts_as_the_zero_shot_head(path):
     """Of one prompt, and of several, whose features are averaged."""
     for prompts in ((), ("a photo of a {}.", "{}", "{} of")):
@@ -61,6 +63,7 @@ def test_it_starts_as_the_zero_shot_head(path):
         np.testing.assert_allclose(logits(both(path, prompts=prompts)), logits(zero_shot), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_texts_are_computed_once_for_a_batch(path):
     """Another image costs what it costs the image tower alone."""
 
@@ -75,6 +78,7 @@ def test_texts_are_computed_once_for_a_batch(path):
     assert flops(text, 3) > flops(alone, 3) + more[1] / 3, "the text tower is there"
 
 
+@pytest.mark.long
 def test_learned_vectors_stand_where_words_would(path):
     backbone = both(path, context="a photo of a")
     np.testing.assert_allclose(logits(backbone), logits(both(path)), rtol=1e-4, atol=1e-4)
@@ -89,6 +93,7 @@ def test_learned_vectors_stand_where_words_would(path):
     assert not backbone.layouts
 
 
+@pytest.mark.long
 def test_a_term_of_ones_own_is_added_to_learned_vectors_and_held_apart_as_in_fedpgp(path):
     """Against cosines in float64 of the three texts, each of these vectors; that it is added, by logits."""
     backbone, rng = both(path, context="a photo of a"), np.random.default_rng(0)
@@ -117,6 +122,7 @@ def test_a_term_of_ones_own_is_added_to_learned_vectors_and_held_apart_as_in_fed
         task.objectives(task.TASKS["softmax"], clip_backbone(path, SHORT), contrast=0.5)
 
 
+@pytest.mark.long
 def test_a_client_that_lacks_classes_is_trained_and_scored_among_all_of_them(path):
     """The loss is that of all classes, by hand; texts of those that are absent are learned from as well."""
     backbone = both(path, context="2")
@@ -142,6 +148,7 @@ def test_sets_of_kernels_name_one_tower_or_both(path):
         assert not set(found[f"image_{name}"]) & set(found[f"text_{name}"])
 
 
+@pytest.mark.long
 def test_a_cut_changes_nothing_and_what_is_published_is_read_again(path, tmp_path):
     whole = both(path)
     stem, top = whole.cut(1)
@@ -190,6 +197,7 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
         both(folder(tmp_path / "a", arrays(), CONFIG, words=False))
 
 
+@pytest.mark.long
 def test_both_towers_are_federated(tmp_path, monkeypatch, capsys):
     """Low-rank updates in both, vectors and scale beside them; each of them moves."""
     monkeypatch.chdir(tmp_path)

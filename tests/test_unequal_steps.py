@@ -64,6 +64,7 @@ def one(c, i, steps):
     return own._replace(batches=jax.tree.map(lambda x: x[:, :steps], own.batches), weights=np.ones(1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["fedit", "ditto", "fedrep", "finetune", "scaffold"])
 def test_each_client_does_what_it_would_do_alone(name):
     """Unequal weights and ranks; moments and decay, schedules, memories, control variates and phases included."""
@@ -89,6 +90,7 @@ def test_each_client_does_what_it_would_do_alone(name):
             assert_near(other, (new, memory, info), 1e-5)
 
 
+@pytest.mark.long
 def test_whoever_takes_all_steps_takes_those_of_a_program_without_padding():
     method, c = fedit(), cohort(1, steps=T)
     state = method.init(KEY, nudged(ADAPTER))
@@ -96,6 +98,7 @@ def test_whoever_takes_all_steps_takes_those_of_a_program_without_padding():
     assert_near(round_fn(BASE, state, short(c, [T] * CLIENTS), KEY), round_fn(BASE, state, c, KEY), 1e-5)
 
 
+@pytest.mark.long
 def test_models_are_scored_after_each_clients_own_steps():
     method, c = METHODS["ditto"](), members(METHODS["ditto"](), 2, steps=T)
     own = jax.tree.map(lambda x: x[:, 0], c.batches)
@@ -107,6 +110,7 @@ def test_models_are_scored_after_each_clients_own_steps():
         assert_near(take(scores, i), take(alone, 0), 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", meta.META_GRADIENTS)
 def test_a_meta_gradient_goes_through_the_steps_that_are_taken(mode):
     c = cohort(4, steps=T)
@@ -187,6 +191,7 @@ def test_a_method_in_phases_wants_a_step_of_each_from_everybody():
     assert fedrep().pool(short(cohort(steps=T))) is not None
 
 
+@pytest.mark.long
 def test_stragglers_stop_after_some_of_their_steps():
     """As many as are asked for, after any step; the round is that of clients that had no more to do, FedNova's too."""
     steps, many = 5, np.arange(4000)
@@ -214,6 +219,7 @@ def test_stragglers_stop_after_some_of_their_steps():
         assert_near(found, make()(BASE, data, clients._replace(examples=own), run, KEY), 1e-6)
 
 
+@pytest.mark.long
 def test_who_never_answers_or_has_nothing_is_as_if_not_drawn():
     data, clients, ids = examples(), population(), np.arange(5)
     run = rounds.start(fedit(), KEY, nudged(ADAPTER), 5)

@@ -52,6 +52,7 @@ def test_a_variant_is_the_network_of_the_definition_and_goes_out_as_it_is(case, 
     assert {fact: published.said.get(fact, value) for fact, value in said.items()} == said
 
 
+@pytest.mark.long
 def test_a_variant_is_cut_in_two():
     """Registers, mean and the norm before are on their sides of the cut; features have length 1 behind a projection."""
     model = ViT(3, 2, 12, 2, 3, 20, pool="norm_of_mean", registers=2, norm_pre=True, act="quick_gelu", projection=6)
@@ -219,6 +220,7 @@ def test_a_variant_has_the_parameters_of_its_names_alone(tmp_path):
     assert plain <= clip
 
 
+@pytest.mark.long
 def test_prompts_are_tokens_that_nothing_reads_and_all_attend_to():
     """As a ViT with registers of these values; where none are asked for the model is as it was."""
     plain, made, read = vit_backbone(NANO, 10), vit_backbone(NANO, 10, context="4"), load_vit(NANO, 10)

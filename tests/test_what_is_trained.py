@@ -88,6 +88,7 @@ def test_a_first_step_under_a_new_head_moves_the_head_and_is_told():
     assert info.moved[0] > 0
 
 
+@pytest.mark.long
 def test_every_client_tells_how_far_it_moved_of_what_it_trains():
     """Of FedIT at one client at a time, the new state is what the client sent."""
     whole = one_round(fedit(), loss_fn)[2]

@@ -63,6 +63,7 @@ def test_wherever_it_stands_the_network_is_that_of_the_definition(tmp_path, suff
     np.testing.assert_allclose(logits(tiny, image), reference_forward(arrays, image, FACTS), rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.long
 def test_a_width_of_128_with_four_heads_has_four(tmp_path):
     """Timm's convention would make two of it."""
     model = ViT(classes=3, patch=4, width=128, depth=1, heads=4, mlp_width=64, epsilon=1e-12)
@@ -252,6 +253,7 @@ def test_the_built_in_head_is_for_digits_alone(capsys):
     assert capsys.readouterr().err == ""  # nothing to say of what is built in
 
 
+@pytest.mark.long
 def test_a_command_says_once_what_it_uses_and_keeps_it_with_the_results(tmp_path, capsys):
     path = write(tmp_path / "tiny.safetensors", None, None)
     foreign = {"weights": str(path), "heads": 3, "std": (0.2, 0.2, 0.2)}

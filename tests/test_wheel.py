@@ -27,6 +27,7 @@ def own_models(folder, example):
     return folder / "example.py"
 
 
+@pytest.mark.long
 def test_in_a_clone_models_have_a_name_that_no_project_takes(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     begins = EXAMPLE.split("\n\n\n")[0] + "\nprint(sorted(base))\n"

@@ -6,11 +6,11 @@ from helpers import BASE, KEY, assert_near, compiled, effective
 
 # Every operation by itself takes seconds: of methods whose clients take other local steps, and a server that
 # decomposes. Loops over clients and steps are those of all; what is computed in them is looked at method by method.
-SHORT = ["corrected"]
-LONG = ["flexlora"]
+LOOKED_AT = ["corrected", "flexlora"]
 
 
-@pytest.mark.parametrize("name", [*SHORT, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", LOOKED_AT)
 def test_jit_changes_nothing(name):
     m = compiled(name)
     c = m.cohort(1)

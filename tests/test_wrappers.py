@@ -219,6 +219,7 @@ def seen_of(batch, key=KEY):
     return Task(lambda w: loss_fn(BASE, w, batch, key), lambda w: seen(BASE, w, batch, key))
 
 
+@pytest.mark.long
 def test_moon_draws_features_to_the_global_model_and_away_from_the_past():
     """Equation 3 in float64; without a past the term is log 2 and has no gradient."""
     mu, t, batch = 0.7, 0.4, take(cohort().batches, (0, 0))
@@ -240,6 +241,7 @@ def test_moon_draws_features_to_the_global_model_and_away_from_the_past():
     assert_near(kept.own.own, w, 0)
 
 
+@pytest.mark.long
 def test_feddecorr_is_the_squared_correlation_of_features():
     """As NumPy has it, over the examples that count; a feature that does not vary has none. FedGA goes outside."""
     x = np.random.default_rng(0).normal(size=(7, 4))
@@ -384,6 +386,7 @@ def test_unknown_wrappers_and_options_are_refused(spec, message):
         experiments.engine.methods.check(spec)
 
 
+@pytest.mark.long
 def test_the_table_shows_every_wrapper_with_its_options():
     table = list_methods.table(Config())
     for name, about in wrappers().items():
