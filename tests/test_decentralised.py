@@ -122,6 +122,7 @@ def test_gossip_alone_brings_clients_together():
     assert_near(jax.tree.map(lambda x: np.mean(np.float64(x), 0), host(state.adapters)), mean, 1e-5)
 
 
+@pytest.mark.long
 def test_adf_lora_trains_one_factor_and_mixes_both():
     method, plain = adf_lora(N), gossip(N)
     state, c = network(plain)

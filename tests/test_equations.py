@@ -54,6 +54,7 @@ from fedlora_jax.wrappers.scaffold import scaffold
 ROOT = Path(__file__).parents[1]
 AGGREGATORS = [name for name in UNLEARNED if name not in CLASSICS]
 KERNELS = ["blocks/kernel", "mix/kernel"]
+LONG = pytest.mark.long
 
 
 def dense_truncation(m: np.ndarray, rank: int) -> np.ndarray:
@@ -277,7 +278,7 @@ def measured(name, size=0.3):
     return c, sent, ends, after, measure(sent, ends, c.weights, after)
 
 
-@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=LONG) if x.startswith("hyperlora") else x for x in AGGREGATORS])
 def test_update_and_bias_are_norms_of_dense_differences(name):
     c, sent, received, after, report = measured(name)
     new = weights_of(after.base, take(after.adapter, 0))

@@ -74,6 +74,7 @@ def test_who_is_drawn_has_the_accuracies_that_all_have(method, images, rows):
         assert not any(metrics.ERROR in name or name == "client_numbers" for name in every)
 
 
+@pytest.mark.long
 def test_the_interval_of_one_seed_is_that_of_drawing_clients(rows):
     out, (row, _) = rows(*KEPT, *DRAWN, "--images", "resident")
     told = summary.summarise([row], 0.8)

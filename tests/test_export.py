@@ -147,6 +147,7 @@ def test_an_adapter_is_its_arrays(quick, tmp_path, monkeypatch):
     np.testing.assert_allclose(logits, evaluated(plan, "ditto", x)[0]["client-2"], atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("receiver", ["global", "client:2"])
 def test_a_folder_of_peft_computes_what_was_evaluated(receiver, quick, tmp_path, monkeypatch, capsys):
     """Put onto the published arrays, in their own layout."""

@@ -211,6 +211,7 @@ def test_fedra_clients_compute_with_the_blocks_they_hold_and_the_server_with_all
     assert (whole["blocks"]["gate"] == 1).all()
 
 
+@pytest.mark.long
 def test_fed_hello_follows_the_published_shape_and_regroups_by_change():
     assert_near(np.exp(hello.bottleneck(12)), [3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3], 1e-6)
     assert_near(np.exp(hello.bottleneck(4)), [3, 2, 1, 3], 1e-6)

@@ -133,6 +133,7 @@ def test_the_local_part_adds_to_the_model_and_moves_nobody_else():
         assert not lora.flatten(nobody.local)[name].b.any()
 
 
+@pytest.mark.long
 def test_clipping_bounds_the_change_and_noise_has_the_stated_deviation():
     x = {"kernel": LoRA(jnp.ones((40, 20)), jnp.ones((20, 30)), SCALE), "head": jnp.zeros((50, 3))}
     mask = jax.tree.map(jnp.ones_like, x)

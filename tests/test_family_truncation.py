@@ -220,6 +220,7 @@ def test_hetlora_of_equal_ranks_and_sizes_without_a_penalty_is_fedit():
     assert_near(new.adapter, fedit().aggregate(BASE, state, c, sent, turned).adapter, 1e-6)
 
 
+@pytest.mark.long
 def test_hetlora_prunes_the_tail_that_shrank():
     """A client whose tail shrank sends and keeps one column less; the others, and clients at the least rank, do not."""
     method = hetlora(min_rank=1)

@@ -214,6 +214,7 @@ def flat(x) -> np.ndarray:
     return np.array([*x.values()] if isinstance(x, dict) else x, float)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "said"),
     [

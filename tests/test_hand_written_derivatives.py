@@ -59,6 +59,7 @@ def test_derivatives_of_derivatives(rule):
     assert_near(push(by_hand), push(plain), 1e-9)
 
 
+@pytest.mark.long
 def test_stacked_clients(rule):
     """The vmapped rule is the rule of every row; what is shared by all stays shared."""
     by_hand, _, arguments = rule

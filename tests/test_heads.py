@@ -36,6 +36,7 @@ def test_cosines_are_those_of_features_and_columns(family):
     assert cosine.facts["head"] == "kept, for these classes; cosines with it"
 
 
+@pytest.mark.long
 def test_what_is_trained_of_it_moves_its_logits_and_a_cut_changes_nothing():
     model = load(Config(head="cosine"), CLASSES, 16)
     adapter = new_adapter(Config(), model, jax.random.key(0))
@@ -74,6 +75,7 @@ def test_a_gate_is_the_softmax_of_two_layers_and_starts_open(family):
     assert np.abs(expected - logits).max() > 0.1
 
 
+@pytest.mark.long
 def test_a_new_head_begins_with_columns_that_have_directions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     change()(tmp_path / "data.npz")
