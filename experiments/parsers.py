@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import fedlora_jax
 from experiments.bench import options as bench
 from experiments.config import Config
-from experiments.requests import CompareRuns, Data, Doctor, Export, Models, Pool, Recipes
+from experiments.requests import CompareRuns, Completion, Data, Doctor, Export, Models, Pool, Recipes
 from experiments.results.folder import program
 from experiments.setup.option_values import converter
 
@@ -91,8 +91,11 @@ COMMANDS = {
     ),
     "recipes": Command(
         "published protocols that 'compare --recipe NAME' follows: what is published, what is ours, reported figures",
-        ("", "lora_fair/vit_mixer"),
+        ("", "lora_fair/domainnet_feature"),
         *(Recipes, "name"),
+    ),
+    "completion": Command(
+        "what a shell needs to complete commands, options and names behind fedlora", ("bash",), *(Completion, "shell")
     ),
     "doctor": Command("this machine: versions, devices, caches, what is missing for what", options=Doctor),
 }

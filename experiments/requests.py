@@ -10,6 +10,7 @@ from fedlora_jax import partition
 FORMS = ("merged", "peft", "npz")  # of what is exported
 ROUTERS = ("everyone", "nearest", "retrieval", "likelihood")
 ASKING = ("client", "image")  # of a pool of adapters
+SHELLS = ("bash", "zsh", "fish")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,13 @@ class CompareRuns:
 @dataclass(frozen=True)
 class Doctor:
     """This machine; there is nothing to choose."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Of what is typed behind ``fedlora``."""
+
+    shell: str = option("bash", "bash, zsh or fish (default: bash)", among=SHELLS)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,11 @@ def planned(command: str, options: Any) -> tuple[Folder | None, Callable[[], Any
         case "recipes":
             text = option_files.listing(options.name)
             return None, lambda: print(text)
+        case "completion":
+            from experiments import completion
+
+            script = completion.script(options.shell)
+            return None, lambda: print(script)
         case "doctor":
             from experiments.commands import doctor
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the door down; the modules of one line do not know of the other rooms of that line
     {"__main__"},
     {"start"},
-    {"cli"},
+    {"cli", "completion"},
     {"parsers"},
     {"commands", "bench"},
     {"engine"},
