@@ -17,7 +17,7 @@ ROOMS = [  # from the door down; the modules of one line do not know of the othe
     {"setup"},
     {"config", "requests", "stopping"},
     {"attack", "groups"},
-    {"options", "experiments"},
+    {"options", "progress", "experiments"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from tqdm import tqdm
 
+from experiments import progress
 from experiments.config import Config, check
 from experiments.results import metrics, summary
 from experiments.setup import columns, local_training, problem
@@ -56,7 +56,7 @@ class Plan:
         alone = jax.jit(lambda *row: _central(score, p, config, central_steps, groups.smallest, *row)[1])
         features = frozen_features(p.backbone, p.images.x)
         results: dict[str, list[float]] = {"zero_shot": [], "linear_probe": [], "local_only": [], "centralised": []}
-        for s in tqdm(range(len(config.seeds)), unit="seed", dynamic_ncols=True):
+        for s in progress.following(range(len(config.seeds)), "seed"):
             seed = jax.tree.map(lambda x, s=s: x[s], (p.clients, p.adapters, p.keys))
             own = jax.tree.map(lambda x, s=s: x[s : s + 1], held)
             frozen, tuned = central(own, *seed[1:])

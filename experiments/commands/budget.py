@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm import tqdm
 
+from experiments import progress
 from experiments.commands import prelude
 from experiments.config import Config
 from experiments.engine import evaluation, methods, programs
@@ -87,7 +87,7 @@ class Plan:
         done = {(e["method"], e["steps"]) for e in entries}
         cells = [(name, steps) for name in self.config.methods for steps in self.config.budgets]
         left = [cell for cell in cells if cell not in done]
-        with tqdm(total=sum(steps for _, steps in left), unit="step", dynamic_ncols=True) as bar:
+        with progress.bar(sum(steps for _, steps in left), "step") as bar:
             for name, steps in left:
                 bar.set_description(f"{name}, {steps} local steps")
                 entries.append(self._entry(name, steps))

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from experiments import progress
 from experiments.commands import prelude
 from experiments.config import Config
 from experiments.engine import forecast, hosts, methods, programs
@@ -95,7 +95,7 @@ class Plan:
         write_json(folder / CONFIG, self.about)
         with (
             tracking.following(config.track, folder, self.about["config"], rows) as then,
-            tqdm(total=sum(part.left for part in parts), unit="round", smoothing=0.1, dynamic_ncols=True) as bar,
+            progress.bar(sum(part.left for part in parts), "round") as bar,
         ):
             metrics = record.Metrics(folder, then)
             parts = [_run(part, metrics, bar) for part in parts]
@@ -155,9 +155,12 @@ class Plan:
     def _compiled(self, trials: Iterable[Trial]) -> list[Trial]:
         """All of them, several at once: compiling one keeps little more than a core busy."""
         trials = list(trials)
-        with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
-            todo = pool.map(Trial.compile, trials)
-            list(tqdm(todo, "compiling", len(trials), unit="method", leave=False, dynamic_ncols=True))
+        with (
+            ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool,
+            progress.bar(len(trials), "method", "compiling", leave=False) as bar,
+        ):
+            for _ in pool.map(Trial.compile, trials):
+                bar.update()
         return trials
 
     def _refuse_what_does_not_fit(self, trials: Iterable[Trial]) -> None:
@@ -194,7 +197,7 @@ class Plan:
         return path
 
 
-def _run(part: Part, metrics: record.Metrics, bar: tqdm) -> Part:
+def _run(part: Part, metrics: record.Metrics, bar: progress.Bar) -> Part:
     """The rounds that are left of it; where a device runs out of memory from the newest checkpoint, with less at once.
 
     Results then agree to rounding, and not to the byte.

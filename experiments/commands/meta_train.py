@@ -18,8 +18,8 @@ import jax
 import numpy as np
 import optax
 from jax import Array
-from tqdm import tqdm
 
+from experiments import progress
 from experiments.commands import prelude
 from experiments.config import Config
 from experiments.engine import methods, programs
@@ -80,12 +80,13 @@ class Plan:
         many = jax.jit(
             lambda learning, seed: jax.lax.scan(lambda x, _: step(x, seed), learning, length=config.eval_every)
         )
-        with tqdm(total=config.rounds, unit="step", dynamic_ncols=True) as bar:
+        with progress.bar(config.rounds, "step") as bar:
             for _ in range(config.rounds // config.eval_every):
                 learning, seen = many(learning, seed)
                 if not np.isfinite(seen).all():
                     raise FloatingPointError(f"{self.name}: the loss became infinite; try a smaller --meta-lr or --lr")
                 losses += np.asarray(seen, float).tolist()
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}")
                 bar.update(config.eval_every)
         path = record.write_theta(folder, self.name, learning.run.state.theta)
         about = prelude.about("meta", config, self.problem)

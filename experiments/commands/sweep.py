@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+from experiments import progress
 from experiments.commands import prelude
 from experiments.config import Config
 from experiments.engine import evaluation, methods, programs
@@ -80,7 +80,7 @@ class Plan:
     def _execute(self, folder: Path) -> Path:
         entries, took = [], {}
         what = summary.counted(len(self.grid), "point"), summary.counted(len(self.config.seeds), "seed")
-        with tqdm(total=len(self.grid) * len(self.config.methods), unit="point", dynamic_ncols=True) as bar:
+        with progress.bar(len(self.grid) * len(self.config.methods), "point") as bar:
             for name, (lowered, arguments) in self.lowered.items():
                 bar.set_description(f"{name}: compiling")
                 begin = time.perf_counter()

@@ -114,6 +114,15 @@ def as_of(row: dict[str, Any], rounds: int) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not late(key) and not tuned(key)}
 
 
+def so_far(rows: list[dict[str, Any]]) -> str:
+    """The newest accuracies among rows of a method, means over seeds, for whoever watches."""
+    parts = []
+    for name, title in (("global_accuracy", "global"), ("personal_accuracy", "personal")):
+        if found := [row[name] for row in rows if row.get(name) is not None]:
+            parts.append(f"{title} {100 * np.mean(found):.1f} %")
+    return ", ".join(parts)
+
+
 def holdings(config: Config, problem: Problem) -> dict[str, Any]:
     """Training images of each client of the first seed, by domain and class."""
     images, population = problem.images, jax.device_get(problem.clients.population)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from experiments.config import Config
 from experiments.engine import hosts, kept, methods, programs
@@ -18,8 +17,9 @@ from experiments.engine.evaluation import Scores
 from experiments.engine.facts import facts_of
 from experiments.engine.programs import Programs
 from experiments.engine.resident import Resident
-from experiments.engine.rows import Rows, as_of
+from experiments.engine.rows import Rows, as_of, so_far
 from experiments.engine.staging import Staged
+from experiments.progress import Bar
 from experiments.results import record
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.folder import say
@@ -86,7 +86,7 @@ class Trial:
         part.leads = self.leads
         return part
 
-    def run(self, whole: list[int], store: Checkpoints, metrics: record.Metrics, bar: tqdm) -> dict[str, float] | None:
+    def run(self, whole: list[int], store: Checkpoints, metrics: record.Metrics, bar: Bar) -> dict[str, float] | None:
         """Rounds after the newest checkpoint of ``whole``; rows and checkpoints as they come. Returns timings.
 
         Rows are cut only now, when it is known from where the run goes on.
@@ -100,12 +100,16 @@ class Trial:
         self.rows.go_on(row for row in kept if own(row))
         if run is None:
             return store.notes(done)
-        bar.set_description(self.name)
+        seeds = [str(seed) for seed in config.seeds]
+        shown = ",".join(seeds if len(seeds) <= 5 else [*seeds[:2], "...", seeds[-1]])
+        bar.set_description(f"{self.name}, seed{'s' * (len(seeds) > 1)} {shown}")
 
         seconds = []
         for end, after, took, info, scores in self._blocks(done, run):
             seconds.append(took / (config.eval_every * len(config.seeds)))
-            metrics.append(self.rows.of_block(end, info, scores))
+            rows = self.rows.of_block(end, info, scores)
+            metrics.append(rows)
+            bar.set_postfix_str(f"round {end}, {so_far(rows)}")
             timings = {"seconds_per_round": float(np.median(seconds)), "compile_seconds": self.compile_seconds}
             if end == config.rounds and self.leads:
                 record.keep_theta(metrics.folder, self.name, jax.device_get(innermost(after.state)))

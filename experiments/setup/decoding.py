@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
+from experiments import progress
 from experiments.setup import columns, on_disk, resizing
 from experiments.setup.caches import caches
 from experiments.setup.columns import Columns
@@ -189,7 +189,7 @@ def _in_parallel(one: Callable[[int], Any], count: int, what: str) -> Iterator[A
     """``one(i)`` for all ``i``, in order; Pillow lets threads work side by side."""
     with (
         ThreadPoolExecutor() as pool,
-        tqdm(total=count, desc=what, unit=" images", leave=False, delay=1, dynamic_ncols=True) as bar,
+        progress.bar(count, " image", what, leave=False, delay=1) as bar,
     ):
         for start in range(0, count, 1024):  # no more at once than an interrupt can wait for
             for result in pool.map(one, range(start, min(count, start + 1024))):
