@@ -21,7 +21,8 @@ def parse(
     arguments: Sequence[str] | None = None,
 ) -> tuple[str, Any]:
     """The command and its options, a ``Config`` or what it has in ``COMMANDS``."""
-    parser, commands = parsers()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser, commands = parsers(arguments)
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
     if nothing := [name for name, value in given.items() if value == []]:  # what argparse makes of --data=--
@@ -62,11 +63,11 @@ def parse(
     return command, config
 
 
-def _typed(command: str, arguments: Sequence[str] | None) -> set[str]:
+def _typed(command: str, arguments: Sequence[str]) -> set[str]:
     """The options that are given on the command line itself."""
     if command not in LEFT_OUT:
         return set()
-    parser, commands = parsers()
+    parser, commands = parsers(arguments)
     for action in commands[command]._actions:
         action.default = argparse.SUPPRESS
     return {name for name in vars(parser.parse_args(arguments)) if name != "command"}

@@ -9,7 +9,7 @@ import inspect
 import sys
 import textwrap
 import typing
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import fedlora_jax
@@ -130,8 +130,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def parsers() -> tuple[Parser, dict[str, Parser]]:
-    """Of everything, and of each command."""
+def parsers(typed: Collection[str] = COMMANDS) -> tuple[Parser, dict[str, Parser]]:
+    """Of everything, and of each command; those that are not among what is typed have no options."""
     called = " ".join(program())
     parser = Parser(
         prog=called,
@@ -140,11 +140,13 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         epilog=_examples(called, ("compare", "run --method hyperlora --rounds 50", "compare --help")),
     )
     parser.add_argument("--version", action="version", version=f"fedlora-jax {fedlora_jax.__version__}")
-    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    choices = parser.add_subparsers(prog=called, dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (text, _, options, what) in COMMANDS.items():
         grouped = options is Config
         about = {"help": text, "add_help": False} if grouped else {**_about(name), "help": text}
         own = choices.add_parser(name, **about)
+        if name not in typed:
+            continue
         if name == "bench":
             _add_benches(own)
         elif grouped:
