@@ -16,7 +16,7 @@ from experiments.options import RESULTS
 from experiments.results import client_map, comparisons, figures, findings, metrics, report, typed, variance
 from experiments.results.budget_figures import line
 from experiments.results.style import legend, png, styles_of
-from experiments.results.summary import paired, spread, summarise
+from experiments.results.summary import paired, spread, summarise, table
 
 rendered = pytest.mark.usefixtures("pictures")  # which takes most of the time: where it is about what is in them
 FIGURES = ("curves", "differences", "accuracies", "domains", "clients", "cost", "traffic", "bias", "map", "holdings")
@@ -327,6 +327,17 @@ def test_a_bias_of_zero_is_no_small_one_and_rounding_has_its_place():
     png(figure)
     low, high = figure.axes[0].get_ylim()
     assert all(low < text.get_position()[1] < high for text in figure.axes[0].texts)
+
+
+def test_a_method_whose_server_means_no_mean_has_no_bias(tmp_path):
+    summary, rows, holdings = make(names=("FedIT", "Ditto"))
+    summary["methods"]["ditto"]["about"] |= {"exact": "n/a"}
+    first, last = (line.split() for line in table(summary).splitlines()[-2:])
+    assert first[-3].endswith("%")
+    assert last[-3] == "-"
+    assert len(figures.draw(summary, rows, holdings)["bias"].axes[0].lines) == 1
+    text = write(tmp_path, summary, rows, holdings)
+    assert re.search(r'scope="row">Ditto</th>.*<td>–</td><td>0.0512</td></tr>', text)
 
 
 def test_methods_that_differ_at_the_end_of_their_names_are_told_apart():

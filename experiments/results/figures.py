@@ -29,7 +29,7 @@ from experiments.results.style import (
     stroke,
     styles_of,
 )
-from experiments.results.summary import also, window
+from experiments.results.summary import also, averages, window
 
 ROUNDING = 1e-4  # a bias share below this is float32 rounding
 
@@ -45,7 +45,7 @@ def draw(summary: dict[str, Any], rows: Rows, holdings: dict[str, Any]) -> dict[
         "clients": clients(styles, rows),
         "cost": comparisons.cost(styles, summary),
         "traffic": traffic(styles, rows),
-        "bias": bias(styles, rows),
+        "bias": bias({name: x for name, x in styles.items() if averages(summary["methods"][name])}, rows),
         "learned": comparisons.learned(styles, rows),
         "map": client_map.picture(styles, rows, holdings),
         "holdings": held(holdings),

@@ -12,7 +12,7 @@ from experiments import attack
 from experiments.results import client_map, figures, findings, metrics, page, spent, typed, variance
 from experiments.results.folder import write_atomically
 from experiments.results.style import png, svg
-from experiments.results.summary import also, counted, draws_clients, window
+from experiments.results.summary import also, averages, counted, draws_clients, window
 
 INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals, cut at 0 and 100 %."
 DRAWN = ("curves", "traffic", "bias")  # in the page as lines that can be hidden; as files all are PNG
@@ -167,7 +167,8 @@ def _meaning(config: dict[str, Any]) -> str:
         ("local steps", "after one round's local steps on the client's own training images"),
         (
             "bias share",
-            "how far the server's model is from the mean of its clients' models, as a share of the mean update",
+            "how far the server's model is from the mean of its clients' models, as a share of the mean update "
+            "(– where no mean is meant)",
         ),
     ]
     words = [
@@ -190,7 +191,10 @@ def _headline(summary: dict[str, Any]) -> str:
             row.append(_percent(paired[name], "+") if name in paired else "–")
         seconds = entry["seconds_per_round"]
         row += [_reached(entry["rounds_to_target"]), _bytes(entry["bytes_up"]["per_client_round"])]
-        row += [_percent(entry["bias_share"]["last5"]), "–" if seconds is None else f"{seconds:.3g}"]
+        row += [
+            _percent(entry["bias_share"]["last5"]) if averages(entry) else "–",
+            "–" if seconds is None else f"{seconds:.3g}",
+        ]
         table.append(row)
     hint = '<p class="note hint">On a narrow screen the table goes on to the right: scroll it.</p>'
     return page.table(["method", *titles, *difference, *rest], table, box="box wide") + hint

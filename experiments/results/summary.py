@@ -70,6 +70,11 @@ def draws_clients(config: dict[str, Any]) -> bool:
     return most is not None and most < max(config["clients"], config["holdout_clients"])
 
 
+def averages(entry: dict[str, Any]) -> bool:
+    """Is the server's model of this method meant to be the mean of its clients', so that a bias says something?"""
+    return not entry["about"]["exact"].startswith("n/a")
+
+
 def summarise(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
     """One method's entry, timings and descriptions left out."""
     seeds = sorted({row["seed"] for row in rows})
@@ -148,7 +153,7 @@ def meaning(config: dict[str, Any]) -> str:
     words = [
         "+steps: after one round of local steps",
         *(f"{m.short}: {m.meaning}" for m in shown),
-        "bias: share of the mean update that the server got wrong",
+        "bias: share of the mean update that the server got wrong (- where no mean is meant)",
     ]
     return taken + textwrap.fill("; ".join(words), 104)
 
@@ -166,7 +171,7 @@ def table(summary: dict[str, Any]) -> str:
                 name,
                 *(percent(entry[key]["last5"]) for key in shown),
                 percent(difference, signed=True) if difference else "",
-                _share(entry["bias_share"]["last5"]["mean"]),
+                _share(entry["bias_share"]["last5"]["mean"] if averages(entry) else None),
                 f"{entry['bytes_up']['per_client_round'] / 1024:.1f}",
                 "-" if seconds is None else f"{seconds:.3f}",
             ]
