@@ -133,6 +133,7 @@ def test_the_root_has_orthonormal_rows_and_the_product_of_its_clients_to_rank_r(
         assert_near(dense(x), (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :], 1e-5)
 
 
+@pytest.mark.long
 def test_a_new_tier_changes_no_logits():
     """Root to cluster, for members and strangers; cluster to leaf."""
     method, states, memories, _ = history()
@@ -239,6 +240,7 @@ def test_the_root_stage_ends_early_when_its_product_rests():
     assert int(aggregate(never)(BASE, state, c, sent, sent.adapter).stage) == ROOT
 
 
+@pytest.mark.long
 def test_a_run_without_cluster_rounds_goes_from_the_root_to_the_leaves():
     method, state, c = halfway(ROOT, make(5, root=0.2, cluster=0.0))
     sent = dispatch(method)(state, c)

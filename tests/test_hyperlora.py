@@ -104,6 +104,7 @@ def test_while_it_warms_up_it_is_flexlora_with_balanced_factors():
         assert (flat(getattr(after.theta.synthesizer, part)) != flat(getattr(other.theta.synthesizer, part))).any()
 
 
+@pytest.mark.long
 def test_the_mean_client_starts_from_the_global_adapter_whatever_was_learned():
     """So the global model is the server's adapter, and what G gives one client does not pile up in the average."""
     m = compiled("hyperlora")
@@ -138,6 +139,7 @@ def gate(theta: Theta, gamma: float, lam: float) -> Theta:
     return theta._replace(corrector=theta.corrector._replace(gates=gates))
 
 
+@pytest.mark.long
 def test_a_truncated_svd_leaves_nothing_to_correct(x64):
     x = uploads()
     theta = gate(neutral(), 2.0, 0.3)

@@ -79,6 +79,7 @@ def test_what_a_run_carries_is_written_where_it_was(model, lowered):
     assert given == Counter(map(text, jax.tree.leaves(own.run)))
 
 
+@pytest.mark.long
 @every_model
 def test_frozen_weights_are_there_once_for_all_clients(model, lowered):
     own = lowered(*model)

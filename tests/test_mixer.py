@@ -174,6 +174,7 @@ def test_a_mixer_goes_out_as_it_came(table, last, tmp_path):
     }
 
 
+@pytest.mark.long
 def test_the_original_approximates_gelu_by_tanh_as_flax_does(tmp_path):
     """Unless the file says otherwise."""
     arrays, shown = written(ORIGINAL), np.random.default_rng(1).integers(0, 256, (2, SIDE, SIDE, 3)).astype(np.uint8)

@@ -91,6 +91,7 @@ def test_newcomers_are_placed_by_their_signatures_where_that_is_asked_for():
     assert are_equal(take(before, 0), take(before, 1)), "all are served the root before there are clusters"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("subspace", ["b", "change"])
 def test_copies_of_members_land_where_the_members_are(subspace):
     """They do in their trial what members did in the last round, from a root whose b is much larger than a change."""

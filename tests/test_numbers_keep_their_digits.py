@@ -15,6 +15,7 @@ X, Y = (lora.low_rank_leaves(nudged(ADAPTER, seed))[0] for seed in (1, 2))
 HALF = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16) if is_float(x) else x, tree)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1e-18, 7e-7, 1.0, 1e12])
 def test_cosines_and_effective_ranks_do_not_depend_on_the_size(size):
     small = LoRA(X.a * size**0.5, X.b * size**0.5, X.scale)

@@ -28,6 +28,7 @@ def example(name, root):
     return load(Config(model=f"{root / EXAMPLE}:{name}"), CLASSES, SIDE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cnn", "nnx_cnn", "plain"])
 def test_an_adapter_is_the_model_with_other_weights(name, pytestconfig):
     model = example(name, pytestconfig.rootpath)

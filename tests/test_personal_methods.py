@@ -356,6 +356,7 @@ def test_numbers_out_of_range_are_refused():
             make()
 
 
+@pytest.mark.long
 def test_what_stays_with_a_client_is_out_of_reach_of_wrappers():
     """A proximal term pulls on what is sent alone: the private factor of FedSA-LoRA, the local part of SDFLoRA not."""
     own_b = lambda carried: [x.b for x in lora.low_rank_leaves(carried)]

@@ -239,6 +239,7 @@ def test_of_several_ranks_the_geometric_median_is_of_who_holds_an_entry():
     np.testing.assert_allclose(found, beta, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_on_products_it_does_not_matter_how_they_are_factored():
     w, c = nudged(copies(nudged(ADAPTER, 0), 6), 1), normalised(cohort(clients=6))
     size = lambda x: np.float32([4, 0.5, 1, 2, 0.25, 1]).reshape(6, *(1,) * (x.ndim - 1))

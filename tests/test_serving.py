@@ -90,6 +90,7 @@ def test_clients_served_in_groups_have_the_accuracies_of_all_at_once(name, optio
         assert (own[config.clients :] >= 0).all()
 
 
+@pytest.mark.long
 def test_scoring_holds_no_images_of_more_than_one_group(options, monkeypatch):
     """No array of the program is as large as the test images, or the images of local steps, of all clients."""
     monkeypatch.setattr(evaluation, "GROUP", 2)

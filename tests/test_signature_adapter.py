@@ -82,6 +82,7 @@ def test_one_round_is_one_step_of_ridge_regression_of_clients_moves_on_their_sig
         assert_near(x, np.tensordot(gain, beyond(moved), 1), 1e-5)
 
 
+@pytest.mark.long
 def test_the_basis_turns_to_where_clients_move_and_stays_after_the_warm_up():
     """Clients that move along two directions each: after some rounds of warm-up these are what the basis spans."""
     method, c = signature_adapter(fedit(), SIGNATURE, CLIENTS, rank=2, warmup=4), cohort()

@@ -69,6 +69,7 @@ def vit(path):
     return arrays, find(None, theirs.folder(path, arrays))(path, NAMES)
 
 
+@pytest.mark.long
 def test_a_folder_of_peft_is_what_a_run_begins_with(tmp_path):
     """Ranks and factors of some layers are their own; the head is the adapter's."""
     patterns = {"rank_pattern": {"layers.1.mlp.fc2": 2, "layers.0.attention.q_proj": 1}, "alpha_pattern": {"fc2": 9}}
