@@ -82,7 +82,7 @@ def test_finished_runs_are_compared_and_read(compared, tmp_path):
     assert apart.startswith(f"{100 * np.mean([0.3 - first, 0.5 - second]):+.1f}")
     assert paired == "1 of 2"
     lines = compare_runs.differing([whole, other])
-    assert [line.split()[0] for line in lines] == ["differs", "lr", "seeds"]
+    assert [line.split()[0] for line in lines] == ["differs", "seeds", "lr"]
     assert compare_runs.against(whole, other._replace(config=other.config | {"seeds": [7, 8, 9]}), "fedit")[0] == "-"
     for runs, expected in (
         ((str(out),), "expected two or more"),
