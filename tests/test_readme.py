@@ -12,6 +12,8 @@ import pytest
 import fedlora_jax.methods
 from experiments.__main__ import main
 from experiments.cli import parse
+from experiments.config import Config, check
+from experiments.engine import methods
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,7 +47,10 @@ def test_links_between_pages_lead_somewhere():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_ones_that_the_command_line_knows(page):
-    """All that stand in blocks, and within sentences those that are whole; what they ask for is not looked at."""
+    """All that stand in blocks, and within sentences those that are whole: options and methods, alone and together.
+
+    Those that need no files of a user's were run, or planned where they take minutes; data are not looked at here.
+    """
     text = re.sub(r"\n(?!\n)", " ", re.sub(r"```(?:ba)?sh\n.*?```", "", page.read_text(), flags=re.DOTALL))
     blocks = re.findall(r"```(?:ba)?sh\n(.*?)```", page.read_text(), re.DOTALL)
     commands = [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line.startswith(COMMAND)]
@@ -54,9 +59,13 @@ def test_commands_are_ones_that_the_command_line_knows(page):
         typed = shlex.split(command.split(" && ")[0], comments=True)[3:]
         if typed and not any("..." in word for word in typed):
             try:
-                parse(typed)
-            except SystemExit as error:
-                raise AssertionError(f"{page.name}: {command}") from error
+                options = parse(typed)[1]
+                if isinstance(options, Config):
+                    check(options)
+                    for name in options.methods:
+                        methods.check(name)
+            except (SystemExit, ValueError) as error:
+                raise AssertionError(f"{page.name}: {command}: {error}") from error
 
 
 def test_no_block_is_of_a_kind_that_nobody_runs():
@@ -112,8 +121,6 @@ def test_the_tutorial_method_is_one_short_file_that_works_at_once(tmp_path, monk
 
 
 def test_every_method_and_wrapper_is_in_its_table_as_it_says_of_itself():
-    from experiments.engine import methods
-
     rows = dict(re.findall(r"^\| `(\w+)` (.*)$", (ROOT / "docs/methods.md").read_text(), re.MULTILINE))
     told = {name: methods.about(name) for name in methods.names()}
     said = {name: (about.name, about.paper, about.arxiv, about.trains, about.exact) for name, about in told.items()}
