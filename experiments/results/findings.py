@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from experiments.results import metrics
 from experiments.results.summary import also, counted, paired
@@ -61,4 +61,4 @@ def probability(differences: list[float], comparisons: int = 1) -> float:
     if deviation <= 1e-12 * abs(x.mean()):
         return 0.0
     t = abs(x.mean()) / (deviation / np.sqrt(len(x)))
-    return min(1.0, comparisons * 2 * float(stats.t.sf(t, len(x) - 1)))
+    return min(1.0, comparisons * 2 * float(special.stdtr(len(x) - 1, -t)))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special  # scipy.stats takes a fifth of a command's start
 
 from experiments.attack import has_trigger
 from experiments.results import metrics, spent
@@ -43,7 +43,7 @@ def spread(values: Iterable[float | None], errors: Iterable[float | None] = ()) 
     halves = [metrics.NORMAL * float(np.linalg.norm(errors)) / n] if sampled else []  # type: ignore
     std = float(known.std(ddof=1)) if n > 1 else None
     if std is not None:
-        halves.append(float(stats.t.ppf(0.975, n - 1)) * std / n**0.5)
+        halves.append(float(special.stdtrit(n - 1, 0.975)) * std / n**0.5)
     ci95 = [mean - max(halves), mean + max(halves)] if halves else None
     return {"mean": mean, "std": std, "ci95": ci95, "seeds": seeds}
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 MEASURES = ("global_accuracy", "personal_accuracy")
 LEVEL, POWER = 0.05, 0.8
@@ -133,8 +133,8 @@ def draws_needed(differences: Sequence[float]) -> int | None:
     if not effect:
         return None
     n = np.arange(2, MANY + 1)
-    edge, shift = stats.t.ppf(1 - LEVEL / 2, n - 1), effect * np.sqrt(n)
+    edge, shift = special.stdtrit(n - 1, 1 - LEVEL / 2), effect * np.sqrt(n)
     # far from the edge the other tail is nothing, and SciPy's noncentral t gives nan there
-    power = np.where(shift > edge + 10, 1.0, stats.nct.sf(edge, n - 1, np.minimum(shift, edge + 10)))
+    power = np.where(shift > edge + 10, 1.0, 1 - special.nctdtr(n - 1, np.minimum(shift, edge + 10), edge))
     enough = np.flatnonzero(power >= POWER)
     return int(n[enough[0]]) if len(enough) else None
