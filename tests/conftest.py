@@ -29,7 +29,7 @@ os.environ |= GIVEN
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
 
-MAPPINGS = 30_000  # Linux allows a process 65,530; every compiled program takes some, and one too many aborts it
+MAPPINGS = 45_000  # Linux allows a process 65,530; every compiled program takes some, and one too many aborts it
 TESTS = itertools.count(1)
 
 

@@ -105,7 +105,7 @@ def test_copies_of_members_land_where_the_members_are(subspace):
         assert len(set(zip(found.tolist(), labels.tolist(), strict=True))) == len(set(found)) == 2
 
     assert method.onboard is not None
-    trial = method.dispatch(BASE, method.onboard.start(new), c._replace(ids=c.ids + 50))
+    trial = jit(lambda new, c: method.dispatch(BASE, method.onboard.start(new), c))(new, c._replace(ids=c.ids + 50))
     received = uploads(trial if subspace == "change" else sent)  # the same change, or the very same b
-    memory = method.onboard.place(new, c.memory, trial.adapter, received)
+    memory = jit(method.onboard.place)(new, c.memory, trial.adapter, received)
     np.testing.assert_array_equal(memory.cluster, found)
