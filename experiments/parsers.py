@@ -143,21 +143,20 @@ def parsers(typed: Collection[str] = COMMANDS) -> tuple[Parser, dict[str, Parser
     choices = parser.add_subparsers(prog=called, dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (text, _, options, what) in COMMANDS.items():
         grouped = options is Config
-        about = {"help": text, "add_help": False} if grouped else {**_about(name), "help": text}
-        own = choices.add_parser(name, **about)
+        own = choices.add_parser(name, help=text, add_help=not grouped, **_about(name))
         if name not in typed:
             continue
         if name == "bench":
             _add_benches(own)
         elif grouped:
-            own.add_argument("-h", "--help", action=functools.partial(_Help, name), nargs="?", const="")
+            own.add_argument("-h", "--help", action=_Help, nargs="?", const="", default=argparse.SUPPRESS)
             add_options(own, name)
         else:
             _add_own(own, options, what)
     return parser, dict(choices.choices)
 
 
-def _about(command: str) -> dict[str, str]:
+def _about(command: str) -> dict[str, Any]:
     text, examples, *_ = COMMANDS[command]
     return {"description": text, "epilog": _examples(" ".join((*program(), command)), examples)}
 
@@ -167,21 +166,20 @@ def _examples(called: str, more: Iterable[str]) -> str:
 
 
 class _Help(argparse.Action):
-    def __init__(self, command: str, **more: Any):
-        super().__init__(default=argparse.SUPPRESS, **{**more, "dest": argparse.SUPPRESS})
-        self.command = command
+    """``--help``, ``--help GROUP`` and ``--help all`` of a command."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, value: Any, option: str | None = None) -> None:
-        own = _groups(self.command)
+        command = parser.prog.split()[-1]
+        own = _groups(command)
         if value not in ("", "all", *own):
             parser.error(f"argument --help: {value!r} is no group of options: expected all, {', '.join(own)}")
-        shown(self.command, value).print_help()
+        shown(command, value).print_help()
         parser.exit()
 
 
 def shown(command: str, group: str = "") -> Parser:
     """What ``--help`` prints of a command, ``--help GROUP`` of a group, and ``--help all``."""
-    about = {} if group in GROUPS else _about(command)
+    about: dict[str, Any] = {} if group in GROUPS else _about(command)
     if not group:
         rest = [f"  {name:<10} {text}" for name, text in _groups(command).items() if name not in FIRST]
         about["epilog"] = "\n".join(["more options (--help GROUP, or --help all):", *rest, "", about["epilog"]])
@@ -281,7 +279,7 @@ def _add_own(parser: Parser, options: type, what: str) -> None:
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         if field.name == what:
-            optional = {"nargs": "?", "default": field.default} if field.default not in ("", ()) else {}
+            optional: dict[str, Any] = {"nargs": "?", "default": field.default} if field.default not in ("", ()) else {}
             optional = {"nargs": "+"} if field.default == () else optional
             parser.add_argument(what, metavar=what.upper(), help=field.metadata["help"], **optional)
         else:
