@@ -18,10 +18,9 @@ from experiments.results import tracking
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.folder import file_name
 
-SMALL = (
-    "--clients 3 --holdout-clients 1 --partition iid --minimum 4 --local-steps 5 --batch 8 --adapt-last 1 --rank 2 "
-    "--checkpoint-every 2"
-).split()
+SMALL = "--clients 3 --holdout-clients 1 --partition iid --minimum 4 --local-steps 5 --batch 8 --rank 2".split()
+SMALL += ["--checkpoint-every", "2"]
+PLAIN = ["--model", f"{Path(__file__).parents[1] / 'examples' / 'own_backbones.py'}:plain"]  # compiles quickly
 AGAIN = "from fedlora_jax import fedit\n\n\ndef again():\n    return fedit()\n"  # a second method, compiled already
 VANISHING = {"bias", "correction"}  # norms of differences that cancel: rounding is its square root there
 TIMES = {"date", "seconds_per_round", "compile_seconds"}
@@ -93,7 +92,7 @@ def whole(small, again, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch, users_programs():
         monkeypatch.setattr(compare.report, "write", lambda *_: "")
-        run(out, *small, "--methods", f"fedit,{again}", "--rounds", "7", "--seeds", "2")
+        run(out, *small, *PLAIN, "--methods", f"fedit,{again}", "--rounds", "7", "--seeds", "2")
     return out
 
 
@@ -101,7 +100,7 @@ def whole(small, again, tmp_path_factory):
 @pytest.mark.usefixtures("as_a_user")
 def test_more_rounds_then_a_method_then_seeds(small, again, whole, tmp_path):
     """The last five rounds of two are not those of seven."""
-    run(tmp_path, *small, "--methods", "fedit", "--rounds", "2", "--seeds", "1")
+    run(tmp_path, *small, *PLAIN, "--methods", "fedit", "--rounds", "2", "--seeds", "1")
     run(tmp_path, "--resume", "--rounds", "7")
     run(tmp_path, "--resume", "--methods", f"fedit,{again}")
     run(tmp_path, "--resume", "--seeds", "2")
@@ -111,7 +110,7 @@ def test_more_rounds_then_a_method_then_seeds(small, again, whole, tmp_path):
 @pytest.mark.long
 @pytest.mark.usefixtures("as_a_user")
 def test_all_at_once(small, again, whole, tmp_path):
-    run(tmp_path, *small, "--methods", "fedit", "--rounds", "2", "--seeds", "1", "--track", "csv")
+    run(tmp_path, *small, *PLAIN, "--methods", "fedit", "--rounds", "2", "--seeds", "1", "--track", "csv")
     run(tmp_path, "--resume", "--rounds", "7", "--methods", f"fedit,{again}", "--seeds", "0,1", "--track", "csv")
     assert_as_if_at_first(tmp_path, whole)
     assert_told_once(tmp_path)
@@ -183,7 +182,7 @@ def test_nothing_is_cut_before_it_is_known_from_where_a_run_goes_on(whole, tmp_p
 def test_what_decides_speed_alone_may_change_and_numbers_agree_to_rounding(small, tmp_path):
     """Clients in other chunks, seeds one by one, frozen blocks anew in each step: from the start, and half-way.
 
-    HiLoRA has a trial for newcomers and a memory on every client.
+    A ViT has such blocks. HiLoRA has a trial for newcomers and a memory on every client.
     """
     names = "hilora:root=0.5:cluster=0.0"
     common = [*small, "--methods", names, *"--rounds 2 --seeds 2 --checkpoint-every 1 --adapt-last 2".split()]
@@ -214,7 +213,12 @@ def flat(x) -> np.ndarray:
     return np.array([*x.values()] if isinstance(x, dict) else x, float)
 
 
-@pytest.mark.long
+@pytest.fixture
+def untraced(monkeypatch):
+    monkeypatch.setattr(compare, "Trial", lambda *_: None)
+
+
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -226,14 +230,11 @@ def flat(x) -> np.ndarray:
         ("--lr 0.2", "lr was 0.1, is 0.2"),
     ],
 )
-def test_what_there_is_cannot_be_less_or_other(options, said, again, whole):
+def test_what_there_is_cannot_be_less_or_other(options, said, small, again, tmp_path):
+    about = plan(tmp_path, *small, "--methods", f"fedit,{again}", "--rounds", "7", "--seeds", "2").about
+    (tmp_path / "config.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match=re.escape(said)):
-        plan(whole, "--resume", *options.replace("AGAIN", again).split())
-
-
-@pytest.fixture
-def untraced(monkeypatch):
-    monkeypatch.setattr(compare, "Trial", lambda *_: None)
+        plan(tmp_path, "--resume", *options.replace("AGAIN", again).split())
 
 
 @pytest.mark.usefixtures("untraced")
@@ -253,7 +254,7 @@ def test_an_option_that_is_newer_than_a_run_is_as_by_default_there(small, tmp_pa
         plan(tmp_path, "--resume", "--clip-norm", "1")
 
 
-@pytest.mark.long
+@pytest.mark.usefixtures("untraced")
 def test_rates_that_go_down_to_the_last_round_are_not_those_of_more_rounds(small, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(plan(tmp_path, *small, "--schedule", "cosine").about))
     with pytest.raises(ValueError, match="--schedule cosine knows the last round"):

@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[1]
 # flora carries a random key in its state, fedadam an optimizer's moments
 OPTIONS = (
     "compare --methods flora,fedit+fedadam --clients 4 --clients-per-round 2 --holdout-clients 1 --partition iid "
-    "--minimum 4 --rounds 6 --checkpoint-every 2 --seeds 2 --local-steps 1 --batch 4 --rank 2 --adapt-last 1"
+    "--minimum 4 --rounds 6 --checkpoint-every 2 --seeds 2 --local-steps 1 --batch 4 --rank 2 --model"
 ).split()
+OPTIONS += [f"{ROOT / 'examples' / 'own_backbones.py'}:plain"]  # which compiles quickly
 
 
 def options(out: Path, *more: str) -> list[str]:
