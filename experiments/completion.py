@@ -28,17 +28,15 @@ def script(shell: str) -> str:
       ValueError: shtab is not installed.
     """
     try:
-        import shtab
+        import shtab  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("completion needs shtab: pip install 'fedlora-jax[completion]'") from None
     parser, commands = parsers()
     parser.prog = "fedlora"
-    plain = lambda names: {"zsh": f"({' '.join(names)})", "fish": " ".join(names)}
-    of_methods = {"bash": "_fedlora_methods", **plain(methods.names())}
-    of_methods["preamble"] = {
-        "bash": BASH.format(methods=" ".join(methods.names()), wrappers=" ".join(sorted(methods.wrappers())))
-    }
-    special = dict.fromkeys(FILES, shtab.FILE) | dict.fromkeys(("method", "methods"), of_methods)
+    names, wrappers = " ".join(methods.names()), " ".join(sorted(methods.wrappers()))
+    listed = {"bash": BASH.format(methods=names, wrappers=wrappers)}
+    of_methods = {"bash": "_fedlora_methods", "zsh": f"({names})", "fish": names, "preamble": listed}
+    special: dict[str, Any] = dict.fromkeys(FILES, shtab.FILE) | {"method": of_methods, "methods": of_methods}
     for name, own in commands.items():
         fields = dataclasses.fields(COMMANDS[name].options)
         known = {field.name: field.metadata["among"] for field in fields if field.metadata.get("among")}
