@@ -67,15 +67,14 @@ def inner(x, y) -> float:
 def test_the_loss_is_that_of_the_rounds_run_one_by_one(x64):
     base, adapter = problem()
     method, optimizer = fedit(), optax.sgd(0.1)
-    loss, state = meta.outcome(method, loss_fn, optimizer, chunk=2)(
-        base, method.init(KEY, adapter), cohorts(), queries(), KEY
-    )
-    round_fn, one = rounds.make_round(method, loss_fn, optimizer), method.init(KEY, adapter)
+    outcome = jit(meta.outcome(method, loss_fn, optimizer, chunk=2))
+    loss, state = outcome(base, method.init(KEY, adapter), cohorts(), queries(), KEY)
+    round_fn, one = jit(rounds.make_round(method, loss_fn, optimizer)), method.init(KEY, adapter)
     for t in range(ROUNDS):
         one, _, _ = round_fn(base, one, take(cohorts(), t), jax.random.fold_in(KEY, t))
     assert_near(state, one, 1e-12)
     key = jax.random.fold_in(KEY, ROUNDS)
-    own = [loss_fn(base, one.adapter, take(queries(), c), key) for c in range(CLIENTS)]
+    own = [jit(loss_fn)(base, one.adapter, take(queries(), c), key) for c in range(CLIENTS)]
     np.testing.assert_allclose(loss, np.asarray(own) @ take(cohorts(), -1).weights, rtol=1e-12)
 
 
