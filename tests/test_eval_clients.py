@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from input_helpers import change
+from input_helpers import PLAIN, change
 
 from experiments.cli import parse
 from experiments.commands import export
@@ -17,8 +17,8 @@ from experiments.setup import problem
 
 OPTIONS = (
     "compare --clients 5 --holdout-clients 4 --clients-per-round 2 --minimum 2 "
-    "--partition iid --rounds 2 --eval-every 2 --seeds 2 --local-steps 2 --batch 3 --rank 2 --adapt-last 1 --lr 0.3"
-).split()
+    "--partition iid --rounds 2 --eval-every 2 --seeds 2 --local-steps 2 --batch 3 --rank 2 --lr 0.3"
+).split() + PLAIN
 KEPT, TRIED = ("--methods", "ditto"), ("--methods", "hilora:root=0.4:cluster=0.6")  # memory; and trials of the unseen
 DRAWN = "--eval-clients", "3"
 ROW = {"seed": 0, "round": 1, "per_domain": {}, "clients": [0], "bytes_up": 0, "bytes_down": 0, "bytes_behind": 0}

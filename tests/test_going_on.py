@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import users_programs
+from input_helpers import PLAIN
 from test_bad_input import change
 
 from experiments.cli import parse
@@ -20,7 +21,6 @@ from experiments.results.folder import file_name
 
 SMALL = "--clients 3 --holdout-clients 1 --partition iid --minimum 4 --local-steps 5 --batch 8 --rank 2".split()
 SMALL += ["--checkpoint-every", "2"]
-PLAIN = ["--model", f"{Path(__file__).parents[1] / 'examples' / 'own_backbones.py'}:plain"]  # compiles quickly
 AGAIN = "from fedlora_jax import fedit\n\n\ndef again():\n    return fedit()\n"  # a second method, compiled already
 VANISHING = {"bias", "correction"}  # norms of differences that cancel: rounding is its square root there
 TIMES = {"date", "seconds_per_round", "compile_seconds"}

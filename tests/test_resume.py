@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from input_helpers import change
+from input_helpers import PLAIN, change
 from quick import QUICK
 
 from experiments.__main__ import main
@@ -24,9 +24,8 @@ ROOT = Path(__file__).parents[1]
 # flora carries a random key in its state, fedadam an optimizer's moments
 OPTIONS = (
     "compare --methods flora,fedit+fedadam --clients 4 --clients-per-round 2 --holdout-clients 1 --partition iid "
-    "--minimum 4 --rounds 6 --checkpoint-every 2 --seeds 2 --local-steps 1 --batch 4 --rank 2 --model"
-).split()
-OPTIONS += [f"{ROOT / 'examples' / 'own_backbones.py'}:plain"]  # which compiles quickly
+    "--minimum 4 --rounds 6 --checkpoint-every 2 --seeds 2 --local-steps 1 --batch 4 --rank 2"
+).split() + PLAIN
 
 
 def options(out: Path, *more: str) -> list[str]:

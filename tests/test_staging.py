@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from input_helpers import change
+from input_helpers import PLAIN, change
 from PIL import Image
 
 from experiments.__main__ import main
@@ -30,7 +30,7 @@ OPTIONS = (
     "compare --clients 4 --holdout-clients 2 --partition dirichlet:1 --minimum 4 --rounds 4 --eval-every 2 --seeds 2 "
     "--batch 3 --rank 2 --test-images 7"
 ).split()
-DRAWN = "--methods fedit+scaffold --clients-per-round 3 --rank 1,2 --augment flip"
+DRAWN = f"--methods fedit+scaffold --clients-per-round 3 --rank 1,2 --augment flip {' '.join(PLAIN)}"
 JUDGED = "--methods pfedme+signature_bias:warmup=1 --clients-per-round 3 --rank 1,2"
 STORED = "--methods hilora:root=0.4:cluster=0.6 --adapt-last 1 --prefix stored --seeds-at-once 2 --clients-per-round 2"
 STEPS = lambda more: [] if "--local-epochs" in more else ["--local-steps", "2"]
