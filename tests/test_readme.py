@@ -49,7 +49,7 @@ def test_links_between_pages_lead_somewhere():
 def test_commands_are_ones_that_the_command_line_knows(page):
     """All that stand in blocks, and within sentences those that are whole: options and methods, alone and together.
 
-    Those that need no files of a user's were run, or planned where they take minutes; data are not looked at here.
+    Data, weights and folders that they name are not looked at.
     """
     text = re.sub(r"\n(?!\n)", " ", re.sub(r"```(?:ba)?sh\n.*?```", "", page.read_text(), flags=re.DOTALL))
     blocks = re.findall(r"```(?:ba)?sh\n(.*?)```", page.read_text(), re.DOTALL)
