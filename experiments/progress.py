@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -47,9 +48,14 @@ class Lines:
 Bar = tqdm | Lines
 
 
+def has_width() -> bool:
+    """Is there a terminal, and is its width known? That of one which a program has made may be 0."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
 def bar(total: int, unit: str, desc: str = "", leave: bool = True, delay: float = 0.0) -> Bar:
     """To be entered, and told of each ``unit`` that is done; ``leave``: whether a bar stays where it was drawn."""
-    if not sys.stderr.isatty():
+    if not has_width():
         return Lines(total, unit, desc)
     return tqdm(total=total, unit=unit, desc=desc or None, leave=leave, delay=delay, smoothing=0.1, dynamic_ncols=True)
 

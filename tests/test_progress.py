@@ -1,7 +1,5 @@
 """What is being done is said by a bar on a terminal and in lines elsewhere: how far, how good, how long."""
 
-import sys
-
 import pytest
 from tqdm import tqdm
 
@@ -40,7 +38,7 @@ def test_what_is_over_at_once_says_nothing(clock, capsys):
 
 
 def test_a_terminal_has_a_bar(monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "has_width", lambda: True)
     with progress.bar(3, "round", leave=False) as bar:
         assert isinstance(bar, tqdm)
 
