@@ -167,6 +167,8 @@ class Method(NamedTuple):
       objective: ``(task, adapter, context) -> (minimised, reported)`` losses of one local step, where ``task`` is the
         loss of an adapter as ``model`` gives it (and what it is made of: ``task.Task``); ``None``: both are the loss of
         the model.
+      combine: ``(gradients [B, ...], present [B], key) -> gradient`` of one local step, where that is not their mean
+        (``None``): each is of the objective of a batch of one example, of what may move (``training.one_by_one``).
       mask_schedule: ``(mask, progress) -> mask`` of one local step, ``progress`` from 0 to below 1: training in phases.
       upload_mask: ``(mask) -> mask`` without the entries that a client trains and does not send; wrappers act on the
         rest.
@@ -200,6 +202,7 @@ class Method(NamedTuple):
     model: Callable[[Adapter, Any], Adapter] = as_carried
     aggregated: Callable[[Adapter], Adapter] | None = None
     objective: Callable[[Callable[[Adapter], Array], Adapter, Any], tuple[Array, Array]] | None = None
+    combine: Callable[[Adapter, Array, Array], Adapter] | None = None
     mask_schedule: Callable[[Adapter, Array], Adapter] = all_along
     upload_mask: Callable[[Adapter], Adapter] = all_of_it
     held: Callable[[Adapter, Any, Adapter], Adapter] = all_held

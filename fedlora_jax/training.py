@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fedlora_jax.batches import Padded, steps_taken
 from fedlora_jax.gradient import forward_over_reverse
+from fedlora_jax.keys import purpose
 from fedlora_jax.lora import Adapter, Params
 from fedlora_jax.method import Cohort, Dispatch, Memory, Method
 from fedlora_jax.task import of_batch
@@ -68,7 +69,8 @@ def make_local(
     differentiates several steps keeps one adapter (and optimizer state) per step, and what a step's gradient took is
     computed again (``remat``). A step of ``Padded`` batches of which no example is there changes nothing, the
     optimizer's state included; the optimizer is told how far the client is, ``progress`` from 0 to below 1, as an extra
-    argument of its update (``optax.GradientTransformationExtraArgs``).
+    argument of its update (``optax.GradientTransformationExtraArgs``). What a method combines (``Method.combine``) is
+    the gradients of examples; its penalty is of the model alone and is added to that.
     """
 
     def model_alone(task: Callable[[Adapter], Array], adapter: Adapter, context: Any) -> tuple[Array, Array]:
@@ -87,14 +89,20 @@ def make_local(
             adapter, opt_state = carry
             t, batch = inputs
 
+            def of_data(adapter, batch, key):
+                return objective(of_batch(loss_fn, base, batch, key), adapter, context)
+
             def minimised(adapter):
-                task = of_batch(loss_fn, base, batch, jax.random.fold_in(key, t))
-                loss, reported = objective(task, adapter, context)
+                loss, reported = of_data(adapter, batch, draws)
                 return loss + method.penalty(adapter, context), reported
 
-            progress = t / taken
+            progress, draws = t / taken, jax.random.fold_in(key, t)
             moves_now = method.mask_schedule(mask, progress)
-            grads, loss = gradient(minimised)(adapter)
+            if method.combine is None:
+                grads, loss = gradient(minimised)(adapter)
+            else:
+                grads, loss = one_by_one(method.combine, of_data, adapter, moves_now, batch, draws)
+                grads = jax.tree.map(jnp.add, grads, jax.grad(method.penalty)(adapter, context))
             updates, opt_state = tx.update(masked(grads, moves_now), opt_state, adapter, progress=progress)
             adapter = optax.apply_updates(adapter, masked(updates, moves_now))
             return (adapter, opt_state), Trace(loss, watch(base, adapter))
@@ -109,6 +117,35 @@ def make_local(
         return adapter, trace
 
     return local
+
+
+def one_by_one(
+    combine: Callable[[Adapter, Array, Array], Adapter],
+    loss: Callable[[Adapter, Any, Array], tuple[Array, Array]],
+    adapter: Adapter,
+    mask: Adapter,
+    batch: Any,
+    key: Array,
+) -> tuple[Adapter, Array]:
+    """What ``combine`` makes of the gradients of the examples of one batch, and the mean of what they report.
+
+    Args:
+      combine: ``Method.combine``.
+      loss: ``(adapter, batch, key) -> (minimised, reported)``; it is given batches of one, each with a key of its own.
+      adapter: where gradients are taken; those of what the ``mask`` holds still are 0.
+      batch: ``[B, ...]``, or ``Padded``; gradients of an example that only fills it up are whatever they are.
+    """
+    size = jax.tree.leaves(batch)[0].shape[0]
+    own = batch if isinstance(batch, Padded) else Padded(batch, jnp.ones(size, bool))
+    alone = jax.tree.map(lambda x: x[:, None], batch)
+
+    def one(example: Any, key: Array) -> tuple[Adapter, Array]:
+        grads, reported = jax.grad(loss, has_aux=True)(adapter, example, key)
+        return masked(grads, mask), reported
+
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(size))
+    grads, reported = jax.vmap(one)(alone, keys)
+    return combine(grads, own.present, purpose(key, "combined")), own.mean(reported)
 
 
 def of_round(optimizer: Optimizer, round: Array | int | None) -> optax.GradientTransformation:

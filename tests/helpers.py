@@ -67,6 +67,7 @@ from fedlora_jax.methods.sdflora import sdflora
 from fedlora_jax.methods.spectral import spectral
 from fedlora_jax.signatures import Signature
 from fedlora_jax.task import Seen, Shown
+from fedlora_jax.wrappers.dp_sgd import dp_sgd
 from fedlora_jax.wrappers.fairness import afl
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddecorr import feddecorr
@@ -165,6 +166,7 @@ WRAPPED: dict[str, Callable[[], Method]] = {
     "signature_bias": lambda: signature_bias(fedit(), SIGNATURE, warmup=0),
     "clip": lambda: clip(fedit(), 0.05),
     "dp": lambda: dp(fedit(), EVERYBODY, 4, bound=0.05, noise=0.0),
+    "dp_sgd": lambda: dp_sgd(fedit(), 1, 4, bound=0.5, noise=0.0),
     "median": lambda: median(fedit()),
     "trimmed_mean": lambda: trimmed_mean(fedit(), 0.25),
     "krum": lambda: krum(fedit(), kept=2),
@@ -189,7 +191,14 @@ STACKS: dict[str, Callable[[], Method]] = {
         proximal(fedbc(fednova(fedyogi(fedlesam(flexlora("balanced", gauge=True), 0.1))), lr=0.1, lam=0.2)), 0.05
     ),
     "private": lambda: clip(
-        dp(proximal(fedadam(flexlora("balanced", gauge=True))), EVERYBODY, 4, noise=0.0, quantile=0.5, on="products"),
+        dp(
+            dp_sgd(proximal(fedadam(flexlora("balanced", gauge=True))), 1, 4, bound=0.5, noise=0.0),
+            EVERYBODY,
+            4,
+            noise=0.0,
+            quantile=0.5,
+            on="products",
+        ),
         9.0,
     ),
     "outliers": lambda: over_the_air(
@@ -218,7 +227,7 @@ def users_programs():
         yield
 
 
-HOOKS = ("penalty", "model", "objective", "mask_schedule")  # all of a method that local steps depend on
+HOOKS = ("penalty", "model", "objective", "combine", "mask_schedule")  # all of a method that local steps depend on
 
 
 def quick_options() -> dict[str, Any]:

@@ -43,7 +43,7 @@ PARTS |= {name: methods._wrapper(name)[1] for name in methods.wrappers()}
 OPTIONS = [(name, key) for name, make in PARTS.items() for key, p in methods.settable(make).items()
            if type(p.default) in (int, float)]  # fmt: skip
 FACTS = {"participants": 4, "population": 8, "rounds": 3, "local_lr": 0.1, "signature": SIGNATURE}
-FACTS |= {"sampling": EVERYBODY}
+FACTS |= {"sampling": EVERYBODY, "uses": 1}
 
 
 @pytest.mark.parametrize(("name", "key"), OPTIONS)

@@ -41,7 +41,7 @@ def lowered(tmp_path_factory):
         typed = ["run", "--method", "ditto", *SMALL, *OPTIONS, "--data", str(file), "--model", family, *options]
         config = parse(typed)[1]
         p = problem.build(config)
-        made = programs.make(config, p, methods.build("ditto", **facts_of(config, p.signature)))
+        made = programs.make(config, p, methods.build("ditto", **facts_of(config, p.signature, p.smallest)))
         run = jax.eval_shape(made.start, p.adapters, p.keys)
         traced = made.train.trace(p.base, p.train, p.clients, run, p.keys)
         text = traced.lower(lowering_platforms=PLATFORMS).as_text()

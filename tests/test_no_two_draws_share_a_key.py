@@ -32,6 +32,7 @@ from fedlora_jax.methods.ifca import ifca
 from fedlora_jax.methods.pfedhn import pfedhn
 from fedlora_jax.methods.rac_lora import rac_lora
 from fedlora_jax.methods.sdflora import sdflora
+from fedlora_jax.wrappers.dp_sgd import dp_sgd
 from fedlora_jax.wrappers.privacy import dp
 
 STEPS, SGD, PEOPLE, DATA = 2, optax.sgd(0.1), population(), examples(0, 28)
@@ -112,8 +113,8 @@ def once(seen: Counter) -> bool:
 
 METHODS = {
     "fedit": fedit,
-    "dp around the noise of SDFLoRA": lambda: dp(
-        sdflora(2, clip=1.0, noise=0.5), Sampling(5, 4), 4, noise=0.0, quantile=0.5
+    "dp around noise on gradients around the noise of SDFLoRA": lambda: dp(
+        dp_sgd(sdflora(2, clip=1.0, noise=0.5), 1, 4), Sampling(5, 4), 4, noise=0.0, quantile=0.5
     ),
     "ifca": lambda: ifca(query=BATCH),
     "fslora": fslora,

@@ -66,7 +66,7 @@ def test_clients_served_in_groups_have_the_accuracies_of_all_at_once(name, optio
     """
     config = parse(["run", "--method", name, *options])[1]
     p = problem.build(config, partial(facts.acceptable, config))
-    method = methods.build(name, **facts.facts_of(config, p.signature))
+    method = methods.build(name, **facts.facts_of(config, p.signature, p.smallest))
     seed = jax.tree.map(lambda x: x[0], p.everyone())
     run = rounds.start(method, seed.key, seed.adapter, config.clients)
     moved = jax.tree.map(lambda x: x + 0.3 * np.ones(x.shape, x.dtype), seed.adapter)
@@ -96,7 +96,7 @@ def test_scoring_holds_no_images_of_more_than_one_group(options, monkeypatch):
     monkeypatch.setattr(evaluation, "GROUP", 2)
     config = parse(["run", "--method", "fedit", *options, "--batch", "24", "--local-steps", "8"])[1]
     p = problem.build(config)
-    method = methods.build("fedit", **facts.facts_of(config, p.signature))
+    method = methods.build("fedit", **facts.facts_of(config, p.signature, p.smallest))
     seed = jax.tree.map(lambda x: x[0], p.everyone())
     run = rounds.start(method, seed.key, seed.adapter, config.clients)
     serving = evaluation.make_serving(config, p, method, make_optimizer(config), 1)
@@ -112,7 +112,7 @@ def test_of_many_clients_no_distances_are_computed(options, monkeypatch):
     config = parse(["run", "--method", "fedit", *options])[1]
     p = problem.build(config)
     seed = jax.tree.map(lambda x: x[0], p.everyone())
-    method = methods.build("fedit", **facts.facts_of(config, p.signature))
+    method = methods.build("fedit", **facts.facts_of(config, p.signature, p.smallest))
     run = rounds.start(method, seed.key, seed.adapter, config.clients)
     arrays = p.arrays()
     for most, shape in ((6, (6, 6)), (5, None)):

@@ -39,6 +39,7 @@ from fedlora_jax.methods.flora import flora
 from fedlora_jax.methods.local_only import local_only
 from fedlora_jax.task import Seen, Task
 from fedlora_jax.wrappers import order
+from fedlora_jax.wrappers.dp_sgd import dp_sgd
 from fedlora_jax.wrappers.fairness import afl, qffl
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddecorr import feddecorr
@@ -83,6 +84,7 @@ MADE = {
     "over_the_air": lambda m: over_the_air(m, 1e12),  # too loud for its noise to be seen
 }
 LOSSES = {"feddecorr": feddecorr}  # adds to the local loss and keeps nothing, as FedLC does
+GRADIENTS = {"dp_sgd": lambda m: dp_sgd(m, 1, 9, noise=0.0)}  # bounds those of a client and keeps nothing
 WEIGHED = {"geometric_median": geometric_median, "trust": trust}  # clients count anew, as of Krum
 FAIR = {"afl": lambda m: afl(m, POPULATION)}  # weighs by losses, as q-FFL does
 SERVERS = {  # which are ``server`` with another transformation, as fedadam is
@@ -106,7 +108,7 @@ HANDS_ON = (
 def built(*stack, method=None):
     method = method or fedit()
     for name in stack:
-        method = (MADE | SERVERS | LOSSES | WEIGHED | FAIR)[name](method)
+        method = (MADE | SERVERS | LOSSES | GRADIENTS | WEIGHED | FAIR)[name](method)
     return method
 
 
@@ -356,8 +358,16 @@ def test_feddecorr_is_one_to_the_table_as_fedlc_but_for_what_takes_the_place_of_
     assert not goes("fedga", "feddecorr")
 
 
+def test_dp_sgd_is_one_to_the_table_as_fedlc_but_for_losses_that_weigh_clients_or_are_of_whole_batches():
+    assert not any(goes(*pair) for name in ("qffl", "afl", "fedbc", "fedga", "feddecorr")
+                   for pair in ((name, "dp_sgd"), ("dp_sgd", name)))  # fmt: skip
+    for other in MADE.keys() - {"qffl", "fedbc", "fedga", "fedlc"}:
+        assert goes("dp_sgd", other) == goes("fedlc", other)
+        assert goes(other, "dp_sgd") == goes(other, "fedlc")
+
+
 def test_the_table_knows_every_wrapper():
-    assert set(wrappers()) | {"server"} == order.KNOWN == set(MADE | SERVERS | LOSSES | WEIGHED | FAIR)
+    assert set(wrappers()) | {"server"} == order.KNOWN == set(MADE | SERVERS | LOSSES | GRADIENTS | WEIGHED | FAIR)
 
 
 def test_a_pair_is_seen_through_what_stands_between():

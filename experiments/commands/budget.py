@@ -71,9 +71,11 @@ class Plan:
         self.about = prelude.about("budget", config, self.problems["test"]) | prelude.today()
         if config.resume:
             self.about = prelude.going_on(self.folder, self.about)
-        facts = facts_of(config, self.problems["test"].signature)
+        facts = facts_of(config, self.problems["test"].signature, self.problems["test"].smallest)
         self.built = {name: methods.build(name, **facts) for name in config.methods}
         for name, method in self.built.items():
+            if "dp_sgd" in method.stack:
+                raise ValueError(f"{name} counts one number of local steps, and budget tries several: use compare")
             if "scaffold" in method.stack:
                 raise ValueError(f"{name} is built for one local learning rate, and budget tries several: use compare")
 

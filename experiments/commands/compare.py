@@ -146,7 +146,14 @@ class Plan:
     def _refuse_other_draws(self, folder: Folder) -> None:
         """Batches are drawn from lists of images as long as the largest client of any seed."""
         was, now = folder.held("record").get("largest"), self.problem.record["largest"]
-        if was != now and len(folder.held("config")["seeds"]) < len(self.config.seeds):
+        more = len(folder.held("config")["seeds"]) < len(self.config.seeds)
+        told = [name for name in folder.held("config")["methods"] if methods.asks(name, "uses")]
+        if more and told:
+            raise ValueError(
+                f"{told[0]} has noise for the smallest client of the seeds so far, and others may have a smaller one: "
+                "use another --out"
+            )
+        if was != now and more:
             raise ValueError(
                 f"with these seeds the largest client has {now} training images, so far it has {was}: how batches are "
                 "drawn depends on it, and every seed would begin anew: use another --out, or other seeds"

@@ -29,7 +29,7 @@ from experiments.config import Config
 from experiments.engine import evaluation, methods, programs
 from experiments.engine.chunking import choose
 from experiments.engine.evaluation import Scores
-from experiments.engine.facts import acceptable, facts_of
+from experiments.engine.facts import NOBODY_YET, acceptable, facts_of
 from experiments.engine.methods import Varied
 from experiments.engine.programs import Point, Scoring
 from experiments.engine.rows import Rows
@@ -104,14 +104,14 @@ class Plan:
                 acceptable(
                     dataclasses.replace(self.config, methods=(self.spec(name, value),), lr=lr), signature, adapter
                 )
-            build = self._builder(name, signature)
+            build = self._builder(name, signature, NOBODY_YET)
             start = lambda point, key, adapter, build=build: build(point).init(key, adapter)
             point = Point(jnp.float32, jnp.float32)
             shapes = jax.tree.map(lambda kind: jax.ShapeDtypeStruct((), kind), point)
             self._traced(name, jax.eval_shape, start, shapes, jax.eval_shape(jax.random.key, 0), adapter)
 
-    def _builder(self, name: str, signature: Any) -> Callable[[Point], Method]:
-        option, facts = self.varied[name], facts_of(self.config, signature)
+    def _builder(self, name: str, signature: Any, smallest: int) -> Callable[[Point], Method]:
+        option, facts = self.varied[name], facts_of(self.config, signature, smallest)
 
         def build(point: Point) -> Method:
             varied: dict[Varied, Any] = {} if option is None else {option: point.value}
@@ -133,7 +133,7 @@ class Plan:
 
             return Scoring(block)
 
-        build = self._builder(name, p.signature)
+        build = self._builder(name, p.signature, p.smallest)
         runs, arguments = programs.make_runs(config, p, len(self.grid), build, scoring)
         arguments = (Point(jnp.array(lrs, jnp.float32), jnp.array(values, jnp.float32)), *arguments)
         return self._traced(name, jax.jit(runs).lower, *arguments), arguments
@@ -151,7 +151,8 @@ class Plan:
     def _entries(self, name: str, info: Info, scores: Scores) -> list[dict[str, Any]]:
         """Of each point, of info ``[P, S, blocks, rounds, ...]`` and scores ``[P, S, blocks, ...]``."""
         config, about = self.config, methods.about(name)._asdict()
-        method = methods.build(self.spec(name, self.axis.values[0]), **facts_of(config, self.problem.signature))
+        facts = facts_of(config, self.problem.signature, self.problem.smallest)
+        method = methods.build(self.spec(name, self.axis.values[0]), **facts)
         rows = Rows(config, self.problem, name, method)
         entries = []
         for i, (lr, value) in enumerate(self.grid):

@@ -17,16 +17,20 @@ from fedlora_jax import rounds
 from fedlora_jax.clients import Sampling
 from fedlora_jax.lora import Adapter
 from fedlora_jax.signatures import Signature
+from fedlora_jax.wrappers import dp_sgd
+
+NOBODY_YET = 2**30  # examples of the smallest client, before any are dealt out
 
 
-def facts_of(config: Config, signature: Signature) -> dict[str, Any]:
-    """What a method can ask to be given of a run."""
+def facts_of(config: Config, signature: Signature, smallest: int) -> dict[str, Any]:
+    """What a method can ask to be given of a run whose smallest client has so many training images."""
     return {
         "participants": config.cohort,
         "sampling": Sampling(config.clients, config.cohort, config.join_rate),
         "signature": signature,
         "population": config.clients,
         "rounds": config.rounds,
+        "uses": int(dp_sgd.uses(smallest, local_training.most_examples(config, smallest), config.batch)),
         "theta": record.read_arrays(config.theta),
         "local_lr": config.lr,
     }
@@ -38,7 +42,7 @@ def acceptable(config: Config, signature: Signature, adapter: Adapter, may_stage
     ``may_stage``: what clients keep may stay on the host.
     """
     for name in config.methods:
-        method = methods.build(name, **facts_of(config, signature))
+        method = methods.build(name, **facts_of(config, signature, NOBODY_YET))
         if method.query and config.minimum < 2:
             raise ValueError(f"{name} keeps examples of every client apart: --minimum must be at least 2, got 1")
         if "scaffold" in method.stack and not local_training.is_plain_sgd(config):
@@ -57,6 +61,8 @@ def acceptable(config: Config, signature: Signature, adapter: Adapter, may_stage
             )
         if "dp" in method.stack and len(set(config.rank)) > 1:
             raise ValueError(f"{name}: a mean over clients of several ranks tells who is among them: give one --rank")
+        if "dp_sgd" in method.stack:
+            local_training.refuse_batches_as_a_whole(config, name)
         start = lambda key, adapter, method=method: rounds.start(method, key, adapter, config.clients)
         run = jax.eval_shape(start, jax.eval_shape(jax.random.key, 0), adapter)
         rows, rest = (len(config.seeds) * memory.bytes_of(x) for x in (run.memory, run._replace(memory=())))

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.config import Config
 from experiments.engine import traffic
+from experiments.engine.accounts import Accounts
 from experiments.engine.evaluation import Scores
 from experiments.results import client_map, metrics, summary
 from experiments.results.metrics import Evaluation
@@ -27,13 +28,16 @@ class Rows:
         self._problem = problem
         self._ranks = np.asarray(problem.clients.population.ranks)
         self._adapter = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.adapters)
+        self._accounts = Accounts(config, problem)
         self._traffic: dict[tuple[int, ...], np.ndarray] = {}
         self.go_on(())
 
     def go_on(self, rows: Iterable[dict[str, Any]]) -> None:
         """After the rounds of these rows, oldest first, whatever was counted before."""
         self._missed = np.zeros((len(self._config.seeds), self._config.clients))  # bytes, since each last took part
+        self._accounts.begin()
         for row in rows:
+            self._accounts.after(self._config.seeds.index(row["seed"]), row)
             self._bytes(self._config.seeds.index(row["seed"]), np.asarray(row["clients"]), row)
 
     def of_block(self, end: int, info: Info, scores: Scores) -> list[dict[str, Any]]:
@@ -49,6 +53,7 @@ class Rows:
                 row |= {key: float(x[s, t]) for key, x in info.aggregation._asdict().items()}
                 row |= {key: number(x[s, t]) for key, x in info.learned.items()}
                 row |= self._bytes(s, np.asarray(who, int), row)
+                row |= self._accounts.after(s, row)
                 row = {key: x for key, x in row.items() if key not in ("travels_up", "travels_down")}
                 if t == block - 1:
                     row |= self._accuracies(jax.tree.map(lambda x, s=s: x[s], scores), end == self._config.rounds, s)

@@ -49,6 +49,11 @@ def examples_of_a_round(config: Config, sizes: np.ndarray, seed: int) -> np.ndar
     return (config.batch * rng.integers(least, config.local_steps + 1, len(sizes))).astype(np.int32)
 
 
+def most_examples(config: Config, size: int) -> int:
+    """How many a client of so many goes through in a round, at most."""
+    return config.local_steps * config.batch if config.local_epochs is None else math.ceil(config.local_epochs) * size
+
+
 def _cap(text: str, smallest: int) -> int:
     """The most steps of a client.
 
@@ -153,6 +158,14 @@ def check(config: Config) -> None:
             raise ValueError("--local-cap ends epochs early: it goes with --local-epochs")
     if config.momentum is not None and config.optimizer != "momentum":
         raise ValueError(f"--momentum is of --optimizer momentum, got --optimizer {config.optimizer}")
+
+
+def refuse_batches_as_a_whole(config: Config, name: str) -> None:
+    """Refuse what is of several examples of a batch at once, for a method that looks at one at a time."""
+    mixes = [way for way in config.augment if way.partition(":")[0] in ("mixup", "cutmix")]
+    if config.task == "pairs" or mixes:
+        what = "--task pairs" if config.task == "pairs" else f"--augment {mixes[0]}"
+        raise ValueError(f"{name} takes the gradient of each example alone, {what} is of whole batches: leave it out")
 
 
 def is_plain_sgd(config: Config) -> bool:

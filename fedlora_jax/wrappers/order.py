@@ -19,7 +19,7 @@ COHORT = ALIKE | WEIGHED | {"norm_bound", "over_the_air"}  # what becomes of an 
 UPLOADS = OWN | COHORT
 FAIR = frozenset({"qffl", "afl"})  # clients weigh by their losses
 GENERATED = frozenset({"signature_bias", "signature_adapter"})  # learned from how each client moved
-LOCAL = frozenset({"proximal", "fedlc", "fedga", "feddecorr"})  # of the local loss, no state
+LOCAL = frozenset({"proximal", "fedlc", "fedga", "feddecorr", "dp_sgd"})  # of the local loss, no state
 FIRST = frozenset({"moon", "fedlesam"})  # about the models of the method itself
 KNOWN = SERVER | CONTROLS | UPLOADS | FAIR | LOCAL | GENERATED | FIRST | {"fednova"}
 
@@ -39,7 +39,14 @@ def _set(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
+_EXAMPLES = "noise of dp_sgd covers gradients, and not the losses that weigh clients here"
+_WHOLE = "it is about the examples of a batch together, and dp_sgd looks at one at a time"
+
 REFUSED = (
+    Refused(_set("dp_sgd"), FAIR | {"fedbc"}, _EXAMPLES, "leave one out"),
+    Refused(FAIR | {"fedbc"}, _set("dp_sgd"), _EXAMPLES, "leave one out"),
+    Refused(_set("dp_sgd"), _set("fedga", "feddecorr"), _WHOLE, "leave one out"),
+    Refused(_set("fedga", "feddecorr"), _set("dp_sgd"), _WHOLE, "leave one out"),
     Refused(
         _set("dp"),
         SERVER,
