@@ -79,6 +79,7 @@ from fedlora_jax.methods.spectral import spectral
 from fedlora_jax.rounds import MetricFn, make_evaluate, make_round, make_step, scan_rounds
 from fedlora_jax.signatures import Signature
 from fedlora_jax.training import LossFn
+from fedlora_jax.wrappers.dp_sgd import dp_sgd
 from fedlora_jax.wrappers.fairness import afl, qffl
 from fedlora_jax.wrappers.fedbc import fedbc
 from fedlora_jax.wrappers.feddecorr import feddecorr
@@ -126,6 +127,7 @@ __all__ = [
     "diagnostics",
     "ditto",
     "dp",
+    "dp_sgd",
     "dropout",
     "fdlora",
     "fed_hello",
