@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_bad_input import change
+from input_helpers import PLAIN, change
 
 from experiments.cli import parse
 from experiments.commands import compare, meta_train
@@ -21,7 +21,7 @@ FROZEN, ONE = "hyperlora:mode=frozen", ("--unroll", 1, "--seeds", "7,", "--meta-
 def options(tmp_path_factory):
     path = tmp_path_factory.mktemp("meta") / "data.npz"
     change()(path)
-    return [*COMMON.split(), "--adapt-last", "1", "--data", str(path)]
+    return [*COMMON.split(), *PLAIN, "--data", str(path)]
 
 
 def plan(command, method, *options):

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from test_bad_input import change
+from input_helpers import PLAIN, change
 
 from experiments.cli import parse
 from experiments.commands import budget, sweep
@@ -18,7 +18,7 @@ from fedlora_jax import rounds
 
 OPTIONS = (
     "--partition iid --clients 4 --holdout-clients 2 --minimum 4 --rounds 3 --eval-every 3 --local-steps 2 --batch 4 "
-    "--seeds 1 --lr 0.3 --adapt-last 1"
+    "--seeds 1 --lr 0.3"
 )
 PHASES = "fedrep"
 METHODS = ("hilora:root=0.4:cluster=0.6", "fedit+signature_bias:warmup=1", PHASES)  # a trial; signatures; phases
@@ -28,7 +28,7 @@ METHODS = ("hilora:root=0.4:cluster=0.6", "fedit+signature_bias:warmup=1", PHASE
 def options(tmp_path_factory):
     path = tmp_path_factory.mktemp("serving") / "data.npz"
     change(domain=np.arange(96) // 3 % 3 // 2)(path)  # of the test images a quarter are of the second
-    return [*OPTIONS.split(), "--data", str(path)]
+    return [*OPTIONS.split(), *PLAIN, "--data", str(path)]
 
 
 @pytest.mark.long
