@@ -19,7 +19,7 @@ from helpers import (
     nudged,
     replaced,
 )
-from input_helpers import SMALL, change
+from input_helpers import PLAIN, SMALL, change
 from scipy import stats
 from wrapper_helpers import SGD, flat
 
@@ -199,7 +199,7 @@ def test_every_seed_draws_its_own_and_the_options_are_those_of_the_attack():
 def test_a_run_under_attack_scores_the_honest_and_counts_how_often_a_backdoor_opens(tmp_path):
     change()(tmp_path / "data.npz")
     out = tmp_path / "out"
-    words = [*SMALL, "--data", str(tmp_path / "data.npz"), "--partition", "iid", "--out", str(out)]
+    words = [*SMALL, *PLAIN, "--data", str(tmp_path / "data.npz"), "--partition", "iid", "--out", str(out)]
     words += ["--clients", "4", "--seeds", "0:2", "--attack", "backdoor:share=0.25:boost=5"]
     Plan("run", parse(["run", "--method", "fedit", *words])[1]).execute()
     held, summary = (json.loads((out / f"{name}.json").read_text()) for name in ("config", "summary"))

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from input_helpers import SMALL, change, refused
+from input_helpers import PLAIN, SMALL, change, refused
 
 from experiments.__main__ import main
 from experiments.engine import methods
@@ -64,7 +64,7 @@ def here(tmp_path, monkeypatch):
 
 def run(monkeypatch, *options):
     """The folder that is written."""
-    fixed = "--data data.npz --adapt-last 1 --partition iid --eval-every 2".split()
+    fixed = [*PLAIN, *"--data data.npz --partition iid --eval-every 2".split()]
     monkeypatch.setattr(sys, "argv", ["experiments", *options, *SMALL, *fixed])
     main()
 

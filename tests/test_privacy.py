@@ -25,7 +25,7 @@ from helpers import (
     nudged,
     replaced,
 )
-from input_helpers import change
+from input_helpers import PLAIN, change
 from jax.interpreters.partial_eval import dce_jaxpr
 from scipy import optimize, stats
 from test_wrapper_order import built
@@ -195,8 +195,9 @@ def test_an_account_goes_on_over_resume(tmp_path, monkeypatch):
     options = (
         f"compare --methods {name} --clients 4 --clients-per-round 2 --sampling poisson --dropouts 0.2 --rounds 4 "
         "--holdout-clients 1 --partition iid --minimum 4 --checkpoint-every 2 --local-steps 1 --batch 4 --rank 2 "
-        f"--adapt-last 1 --seeds 1 --data {tmp_path / 'data.npz'} --out"
+        f"--seeds 1 --data {tmp_path / 'data.npz'}"
     ).split()
+    options += [*PLAIN, "--out"]
 
     def block(self, run):
         left[0] -= 1

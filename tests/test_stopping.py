@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_bad_input import change
+from input_helpers import PLAIN, change
 
 from experiments import start
 from experiments.__main__ import main
@@ -73,7 +73,8 @@ def small(tmp_path):
     change()(tmp_path / "data.npz")
     return [
         *"run --method fedit --clients 3 --holdout-clients 1 --partition iid --minimum 4 --rounds 3 --seeds 2".split(),
-        *"--local-steps 1 --batch 4 --adapt-last 1 --checkpoint-every 1 --data".split(),
+        *PLAIN,
+        *"--local-steps 1 --batch 4 --checkpoint-every 1 --data".split(),
         str(tmp_path / "data.npz"),
     ]
 
