@@ -228,7 +228,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.long
 @pytest.mark.timeout(300 if EVERY > 1 else 3000)  # all cases of `options` take four minutes on two busy cores
 @pytest.mark.parametrize("section", SECTIONS)
 def test_bad_input_is_refused(section, place, compilations):
