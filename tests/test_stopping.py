@@ -43,12 +43,20 @@ def process(work: str, before: str = "") -> subprocess.Popen:
     return child
 
 
+def ended(child: subprocess.Popen) -> tuple[str, str]:
+    """Its output and errors; one that does not end is not left behind."""
+    try:
+        return child.communicate(timeout=20)
+    finally:
+        child.kill()
+
+
 @pytest.mark.parametrize("work", WORK)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_one_line_and_its_exit_code_whatever_is_being_done(number, work):
     child = process(WORK[work])
     child.send_signal(number)
-    _, errors = child.communicate(timeout=20)
+    _, errors = ended(child)
     assert errors == f"\nstopped by {number.name}; to go on: this\n"
     assert child.returncode == 128 + number
 
@@ -57,7 +65,7 @@ def test_what_is_ignored_stays_ignored():
     """As under nohup."""
     child = process("time.sleep(1); print('done')", "signal.signal(signal.SIGHUP, signal.SIG_IGN)")
     child.send_signal(signal.SIGHUP)
-    output, errors = child.communicate(timeout=20)
+    output, errors = ended(child)
     assert (output, errors, child.returncode) == ("done\n", "", 0)
 
 
