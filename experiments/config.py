@@ -123,6 +123,15 @@ def check(config: Config) -> None:
         )
     if config.rounds_between_checkpoints() % config.eval_every:
         raise ValueError(f"--checkpoint-every {config.checkpoint_every} is no multiple of --eval-every")
+    _check_steps(config)
+    if config.augment and config.prefix == "stored":
+        raise ValueError("--augment makes other images in every step, and --prefix stored keeps what one makes of each")
+    if config.seeds_at_once is not None and len(config.seeds) % config.seeds_at_once:
+        raise ValueError(f"--seeds-at-once {config.seeds_at_once} does not divide {len(config.seeds)} seeds")
+
+
+def _check_steps(config: Config) -> None:
+    """Refuse numbers of local steps that do not go together."""
     if config.local_steps_from is not None and config.local_steps_from > config.local_steps:
         raise ValueError(
             f"--local-steps-from {config.local_steps_from} is more than --local-steps {config.local_steps}"
@@ -133,12 +142,13 @@ def check(config: Config) -> None:
             f"--local-epochs {config.local_epochs:g} and --local-steps {config.local_steps} both say how much each "
             "client does: give one of them"
         )
+    if config.stragglers and config.local_epochs is None and config.local_steps == 1:
+        raise ValueError(
+            f"--stragglers {config.stragglers:g}: clients stop before their last local step, and --local-steps 1 has "
+            "no step before it: raise it, or leave --stragglers out"
+        )
     if config.local_steps_from is not None and config.local_epochs is not None:
         raise ValueError("--local-epochs and --local-steps-from both say how much each client does: give one of them")
-    if config.augment and config.prefix == "stored":
-        raise ValueError("--augment makes other images in every step, and --prefix stored keeps what one makes of each")
-    if config.seeds_at_once is not None and len(config.seeds) % config.seeds_at_once:
-        raise ValueError(f"--seeds-at-once {config.seeds_at_once} does not divide {len(config.seeds)} seeds")
 
 
 def _check_lists(config: Config) -> None:

@@ -198,7 +198,8 @@ def poisoned(attack: Attack, cohort: Cohort) -> Cohort:
         return cohort
     if isinstance(cohort.malicious, tuple):
         raise ValueError("an attack needs to know whose it is: give Population(malicious=[N]) or Cohort(malicious=[C])")
-    if attack.poison is None:
+    poison = attack.poison
+    if poison is None:
         return cohort
 
     def of(examples: Any) -> Any:
@@ -206,7 +207,7 @@ def poisoned(attack: Attack, cohort: Cohort) -> Cohort:
             return examples._replace(examples=of(examples.examples))
         if not isinstance(examples, tuple) or len(examples) != 2:
             raise ValueError(f"an attack on data changes examples (inputs, labels), got {type(examples).__name__}")
-        return jax.tree.map(lambda x, y: _theirs(cohort.malicious, x, y), examples, attack.poison(examples))
+        return jax.tree.map(lambda x, y: _theirs(cohort.malicious, x, y), examples, poison(examples))
 
     return cohort._replace(batches=of(cohort.batches), queries=of(cohort.queries) if cohort.queries != () else ())
 

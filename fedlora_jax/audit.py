@@ -6,7 +6,9 @@ A true and a false positive rate that are counted are known to a Clopper-Pearson
 stated confidence: Jagielski et al., *Auditing Differentially Private Machine Learning*, NeurIPS 2020, arXiv 2006.07709.
 What finds examples that a model was trained on is the likelihood ratio attack, Carlini et al., *Membership Inference
 Attacks From First Principles*, S&P 2022, arXiv 2112.03570 (LiRA), and the threshold on their loss, Yeom et al., CSF
-2018, arXiv 1709.01604. That an attack finds nothing proves nothing; that it finds more than a claim allows does.
+2018, arXiv 1709.01604. What a head that is trained in full says of a single example: Zhao et al., *iDLG*, 2020, arXiv
+2001.02610 (its label), and Geiping et al., *Inverting Gradients*, NeurIPS 2020, arXiv 2003.14053 (its features). That
+an attack finds nothing proves nothing; that it finds more than a claim allows does.
 """
 
 from __future__ import annotations
@@ -102,3 +104,20 @@ def likelihood_ratios(losses: np.ndarray, members: np.ndarray) -> np.ndarray:
     inside, outside = without(members), without(~members)
     variance = np.var(np.where(members, x - inside, x - outside)) + 1e-12
     return ((x - outside) ** 2 - (x - inside) ** 2) / (2 * variance)
+
+
+def of_one_example(kernel: np.ndarray, bias: np.ndarray) -> tuple[int, np.ndarray]:
+    """The label and the features, up to their length, of the one example that moved a softmax's head by one step.
+
+    Its gradient is ``h (p - y)^T`` and ``p - y``: only the label's bias goes up, and every column of the kernel is the
+    features times what that of the bias is.
+
+    Args:
+      kernel: ``[d, classes]`` how the head's kernel has changed.
+      bias: ``[classes]`` how its bias has.
+
+    Returns:
+      The label, and the features ``[d]`` of norm 1, those that fit all columns best; 0 where nothing moved.
+    """
+    features = np.float64(kernel) @ np.float64(bias)
+    return int(np.argmax(bias)), features / max(float(np.linalg.norm(features)), 1e-300)

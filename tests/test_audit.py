@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ADAPTER, BASE, CLASSES, KEY, cohort, jit, loss_fn, normalised
+from helpers import ADAPTER, BASE, CLASSES, KEY, cohort, features, jit, logits, loss_fn, normalised
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -13,6 +13,7 @@ from fedlora_jax import accountant, audit, training
 from fedlora_jax.clients import Sampling
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.wrappers import innermost
+from fedlora_jax.wrappers.dp_sgd import dp_sgd
 from fedlora_jax.wrappers.privacy import dp
 
 DELTA, TEN = 1e-5, Sampling(10, 10)
@@ -43,17 +44,20 @@ def test_a_bound_is_as_often_above_the_truth_as_it_may_be():
     assert max(audit.epsilon_at_least(rng.normal(0, z, 200), rng.normal(0, z, 200)) for _ in range(40)) < 0.3
 
 
-def canaries(z, bound, there, trials=2000):
-    """How far the server's model went where a canary's update points, ``[trials]``, in parts of that."""
-    method, c = dp(fedit(), TEN, 1, bound, z, delta=DELTA), normalised(cohort(clients=10, weights=[1] * 10))
+def canaries(z, bound, there, rounds=1, trials=2000):
+    """How far the server's model went where a canary's updates point, in all rounds together; ``[trials]``, in parts of
+    one of them."""
+    method, c = dp(fedit(), TEN, rounds, bound, z, delta=DELTA), normalised(cohort(clients=10, weights=[1] * 10))
     size = float(sum(x.size for x in jax.tree.leaves(ADAPTER)))
     step = 3 * bound / size**0.5  # longer than it may be: it is clipped
 
     def one(key):
         state = method.init(key, ADAPTER)
-        sent = method.dispatch(BASE, state, c)
-        moved = jax.tree.map(lambda x: x.at[0].add(step * there), sent.adapter)
-        new = innermost(method.aggregate(BASE, state, c, sent, moved)).adapter
+        for _ in range(rounds):
+            sent = method.dispatch(BASE, state, c)
+            moved = jax.tree.map(lambda x: x.at[0].add(step * there), sent.adapter)
+            state = method.aggregate(BASE, state, c, sent, moved)
+        new = innermost(state).adapter
         return sum(jnp.sum(x - y) for x, y in zip(*map(jax.tree.leaves, (new, ADAPTER)), strict=True))
 
     along = jit(jax.vmap(one))(jax.random.split(jax.random.fold_in(KEY, int(there)), trials))
@@ -70,6 +74,48 @@ def test_a_claim_of_noise_lies_above_what_a_canary_measures_and_one_of_too_littl
     honest = audited(z)
     assert 0 < honest < claimed
     assert audited(z / 4) > claimed
+
+
+@pytest.mark.long
+def test_several_rounds_together_tell_no_more_than_is_claimed_of_all_and_more_where_noise_is_too_little():
+    """Four rounds of noise multiplier 4 are one of 2; those of 1 tell more."""
+    pytest.importorskip("dp_accounting")
+    all_of = accountant.epsilons(4.0, TEN, 4, DELTA)[-1]
+    np.testing.assert_allclose(all_of, epsilon_of(2.0), rtol=1e-6)
+    audited = lambda z: audit.epsilon_at_least(*(canaries(z, 0.5, there, 4) for there in (True, False)), DELTA)
+    assert 0 < audited(4.0) < all_of
+    assert audited(1.0) > all_of
+
+
+def test_one_example_is_read_off_the_step_of_a_head_unless_it_is_bounded_and_noised():
+    """Its label, and its features, of which the mean of all others is the guess that costs nothing."""
+    rng, count = np.random.default_rng(0), 40
+    x, y = jnp.asarray(rng.normal(size=(count, 6)) + 0.5, jnp.float32), jnp.asarray(rng.integers(0, CLASSES, count))
+    mask, truth = jax.tree.map(jnp.ones_like, ADAPTER), np.asarray(features(BASE, ADAPTER, x), np.float64)
+    plain = lambda base, adapter, batch, key: optax.softmax_cross_entropy_with_integer_labels(
+        logits(base, adapter, batch[0]), batch[1]
+    ).mean()
+
+    def found(method):
+        local = training.make_local(method, plain, optax.sgd(0.5))
+        one = lambda x, y, key: local(BASE, ADAPTER, mask, ADAPTER, (x[None, None], y[None, None]), key)[0]["head"]
+        head = jit(jax.vmap(one))(x, y, jax.random.split(KEY, count))
+        kernel, bias = (np.asarray(head[name] - ADAPTER["head"][name]) for name in ("kernel", "bias"))
+        labels, like = zip(*map(audit.of_one_example, kernel, bias), strict=True)
+        return np.mean(np.asarray(labels) == np.asarray(y)), cosines(np.asarray(like), truth)
+
+    right, near = found(fedit())
+    guess = (truth.sum(0) - truth) / (count - 1)
+    assert right == 1
+    assert near > 0.999 > cosines(guess, truth) + 0.1
+    right, near = found(dp_sgd(fedit(), 1, 1, bound=0.5, noise=4.0))
+    assert right < 0.6
+    assert abs(near) < 0.4
+
+
+def cosines(a, b):
+    """The mean over rows."""
+    return np.mean(np.sum(a * b, 1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
 
 
 def test_the_area_is_that_of_scikit_learn():

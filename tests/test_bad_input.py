@@ -30,6 +30,7 @@ OPTIONS = {
         "run --method hyperlora --signature group",
         "--signature group: data has no columns",
     ),
+    "stragglers of a single step": ("run --method fedit --stragglers 0.5 --local-steps 1", "no step before it"),
     "all of the training images set apart": ("run --method fedit --validation 1", "below 1"),
     "more blocks than there are": ("run --method fedit --adapt-last 5", "choose 1 to 3"),
     "budgets without unseen clients": ("budget --methods fedit {small}", "--holdout-clients 0"),
