@@ -21,14 +21,14 @@ import jax
 import numpy as np
 import pytest
 from fault_helpers import COMMANDS, ERRORS, GOES_ON, SIZES, Ended, Process, arguments, content, damage, newest
-from input_helpers import PLAIN, change
+from input_helpers import change
 
 from experiments.__main__ import main
 from experiments.commands import compare
 from experiments.engine.resident import Resident
 
 FAULTS, SOAK = (int(os.environ.get(name, default)) for name, default in (("FAULTS", "8"), ("SOAK", "200")))
-OFTEN = dict(zip(COMMANDS, (12, 4, 1, 1, 1, 5), strict=True))  # those that take less time, more often
+OFTEN = dict(zip(COMMANDS, (12, 4, 2, 1, 1, 5), strict=True))  # those that take less time, more often
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 DAMAGES = ("truncated", "flipped", "removed")
 
@@ -95,7 +95,7 @@ def suffers(name: str, tried: Tried, rng: random.Random) -> None:
         if path and rng.random() < 0.7:
             damage(path, how := rng.choice(DAMAGES))
             tried.done[f"{name}: {'rows ' * (path == rows)}{how}"] += 1
-    trouble = {"clock": int(rng.random() < 0.7), "homeless": name == "run" and rng.random() < 0.05}
+    trouble = {"clock": int(rng.random() < 0.7), "homeless": name in GOES_ON and rng.random() < 0.1}
     if ends in ERRORS:
         trouble |= {"refuse": ERRORS[ends], "after": rng.randrange(30)}
     process = tried.start(name, out, longest=rng.randrange(200, 20_000) if ends == "too small" else None, **trouble)
@@ -137,6 +137,24 @@ def locked(path: Path, process: Process) -> bool:
     while process.runs() and not (path.exists() and mine in path.read_text()):
         time.sleep(0.02)
     return process.runs()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["budget", "run"])
+def test_a_terminal_that_is_closed_where_there_is_no_home_is_no_matter(name, tmp_path):
+    """SIGHUP once something is written, and on without a home: what random moments seldom bring to ``budget``."""
+    tried = Tried(tmp_path)
+    process = tried.start(name, out := tried.out[name], homeless=True)
+    begun = {"budget": "budget.json", "run": "metrics.jsonl"}[name]
+    while process.runs() and not ((out / begun).exists() and (out / begun).stat().st_size):
+        time.sleep(0.02)
+    process.send(signal.SIGHUP)
+    ended = process.end()
+    assert ended.code == 128 + signal.SIGHUP, ended.errors
+    assert "to go on: python -m experiments" in ended.errors.splitlines()[-1], ended.errors
+    tried.goes_on(name, ended := tried.start(name, out, homeless=True).end())
+    assert ended.code == 0, ended.errors
 
 
 @pytest.mark.long
@@ -195,8 +213,10 @@ def test_a_device_without_memory_goes_on_with_half_as_many_clients(tmp_path, mon
         return real(self, run)
 
     def rows(name):
-        more = f"--local-steps 1 --batch 4 --checkpoint-every 1 --data {tmp_path / 'data.npz'} --out {name}"
-        monkeypatch.setattr(sys, "argv", ["experiments", *small.split(), *PLAIN, *more.split()])
+        more = (
+            f"--local-steps 1 --batch 4 --adapt-last 1 --checkpoint-every 1 --data {tmp_path / 'data.npz'} --out {name}"
+        )
+        monkeypatch.setattr(sys, "argv", ["experiments", *small.split(), *more.split()])
         main()
         return [json.loads(line) for line in (Path(name) / "metrics.jsonl").read_text().splitlines()]
 
