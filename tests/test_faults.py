@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import pytest
 from fault_helpers import COMMANDS, ERRORS, GOES_ON, SIZES, Ended, Process, arguments, content, damage, newest
-from input_helpers import change
+from input_helpers import PLAIN, change
 
 from experiments.__main__ import main
 from experiments.commands import compare
@@ -213,10 +213,8 @@ def test_a_device_without_memory_goes_on_with_half_as_many_clients(tmp_path, mon
         return real(self, run)
 
     def rows(name):
-        more = (
-            f"--local-steps 1 --batch 4 --adapt-last 1 --checkpoint-every 1 --data {tmp_path / 'data.npz'} --out {name}"
-        )
-        monkeypatch.setattr(sys, "argv", ["experiments", *small.split(), *more.split()])
+        more = f"--local-steps 1 --batch 4 --checkpoint-every 1 --data {tmp_path / 'data.npz'} --out {name}"
+        monkeypatch.setattr(sys, "argv", ["experiments", *small.split(), *PLAIN, *more.split()])
         main()
         return [json.loads(line) for line in (Path(name) / "metrics.jsonl").read_text().splitlines()]
 
