@@ -15,6 +15,7 @@ from experiments.results import figures, metrics, summary
 from experiments.results.metrics import Evaluation, Metric
 from experiments.results.style import styles_of
 from fedlora_jax import attacks
+from fedlora_jax.clients import Population
 from fedlora_jax.methods.fedit import fedit
 
 N, K = 23, 4
@@ -35,7 +36,7 @@ def of_table(tuned=False):
 
 def row_of(scores, final=True):
     """The row that a run writes, of made-up scores."""
-    clients = SimpleNamespace(population=SimpleNamespace(ranks=np.full((1, N + K), 2)))
+    clients = SimpleNamespace(population=Population((), *np.full((2, 1, N + K), 2)))
     images = SimpleNamespace(domains=("ink", "chalk"), known=None)
     problem = SimpleNamespace(
         clients=clients, adapters={}, test=(None, LABEL, DOMAIN), images=images, attack=attacks.NOBODY

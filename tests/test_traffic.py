@@ -31,7 +31,7 @@ N = 4
 class Problem:
     def __init__(self, ranks):
         ranks = np.asarray([ranks])
-        self.clients = type("Clients", (), {"population": Population((), (), ranks)})  # type: ignore[arg-type]
+        self.clients = type("Clients", (), {"population": Population((), np.ones_like(ranks), ranks)})  # type: ignore[arg-type]
         self.adapters = jax.tree.map(lambda x: x[None], ADAPTER)
 
 
