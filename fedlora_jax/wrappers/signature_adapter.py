@@ -203,8 +203,8 @@ def _turned(u: Array, p: Array, moved: LoRA, seen: Array) -> Array:
 
 def _size(own: SignatureAdapterState) -> Array:
     """How large what is generated is: the root of its mean square over clients of the signatures that were seen."""
-    square = sum(jnp.einsum("ij,i...,j...->", own.second, x, x) for x in own.maps.values())
-    return product.safe_sqrt(square)
+    squares = [jnp.einsum("ij,i...,j...->", own.second, x, x) for x in own.maps.values()]
+    return product.safe_sqrt(jnp.stack(squares).sum())
 
 
 def _one_adapter(own: SignatureAdapterState, rows: Adapter) -> None:
