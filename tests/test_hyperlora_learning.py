@@ -216,6 +216,7 @@ def test_a_frozen_theta_serves_and_stays():
     assert norm(one - two) > 0
 
 
+@pytest.mark.long
 def test_the_report_is_zero_for_flexlora_and_says_what_was_learned():
     fresh, state = compiled("hyperlora").start, compiled("hyperlora").state
     report = jit(built(learner).report)

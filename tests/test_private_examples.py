@@ -82,7 +82,10 @@ def quiet_loss(base, adapter, batch, key):
     return batch.mean(values) if padded else values.mean()
 
 
-@pytest.mark.parametrize("name", ["fedit", "ditto", "fedsa_lora"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("ditto", "fedsa_lora")]
+
+
+@pytest.mark.parametrize("name", ["fedit", *LONG])
 def test_without_noise_and_bound_it_is_plain_training(name):
     """Over whole rounds: clients stop within a batch, some do not answer, ranks differ."""
     make = METHODS[name]
