@@ -358,8 +358,8 @@ def test_feddecorr_is_one_to_the_table_as_fedlc_but_for_what_takes_the_place_of_
     assert not goes("fedga", "feddecorr")
 
 
-def test_dp_sgd_is_one_to_the_table_as_fedlc_but_for_losses_that_weigh_clients_or_are_of_whole_batches():
-    assert not any(goes(*pair) for name in ("qffl", "afl", "fedbc", "fedga", "feddecorr")
+def test_dp_sgd_is_one_to_the_table_as_fedlc_but_for_losses_that_weigh_clients_or_are_of_several_examples():
+    assert not any(goes(*pair) for name in ("qffl", "afl", "fedbc", "fedga", "feddecorr", "fedlc")
                    for pair in ((name, "dp_sgd"), ("dp_sgd", name)))  # fmt: skip
     for other in MADE.keys() - {"qffl", "fedbc", "fedga", "fedlc"}:
         assert goes("dp_sgd", other) == goes("fedlc", other)

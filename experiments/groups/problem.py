@@ -27,8 +27,8 @@ class Run:
     )
     data: str = option(
         "digits",
-        "digits (built in; or digits:domain, :rotation, :concept, :mixed), a .npz file, a folder of images "
-        "([train|test/][DOMAIN/]CLASS/IMAGE), tfds:NAME[/CONFIG,...][:VERSION], hf:NAME[:CONFIG] or a "
+        "digits (built in, or digits: and domain, rotation, hue, contrast, blur, concept, mixed), a .npz file, a "
+        "folder of images ([train|test/][DOMAIN/]CLASS/IMAGE), tfds:NAME[/CONFIG,...][:VERSION], hf:NAME[:CONFIG] or a "
         "folder that Hugging Face's datasets saved",
     )
     weights: str = option(

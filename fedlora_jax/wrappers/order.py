@@ -41,12 +41,15 @@ def _set(*names: str) -> frozenset[str]:
 
 _EXAMPLES = "noise of dp_sgd covers gradients, and not the losses that weigh clients here"
 _WHOLE = "it is about the examples of a batch together, and dp_sgd looks at one at a time"
+_OTHERS = "its loss of one example depends on how many others the client has, which no noise of dp_sgd covers"
 
 REFUSED = (
     Refused(_set("dp_sgd"), FAIR | {"fedbc"}, _EXAMPLES, "leave one out"),
     Refused(FAIR | {"fedbc"}, _set("dp_sgd"), _EXAMPLES, "leave one out"),
     Refused(_set("dp_sgd"), _set("fedga", "feddecorr"), _WHOLE, "leave one out"),
     Refused(_set("fedga", "feddecorr"), _set("dp_sgd"), _WHOLE, "leave one out"),
+    Refused(_set("dp_sgd"), _set("fedlc"), _OTHERS, "leave one out"),
+    Refused(_set("fedlc"), _set("dp_sgd"), _OTHERS, "leave one out"),
     Refused(
         _set("dp"),
         SERVER,
