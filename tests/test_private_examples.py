@@ -16,7 +16,7 @@ from experiments.engine.accounts import Accounts
 from experiments.engine.facts import acceptable, facts_of
 from experiments.results import spent
 from experiments.setup import descriptions
-from fedlora_jax import clients, rounds, training
+from fedlora_jax import audit, clients, rounds, training
 from fedlora_jax.batches import Padded
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.wrappers import dp_sgd as wrapper
@@ -131,6 +131,29 @@ def test_epsilon_is_that_of_dp_accounting(noise, count, delta):
     np.testing.assert_allclose(wrapper.spent(noise, count, delta), theirs.get_epsilon(delta), rtol=1e-3)
     found = wrapper.noise_for(2.0, count, delta)
     assert wrapper.spent(found, count, delta) <= 2 < wrapper.spent(0.99 * found, count, delta)
+
+
+def test_what_a_canary_measures_lies_below_what_is_claimed_of_an_example_that_is_in_a_batch_twice():
+    """In both of two rounds, and above what would be claimed if twice in a batch were one use; a quarter of the noise
+    breaks the claim.
+
+    Counted or not at its place, the number of examples stays; all others have gradients of zero.
+    """
+    pytest.importorskip("dp_accounting")
+    z, bound, delta, width, trials = 2.0, 0.5, 1e-2, 50, 4000
+
+    def sums(z, there):
+        one = jnp.full(width, 3 * bound / width**0.5) * there  # longer than it may be: it is cut
+        g = {"a": jnp.zeros((6, width)).at[:2].set(one)}
+        draw = lambda key: 6 * private_sum(bound, z, g, jnp.ones(6, bool), key)["a"].sum() / (bound * width**0.5)
+        both = lambda key: sum(draw(k) for k in jax.random.split(key))
+        return np.asarray(jit(jax.vmap(both))(jax.random.split(jax.random.fold_in(KEY, there), trials)))
+
+    audited = lambda z: audit.epsilon_at_least(sums(z, 1), sums(z, 0), delta)
+    count = 2 * uses(1, 2, 2)  # a client of one example, whose batch has it twice
+    assert count == 8
+    assert wrapper.spent(z, 2, delta) < audited(z) < wrapper.spent(z, count, delta)
+    assert audited(z / 4) > wrapper.spent(z, count, delta)
 
 
 def test_uses_are_at_least_those_of_what_is_drawn():

@@ -189,7 +189,7 @@ def _in_parallel(one: Callable[[int], Any], count: int, what: str) -> Iterator[A
     """``one(i)`` for all ``i``, in order; Pillow lets threads work side by side."""
     with (
         ThreadPoolExecutor() as pool,
-        progress.bar(count, " image", what, leave=False, delay=1) as bar,
+        progress.bar(count, "image", what, leave=False, delay=1) as bar,
     ):
         for start in range(0, count, 1024):  # no more at once than an interrupt can wait for
             for result in pool.map(one, range(start, min(count, start + 1024))):

@@ -46,7 +46,7 @@ from fedlora_jax.signatures import Signature
 
 ABOUT = About(
     "HiLoRA", "Peng et al. CVPR 2026", "2603.02785", "a, b of one tier, head", "a, b, head; leaves: nothing",
-    "to rank r", "leaf, its head", "who it is",
+    "to rank r", "leaf, its head", "who it is (its signature, with newcomers=signature)",
 )  # fmt: skip
 
 ROOT, CLUSTER, LEAF = 0, 1, 2
