@@ -16,6 +16,7 @@ from experiments.config import Config
 from experiments.results import budget_claims, budget_figures, summary
 from experiments.results.folder import sealed, write_json
 from experiments.setup import data, problem
+from fedlora_jax import fedit
 
 TAUS = ("0", "1", "2", "5", "10")
 
@@ -177,6 +178,15 @@ def test_a_small_experiment_from_the_command_line(small, tmp_path, monkeypatch, 
         assert (e["lr"], e["tau"]) == (best["lr"], best["tau"])
         assert e["passes"] == passes
         assert len(e["unseen_clients"]["10"]["seeds"]) == 2
+
+
+@pytest.mark.long
+def test_what_chooses_a_rate_is_scored_after_the_steps_that_are_asked_for(config):
+    own = dataclasses.replace(config, rounds=1, eval_every=1, batch=4, adapt_last=1, signature="constant")
+    built = problem.build(own)
+    scored = {taus: budget.program(own, built, fedit(), 1, taus)((0.5,)).clients[0] for taus in ((0, 2), (2, 1, 0))}
+    np.testing.assert_array_equal(scored[0, 2], scored[2, 1, 0][:, ::-2])
+    assert (scored[0, 2][:, 1] != scored[2, 1, 0][:, 1]).any()  # other scores than after one step
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def program(
 
         def end(arrays: Arrays, seed: Seed, run: Run) -> Array:
             memory = serving.onboard(arrays, seed, run)
-            return jnp.stack([serving.score(arrays, seed, run, memory, steps)[0] for steps in TAUS])
+            return jnp.stack([serving.score(arrays, seed, run, memory, steps)[0] for steps in taus])
 
         return Scoring(block, end)
 
