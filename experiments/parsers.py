@@ -240,8 +240,7 @@ LEFT_OUT = {
     | _META
     | _AT_ONCE
     | _HOSTS,
-    "budget": {"checkpoint_every", "dry_run", "track", "lr", "validation", "vary", "eval_clients", "novel", "attack"}
-    | {"sampling"}
+    "budget": {"checkpoint_every", "dry_run", "track", "lr", "validation", "vary", "novel", "attack", "sampling"}
     | _META
     | _WORK
     | _HOSTS

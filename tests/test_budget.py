@@ -189,6 +189,14 @@ def test_what_chooses_a_rate_is_scored_after_the_steps_that_are_asked_for(config
     assert (scored[0, 2][:, 1] != scored[2, 1, 0][:, 1]).any()  # other scores than after one step
 
 
+def test_of_many_clients_those_are_counted_that_are_scored():
+    config = Config(clients=100, holdout_clients=5, eval_clients=2, eval_every=1, rounds=1)
+    clients = np.broadcast_to([1.0, 0.5, 0.25, np.nan], (3, len(TAUS), 4))
+    held = budget._numbers(config, budget.Outcome(clients, np.zeros((3, 1)), np.zeros((3, 1))))
+    assert {held["training_clients"][t]["mean"] for t in TAUS} == {0.75}
+    assert {held["unseen_clients"][t]["mean"] for t in TAUS} == {0.25}
+
+
 @pytest.fixture(scope="module")
 def config(small):
     return Config(seeds=(0,), clients=4, holdout_clients=2, minimum=4, partition="iid", data=small)

@@ -48,7 +48,7 @@ SHARE = 0.25  # of the training images: what learning rates are chosen on
 class Outcome(NamedTuple):
     """One method under one budget, for every seed."""
 
-    clients: Array  # [seeds, taus, N + K] accuracy of each client after tau local steps
+    clients: Array  # [seeds, taus, E] accuracy of each client that is scored after tau local steps
     personal: Array  # [seeds, blocks] mean over training clients, as sent, after each block of rounds
     overall: Array  # [seeds, blocks] accuracy of the global model, mean over domains as in compare
 
@@ -143,7 +143,7 @@ def program(
 ) -> Callable[[tuple[float, ...]], Outcome]:
     """All rounds of all seeds and their scores after ``taus`` local steps, one jitted function of ``points`` learning
     rates: ``[P, ...]``."""
-    n, (chunk, _) = config.clients, choose(config, p, points)
+    (n, _), (chunk, _) = config.scored, choose(config, p, points)
     weights = jnp.asarray(metrics.alike(np.asarray(p.test[2])), jnp.float32)
 
     def scoring(method: Method, optimizer: Any) -> Scoring:
@@ -170,7 +170,7 @@ def program(
 
 
 def _numbers(config: Config, x: Outcome) -> dict[str, Any]:
-    n = config.clients
+    n, _ = config.scored
     curve = lambda clients: {str(t): summary.spread(_known(clients[:, i])) for i, t in enumerate(TAUS)}
     return {
         "training_clients": curve(x.clients[:, :, :n]),
