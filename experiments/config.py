@@ -46,9 +46,15 @@ class Config(
         return tuple(itertools.islice(itertools.cycle(self.partition_seed or self.seeds), len(self.seeds)))
 
     @property
+    def sharing_seeds(self) -> int:
+        """Devices that share the seeds, whole runs: all of one host where fewer are idle then, else 1."""
+        most = lambda n: -(-n // self.devices) / n  # of all work, what the device has that has most of it
+        return self.devices if self.hosts == 1 and most(len(self.seeds)) < most(self.cohort) else 1
+
+    @property
     def sharing(self) -> int:
-        """Devices that share the clients, of all processes."""
-        return self.devices * self.hosts
+        """Devices that share the clients of one seed, of all processes."""
+        return self.devices * self.hosts // self.sharing_seeds
 
     @property
     def scored(self) -> tuple[int, int]:

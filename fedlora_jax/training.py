@@ -161,29 +161,34 @@ def of_round(optimizer: Optimizer, round: Array | int | None) -> optax.GradientT
     return optimizer(round)  # type: ignore[arg-type]
 
 
-def map_clients(f: Callable, rows: Any, chunk: int | None, mesh: Mesh | None = None) -> Any:
-    """``vmap(f)`` over the leading axis, at most ``chunk`` clients at once on each device of ``mesh``.
+def map_clients(
+    f: Callable, rows: Any, chunk: int | None, mesh: Mesh | None = None, common: tuple[Any, ...] = ()
+) -> Any:
+    """``vmap`` of ``f(row, *common)`` over rows, at most ``chunk`` clients at once on each device of ``mesh``.
 
-    Where clients do not divide among the devices, the last one is computed again to fill up, and dropped.
+    Where clients do not divide among the devices, the last one is computed again to fill up, and dropped. Arrays from
+    which ``f`` takes rows have to be among what is ``common``: those of a closure are not where a device computes.
     """
     clients = jax.tree.leaves(rows)[0].shape[0]
     if mesh is not None and mesh.size > 1:
         mesh, spare = Mesh(mesh.devices, mesh.axis_names), -clients % mesh.size  # whatever the type of its axes
         part = PartitionSpec(mesh.axis_names)
-        share = lambda rows: map_clients(f, rows, chunk)
+        share = lambda rows, common: map_clients(f, rows, chunk, common=common)
         fill = lambda x: jnp.concatenate([x, jnp.broadcast_to(x[-1:], (spare, *x.shape[1:]))])
         full = jax.tree.map(fill, rows) if spare else rows
-        out = jax.shard_map(share, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(full)
+        specs = part, PartitionSpec()
+        out = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False)(full, common)
         return jax.tree.map(lambda x: x[:clients], out) if spare else out
+    one = lambda row: f(row, *common)
     if chunk == 1:  # without an axis of clients: a stack of one would turn every product into a batched one
-        return jax.lax.map(f, rows)
+        return jax.lax.map(one, rows)
     if chunk is None or chunk == clients:
-        return jax.vmap(f)(rows)
+        return jax.vmap(one)(rows)
     if not 1 <= chunk <= clients or clients % chunk:
         fits = [c for c in range(1, clients + 1) if clients % c == 0]
         raise ValueError(f"chunk {chunk} does not divide a cohort of {clients} clients: choose one of {fits}")
     stacked = jax.tree.map(lambda x: x.reshape(clients // chunk, chunk, *x.shape[1:]), rows)
-    out = jax.lax.map(jax.vmap(f), stacked)
+    out = jax.lax.map(jax.vmap(one), stacked)
     return jax.tree.map(lambda x: x.reshape(clients, *x.shape[2:]), out)
 
 

@@ -16,6 +16,7 @@ from quick import QUICK
 
 from experiments.__main__ import main
 from experiments.commands import compare
+from experiments.config import Config
 
 HERE = Path(__file__).parent
 
@@ -116,6 +117,56 @@ assert_near(shared, results("flexlora", None), 1e-5)
         count=2,
         port=port,
     )
+
+
+@pytest.mark.long
+def test_devices_share_seeds_where_fewer_are_idle_then(tmp_path):
+    """Of rounds of three clients: images that are there or staged, and a sweep, whose points are runs."""
+    processes(
+        """
+import json, sys
+from pathlib import Path
+import numpy as np
+from input_helpers import PLAIN, SMALL, change
+from experiments.__main__ import main
+from experiments.results import report
+
+folder = Path({folder!r})
+change()(folder / "data.npz")
+report.write = lambda *_: ""
+
+def summary(*more):
+    out = folder / "-".join(more)
+    own = [*SMALL, *PLAIN, "--seeds", "2", "--partition", "iid", "--clients-per-round", "3", "--lr", "0.3"]
+    sys.argv = ["experiments", *more, "--data", str(folder / "data.npz"), "--out", str(out)]
+    sys.argv += own[:-2] if more[0] == "sweep" else own
+    main()
+    return json.loads((out / "summary.json").read_text())
+
+run = lambda *more: summary("run", "--method", "flexlora", *more)["methods"]["flexlora"]
+one, two = run(), ("--devices", "2")
+(point,) = summary("sweep", "--methods", "flexlora", "--lrs", "0.3", *two)["entries"]
+for other in (run(*two), run(*two, "--images", "staged"), point):
+    for name in ("global_accuracy", "personal_accuracy", "personal_accuracy_tuned", "bias"):
+        np.testing.assert_allclose(other[name]["last5"]["seeds"], one[name]["last5"]["seeds"], atol=1e-4)
+""",
+        devices=2,
+        folder=str(tmp_path),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sharing"),
+    [
+        ({"devices": 2, "clients": 12}, (1, 2)),  # 12 clients divide, 5 seeds do not
+        ({"devices": 2, "clients": 5, "seeds": (0, 1)}, (2, 1)),
+        ({"devices": 2, "clients": 4, "seeds": (0, 1)}, (1, 2)),
+        ({"devices": 8, "clients": 12, "clients_per_round": 3}, (8, 1)),
+    ],
+)
+def test_who_is_shared_is_what_leaves_fewer_devices_idle(options, sharing):
+    config = Config(**options)
+    assert (config.sharing_seeds, config.sharing) == sharing
 
 
 @pytest.mark.long

@@ -11,12 +11,11 @@ import jax
 
 from experiments.config import Config
 from experiments.engine import parts, programs
-from experiments.engine.chunking import choose
+from experiments.engine.chunking import choose, map_runs
 from experiments.engine.evaluation import Serving, is_mapped, nothing, subspaces
 from experiments.engine.kept import Rows
 from experiments.setup.local_training import make_optimizer
 from experiments.setup.problem import Arrays, Problem, Seed
-from fedlora_jax import training
 from fedlora_jax.method import Method
 from fedlora_jax.rounds import Run
 
@@ -65,30 +64,33 @@ def make_calls(
     mapped = is_mapped(config, problem)
 
     def train(base, shown: Shown, everyone: Seed, runs: Run, rows: Rows):
-        def one(row):
+        def one(row, base, images):
             seed, run, own = row
             given = (run._replace(memory=own.memory), seed.key, own.ids, own.places) if hosted else (run, seed.key)
-            return block(base, shown.train, seed.clients.training(config.clients), *given)
+            return block(base, images, seed.clients.training(config.clients), *given)
 
-        new, info = training.map_clients(one, (shown.seeds(everyone), shown.of(runs), rows), at_once)
+        of_seeds = shown.seeds(everyone), shown.of(runs), rows
+        new, info = map_runs(one, of_seeds, at_once, config, base, shown.train)
         kept, new = (new.memory, new._replace(memory=())) if hosted else ((), new)
         put = lambda x, own: jax.lax.dynamic_update_slice_in_dim(x, own, shown.first, 0)
         return jax.tree.map(put, runs, new), kept, info
 
     def trials(base, shown: Shown, everyone: Seed, runs: Run):
         find = serving.strangers if hosted else serving.onboard
-        one = lambda row: find(Arrays(base, shown.train, ()), *row)  # type: ignore[arg-type]
-        return training.map_clients(one, (shown.seeds(everyone), shown.of(runs)), at_once)
+        one = lambda row, arrays: find(arrays, *row)
+        arrays = Arrays(base, shown.train, ())  # type: ignore[arg-type]
+        return map_runs(one, (shown.seeds(everyone), shown.of(runs)), at_once, config, arrays)
 
     def score(steps: int, read: Callable, base, shown: Shown, everyone: Seed, runs: Run, memory, ids, places):
         arrays = Arrays(base, shown.train, shown.test)
         own = memory if hosted else jax.tree.map(lambda x: x[:, ids], memory)
-        one = lambda row: serving.part(arrays, *row, steps, read, ids, places)
-        return training.map_clients(one, (shown.seeds(everyone), shown.of(runs), own), at_once)
+        one = lambda row, arrays, ids, places: serving.part(arrays, *row, steps, read, ids, places)
+        return map_runs(one, (shown.seeds(everyone), shown.of(runs), own), at_once, config, arrays, ids, places)
 
     def whole(base, test, everyone: Seed, runs: Run, nobody: Any):
-        one = lambda row: serving.whole(Arrays(base, (), test), *row)  # type: ignore[arg-type]
-        return training.map_clients(one, (everyone, runs, nobody), at_once)
+        one = lambda row, arrays: serving.whole(arrays, *row)
+        arrays = Arrays(base, (), test)  # type: ignore[arg-type]
+        return map_runs(one, (everyone, runs, nobody), at_once, config, arrays)
 
     sent, tuned = (
         partial(score, 0, nothing),

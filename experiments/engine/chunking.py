@@ -14,13 +14,14 @@ from jax.sharding import AxisType, Mesh
 from experiments.config import Config
 from experiments.setup.memory import bytes_of, largest
 from experiments.setup.problem import Problem
+from fedlora_jax.training import map_clients
 
 CACHE = 4 * 2**20  # bytes: a CPU loses time where the arrays of one operation outgrow its caches
 SHARE = 0.6  # of an accelerator's memory, for what clients keep for their backward pass
 
 
 def mesh_of(devices: int) -> Mesh | None:
-    """The devices that share a cohort, so many of each process, where there is more than one in all.
+    """The devices that share a cohort or seeds, so many of each process, where there is more than one in all.
 
     Raises:
       ValueError: there are fewer devices than asked for.
@@ -31,7 +32,22 @@ def mesh_of(devices: int) -> Mesh | None:
         more = f"XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes a CPU count as more"
         raise ValueError(f"--devices {devices}: jax finds {jax.local_device_count()} ({more})")
     found = [d for i in range(jax.process_count()) for d in jax.local_devices(process_index=i)[:devices]]
-    return jax.make_mesh((len(found),), ("clients",), axis_types=(AxisType.Auto,), devices=found)
+    return jax.make_mesh((len(found),), ("shared",), axis_types=(AxisType.Auto,), devices=found)
+
+
+def mesh_of_clients(config: Config) -> Mesh | None:
+    """The devices that share a cohort, or ``None`` where one computes all of it."""
+    return mesh_of(config.devices) if config.sharing_seeds == 1 else None
+
+
+def map_runs(f: Callable, rows: Any, at_once: int, config: Config, *common: Any) -> Any:
+    """``vmap`` of ``f(row, *common)`` over runs, at most so many at once on each of the devices that share them."""
+    return map_clients(f, rows, at_once, mesh_of(config.devices) if config.sharing_seeds > 1 else None, common)
+
+
+def runs_of(config: Config, problem: Problem, points: int = 1) -> int:
+    """Runs of one device: every seed at each of ``points``, or its part of them."""
+    return -(-points * problem.keys.shape[0] // config.sharing_seeds)
 
 
 def choose(config: Config, problem: Problem, points: int = 1) -> tuple[int, int]:
@@ -40,7 +56,7 @@ def choose(config: Config, problem: Problem, points: int = 1) -> tuple[int, int]
     A CPU takes one run after another.
     """
     clients = -(-config.cohort // config.sharing)
-    runs = points * problem.keys.shape[0]
+    runs = runs_of(config, problem, points)
     fit = at_once(problem.loss_fn, *one_step(config, problem))
     cpu = jax.default_backend() == "cpu"
     together = divisor(runs, config.seeds_at_once or (1 if cpu else fit // clients))

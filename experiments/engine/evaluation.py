@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments.config import Config
-from experiments.engine.chunking import divisor, mesh_of
+from experiments.engine.chunking import divisor, mesh_of_clients
 from experiments.results import client_map
 from experiments.setup.problem import Arrays, Clients, Problem, Seed, own_accuracy
 from fedlora_jax import clustering, lora, rounds
@@ -68,7 +68,7 @@ def make_serving(config: Config, problem: Problem, method: Method, optimizer: An
     n, strange = config.scored
     total = n + strange
     longest = problem.longest or config.local_steps
-    many, own_chunk, mesh = total > GROUP, scored_at_once(total, chunk, config.sharing), mesh_of(config.devices)
+    many, own_chunk, mesh = total > GROUP, scored_at_once(total, chunk, config.sharing), mesh_of_clients(config)
     score_one = rounds.make_evaluate(method, problem.correct_fn)
     key_at = lambda key, round: partial(purpose, purpose(jax.random.fold_in(key, round), "evaluation"))
     key_of = lambda seed, run: key_at(seed.key, run.round)

@@ -103,7 +103,7 @@ def too_large(config: Config, problem: Problem, name: str, needed: Need | None) 
         f"{_size(needed.work)} to train {counted(chunk, 'client')} of {counted(together, 'seed')} at once), and there "
         f"are {_size(have)}: "
     )
-    cohort, seeds = -(-config.cohort // config.sharing), problem.keys.shape[0]
+    cohort, seeds = -(-config.cohort // config.sharing), chunking.runs_of(config, problem)
     fewer = [(s, chunk) for s in range(together - 1, 0, -1) if seeds % s == 0]  # first fewer seeds, then fewer clients
     fewer += [(1, c) for c in range(chunk - 1, 0, -1) if cohort % c == 0]
     part = lambda s, c: needed.held + math.ceil(needed.work * s * c / (together * chunk))
@@ -240,10 +240,12 @@ def unequal(problem: Problem) -> list[str]:
 def seconds(config: Config, method: Method, step: Step, scoring: Scoring, passes: float) -> tuple[float, float]:
     """Of a whole run's local steps, with ``passes`` of batches in a round, and of its evaluations.
 
-    Several devices share the clients of a round, and those that are scored; the global model each of them scores.
+    Several devices share the clients of a round, and those that are scored; the global model each of them scores. Or
+    they share seeds.
     """
     most = lambda clients: -(-clients // config.sharing)  # of one device
-    everybody, seeds, one = most(sum(config.scored)), len(config.seeds), step.seconds / step.clients
+    everybody, one = most(sum(config.scored)), step.seconds / step.clients
+    seeds = -(-len(config.seeds) // config.sharing_seeds)  # of one device
     training = config.rounds * passes / config.cohort * most(config.cohort) * one
     times = config.rounds // config.eval_every
     tuned = min(times, -(-summary.WINDOW // config.eval_every))

@@ -56,6 +56,7 @@ def sizes(config: Config, problem: Problem, method: Method, row: int) -> Sizes:
     """
     (chunk, seeds), total, unseen = choose(config, problem), sum(config.scored), config.scored[1]
     held = np.asarray(problem.clients.population.sizes)  # [S, N + K]
+    seeds = len(held) if config.sharing_seeds > 1 else seeds  # those that devices share are computed together
     batches, widest = steps_of(config, problem) * config.batch, problem.clients.test_rows.shape[-1]
     n, n_test = len(problem.train[1]), len(problem.test[1])
     fits = STAGE // bytes_of_one(problem)

@@ -13,12 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.config import Config
 from experiments.engine import hosts
-from experiments.engine.chunking import choose, mesh_of
+from experiments.engine.chunking import choose, map_runs, mesh_of, mesh_of_clients
 from experiments.engine.evaluation import Scores, make_scores
 from experiments.setup.local_training import make_optimizer
 from experiments.setup.memory import refuse_draws
 from experiments.setup.problem import Arrays, Clients, Problem, Seed
-from fedlora_jax import rounds, training
+from fedlora_jax import rounds
 from fedlora_jax.clients import Population, Sampling
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import Cohort, Method, no_learning
@@ -57,19 +57,20 @@ def make(config: Config, problem: Problem, method: Method) -> Programs:
         return jax.vmap(lambda adapter, key: rounds.start(method, key, adapter, config.clients))(adapters, keys)
 
     def train(base, train, clients: Clients, runs: Run, keys: Array):
-        one = lambda row: block(base, train, row[0].training(config.clients), row[1], row[2])
-        return training.map_clients(one, (clients, runs, keys), seeds_at_once)
+        one = lambda row, *images: block(*images, row[0].training(config.clients), row[1], row[2])
+        return map_runs(one, (clients, runs, keys), seeds_at_once, config, base, train)
 
     def evaluate(base, train, test, clients: Clients, runs: Run, keys: Array, tune: Array) -> Scores:
-        one = lambda row: scores(Arrays(base, train, test[:2]), *row, tune)
-        return training.map_clients(one, (Seed(clients, problem.adapters, keys), runs), seeds_at_once)
+        one = lambda row, arrays, tune: scores(arrays, *row, tune)
+        common = Arrays(base, train, test[:2]), tune
+        return map_runs(one, (Seed(clients, problem.adapters, keys), runs), seeds_at_once, config, *common)
 
     jit = jit_on(config.devices)
     return Programs(jit(start), jit(train, donate_argnums=3), jit(evaluate))
 
 
 def everywhere(devices: int) -> NamedSharding | None:
-    """Only clients in training are shared by devices; whatever goes in or comes out, every device has all of."""
+    """Clients or seeds are shared by devices inside; whatever goes in or comes out, every device has all of."""
     mesh = mesh_of(devices)
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
@@ -135,7 +136,7 @@ def make_runs(config: Config, problem: Problem, points: int, build: Callable[[Po
     def runs(points: Point, arrays: Arrays, everyone: Seed):
         repeated = jax.tree.map(lambda x: jnp.repeat(x, seeds), points)
         rows = (repeated, jnp.tile(jnp.arange(seeds), len(points.lr)))
-        out = training.map_clients(lambda row: one(row, arrays, everyone), rows, at_once)
+        out = map_runs(one, rows, at_once, config, arrays, everyone)
         return jax.tree.map(lambda x: x.reshape(-1, seeds, *x.shape[1:]), out)
 
     return runs, (problem.arrays(), problem.everyone())
@@ -184,7 +185,7 @@ def round_of(config: Config, problem: Problem, method: Method, optimizer: Any, c
         problem.loss_fn,
         optimizer,
         chunk=chunk,
-        mesh=mesh_of(config.devices),
+        mesh=mesh_of_clients(config),
         judge_fn=problem.judge_fn,
         attack=problem.attack,
     )

@@ -167,7 +167,8 @@ class Speed:
     )
     devices: int = option(
         1,
-        "devices that share the clients of a round or an evaluation, of a CPU parts of it; of each of --hosts so many",
+        "devices that share the clients of a round or an evaluation, or the seeds where fewer are idle then; of a CPU "
+        "parts of it; of each of --hosts so many",
         "[1, 1024]",
         decides=SPEED,
     )
