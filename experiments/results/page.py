@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 STYLE = """
-:root{color-scheme:light dark;--ink:#1c1d21;--soft:#5b5e66;--page:#fff;--head:#f3f4f6;--line:#d8dade;--link:#0b5cad}
+:root{color-scheme:light dark;--ink:#1c1d21;--soft:#5b5e66;--page:#fff;--head:#f3f4f6;--line:#d8dade;--link:#0b5cad;
+--fade:linear-gradient(90deg,#000 calc(100% - 1.5rem),transparent)}
 @media(prefers-color-scheme:dark){:root{--ink:#e7e8ea;--soft:#a3a7b0;--page:#16181b;--head:#212429;--line:#3a3e45;
 --link:#8cb9ff}}
 body{margin:0 auto;max-width:68rem;padding:1rem;background:var(--page);color:var(--ink);
@@ -21,8 +22,8 @@ pre{overflow-x:auto;padding:.7rem;background:var(--head);border-radius:6px;font-
 .wide{width:min(100vw - 3rem,94rem);margin-left:calc(50% - min(50vw - 1.5rem,47rem))}
 .wide small{display:block}.wide th:first-child{min-width:6rem}
 @media(min-width:68rem){.hint{display:none}}
-@media screen and (max-width:68rem){.wide,.drawn{mask-image:linear-gradient(90deg,#000 calc(100% - 1.5rem),transparent)}
-.wide :is(th,td):last-child{padding-right:1.5rem}}
+@media screen and (max-width:68rem){.wide{mask-image:var(--fade)}.wide :is(th,td):last-child{padding-right:1.5rem}}
+@media screen and (max-width:36rem){.drawn{mask-image:var(--fade)}}
 table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.4rem .5rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);font-weight:400}
 thead th{border-top:0;background:var(--head);vertical-align:bottom;white-space:normal;font-weight:600}
