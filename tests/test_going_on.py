@@ -245,6 +245,31 @@ def test_stages_that_are_shares_of_the_rounds_are_not_those_of_more_rounds(small
 
 
 @pytest.mark.usefixtures("untraced")
+def test_noise_that_is_given_goes_on_for_more_rounds_and_seeds_and_noise_for_an_epsilon_does_not(
+    small, tmp_path, monkeypatch
+):
+    """Where it is solved for, rounds are spent, and of seeds the smallest client that trains decides."""
+    pytest.importorskip("dp_accounting")
+    first = plan(tmp_path, *small, "--seeds", "2", "--methods", "fedit")
+    about = first.about | {"config": first.about["config"] | {"seeds": [0]}}
+
+    def go_on(methods, sizes, *more):
+        """From the first seed, where the smallest clients that train have so many images."""
+        about["config"]["methods"] = methods.split(",")
+        (tmp_path / "config.json").write_text(json.dumps(about))
+        monkeypatch.setattr(compare.prelude, "built", lambda *_, **__: first.problem._replace(fewest=sizes))
+        return plan(tmp_path, "--resume", *more).config.methods
+
+    go_on("fedit+dp:noise=2.0,fedit+dp_sgd:noise=2.0", (16, 3), "--seeds", "2", "--rounds", "20")
+    assert go_on("fedit+dp_sgd:epsilon=8.0", (16, 15), "--seeds", "2") == ("fedit+dp_sgd:epsilon=8.0",)
+    for given in ("dp:epsilon=8.0", "dp_sgd:epsilon=8.0"):
+        with pytest.raises(ValueError, match="spends its epsilon over its rounds"):
+            go_on(f"fedit+{given}", (16, 16), "--rounds", "20")
+    with pytest.raises(ValueError, match=r"noise for clients of 16 training images, .* the smallest has 3:"):
+        go_on("fedit+dp_sgd:epsilon=8.0", (16, 3), "--seeds", "2")
+
+
+@pytest.mark.usefixtures("untraced")
 def test_an_option_that_is_newer_than_a_run_is_as_by_default_there(small, tmp_path):
     about = plan(tmp_path, *small, "--methods", "fedit").about
     del about["config"]["clip_norm"]

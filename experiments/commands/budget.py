@@ -71,7 +71,7 @@ class Plan:
         self.about = prelude.about("budget", config, self.problems["test"]) | prelude.today()
         if config.resume:
             self.about = prelude.going_on(self.folder, self.about)
-        facts = facts_of(config, self.problems["test"].signature, self.problems["test"].smallest)
+        facts = facts_of(config, self.problems["test"].signature, min(self.problems["test"].fewest))
         self.built = {name: methods.build(name, **facts) for name in config.methods}
         for name, method in self.built.items():
             if "dp_sgd" in method.stack:

@@ -16,6 +16,7 @@ from experiments import progress
 from experiments.commands import prelude
 from experiments.config import Config
 from experiments.engine import forecast, hosts, methods, programs
+from experiments.engine.facts import uses
 from experiments.engine.rows import holdings
 from experiments.engine.trial import Trial
 from experiments.options import RESULTS
@@ -132,8 +133,10 @@ class Plan:
         return parts
 
     def _refuse_stages_of_other_rounds(self, folder: Folder) -> None:
+        def what(name: str) -> str:
+            return "spends its epsilon over its rounds" if "epsilon=" in name else "divides its rounds into stages"
+
         before, now = folder.held("config"), self.config.rounds
-        what = lambda name: "spends its epsilon over its rounds" if "+dp" in name else "divides its rounds into stages"
         staged = [f"{name} {what(name)}" for name in before["methods"] if methods.asks(name, "rounds")]
         if self.config.schedule != "constant":
             staged.append(f"--schedule {self.config.schedule} knows the last round")
@@ -146,12 +149,13 @@ class Plan:
     def _refuse_other_draws(self, folder: Folder) -> None:
         """Batches are drawn from lists of images as long as the largest client of any seed."""
         was, now = folder.held("record").get("largest"), self.problem.record["largest"]
-        more = len(folder.held("config")["seeds"]) < len(self.config.seeds)
+        before, fewest = len(folder.held("config")["seeds"]), self.problem.fewest
+        more = before < len(self.config.seeds)
         told = [name for name in folder.held("config")["methods"] if methods.asks(name, "uses")]
-        if more and told:
+        if told and uses(self.config, min(fewest)) != uses(self.config, min(fewest[:before])):
             raise ValueError(
-                f"{told[0]} has noise for the smallest client of the seeds so far, and others may have a smaller one: "
-                "use another --out"
+                f"{told[0]} has noise for clients of {min(fewest[:before])} training images, and with these seeds the "
+                f"smallest has {min(fewest)}: use another --out, or other seeds"
             )
         if was != now and more:
             raise ValueError(

@@ -204,7 +204,7 @@ def restored(config: Config, problem: Problem, name: str, seed: int) -> tuple[Me
             f"{name} is not finished on seed {seed}: {done} of {config.rounds}{why}; go on with --out {config.out} "
             "--resume"
         )
-    method = methods.build(name, **facts_of(config, problem.signature, problem.smallest))
+    method = methods.build(name, **facts_of(config, problem.signature, min(problem.fewest)))
     part = dataclasses.replace(config, seeds=config.seeds[start:stop])
     begin = programs.make(part, problem, method).start
     like = begin(jax.tree.map(lambda x: x[start:stop], problem.adapters), problem.keys[start:stop])

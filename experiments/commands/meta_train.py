@@ -60,7 +60,7 @@ class Plan:
         self.config = config
         self.folder = Folder("meta", config.out)
         self.problem = prelude.built(config)
-        self.method = methods.build(self.name, **facts_of(config, self.problem.signature, self.problem.smallest))
+        self.method = methods.build(self.name, **facts_of(config, self.problem.signature, min(self.problem.fewest)))
         p = self.problem
         self.seed: Seed = jax.tree.map(lambda x: x[0], p.everyone())
         state = jax.eval_shape(self.method.init, self.seed.key, self.seed.adapter)

@@ -133,7 +133,7 @@ class Plan:
 
             return Scoring(block)
 
-        build = self._builder(name, p.signature, p.smallest)
+        build = self._builder(name, p.signature, min(p.fewest))
         runs, arguments = programs.make_runs(config, p, len(self.grid), build, scoring)
         arguments = (Point(jnp.array(lrs, jnp.float32), jnp.array(values, jnp.float32)), *arguments)
         return self._traced(name, jax.jit(runs).lower, *arguments), arguments
@@ -151,7 +151,7 @@ class Plan:
     def _entries(self, name: str, info: Info, scores: Scores) -> list[dict[str, Any]]:
         """Of each point, of info ``[P, S, blocks, rounds, ...]`` and scores ``[P, S, blocks, ...]``."""
         config, about = self.config, methods.about(name)._asdict()
-        facts = facts_of(config, self.problem.signature, self.problem.smallest)
+        facts = facts_of(config, self.problem.signature, min(self.problem.fewest))
         method = methods.build(self.spec(name, self.axis.values[0]), **facts)
         rows = Rows(config, self.problem, name, method)
         entries = []

@@ -19,21 +19,26 @@ from fedlora_jax.lora import Adapter
 from fedlora_jax.signatures import Signature
 from fedlora_jax.wrappers import dp_sgd
 
-NOBODY_YET = 2**30  # examples of the smallest client, before any are dealt out
+NOBODY_YET = 2**30  # images of the smallest client, before any are dealt out
 
 
 def facts_of(config: Config, signature: Signature, smallest: int) -> dict[str, Any]:
-    """What a method can ask to be given of a run whose smallest client has so many training images."""
+    """What a method can ask to be given of a run whose smallest client that trains has so many images."""
     return {
         "participants": config.cohort,
         "sampling": Sampling(config.clients, config.cohort, config.join_rate),
         "signature": signature,
         "population": config.clients,
         "rounds": config.rounds,
-        "uses": int(dp_sgd.uses(smallest, local_training.most_examples(config, smallest), config.batch)),
+        "uses": uses(config, smallest),
         "theta": record.read_arrays(config.theta),
         "local_lr": config.lr,
     }
+
+
+def uses(config: Config, smallest: int) -> int:
+    """As how many uses of an image a round counts, at most, for a client that has so many (``dp_sgd.uses``)."""
+    return int(dp_sgd.uses(smallest, local_training.most_examples(config, smallest), config.batch))
 
 
 def acceptable(config: Config, signature: Signature, adapter: Adapter, may_stage: bool = False) -> None:

@@ -154,8 +154,13 @@ def _own(part: str, make: Callable[..., Method], facts: Mapping[str, Any], optio
 
 
 def asks(spec: str, fact: str) -> bool:
-    """Whether the method or a wrapper around it is built for this fact of the run."""
-    return any(fact in inspect.signature(make).parameters for make, _ in _parse(spec))
+    """Whether the method or a wrapper around it is built for this fact of the run.
+
+    What has an option ``epsilon`` solves for its noise where that is set; a noise that is given is the same whatever
+    the fact is.
+    """
+    takes = [(inspect.signature(make).parameters, options) for make, options in _parse(spec)]
+    return any(fact in known and ("epsilon" not in known or options.get("epsilon")) for known, options in takes)
 
 
 def _parse(spec: str) -> list[tuple[Callable[..., Method], dict[str, Any]]]:

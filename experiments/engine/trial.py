@@ -36,7 +36,7 @@ class Trial:
     def __init__(self, config: Config, problem: Problem, name: str):
         self.config, self.problem, self.name = config, problem, name
         self.leads = True  # are the first of all seeds among these?
-        self.method: Method = methods.build(name, **facts_of(config, problem.signature, problem.smallest))
+        self.method: Method = methods.build(name, **facts_of(config, problem.signature, min(problem.fewest)))
         self.rows = Rows(config, problem, name, self.method)
         self.programs: Programs = programs.make(config, problem, self.method)
         run = jax.eval_shape(self.programs.start, problem.adapters, problem.keys)

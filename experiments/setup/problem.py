@@ -95,6 +95,7 @@ class Problem(NamedTuple):
     keys: Array  # [seeds]
     signature: Signature  # the shapes of one client's
     smallest: int  # training images of the smallest client over all seeds
+    fewest: tuple[int, ...]  # of each seed, training images of the smallest client that trains
     longest: int | None  # local steps of the client that takes the most; None: all take those of the options
     loss_fn: Callable
     correct_fn: Callable  # these four as of task.Objectives
@@ -170,6 +171,7 @@ def build(
         keys=keys,
         signature=descriptions.shapes_of_one(config.signature, len(images.classes)),
         smallest=min(len(part) for parts, _, _ in made for part in parts),
+        fewest=tuple(min(len(part) for part in parts[: config.clients]) for parts, _, _ in made),
         longest=longest,
         **objectives(TASKS[config.task], top, stem, *vary, images.known, config.contrast)._asdict(),
         attack=harm,
