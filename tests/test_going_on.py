@@ -250,7 +250,10 @@ def test_noise_that_is_given_goes_on_for_more_rounds_and_seeds_and_noise_for_an_
 ):
     """Where it is solved for, rounds are spent, and of seeds the smallest client that trains decides."""
     pytest.importorskip("dp_accounting")
-    first = plan(tmp_path, *small, "--seeds", "2", "--methods", "fedit")
+    dealt = ("--partition", "dirichlet:0.5", "--minimum", "1", "--holdout-clients", "5")
+    first = plan(tmp_path, *small, *dealt, "--seeds", "2", "--methods", "fedit")
+    sizes = np.asarray(first.problem.clients.population.sizes)
+    assert first.problem.fewest == tuple(sizes[:, :3].min(1)) > (sizes[:, 3:].min(),) * 2
     about = first.about | {"config": first.about["config"] | {"seeds": [0]}}
 
     def go_on(methods, sizes, *more):
@@ -267,6 +270,21 @@ def test_noise_that_is_given_goes_on_for_more_rounds_and_seeds_and_noise_for_an_
             go_on(f"fedit+{given}", (16, 16), "--rounds", "20")
     with pytest.raises(ValueError, match=r"noise for clients of 16 training images, .* the smallest has 3:"):
         go_on("fedit+dp_sgd:epsilon=8.0", (16, 3), "--seeds", "2")
+
+
+@pytest.mark.long
+def test_accounts_of_noise_that_is_given_go_on_to_more_rounds(small, tmp_path):
+    """Both accounts, the same bytes as if all rounds had been planned."""
+    pytest.importorskip("dp_accounting")
+    options = (*small, *PLAIN, "--local-steps", "1", "--seeds", "1")
+    options += ("--methods", "fedit+dp_sgd:noise=2.0+dp:noise=2.0:delta=0.01:quantile=0.5")
+    run(tmp_path / "on", *options, "--rounds", "2")
+    run(tmp_path / "on", "--resume", "--rounds", "4")
+    rows, _ = run(tmp_path / "whole", *options, "--rounds", "4")
+    assert_as_if_at_first(tmp_path / "on", tmp_path / "whole")
+    rows = [json.loads(line) for line in rows.splitlines()]
+    for key in ("epsilon", "example_epsilon"):
+        assert (np.diff([row[key] for row in rows]) > 0).all()
 
 
 @pytest.mark.usefixtures("untraced")
