@@ -114,7 +114,7 @@ def _rdp(noise: float, sampling: Sampling, rounds: int, delta: float, last: bool
         event, between = library.SampledWithoutReplacementDpEvent(n, most, gaussian(noise / 2)), relation.REPLACE_ONE
     accountant = rdp.RdpAccountant(ORDERS, between)
     accountant.compose(event)
-    one = accountant._rdp  # of every order; to compose anew for every count would compute them again
+    one = accountant.rdp  # of every order; to compose anew for every count would compute them again
     return [float(rdp.compute_epsilon(ORDERS, count * one, delta)[0]) for count in _counts(rounds, last)]
 
 

@@ -170,8 +170,7 @@ def build(
         adapters=adapters,
         keys=keys,
         signature=descriptions.shapes_of_one(config.signature, len(images.classes)),
-        smallest=min(len(part) for parts, _, _ in made for part in parts),
-        fewest=tuple(min(len(part) for part in parts[: config.clients]) for parts, _, _ in made),
+        **_smallest(config, made),
         longest=longest,
         **objectives(TASKS[config.task], top, stem, *vary, images.known, config.contrast)._asdict(),
         attack=harm,
@@ -246,6 +245,11 @@ def _with_heads(
         return adapters
     heads = [head.prototypes(features, labels, parts[: config.clients], classes) for parts, _, _ in made]
     return head.started(adapters, heads)
+
+
+def _smallest(config: Config, made: list) -> dict[str, Any]:
+    sizes = [[len(part) for part in parts] for parts, _, _ in made]
+    return {"smallest": min(map(min, sizes)), "fewest": tuple(min(own[: config.clients]) for own in sizes)}
 
 
 def of_seeds(problem: Problem, start: int, stop: int) -> Problem:
