@@ -1,20 +1,22 @@
 """What an audit measures: a claim of privacy that holds lies above it, one that does not is found out."""
 
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ADAPTER, BASE, CLASSES, KEY, cohort, features, jit, logits, loss_fn, normalised
+from helpers import ADAPTER, BASE, CLASSES, KEY, features, jit, logits, loss_fn
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from fedlora_jax import accountant, audit, training
+from fedlora_jax import audit, training
 from fedlora_jax.clients import Sampling
 from fedlora_jax.methods.fedit import fedit
-from fedlora_jax.wrappers import innermost
 from fedlora_jax.wrappers.dp_sgd import dp_sgd
-from fedlora_jax.wrappers.privacy import dp
 
 DELTA, TEN = 1e-5, Sampling(10, 10)
 
@@ -44,47 +46,30 @@ def test_a_bound_is_as_often_above_the_truth_as_it_may_be():
     assert max(audit.epsilon_at_least(rng.normal(0, z, 200), rng.normal(0, z, 200)) for _ in range(40)) < 0.3
 
 
-def canaries(z, bound, there, rounds=1, trials=2000):
-    """How far the server's model went where a canary's updates point, in all rounds together; ``[trials]``, in parts of
-    one of them."""
-    method, c = dp(fedit(), TEN, rounds, bound, z, delta=DELTA), normalised(cohort(clients=10, weights=[1] * 10))
-    size = float(sum(x.size for x in jax.tree.leaves(ADAPTER)))
-    step = 3 * bound / size**0.5  # longer than it may be: it is clipped
-
-    def one(key):
-        state = method.init(key, ADAPTER)
-        for _ in range(rounds):
-            sent = method.dispatch(BASE, state, c)
-            moved = jax.tree.map(lambda x: x.at[0].add(step * there), sent.adapter)
-            state = method.aggregate(BASE, state, c, sent, moved)
-        new = innermost(state).adapter
-        return sum(jnp.sum(x - y) for x, y in zip(*map(jax.tree.leaves, (new, ADAPTER)), strict=True))
-
-    along = jit(jax.vmap(one))(jax.random.split(jax.random.fold_in(KEY, int(there)), trials))
-    return np.asarray(along) * 10 / (bound * size**0.5)
+@pytest.fixture(scope="module")
+def script():
+    """What ``examples/audit.py`` defines."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "examples" / "audit.py")))
 
 
 @pytest.mark.long
-def test_a_claim_of_noise_lies_above_what_a_canary_measures_and_one_of_too_little_does_not():
-    """A round of noise multiplier 2, and of a quarter of it under the same claim."""
+@pytest.mark.parametrize("which", range(3))
+def test_a_claim_of_noise_lies_above_what_a_canary_measures_and_one_of_too_little_does_not(script, which):
+    """Of a client in a round and in four rounds together, and of an example that is in batches twice."""
     pytest.importorskip("dp_accounting")
-    z, bound, claimed = 2.0, 0.5, accountant.epsilons(2.0, TEN, 1, DELTA)[-1]
-    np.testing.assert_allclose(claimed, epsilon_of(2.0), rtol=1e-6)
-    audited = lambda z: audit.epsilon_at_least(*(canaries(z, bound, there) for there in (True, False)), DELTA)
-    honest = audited(z)
-    assert 0 < honest < claimed
-    assert audited(z / 4) > claimed
+    _, z, claimed, one = script.claims()[which]
+    exact = epsilon_of(z / (1, 4, 8)[which] ** 0.5)
+    np.testing.assert_allclose(claimed, exact, rtol=1e-6)
+    assert 0.5 < script.told_apart(one, z, 4000) < claimed
+    assert script.told_apart(one, z / 4, 4000) > claimed
 
 
 @pytest.mark.long
-def test_several_rounds_together_tell_no_more_than_is_claimed_of_all_and_more_where_noise_is_too_little():
-    """Four rounds of noise multiplier 4 are one of 2; those of 1 tell more."""
-    pytest.importorskip("dp_accounting")
-    all_of = accountant.epsilons(4.0, TEN, 4, DELTA)[-1]
-    np.testing.assert_allclose(all_of, epsilon_of(2.0), rtol=1e-6)
-    audited = lambda z: audit.epsilon_at_least(*(canaries(z, 0.5, there, 4) for there in (True, False)), DELTA)
-    assert 0 < audited(4.0) < all_of
-    assert audited(1.0) > all_of
+def test_an_image_is_read_off_the_step_of_a_head(script):
+    """Of the built-in model, whose example prints what is measured."""
+    _, _, guess, plain, private = (line.split("|")[2:4] for line in script.example(8))
+    assert plain == [" 100 ", " 1.000 "]
+    assert float(private[1]) < float(guess[1]) < 0.8
 
 
 def test_one_example_is_read_off_the_step_of_a_head_unless_it_is_bounded_and_noised():
