@@ -137,7 +137,8 @@ def parsers(typed: Collection[str] = COMMANDS) -> tuple[Parser, dict[str, Parser
         prog=called,
         usage="%(prog)s COMMAND ...",
         description="Federated LoRA fine-tuning: run methods side by side, every round one compiled program.",
-        epilog=_examples(called, ("compare", "run --method hyperlora --rounds 50", "compare --help")),
+        epilog="Commands with many options show them by groups: COMMAND --help GROUP, or --help all.\n\n"
+        + _examples(called, ("compare", "run --method hyperlora --rounds 50", "compare --help clients")),
     )
     parser.add_argument("--version", action="version", version=f"fedlora-jax {fedlora_jax.__version__}")
     choices = parser.add_subparsers(prog=called, dest="command", required=True, metavar="COMMAND", parser_class=Parser)

@@ -68,6 +68,7 @@ def test_other_commands_fit_a_screen_as_they_are(command, capsys):
 def test_the_commands_and_each_bench_fit_a_screen():
     parser, _ = parsers()
     assert len(parser.format_help().splitlines()) <= SCREEN + 5
+    assert "COMMAND --help GROUP" in parser.format_help()
     assert set(FIRST) <= set(GROUPS)
     for name in BENCHES:
         with pytest.raises(SystemExit):
