@@ -151,6 +151,12 @@ def _products(jaxpr) -> int:
     return total
 
 
+def test_what_noise_costs_can_be_measured():
+    """Methods are given all facts that those of a run can ask for."""
+    name = "fedit+dp_sgd:noise=0.0+dp:noise=0.0"
+    assert {"dp", "dp_sgd"} <= set(ours.method(TOY, name).stack)
+
+
 def test_weights_and_adapters_are_those_of_the_model():
     for name, size in (("tiny", "Ti"), ("base", "B"), ("nano", "nano")):
         work = works.find(name)

@@ -20,6 +20,7 @@ from experiments.engine import chunking, methods
 from experiments.engine.facts import describe
 from fedlora_jax import lora, rounds, signatures
 from fedlora_jax import matmul as products
+from fedlora_jax.clients import Sampling
 from fedlora_jax.lora import Adapter, LoRA, Params
 from fedlora_jax.method import Cohort, Method
 from fedlora_jax.signatures import Signature
@@ -94,7 +95,8 @@ def chunk_of(work: Work, p: Problem, chunk: int | None, devices: int = 1) -> int
 
 def method(work: Work, name: str) -> Method:
     one = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), told(work, 1))
-    facts: dict[str, Any] = {"participants": work.clients, "population": work.clients, "rounds": 50}
+    facts: dict[str, Any] = {"participants": work.clients, "population": work.clients, "rounds": 50, "uses": 1}
+    facts["sampling"] = Sampling(work.clients, work.clients)
     return methods.build(name, signature=one, theta=None, **facts)
 
 
