@@ -1,33 +1,23 @@
-"""Commands that are started many times and suffer a fault of the machine each time.
-
-A process takes seconds to import what it needs: all of them are forks of one that has (``multiprocessing``'s
-forkserver), with the environment of whoever started that one.
-"""
+"""Commands that are started many times and suffer a fault of the machine each time."""
 
 from __future__ import annotations
 
 import errno
 import functools
 import json
-import multiprocessing
 import os
 import resource
-import signal
-import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from quick import QUICK
+from input_helpers import PLAIN
 
-ROOT = Path(__file__).parents[1]
 NOWHERE = "/proc/nowhere"
-SIZES = "--clients 3 --holdout-clients 1 --partition iid --minimum 4 --local-steps 1 --batch 4 --rank 2 --adapt-last 1"
+SIZES = "--clients 3 --holdout-clients 1 --partition iid --minimum 4 --local-steps 1 --batch 4 --rank 2"
 # flora has a key in its state, fedadam moments of the server, ditto memory of clients
 COMMANDS = {
     "run": "run --method fedit+fedadam --rounds 8 --checkpoint-every 2 --seeds 2 --dropouts 0.3",
@@ -35,73 +25,9 @@ COMMANDS = {
     "budget": "budget --methods fedit --rounds 2 --budgets 1,2 --lrs 0.1 --tuning-seeds 100 --seeds 1",
     "sweep": "sweep --methods fedit+proximal --vary mu=0.1,1 --lrs 0.05 --rounds 2 --seeds 1",
     "meta": "meta --method hyperlora:mode=frozen --rounds 3 --eval-every 1 --unroll 1 --seeds 1",
-    "export": "export --to peft",
+    "export": "export --to npz --model all",
 }
 GOES_ON = ("run", "compare", "budget")  # by --resume; the others are short and begin again, elsewhere
-
-
-class Ended(NamedTuple):
-    """code: as a shell has it, 128 + the number of a signal. errors: what was printed there."""
-
-    code: int
-    errors: str
-
-
-class Process:
-    """A command in a process of its own."""
-
-    def __init__(self, arguments: list[str], errors: Path, **trouble: Any):
-        context, self._errors = server(), errors
-        self._process = context.Process(target=command, args=(arguments, str(errors)), kwargs=trouble, daemon=True)
-        self._process.start()
-
-    @property
-    def number(self) -> int | None:
-        return self._process.pid
-
-    def runs(self) -> bool:
-        return self._process.exitcode is None
-
-    def send(self, number: int) -> None:
-        if self.runs() and self._process.pid:
-            os.kill(self._process.pid, number)
-
-    def end(self, limit: float = 300) -> Ended:
-        self._process.join(limit)
-        assert self._process.exitcode is not None, "it does not end"
-        code = self._process.exitcode
-        return Ended(128 - code if code < 0 else code, self._errors.read_text() if self._errors.exists() else "")
-
-
-@functools.cache
-def server() -> Any:
-    """Of which all are forks: nothing is computed in it, so that it has one thread."""
-    needs = ("start", "commands.compare", "commands.budget", "commands.sweep", "commands.meta_train", "commands.export")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"experiments.{name}" for name in needs])
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    with mock.patch.dict(os.environ, QUICK | {"PYTHONPATH": paths}):
-        forkserver.ensure_running()
-    return context
-
-
-def command(arguments: list[str], errors: str, **trouble: Any) -> None:
-    """What a process does; see ``suffering``."""
-    for number, path in ((1, os.devnull), (2, errors)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    from experiments import start
-    from experiments.commands import budget, sweep
-    from experiments.results import report
-    from experiments.results.folder import command
-    from experiments.stopping import stoppable
-
-    sys.argv = ["experiments", *arguments]
-    for module in (report, budget, sweep):
-        module.png = lambda figure: b""
-    suffering(**trouble)
-    with stoppable(lambda: f"to go on: {command()}"):
-        start.main()
 
 
 def suffering(longest: int | None = None, refuse: int = 0, after: int = 0, homeless: bool = False, clock: int = 0):
@@ -150,7 +76,7 @@ def arguments(name: str, data: Path, run: Path, out: Path) -> list[str]:
     if name == "export":
         return [head, str(run), *own, "--out", str(out)]
     sizes = without(SIZES.split(), "--local-steps") if name == "budget" else SIZES.split()
-    return [head, *own, *sizes, "--data", str(data), "--out", str(out), *goes_on]
+    return [head, *own, *sizes, *PLAIN, "--data", str(data), "--out", str(out), *goes_on]
 
 
 def without(options: list[str], name: str) -> list[str]:

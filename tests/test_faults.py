@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -20,8 +21,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fault_helpers import COMMANDS, ERRORS, GOES_ON, SIZES, Ended, Process, arguments, content, damage, newest
+from fault_helpers import COMMANDS, ERRORS, GOES_ON, SIZES, arguments, content, damage, newest, suffering
 from input_helpers import PLAIN, change
+from process_helpers import Ended, Process
 
 from experiments.__main__ import main
 from experiments.commands import compare
@@ -47,7 +49,7 @@ class Tried:
 
     def start(self, name: str, out: Path, run: Path | None = None, **trouble) -> Process:
         run = run or (self.whole("run")[0] if name == "export" else out)
-        return Process(arguments(name, self.place / "data.npz", run, out), self.fresh(), **trouble)
+        return Process(arguments(name, self.place / "data.npz", run, out), functools.partial(suffering, **trouble))
 
     def whole(self, name: str) -> tuple[Path, float]:
         """The folder, and the seconds it took."""
@@ -174,10 +176,11 @@ def test_a_clock_that_goes_back_is_no_matter(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(300 + SOAK)
 def test_many_rounds_take_no_more_memory_and_files_than_few(tmp_path):
-    """From a quarter of the rounds to their end; ``SOAK=2000`` has so many."""
-    tried, out = Tried(tmp_path), tmp_path / "soak"
+    """From a quarter of the rounds to the last five, after which more is scored; ``SOAK=2000`` has so many."""
+    change()(tmp_path / "data.npz")
+    out = tmp_path / "soak"
     many = f"run --method fedit --rounds {SOAK} --eval-every 5 --checkpoint-every 20 --seeds 1 {SIZES}".split()
-    process = Process([*many, "--data", str(tmp_path / "data.npz"), "--out", str(out)], tried.fresh())
+    process = Process([*many, *PLAIN, "--data", str(tmp_path / "data.npz"), "--out", str(out)])
     there, seen, rows = Path(f"/proc/{process.number}"), [], out / "metrics.jsonl"
     while process.runs():
         with contextlib.suppress(OSError):
@@ -187,13 +190,13 @@ def test_many_rounds_take_no_more_memory_and_files_than_few(tmp_path):
         time.sleep(0.02)
     ended = process.end()
     assert ended.code == 0, ended.errors
-    late = np.array([x for x in seen if SOAK / 4 <= x[0] < SOAK])
+    late = np.array([x for x in seen if SOAK / 4 <= x[0] < SOAK - 5])
     assert len(late) > 10
-    early = late[: len(late) // 4]
-    print(f"{SOAK} rounds: {early[0, 1]:.1f} MiB after {early[0, 0]:.0f}, {late[-1, 1]:.1f} after {late[-1, 0]:.0f}; "
-          f"files: {np.median(early[:, 2]):.0f}, {np.median(late[:, 2]):.0f}")  # fmt: skip
-    assert late[-1, 1] < early[:, 1].max() + 8
-    assert np.median(late[:, 2]) == np.median(early[:, 2])
+    early, last = late[: len(late) // 4], late[-(len(late) // 4) :]
+    print(f"{SOAK} rounds: {early[0, 1]:.1f} MiB after {early[0, 0]:.0f}, {last[-1, 1]:.1f} after {last[-1, 0]:.0f}; "
+          f"files: {early[:, 2].min():.0f}, {last[:, 2].min():.0f}")  # fmt: skip
+    assert last[-1, 1] < early[:, 1].max() + 8
+    assert last[:, 2].min() < early[:, 2].min() + 3  # some are open while a checkpoint is written
 
 
 @pytest.mark.long

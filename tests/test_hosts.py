@@ -4,28 +4,25 @@ Two processes talk over the loopback interface, as two hosts would; their device
 """
 
 import json
-import os
+import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from input_helpers import change, refused
-from quick import QUICK
+from input_helpers import PLAIN, change, refused
+from process_helpers import Ended, Process
 
 from experiments.__main__ import main
 from experiments.commands import compare
 
-ROOT = Path(__file__).parents[1]
 # Three clients of mixed ranks on two devices, each with a model of its own; a small one, that compiles quickly
 OPTIONS = (
     "run --method ditto --clients 4 --clients-per-round 3 --holdout-clients 0 --minimum 2 --partition iid --seeds 1 "
-    "--batch 4 --local-steps 1 --rank 1,2 --checkpoint-every 1 --rounds 8 --model"
-).split()
-OPTIONS += [f"{ROOT / 'examples' / 'own_backbones.py'}:plain"]
+    "--batch 4 --local-steps 1 --rank 1,2 --checkpoint-every 1 --rounds 8"
+).split() + PLAIN
 ROUNDED = "loss", "update", "bias", "personal_accuracy", "worst_accuracy", "global_accuracy"
 LOST = "another process of this run was lost"
 KILLED = "was killed, or ended because another was lost or did not come; start all again, with --out and --resume "
@@ -50,40 +47,30 @@ def here(out: Path, monkeypatch, *more: str) -> None:
         main()
 
 
-def start(out: Path, count: int, *more: str) -> list[subprocess.Popen]:
+def start(out: Path, count: int, *more: str) -> list[Process]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     own = lambda i: ["--hosts", str(count), "--coordinator", f"localhost:{port}", "--process-id", str(i)]
-    call = lambda i: [sys.executable, "-m", "experiments", *options(out, *more), *own(i)]
-    pipe, env = subprocess.PIPE, os.environ | QUICK | {"JAX_PLATFORMS": "cpu"}
-    return [subprocess.Popen(call(i), cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True) for i in range(count)]
+    return [Process([*options(out, *more), *own(i)]) for i in range(count)]
 
 
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each."""
-    try:
-        said = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *words) for process, words in zip(processes, said, strict=True)]
+def ended(processes: list[Process]) -> list[Ended]:
+    return [process.end(240) for process in processes]
 
 
 def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def killed(out: Path, which: int, *more: str) -> list[tuple[int, str, str]]:
+def killed(out: Path, which: int, *more: str) -> list[Ended]:
     """A run of two of which one is killed after two rounds."""
     processes, deadline = start(out, 2, *more), time.monotonic() + 200
-    try:
-        while not (out / "metrics.jsonl").exists() or len(rows(out)) < 2:
-            assert all(process.poll() is None for process in processes), ended(processes)
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        processes[which].kill()
+    while not (out / "metrics.jsonl").exists() or len(rows(out)) < 2:
+        assert all(process.runs() for process in processes), ended(processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    processes[which].send(signal.SIGKILL)
     return ended(processes)
 
 
@@ -102,7 +89,7 @@ def assert_same(out: Path, other: Path) -> None:
 
 @pytest.mark.long
 def test_where_one_of_two_is_lost_the_other_ends_with_a_line(folder, lost):
-    (code, _, said), (_, output, last) = lost
+    (code, said, _), (_, last, output) = lost
     assert code == 1
     assert LOST in said.splitlines()[-1]
     assert said.splitlines()[-1].endswith("--resume")
@@ -124,17 +111,16 @@ def test_one_alone_goes_on_with_the_numbers_of_one_alone(folder, lost, monkeypat
 @pytest.mark.timeout(600)
 def test_two_that_go_on_have_the_bytes_of_two_devices(folder, monkeypatch):
     """And where the first is lost the other ends too; what it was told counts, and it alone writes and prints."""
-    (code, _, _), (other, output, said) = killed(folder / "first", 0, "--images", "staged")
-    assert code == -9
+    (code, _, _), (other, said, output) = killed(folder / "first", 0, "--images", "staged")
+    assert code == 128 + signal.SIGKILL
     assert other not in (0, None)
     assert output == ""
     assert LOST in said or KILLED in said
     processes = start(folder / "first", 2, "--resume", "--images", "resident")
-    (code, output, _), (other, nothing, silent) = ended(processes)
-    assert (code, other, nothing, silent) == (0, 0, "", "")
+    (code, _, output), (other, *silent) = ended(processes)
+    assert (code, other, silent) == (0, 0, ["", ""])
     assert "report: " in output
-    call = [sys.executable, "-m", "experiments", *options(folder / "devices", "--devices", "2")]
-    subprocess.run(call, cwd=ROOT, env=os.environ | QUICK, check=True, capture_output=True)
+    assert Process(options(folder / "devices", "--devices", "2")).end().code == 0
     assert (folder / "first" / "metrics.jsonl").read_bytes() == (folder / "devices" / "metrics.jsonl").read_bytes()
     held = json.loads((folder / "first" / "config.json").read_text())
     assert held["device"].endswith(", 2 processes")
@@ -145,8 +131,8 @@ def test_two_that_go_on_have_the_bytes_of_two_devices(folder, monkeypatch):
 def test_what_one_refuses_ends_all(folder):
     (folder / "full").mkdir(exist_ok=True)
     (folder / "full" / "file").write_text("mine")
-    (code, output, said), (other, nothing, silent) = ended(start(folder / "full", 2))
-    assert (code, other, output, nothing, silent) == (2, 2, "", "", "")
+    (code, said, output), (other, *silent) = ended(start(folder / "full", 2))
+    assert (code, other, output, silent) == (2, 2, "", ["", ""])
     assert "exists and is not empty" in said
 
 
@@ -174,11 +160,10 @@ def test_other_commands_do_not_know_of_hosts(capsys, monkeypatch):
 
 @pytest.mark.long
 def test_where_nothing_says_where_the_others_are_it_is_said():
-    call = [sys.executable, "-m", "experiments", *options(Path("none"), "--hosts", "2")]
-    done = subprocess.run(call, cwd=ROOT, env=os.environ | QUICK, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --hosts 2: no SLURM, TPU, Open MPI or Kubernetes says where the others are")
-    assert done.stderr.count("\n") == 1
+    done = Process(options(Path("none"), "--hosts", "2")).end()
+    assert done.code == 2
+    assert done.errors.startswith("error: --hosts 2: no SLURM, TPU, Open MPI or Kubernetes says where the others are")
+    assert done.errors.count("\n") == 1
 
 
 def test_arrays_are_the_same_where_there_is_one_process():

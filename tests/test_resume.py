@@ -1,8 +1,6 @@
 """A run killed at any moment and resumed ends with the same bytes as one that was left alone."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from input_helpers import PLAIN, change
+from process_helpers import Process
 from quick import QUICK
 
 from experiments.__main__ import main
@@ -20,7 +19,6 @@ from experiments.commands import compare
 from experiments.results.checkpoints import Checkpoints
 from experiments.results.record import Metrics, complete
 
-ROOT = Path(__file__).parents[1]
 # flora carries a random key in its state, fedadam an optimizer's moments
 OPTIONS = (
     "compare --methods flora,fedit+fedadam --clients 4 --clients-per-round 2 --holdout-clients 1 --partition iid "
@@ -32,26 +30,14 @@ def options(out: Path, *more: str) -> list[str]:
     return [*OPTIONS, "--data", str(out.parent / "data.npz"), "--out", str(out), *more]
 
 
-def start(out: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments", *options(out, *more)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | QUICK, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors[-2000:]
-
-
-def kill_when(process: subprocess.Popen, condition, number: int = signal.SIGKILL) -> str:
+def kill_when(process: Process, condition, number: int = signal.SIGKILL) -> str:
     deadline = time.monotonic() + 200
     while not condition():
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.runs(), "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(number)
-    return process.communicate()[1]
+    process.send(number)
+    return process.end().errors
 
 
 def state(folder: Path, method: str) -> dict[str, np.ndarray]:
@@ -72,13 +58,15 @@ def test_kill_nine_then_resume_gives_the_same_bytes(tmp_path, monkeypatch):
         main()
     metrics = killed / "metrics.jsonl"
     lines = lambda: metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-    kill_when(start(killed), lambda: lines() >= 5)  # in round 3 of flora: after one checkpoint, before the next
-    errors = kill_when(start(killed, "--resume"), lambda: lines() >= 17, signal.SIGINT)  # in round 3 of fedadam
+    start = lambda *more: Process(options(killed, *more))
+    kill_when(start(), lambda: lines() >= 5)  # in round 3 of flora: after one checkpoint, before the next
+    errors = kill_when(start("--resume"), lambda: lines() >= 17, signal.SIGINT)  # in round 3 of fedadam
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith(
         "stopped by SIGINT; to go on: python -m experiments compare --methods flora"
     )
-    finish(start(killed, "--resume"))
+    ended = start("--resume").end()
+    assert ended.code == 0, ended.errors
 
     assert metrics.read_bytes() == (whole / "metrics.jsonl").read_bytes()
     for method in ("flora", "fedit+fedadam"):
