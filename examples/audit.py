@@ -6,6 +6,10 @@ and says which epsilon tells both apart (a lower bound at 95 %) beside what is c
 below, and with a quarter of the noise under the same claim above. ``python examples/audit.py example`` reads the label
 and the features of an image off one local step of the head, plain and with ``dp_sgd``.
 
+``python examples/audit.py images`` looks for the image itself, by everything that one step on it changes, low-rank
+factors included (``audit.inverted``; the label is given), and says how near what is found is to the true one; the guess
+is the mean of the other images of its class.
+
 ``python examples/audit.py members`` has 16 clients train on a random half each of 200 images and says how well these
 are told from the others by what each client sends: by a threshold on the loss, by how much the loss has fallen, and by
 likelihood ratios with the other clients for shadow models (``fedlora_jax.audit``). 0.5 is a guess.
@@ -117,6 +121,35 @@ def example(count: int = 40) -> list[str]:
     return ["| training | labels right, % | cosine of features |", "|---|---|---|", *lines]
 
 
+def images(count: int = 8, steps: int = 300) -> list[str]:
+    """A line for each way of training on a single image, whose factors ``b`` have left zero before."""
+    p, adapter = plain_problem()
+    leaves, tree = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    adapter = tree.unflatten([x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    mask, (every, labels) = jax.tree.map(jnp.ones_like, adapter), (np.asarray(a) for a in p.train)
+    every, keys = every.astype(np.float32) / 255, jax.random.split(jax.random.key(0), count)
+
+    def sent(method, x, y, key):
+        local = training.make_local(method, p.loss_fn, optax.sgd(0.1))
+        new, _ = local(p.base, adapter, mask, adapter, (255 * x[None, None], y[None, None]), key)
+        return jax.tree.map(jnp.subtract, new, adapter)
+
+    def search_one(y, key, seen):
+        return audit.inverted(lambda x: sent(fedit(), x, y, key), seen, jnp.full(every.shape[1:], 0.5), steps)
+
+    search = jax.jit(lambda *row: jax.lax.map(lambda one: search_one(*one), row))
+    same = [(labels == y) & (np.arange(len(labels)) != i) for i, y in enumerate(labels[:count])]
+    found = {"a guess": np.stack([every[rows].mean(0) for rows in same])}
+    for name, method in {"plain": fedit(), "dp_sgd, noise 1": dp_sgd.dp_sgd(fedit(), 1, 1, noise=1.0)}.items():
+        seen = jax.jit(jax.vmap(lambda *row, method=method: sent(method, *row)))(every[:count], labels[:count], keys)
+        found[name] = np.asarray(search(labels[:count], keys, seen))
+    truth = every[:count]
+    like = lambda a: np.mean([np.corrcoef(x.ravel(), y.ravel())[0, 1] for x, y in zip(a, truth, strict=True)])
+    lines = [f"| {name} | {like(a):.2f} | {np.mean((a - truth) ** 2):.3f} |" for name, a in found.items()]
+    return ["| training | correlation of pixels | mean square error |", "|---|---|---|", *lines]
+
+
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     """The mean over rows."""
     return float(np.mean(np.sum(a * b, 1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)))
@@ -188,7 +221,7 @@ def probed(told: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return float(np.mean(said == truth)), float(np.bincount(truth.astype(int)).max() / len(truth))
 
 
-TABLES = {"canaries": canaries, "example": example, "members": members, "signatures": signatures}
+TABLES = {"canaries": canaries, "example": example, "images": images, "members": members, "signatures": signatures}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or TABLES:

@@ -1,4 +1,4 @@
-"""What leaks, measured: lower bounds that a claim of privacy must not lie below. NumPy, nothing of it is compiled.
+"""What leaks, measured: lower bounds that a claim of privacy must not lie below. NumPy, but for ``inverted``.
 
     epsilon >= log((TPR - delta) / FPR)        of whoever tells two neighbouring runs apart by a threshold
 
@@ -7,15 +7,22 @@ stated confidence: Jagielski et al., *Auditing Differentially Private Machine Le
 What finds examples that a model was trained on is the likelihood ratio attack, Carlini et al., *Membership Inference
 Attacks From First Principles*, S&P 2022, arXiv 2112.03570 (LiRA), and the threshold on their loss, Yeom et al., CSF
 2018, arXiv 1709.01604. What a head that is trained in full says of a single example: Zhao et al., *iDLG*, 2020, arXiv
-2001.02610 (its label), and Geiping et al., *Inverting Gradients*, NeurIPS 2020, arXiv 2003.14053 (its features). That
-an attack finds nothing proves nothing; that it finds more than a claim allows does.
+2001.02610 (its label), and Geiping et al., *Inverting Gradients*, NeurIPS 2020, arXiv 2003.14053 (its features); what
+all that is trained says of it: the same, eq. 4. That an attack finds nothing proves nothing; that it finds more than a
+claim allows does.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax import Array
 
 from fedlora_jax.checks import refuse_outside
 
@@ -121,3 +128,42 @@ def of_one_example(kernel: np.ndarray, bias: np.ndarray) -> tuple[int, np.ndarra
     """
     features = np.float64(kernel) @ np.float64(bias)
     return int(np.argmax(bias)), features / max(float(np.linalg.norm(features)), 1e-300)
+
+
+def inverted(
+    update_of: Callable[[Array], Any],
+    seen: Any,
+    start: Array,
+    steps: int = 500,
+    rate: float = 0.02,
+    smooth: float = 0.1,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Array:
+    """The input whose update points where one that was seen does: Geiping et al., eq. 4, by signs of the gradient.
+
+        min_x 1 - cos(update_of(x), seen) + smooth * mean |differences of neighbours in x|
+
+    Args:
+      update_of: what a client would send of this input alone; it has a derivative.
+      seen: what one sent, of the same structure.
+      start: of the search, an image ``[H, W, ...]`` or anything else of two axes or more; without ``smooth`` of any.
+      steps: of Adam, whose rate falls to 0.
+      rate: of the first step, in units of the input.
+      smooth: of the penalty, at least 0.
+      limits: of the input's numbers.
+    """
+    inner = lambda x, y: sum(jnp.vdot(u, v) for u, v in zip(*map(jax.tree.leaves, (x, y)), strict=True))
+
+    def loss(x: Array) -> Array:
+        own = update_of(x)
+        like = inner(own, seen) / jnp.sqrt(jnp.maximum(inner(own, own) * inner(seen, seen), 1e-30))
+        return (smooth * sum(jnp.abs(jnp.diff(x, axis=i)).mean() for i in (0, 1)) if smooth else 0.0) - like
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    def step(carry, _):
+        x, state = carry
+        move, state = optimizer.update(jnp.sign(jax.grad(loss)(x)), state)
+        return (jnp.clip(x + move, *limits), state), None
+
+    return jax.lax.scan(step, (start, optimizer.init(start)), None, length=steps)[0][0]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ADAPTER, BASE, CLASSES, KEY, features, jit, logits, loss_fn
+from helpers import ADAPTER, BASE, CLASSES, KEY, features, jit, logits, loss_fn, nudged
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -96,6 +96,32 @@ def test_one_example_is_read_off_the_step_of_a_head_unless_it_is_bounded_and_noi
     right, near = found(dp_sgd(fedit(), 1, 1, bound=0.5, noise=4.0))
     assert right < 0.6
     assert abs(near) < 0.4
+
+
+def test_an_input_is_found_by_the_step_that_it_gives_unless_it_is_bounded_and_noised():
+    """All that is trained tells of it, low-rank factors away from zero and a head; the guess is another example."""
+    rng, count = np.random.default_rng(0), 12
+    x, y = rng.normal(size=(count, 6)).astype(np.float32), rng.integers(0, CLASSES, count)
+    adapter, keys = nudged(ADAPTER), jax.random.split(KEY, count)
+
+    def step(method, x, y, key):
+        plain = lambda base, adapter, batch, key: optax.softmax_cross_entropy_with_integer_labels(
+            logits(base, adapter, batch[0]), batch[1]
+        ).mean()
+        local = training.make_local(method, plain, optax.sgd(1.0))
+        mask = jax.tree.map(jnp.ones_like, adapter)
+        new, _ = local(BASE, adapter, mask, adapter, (x[None, None], y[None, None]), key)
+        return jax.tree.map(jnp.subtract, new, adapter)
+
+    def found(y, key, seen):
+        update_of = lambda x: step(fedit(), x, y, key)
+        return audit.inverted(update_of, seen, jnp.zeros(6), 150, 0.1, smooth=0.0, limits=(-4.0, 4.0))
+
+    search = jit(jax.vmap(found))
+    seen = lambda method: jit(jax.vmap(lambda *row: step(method, *row)))(x, y, keys)
+    near = lambda method: cosines(np.asarray(search(y, keys, seen(method))), x)
+    assert near(fedit()) > 0.7 > abs(cosines(np.roll(x, 1, 0), x)) + 0.4
+    assert abs(near(dp_sgd(fedit(), 1, 1, bound=0.5, noise=4.0))) < 0.3
 
 
 def cosines(a, b):
