@@ -126,7 +126,7 @@ def of_one_example(kernel: np.ndarray, bias: np.ndarray) -> tuple[int, np.ndarra
     Returns:
       The label, and the features ``[d]`` of norm 1, those that fit all columns best; 0 where nothing moved.
     """
-    features = np.float64(kernel) @ np.float64(bias)
+    features = np.asarray(kernel, np.float64) @ np.asarray(bias, np.float64)
     return int(np.argmax(bias)), features / max(float(np.linalg.norm(features)), 1e-300)
 
 
