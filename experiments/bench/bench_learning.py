@@ -41,6 +41,7 @@ def run(options: Options) -> Iterator[Line]:
             name,
             seconds_per_round=median[name, "round"],
             spread=seconds[name, "round"].spread,
+            cpu_seconds=seconds[name, "round"].cpu_seconds,
             of_a_fedit_round=median[name, "round"] / median["fedit", "round"] if "fedit" in names else None,
             server_seconds=median[name, "server"],
             server_share=median[name, "server"] / median[name, "round"],

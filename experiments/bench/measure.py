@@ -52,6 +52,14 @@ class Times(NamedTuple):
     spread: list[float]  # the least and the most
 
 
+class Turns(NamedTuple):
+    """Seconds of calls that took turns with others, and those of all cores."""
+
+    median: float
+    spread: list[float]
+    cpu_seconds: float  # median; what others do on the machine counts less in it
+
+
 def times(values: Iterable[float]) -> Times:
     seconds = sorted(values)
     return Times(statistics.median(seconds), [digits(seconds[0]), digits(seconds[-1])])
@@ -106,13 +114,15 @@ def summary(work: Work, turns: list[dict[str, Any]]) -> Line:
     }
 
 
-def interleaved(calls: Mapping[Any, Callable[[], Any]], repeats: Iterable[Any]) -> dict[Any, Times]:
-    """Seconds of calls that take turns, so that a busy moment of the machine hits all of them."""
-    took: dict[Any, list[float]] = {key: [] for key in calls}
+def interleaved(calls: Mapping[Any, Callable[[], Any]], repeats: Iterable[Any]) -> dict[Any, Turns]:
+    """Calls that take turns, so that a busy moment of the machine hits all of them."""
+    took: dict[Any, list[tuple[float, float]]] = {key: [] for key in calls}
     for _ in repeats:
         for key, call in calls.items():
-            took[key].append(timed(call))
-    return {key: times(values) for key, values in took.items()}
+            begin = time.process_time()
+            took[key].append((timed(call), time.process_time() - begin))
+    columns = {key: list(zip(*values, strict=True)) for key, values in took.items()}
+    return {key: Turns(*times(seconds), statistics.median(cpu)) for key, (seconds, cpu) in columns.items()}
 
 
 def line(bench: str, work: Work, contender: str, **found: Any) -> Line:
