@@ -53,7 +53,8 @@ class Plan:
         held = pooled(p, config.clients)
         central = jax.jit(lambda *row: _central(score, p, config, central_steps, int(held.sizes.min()), *row))
         groups = grouped(p, config.clients) if config.partition.startswith(columns.PREFIX) else None
-        alone = jax.jit(lambda *row: _central(score, p, config, central_steps, groups.smallest, *row)[1])
+        fewest = groups.smallest if groups else 0
+        alone = jax.jit(lambda *row: _central(score, p, config, central_steps, fewest, *row)[1])
         features = frozen_features(p.backbone, p.images.x)
         results: dict[str, list[float]] = {"zero_shot": [], "linear_probe": [], "local_only": [], "centralised": []}
         for s in progress.following(range(len(config.seeds)), "seed"):

@@ -121,7 +121,7 @@ def read(source: str, clients: int = CLIENTS) -> dict[str, Any]:
                 x[len(rows)] = reduced(own.draw(scans[scan], rng))
                 rows.append((int(own.names[digit]), part, number, own.group, int(scan)))
     y, parts, *others = np.array(rows, np.int32).T
-    columns = dict(zip(("client", "group", "source"), others, strict=True))
+    columns: dict[str, np.ndarray] = dict(zip(("client", "group", "source"), others, strict=True))
     return {
         "x": x,
         "y": y,
@@ -147,7 +147,7 @@ def picture(path: str | Path) -> None:
     for row, kind in zip(axes, KINDS, strict=True):
         data = read(PREFIX + kind, clients=24)
         scans, client = data["columns"].read("source"), data["columns"].read("client")
-        four = load_digits().target[scans] == 4
+        four = load_digits(return_X_y=True)[1][scans] == 4
         firsts = [rows[0] for c in range(24) if len(rows := np.flatnonzero(four & (client == c)))]
         for axis, i in zip(row, firsts, strict=False):
             axis.imshow(data["x"][i], interpolation="nearest")
