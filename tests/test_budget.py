@@ -68,6 +68,15 @@ def test_a_claim_compares_with_the_baseline_that_validation_prefers():
     assert serving[0]["needed"]["mean"] > 0  # five steps were worth 0.005
 
 
+def test_what_is_generated_beside_a_baseline_is_none():
+    """It has a claim of its own, and changes nobody else's."""
+    beside = [entry("fedit+signature_adapter", steps, 0.95, 0.95) for steps in (1, 5)]
+    claims = budget_claims.claims([*ENTRIES, *beside])
+    own = [c for c in claims if c["method"] == "fedit+signature_adapter"]
+    assert {(c["steps"], c["baseline"]) for c in own if c["kind"] == "training"} == {(1, "fedit")}
+    assert [c for c in claims if c not in own] == budget_claims.claims(ENTRIES)
+
+
 def test_reaching_a_target_counts_rounds_and_passes():
     assert budget_claims.to_target(ENTRIES[3], 0.85) == (2, 10)
     assert budget_claims.to_target(ENTRIES[0], 0.85) is None

@@ -18,7 +18,7 @@ def served_at(entry: dict[str, Any], group: str) -> dict[str, Any]:
 
 
 def claims(entries: list[dict[str, Any]], factor: int = 5) -> list[dict[str, Any]]:
-    """Every learned method against the best baseline, the one that validation prefers at its budget; paired by seed.
+    """What generates from signatures against the best baseline, the one that validation prefers at its budget, by seed.
 
     ``training``: ``E / factor`` local steps per round against the baseline's ``E``. ``sent``: the same, with the models
     of both used as sent, and the baseline that validation prefers so at the rate it chose. ``serving``: trained with
@@ -62,7 +62,8 @@ def _claim(e, baseline, group: str, own, other, less) -> dict[str, Any]:
 
 
 def _is_learned(entry: dict[str, Any]) -> bool:
-    return entry["method"].startswith("hyperlora")
+    """Are clients served by what is generated from their signatures, within the method or beside its models?"""
+    return entry["method"].startswith("hyperlora") or "+signature_" in entry["method"]
 
 
 def _preference(entry: dict[str, Any]) -> float:
