@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import CLIENTS, KEY, SIGNATURE, assert_near, begin, nudged
-from input_helpers import change
+from input_helpers import PLAIN, change
 
 from experiments.__main__ import main
 from experiments.commands import compare_runs
@@ -138,7 +138,7 @@ def test_exact_methods_are_reported_exact(compared):
 @pytest.mark.long
 def test_what_did_not_travel_is_not_counted_and_newcomers_have_a_trial(tmp_path, monkeypatch):
     """HiLoRA's leaf stage sends nothing; the lowest clients are told apart."""
-    more = ("--methods", "hilora:root=0.5:cluster=0.0")
+    more = ("--methods", "hilora:root=0.5:cluster=0.0", *PLAIN)
     rows = run(monkeypatch, tmp_path / "out", "compare", *more)[1]
     first, last = (row for row in rows if row["seed"] == 0)
     assert first["bytes_up"] > 0 == last["bytes_up"]

@@ -106,12 +106,13 @@ def test_unknown_kinds_are_refused_and_known_ones_are_data(monkeypatch):
 
 
 @pytest.mark.long
-def test_an_oracle_tells_groups_apart_and_nothing_else():
+def test_an_oracle_tells_groups_apart_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(digit_clients.read, "__defaults__", (COUNT,))
     options = {"data": "digits:concept", "partition": "column:client", "clients": 8, "holdout_clients": 4}
     p = problem.build(Config(signature="group", seeds=(0,), **options))
     z = np.asarray(p.clients.population.signatures.shape)[0]  # [clients, views, m]
     rows = np.asarray(p.clients.population.rows)[0, :, 0]
-    group = read("digits:concept")["columns"].read("group")[np.flatnonzero(~p.images.test)[rows]]
+    group = read("digits:concept", COUNT)["columns"].read("group")[np.flatnonzero(~p.images.test)[rows]]
     assert len(set(group)) > 2
     np.testing.assert_allclose(z, np.broadcast_to(z[:, :1], z.shape), atol=1e-5)  # in every part of its data
     apart = np.abs(z[:, None, 0] - z[None, :, 0]).max(-1)

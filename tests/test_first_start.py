@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from input_helpers import SMALL, change
+from input_helpers import PLAIN, SMALL, change
 from quick import QUICK
 
 RUN = """
@@ -40,7 +40,7 @@ def call(code: str, caches: Path, *options: str, **environment: str) -> list[str
 def start(caches: Path, out: str) -> tuple[int, int]:
     """Programs that a small comparison compiled, and that it found compiled."""
     change()(data := caches / "data.npz")
-    options = ["run", "--method", "fedit", *SMALL, "--partition", "iid", "--data", str(data), "--adapt-last", "1"]
+    options = ["run", "--method", "fedit", *SMALL, *PLAIN, "--partition", "iid", "--data", str(data)]
     *_, compiled, _, found = call(RUN, caches, *options, "--out", str(caches / out))
     return int(compiled), int(found)
 

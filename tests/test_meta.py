@@ -14,7 +14,6 @@ from helpers import (
     assert_near,
     cohort,
     examples,
-    is_float,
     jit,
     labelled,
     loss_fn,
@@ -24,6 +23,7 @@ from helpers import (
     problem,
     take,
 )
+from hyperlora_helpers import doubles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,10 +37,6 @@ from fedlora_jax.methods.lora_fair import lora_fair
 ROUNDS = 2
 
 
-def doubles(tree):
-    return jax.tree.map(lambda x: x.astype(float) if is_float(x) else x, tree)
-
-
 def cohorts():
     return jax.tree.map(lambda *xs: jnp.stack(xs), *(normalised(cohort(t)) for t in range(ROUNDS)))
 
@@ -50,17 +46,17 @@ def queries():
 
 
 def slope_along(f, x, way, h=1e-6):
-    moved = lambda t: jax.tree.map(lambda a, d: a + t * d, x, way)
+    moved = lambda t: jax.tree.map(lambda a, d: np.asarray(a) + t * d, x, way)
     return (f(moved(h)) - f(moved(-h))) / (2 * h)
 
 
 def direction(tree, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=jnp.shape(x))), tree)
+    return jax.tree.map(lambda x: rng.normal(size=np.shape(x)), tree)
 
 
 def inner(x, y) -> float:
-    return float(sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)))
+    return float(sum(np.vdot(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)))
 
 
 @pytest.mark.long
@@ -114,9 +110,9 @@ def test_it_differentiates_in_hyper_parameters(name, x64):
         start = fedit().init(KEY, nudged(doubles(adapter)))
         return meta.outcome(method, loss_fn, optimizer)(base, start, cohorts(), queries(), KEY)[0]
 
-    grads = jit(jax.grad(outcome))(values)
-    way = direction(values)
-    slope = slope_along(jit(outcome), values, way)
+    both = jit(jax.value_and_grad(outcome))
+    grads, way = both(values)[1], direction(values)
+    slope = slope_along(lambda x: both(x)[0], values, way)
     assert abs(slope) > 1e-6
     np.testing.assert_allclose(inner(grads, way), slope, rtol=1e-5, atol=1e-9)
 
@@ -126,14 +122,15 @@ def test_it_differentiates_in_the_state_generator_synthesizer_and_corrector_incl
     """Two rounds of HyperLoRA: what theta does in the first aggregation is felt in the second round."""
     base, adapter = problem()
     method = hyperlora(CLIENTS, SIGNATURE, "frozen")
-    start = doubles(method.init(KEY, nudged(doubles(adapter))))
+    start = doubles(jit(method.init)(KEY, nudged(doubles(adapter))))
     start = start._replace(theta=nudged(start.theta, 3, 0.1))
 
     def outcome(theta):
         after = meta.outcome(method, loss_fn, optax.sgd(0.2))
         return after(base, start._replace(theta=theta), cohorts(), queries(), KEY)[0]
 
-    grads, f = jit(jax.grad(outcome))(start.theta), jit(outcome)
+    both = jit(jax.value_and_grad(outcome))
+    grads, f = both(start.theta)[1], lambda theta: both(theta)[0]
     for part in start.theta._fields:
         own = getattr(start.theta, part)
         way = direction(own)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTER, BASE, KEY, SIGNATURE, jit, members, normalised, nudged, take
+from helpers import ADAPTER, BASE, KEY, SIGNATURE, begin, jit, members, normalised, nudged, take
 
 from fedlora_jax import lora
 from fedlora_jax.method import models
@@ -25,7 +25,7 @@ def make(**options):
 def planted(clients=N, **options):
     """Clients of two groups, whose b lie in two orthogonal subspaces: the end of the root stage, and uploads."""
     method = make(**options)
-    state = method.init(KEY, ADAPTER)
+    state = begin(method.init, KEY)
     c = normalised(members(method, clients=clients))._replace(ids=jnp.arange(clients))
     sent = jit(method.dispatch)(BASE, state, c)
     labels, rng = np.arange(clients) % 3 // 2, np.random.default_rng(0)
@@ -49,11 +49,10 @@ def test_clients_are_clustered_by_b_at_the_switch_and_newcomers_find_their_clust
     assert found[12] == found[13] == np.bincount(found[:12]).argmax()  # never drawn: with the largest
     assert method.report(new)["clusters"] == 2
 
-    memory = method.onboard.place(new, c.memory, sent.adapter, received)
+    place = jit(method.onboard.place)
+    memory = place(new, c.memory, sent.adapter, received)
     np.testing.assert_array_equal(memory.cluster, found[:12])
-    np.testing.assert_array_equal(
-        method.onboard.place(state, c.memory, sent.adapter, received).cluster, -1
-    )  # no clusters yet
+    np.testing.assert_array_equal(place(state, c.memory, sent.adapter, received).cluster, -1)  # no clusters yet
     new = new._replace(clusters=nudged(new.clusters, 5))
     strangers = c._replace(ids=c.ids + 50, memory=memory)
     sent_to = jit(lambda state, c: models(method, method.dispatch(BASE, state, c)))

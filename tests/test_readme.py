@@ -77,17 +77,15 @@ def test_no_block_is_of_a_kind_that_nobody_runs():
 
 @pytest.mark.long
 def test_what_a_beginner_types_can_be_planned(tmp_path, monkeypatch, capsys):
-    """The commands of the first page that need no data of one's own: a forecast for each method of each."""
+    """The commands of the first page that need no data of one's own: what is planned first is what is run then."""
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs/start.md").read_text()
-    commands = [line for line in text.splitlines() if line.startswith(f"{COMMAND} compare --methods")]
-    assert len(commands) == 2
-    for command in commands:
-        typed = [word for word in shlex.split(command)[3:] if word != "--dry-run"]
-        monkeypatch.setattr(sys, "argv", ["experiments", *typed, "--dry-run"])
-        main()
-        said = capsys.readouterr().out
-        assert all(method in said for method in ("fedit", "ditto"))
+    planned, ran = (line for line in text.splitlines() if line.startswith(f"{COMMAND} compare --methods"))
+    assert planned.removesuffix(" --dry-run") == ran.removesuffix(" --out runs/first") != ran
+    monkeypatch.setattr(sys, "argv", ["experiments", *shlex.split(planned)[3:]])
+    main()
+    said = capsys.readouterr().out
+    assert all(method in said for method in ("fedit", "ditto"))
     assert not list(tmp_path.iterdir())
 
 

@@ -31,8 +31,9 @@ OPTIONS = (
     "--batch 3 --rank 2 --test-images 7"
 ).split()
 DRAWN = f"--methods fedit+scaffold --clients-per-round 3 --rank 1,2 --augment flip {' '.join(PLAIN)}"
-JUDGED = "--methods pfedme+signature_bias:warmup=1 --clients-per-round 3 --rank 1,2"
+JUDGED = f"--methods pfedme+signature_bias:warmup=1 --clients-per-round 3 --rank 1,2 {' '.join(PLAIN)}"
 STORED = "--methods hilora:root=0.4:cluster=0.6 --adapt-last 1 --prefix stored --seeds-at-once 2 --clients-per-round 2"
+FEDIT = f"--methods fedit {' '.join(PLAIN)}"
 STEPS = lambda more: [] if "--local-epochs" in more else ["--local-steps", "2"]
 UNEQUAL = "--methods ditto --adapt-last 1 --prefix anew --chunk 2 --local-epochs 0.3"
 
@@ -112,7 +113,7 @@ def test_every_row_is_the_same_to_the_last_bit(more, most, folder, resident, tmp
 @pytest.mark.long
 def test_a_part_sees_what_it_draws_and_no_more(folder, monkeypatch):
     """And one that may see little has one round of one seed, and the clients that are scored at once."""
-    config = parse(typed(folder, folder / "none", "staged", "--methods fedit --chunk 1 --clients-per-round 2"))[1]
+    config = parse(typed(folder, folder / "none", "staged", f"{FEDIT} --chunk 1 --clients-per-round 2"))[1]
     p = problem.build(config, may_stage=True)
     trial = staging.Staged(config, p, *_method_and_start(config, p))
     assert (trial.sizes.seeds, trial.sizes.rounds, trial.sizes.clients) == (1, 2, 6)
@@ -139,7 +140,7 @@ def test_images_that_end_while_a_run_goes_on_are_said_and_nothing_is_lost(
     folder, resident, tmp_path, monkeypatch, capsys
 ):
     """What is decoded is cut off after the first checkpoint. Gone on with, resident, it ends with the same bytes."""
-    more = "--methods fedit --checkpoint-every 2 --rounds 8 --seeds 1"
+    more = f"{FEDIT} --checkpoint-every 2 --rounds 8 --seeds 1"
     whole, save = resident(more), Checkpoints.save
 
     def cut(self, rounds_done, *rest):
@@ -220,7 +221,7 @@ def test_a_dry_run_says_where_images_are(folder, capsys):
         ("resident", "--images resident: 150 images (0.0 MiB) are all on the device"),
         ("staged", "--images staged: 150 images (0.0 MiB) stay on disk; a round draws 0.0 MiB of them, in "),
     ):
-        Plan("compare", parse(typed(folder, folder / "none", images, "--methods fedit"))[1]).forecast()
+        Plan("compare", parse(typed(folder, folder / "none", images, FEDIT))[1]).forecast()
         assert text in capsys.readouterr().out
 
 

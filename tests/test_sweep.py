@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_bad_input import change
+from input_helpers import PLAIN, change
 
 from experiments.cli import parse
 from experiments.commands import compare, sweep
@@ -13,9 +13,8 @@ from experiments.results import sweep_figures
 from experiments.results.summary import measures
 
 SMALL = (
-    "--partition iid --clients 4 --holdout-clients 2 --minimum 2 --rounds 2 --seeds 2 --local-steps 2 --batch 4 "
-    "--adapt-last 1"
-).split()
+    "--partition iid --clients 4 --holdout-clients 2 --minimum 2 --rounds 2 --seeds 2 --local-steps 2 --batch 4"
+).split() + PLAIN
 
 
 @pytest.fixture(scope="module")

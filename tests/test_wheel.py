@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quick import QUICK
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text().split("\n## The library in 25 lines\n")[1]
 EXAMPLE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+BEGINS = EXAMPLE.split("\n\n\n")[0] + "\nprint(sorted(base))\n"  # test_readme runs the whole
 
 
 def own_models(folder, example):
@@ -30,8 +32,7 @@ def own_models(folder, example):
 @pytest.mark.long
 def test_in_a_clone_models_have_a_name_that_no_project_takes(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    begins = EXAMPLE.split("\n\n\n")[0] + "\nprint(sorted(base))\n"
-    command = [sys.executable, "-W", "error", own_models(tmp_path, begins)]
+    command = [sys.executable, "-W", "error", own_models(tmp_path, BEGINS)]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("['blocks', 'cls',")
@@ -51,7 +52,7 @@ def test_a_backbone_may_come_under_either_name():
 def test_the_wheel_alone_is_enough(tmp_path):
     pytest.importorskip("pip")
     env = {key: x for key, x in os.environ.items() if key != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
-    env["PIP_NO_COMPILE"] = "1"  # of what is installed only a part is imported
+    env |= QUICK | {"PIP_NO_COMPILE": "1"}  # of what is installed only a part is imported
 
     def call(*command, code=0):
         done = subprocess.run(list(map(str, command)), env=env, cwd=tmp_path, capture_output=True, text=True)
@@ -66,9 +67,9 @@ def test_the_wheel_alone_is_enough(tmp_path):
     own = {f"fedlora_jax/models/{path.name}" for path in (ROOT / "models").glob("*.py")}
     assert own == {name for name in names if name.startswith("fedlora_jax/models")}
 
-    call(sys.executable, "-m", "venv", tmp_path / "bare")
+    call(sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare")
     python = tmp_path / "bare" / "bin" / "python"
-    call(python, "-m", "pip", "install", "-q", wheel)
+    call(sys.executable, "-m", "pip", "--python", python, "install", "-q", wheel)
     where = call(python, "-c", "import fedlora_jax; print(fedlora_jax.__file__)").stdout
     assert where.startswith(str(tmp_path / "bare"))
     call(python, "-c", "import matplotlib", code=1)
@@ -78,7 +79,7 @@ def test_the_wheel_alone_is_enough(tmp_path):
     before, after = ([float(word) for word in line.split() if "." in word] for line in printed.splitlines())
     assert min(after) > max(before) + 0.2
 
-    assert call(python, "-W", "error", own_models(tmp_path, EXAMPLE)).stdout.startswith("loss")
+    assert call(python, "-W", "error", own_models(tmp_path, BEGINS)).stdout.startswith("['blocks', 'cls',")
     shutil.copy(ROOT / "experiments" / "data" / "nano_glyphs.npz", tmp_path / "nano.npz")
     (tmp_path / "nano.safetensors").write_bytes(b"anything")
     load = "import sys; from fedlora_jax.models.pretrained import load_vit; print(load_vit(sys.argv[1], 3).facts())"
