@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from input_helpers import change
+from input_helpers import PLAIN, change
 
 from experiments.__main__ import main
 from experiments.commands import budget
@@ -136,7 +136,9 @@ def test_a_budget_goes_on_where_it_was_cut_off_and_takes_more_methods(small, tmp
     def run(options: str) -> None:
         same = f"--clients 6 --holdout-clients 2 --minimum 4 --partition iid --seeds 2 --tuning-seeds 7, --data {small}"
         monkeypatch.setattr(
-            sys, "argv", ["experiments", "budget", *same.split(), "--out", str(tmp_path / "out"), *options.split()]
+            sys,
+            "argv",
+            ["experiments", "budget", *same.split(), *PLAIN, "--out", str(tmp_path / "out"), *options.split()],
         )
         main()
 
@@ -174,10 +176,10 @@ def test_a_small_experiment_from_the_command_line(small, tmp_path, monkeypatch, 
     (tmp_path / "mine.py").write_text(TELLS)
     options = (
         f"--methods {own} --clients 4 --holdout-clients 2 --minimum 5 --rounds 2 "
-        "--seeds 2 --batch 4 --partition iid --budgets 1 --lrs 0.05,0.2 --tuning-seeds 7, --adapt-last 1 --eval-every 2"
-    )
+        "--seeds 2 --batch 4 --partition iid --budgets 1 --lrs 0.05,0.2 --tuning-seeds 7, --eval-every 2"
+    ).split() + PLAIN
     monkeypatch.setattr(budget, "TAUS", (0, 1, 10))
-    monkeypatch.setattr(sys, "argv", ["experiments", "budget", *options.split(), "--data", small, "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["experiments", "budget", *options, "--data", small, "--out", str(out)])
     main()
     assert "clients never seen" in capsys.readouterr().out
     result = json.loads((out / "budget.json").read_text())
@@ -191,7 +193,7 @@ def test_a_small_experiment_from_the_command_line(small, tmp_path, monkeypatch, 
 
 @pytest.mark.long
 def test_what_chooses_a_rate_is_scored_after_the_steps_that_are_asked_for(config):
-    own = dataclasses.replace(config, rounds=1, eval_every=1, batch=4, adapt_last=1, signature="constant")
+    own = dataclasses.replace(config, rounds=1, eval_every=1, batch=4, model=PLAIN[1], signature="constant")
     built = problem.build(own)
     scored = {taus: budget.program(own, built, fedit(), 1, taus)((0.5,)).clients[0] for taus in ((0, 2), (2, 1, 0))}
     np.testing.assert_array_equal(scored[0, 2], scored[2, 1, 0][:, ::-2])

@@ -34,7 +34,8 @@ def test_every_model_that_is_pretrained_comes_along():
 def test_a_file_is_written_as_the_one_that_comes_along(name, tmp_path):
     """The same arrays and the same words beside them, and what is read is what was written."""
     nano = pretrain.MODELS[name]
-    params = nano.make(len(pretrain.DIGITS)).init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)))["params"]
+    init = jax.jit(nano.make(len(pretrain.DIGITS)).init)
+    params = init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)))["params"]
     pretrain.save(tmp_path / "own.npz", nano, params)
     with np.load(tmp_path / "own.npz") as own, np.load(BUILT_IN[name]) as theirs:
         assert {key: x.shape for key, x in own.items()} == {key: x.shape for key, x in theirs.items()}
@@ -53,8 +54,8 @@ def test_a_clip_is_written_as_the_one_that_comes_along(tmp_path):
     image, text = pretrain_clip.towers(len(ids))
     one = jnp.zeros((1,), jnp.int32)
     params = {
-        "image": pretrain_clip.without_head(image.init(key, jnp.zeros((1, SIDE, SIDE, 3)))["params"]),
-        "text": text.init(key, one[None], one)["params"],
+        "image": pretrain_clip.without_head(jax.jit(image.init)(key, jnp.zeros((1, SIDE, SIDE, 3)))["params"]),
+        "text": jax.jit(text.init)(key, one[None], one)["params"],
         "logit_scale": jnp.ones(()),
     }
     pretrain_clip.save(tmp_path / "own", params, lesson)

@@ -25,7 +25,7 @@ OWN = f"{Path(__file__).parents[1] / 'examples' / 'own_backbones.py'}:plain"
 MODELS = "--methods ditto --seeds 2 --rank 1,2"  # a model of each client's own
 CONTROLS = "--methods fedit+scaffold --seeds 2 --rank 1,2"
 CHOICES = "--methods ifca,fedsa_lora --seeds 1 --eval-clients 3"
-TRIED = "--methods hilora:root=0.5:cluster=0.25,ditto --seeds 2 --seeds-at-once 2 --eval-clients 4"
+TRIED = "--methods hilora:root=0.5:cluster=0.25 --seeds 2 --seeds-at-once 2 --eval-clients 4"
 IMAGES = f"{MODELS} --images staged"
 
 

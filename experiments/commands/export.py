@@ -39,7 +39,7 @@ from experiments.setup.problem import Problem, Seed
 from experiments.setup.task import STEM
 from fedlora_jax import lora
 from fedlora_jax.lora import Adapter, LoRA, Params
-from fedlora_jax.method import Method, average_client, models
+from fedlora_jax.method import Cohort, Method, average_client, models
 from fedlora_jax.rounds import Run
 from models import peft
 from models.backbone import Backbone, Layout, Published
@@ -209,7 +209,7 @@ def restored(config: Config, problem: Problem, name: str, seed: int) -> tuple[Me
     begin = programs.make(part, problem, method).start
     like = begin(jax.tree.map(lambda x: x[start:stop], problem.adapters), problem.keys[start:stop])
     together = jax.tree.map(jnp.asarray, store.restore(config.rounds, like))
-    one = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+    one = jax.jit(lambda tree, i: jax.tree.map(lambda x: x[i], tree))
     return method, one(problem.everyone(), place), one(together, place - start)
 
 
@@ -233,10 +233,15 @@ def served(config: Config, problem: Problem, method: Method, seed: Seed, run: Ru
     cohorts = [(["global"], nobody)] if -1 in ids else []
     if clients:
         cohorts.append(([f"client-{i}" for i in clients], population.cohort(jnp.asarray(clients), memory)))
+
+    @jax.jit
+    def received(base: Params, state: Any, cohort: Cohort) -> tuple[Params, Adapter]:
+        sent = method.dispatch(base, state, cohort)
+        return sent.base, models(method, sent)
+
     made = []
     for names, cohort in cohorts:
-        sent = method.dispatch(problem.base, run.state, cohort)
-        made += of_receivers(names, sent.base, models(method, sent))
+        made += of_receivers(names, *received(problem.base, run.state, cohort))
     return made
 
 
