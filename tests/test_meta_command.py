@@ -31,14 +31,14 @@ def plan(command, method, *options):
 @pytest.mark.long
 def test_a_learned_theta_is_served_by_other_runs(options, tmp_path):
     found = meta_train.Plan(plan("meta", FROZEN, *options, *ONE, "--out", tmp_path / "meta")[1])
-    before = jax.device_get(found.method.init(found.problem.keys[0], found.seed.adapter).theta)
+    before = jax.device_get(jax.jit(found.method.init)(found.problem.keys[0], found.seed.adapter).theta)
     path = found.execute()
     learned = np.load(path)
     assert any(np.abs(x - y).max() > 1e-5 for x, y in zip(learned.values(), jax.tree.leaves(before), strict=True))
     assert len(json.loads((tmp_path / "meta" / "meta.json").read_text())["loss"]) == 2
     command, config = plan("run", FROZEN, *options, "--seeds", "1", "--theta", path, "--out", tmp_path / "run")
     served = compare.Plan(command, config).trials[FROZEN]
-    start = served.programs.start(served.problem.adapters, served.problem.keys).state.theta
+    start = jax.jit(served.programs.start)(served.problem.adapters, served.problem.keys).state.theta
     for x, y in zip(jax.tree.leaves(start), learned.values(), strict=True):
         np.testing.assert_array_equal(x[0], y)
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from input_helpers import PLAIN, change
 
 import fedlora_jax.methods
 from experiments.__main__ import main
@@ -110,7 +111,9 @@ def test_the_tutorial_method_is_one_short_file_that_works_at_once(tmp_path, monk
     (tmp_path / "fed_median.py").write_text(code)
     monkeypatch.setattr(fedlora_jax.methods, "__path__", [*fedlora_jax.methods.__path__, str(tmp_path)])
     options = "run --method fed_median --clients 6 --holdout-clients 0 --rounds 1 --seeds 1 --partition iid --rank 2"
-    monkeypatch.setattr(sys, "argv", ["experiments", *options.split(), "--out", str(tmp_path / "out")])
+    change()(tmp_path / "data.npz")
+    files = [*PLAIN, "--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["experiments", *options.split(), *files])
     main()
     output = capsys.readouterr().out
     assert "fed_median" in output
