@@ -35,7 +35,7 @@ JUDGED = f"--methods pfedme+signature_bias:warmup=1 --clients-per-round 3 --rank
 STORED = "--methods hilora:root=0.4:cluster=0.6 --adapt-last 1 --prefix stored --seeds-at-once 2 --clients-per-round 2"
 FEDIT = f"--methods fedit {' '.join(PLAIN)}"
 STEPS = lambda more: [] if "--local-epochs" in more else ["--local-steps", "2"]
-UNEQUAL = "--methods ditto --adapt-last 1 --prefix anew --chunk 2 --local-epochs 0.3"
+UNEQUAL = f"--methods ditto --chunk 2 --local-epochs 0.3 {' '.join(PLAIN)}"
 
 
 @pytest.fixture(scope="module")
