@@ -116,9 +116,14 @@ def check(config: Config) -> None:
     own = -(-cohort // config.sharing)
     if config.sharing > cohort:
         hosts = f" of each of {config.hosts} hosts" * (config.hosts > 1)
-        raise ValueError(f"--devices {config.devices}{hosts}: more devices than the {cohort} clients of a round")
+        seeds = f", or more than {cohort} seeds, which devices share then" * (config.hosts == 1)
+        raise ValueError(
+            f"--devices {config.devices}{hosts}: more devices than the {cohort} clients of a round; use at most "
+            f"{cohort}{seeds}"
+        )
     if config.chunk is not None and own % config.chunk:
-        raise ValueError(f"--chunk {config.chunk} does not divide the {own} clients of a device")
+        near = ", ".join(map(str, _divisors_near(own, config.chunk)))
+        raise ValueError(f"--chunk {config.chunk} does not divide the {own} clients of a device: {near} would")
     _check_hosts(config)
     if config.rounds % config.eval_every:
         near = ", ".join(map(str, _divisors_near(config.rounds, config.eval_every)))
@@ -132,8 +137,11 @@ def check(config: Config) -> None:
     _check_steps(config)
     if config.augment and config.prefix == "stored":
         raise ValueError("--augment makes other images in every step, and --prefix stored keeps what one makes of each")
-    if config.seeds_at_once is not None and len(config.seeds) % config.seeds_at_once:
-        raise ValueError(f"--seeds-at-once {config.seeds_at_once} does not divide {len(config.seeds)} seeds")
+    each = -(-len(config.seeds) // config.sharing_seeds)
+    if config.seeds_at_once is not None and each % config.seeds_at_once:
+        which = f"the {each} seeds of a device" if config.sharing_seeds > 1 else f"{each} seeds"
+        near = ", ".join(map(str, _divisors_near(each, config.seeds_at_once)))
+        raise ValueError(f"--seeds-at-once {config.seeds_at_once} does not divide {which}: {near} would")
 
 
 def _check_steps(config: Config) -> None:

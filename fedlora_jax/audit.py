@@ -151,7 +151,12 @@ def inverted(
       rate: of the first step, in units of the input.
       smooth: of the penalty, at least 0.
       limits: of the input's numbers.
+
+    Raises:
+      ValueError: ``smooth`` of a start without two axes.
     """
+    if smooth and start.ndim < 2:
+        raise ValueError(f"smooth compares neighbours in an image, and start has shape {start.shape}: give smooth=0")
     inner = lambda x, y: sum(jnp.vdot(u, v) for u, v in zip(*map(jax.tree.leaves, (x, y)), strict=True))
 
     def loss(x: Array) -> Array:

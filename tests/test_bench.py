@@ -61,7 +61,7 @@ def test_every_bench_gives_lines_with_the_same_fields(name, tmp_path, capsys, mo
     once = functools.cache(children.whole_run)
     monkeypatch.setattr(bench_staging, "whole_run", lambda typed: once(tuple(typed)))
     took = {"cpu_seconds": 9.0, "peak_memory_mb": 300.0, "seconds_per_round": 0.1, "compile_seconds": 2.0}
-    monkeypatch.setattr(bench_forecast, "whole_run", lambda *_, **__: took)
+    monkeypatch.setattr(bench_forecast, "whole_run", lambda typed, *, JAX_COMPILATION_CACHE_DIR: took)
     options = Options(name, work="toy", repeats=1, out=f"{tmp_path / 'new'}")
     lines = bench.execute(dataclasses.replace(options, **SMALL[name]))
     assert lines

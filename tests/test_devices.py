@@ -123,11 +123,12 @@ assert_near(shared, results("flexlora", None), 1e-5)
 
 @pytest.mark.long
 def test_devices_share_seeds_where_fewer_are_idle_then(tmp_path):
-    """Of rounds of three clients: images that are there or staged, and a sweep, whose points are runs."""
+    """Of five seeds, of three clients a round: images that are there or staged, and a sweep, whose points are runs."""
     processes(
         """
 import json, sys
 from pathlib import Path
+import jax
 import numpy as np
 from input_helpers import PLAIN, SMALL, change
 from experiments.__main__ import main
@@ -137,12 +138,17 @@ folder = Path({folder!r})
 change()(folder / "data.npz")
 report.write = lambda *_: ""
 
+shared, real = [], jax.shard_map
+jax.shard_map = lambda *args, **how: (shared.append(how), real(*args, **how))[1]
+
 def summary(*more):
+    shared.clear()
     out = folder / "-".join(more)
-    own = [*SMALL, *PLAIN, "--seeds", "2", "--partition", "iid", "--clients-per-round", "3", "--lr", "0.3"]
+    own = [*SMALL, *PLAIN, "--seeds", "5", "--partition", "iid", "--clients-per-round", "3", "--lr", "0.3"]
     sys.argv = ["experiments", *more, "--data", str(folder / "data.npz"), "--out", str(out)]
     sys.argv += own[:-2] if more[0] == "sweep" else own
     main()
+    assert bool(shared) == ("--devices" in more)
     return json.loads((out / "summary.json").read_text())
 
 run = lambda *more: summary("run", "--method", "flexlora", *more)["methods"]["flexlora"]
@@ -151,6 +157,15 @@ one, two = run(), ("--devices", "2")
 for other in (run(*two), run(*two, "--images", "staged"), point):
     for name in ("global_accuracy", "personal_accuracy", "personal_accuracy_tuned", "bias"):
         np.testing.assert_allclose(other[name]["last5"]["seeds"], one[name]["last5"]["seeds"], atol=1e-4)
+
+# Goes on with more seeds on two devices, which share the clients of the one that is left.
+out = folder / "on"
+for more in (["--seeds", "4", "--chunk", "3"], ["--seeds", "5", "--chunk", "3", "--devices", "2", "--resume"]):
+    sys.argv = ["experiments", "run", "--method", "flexlora", "--data", str(folder / "data.npz"), "--out", str(out)]
+    sys.argv += [*SMALL, *PLAIN, "--partition", "iid", "--clients-per-round", "3", "--lr", "0.3", *more]
+    main()
+on = json.loads((out / "summary.json").read_text())["methods"]["flexlora"]
+np.testing.assert_allclose(on["bias"]["last5"]["seeds"], one["bias"]["last5"]["seeds"], atol=1e-4)
 """,
         devices=2,
         folder=str(tmp_path),

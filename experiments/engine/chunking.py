@@ -60,7 +60,8 @@ def choose(config: Config, problem: Problem, points: int = 1) -> tuple[int, int]
     fit = at_once(problem.loss_fn, *one_step(config, problem))
     cpu = jax.default_backend() == "cpu"
     together = divisor(runs, config.seeds_at_once or (1 if cpu else fit // clients))
-    return config.chunk or divisor(clients, fit if cpu else fit // together), together
+    # A chunk that was set fits the whole run; the devices of a part of its seeds may share what those of others do not.
+    return divisor(clients, config.chunk or (fit if cpu else fit // together)), together
 
 
 def at_once(loss_fn: Callable, base: Any, adapter: Any, batch: Any, key: Any) -> int:

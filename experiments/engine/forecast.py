@@ -186,11 +186,19 @@ def table(config: Config, problem: Problem, trials: Sequence[Trial]) -> str:
             "run s: all three;",
             f"peak memory: of the process, which holds {_size(process)} beside arrays; "
             f"free for arrays: {'unknown' if have is None else _size(have)}",
+            *devices_share(config),
             images_are(problem, trials[0]),
             *kept_are(config, trials),
             *notes,
         ]
     )
+
+
+def devices_share(config: Config) -> list[str]:
+    """What they do, where there are several."""
+    of, number = ("seeds", len(config.seeds)) if config.sharing_seeds > 1 else ("clients of a round", config.cohort)
+    devices = config.sharing * config.sharing_seeds
+    return [f"{devices} devices share the {number} {of}, {-(-number // devices)} for one"] if devices > 1 else []
 
 
 def images_are(problem: Problem, trial: Trial) -> str:
