@@ -2,8 +2,12 @@
 
 import errno
 import json
+import resource
 import shutil
 import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -145,3 +149,22 @@ def test_a_full_disk_is_one_error_of_the_system_and_the_checkpoint_before_stays(
         assert capfd.readouterr() == ("", "")
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_where_one_array_is_refused_those_that_are_still_written_say_nothing(tmp_path, monkeypatch):
+    """Sixty arrays, and a limit on the length of files: threads of the others end after the error has come."""
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(str(unraisable.exc_value)))
+    noise = np.random.default_rng(0).normal(size=(60, 2000)).astype(np.float32)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        for rounds in (1, 2, 3):
+            with pytest.raises(OSError, match="File too large"):
+                Checkpoints(tmp_path, ABOUT).save(rounds, dict(enumerate(noise)))
+        time.sleep(0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not heard
+    sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("another")))
+    assert heard == ["another"]

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Checkpoints:
         """
         path = self._path / str(rounds_done)
         _remove(path)
-        with _as_os_error(path), _quiet():
+        with _as_os_error(path), _quiet(), _late_writes_are_quiet():
             _orbax().save(path, args=ocp.args.StandardSave(_arrays(_names(run), jax.tree.leaves(run))))
         about = {**self._about, "rounds": rounds_done, "notes": notes, "named": True, "files": _sums(path)}
         write_atomically(path / MANIFEST, json.dumps(sealed(about)).encode())
@@ -158,6 +159,25 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(before)
+
+
+@contextlib.contextmanager
+def _late_writes_are_quiet() -> Iterator[None]:
+    """Where one array is refused, threads that write others find orbax's event loop closed: each prints a traceback.
+
+    They end whenever they end: after a failure they are not heard for the rest of the process.
+    """
+    shown = sys.unraisablehook
+
+    def unless_late(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, RuntimeError) or "Event loop is closed" not in str(
+            unraisable.exc_value
+        ):
+            shown(unraisable)
+
+    sys.unraisablehook = unless_late
+    yield
+    sys.unraisablehook = shown
 
 
 @contextlib.contextmanager
