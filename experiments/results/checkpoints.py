@@ -170,9 +170,7 @@ def _late_writes_are_quiet() -> Iterator[None]:
     shown = sys.unraisablehook
 
     def unless_late(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, RuntimeError) or "Event loop is closed" not in str(
-            unraisable.exc_value
-        ):
+        if str(unraisable.exc_value) != "Event loop is closed":
             shown(unraisable)
 
     sys.unraisablehook = unless_late
