@@ -101,6 +101,32 @@ def load_in_a_process(root, cache, results):
     results.put(data.load(root, test_share=0.34).fingerprint())
 
 
+def test_whatever_damaged_bytes_make_pillow_raise_is_one_line(tmp_path, monkeypatch):
+    """A header of 90,000 x 90,000 pixels; tags that cannot be written again when the image is turned."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(0)).save(buffer, "BMP")
+    huge = bytearray(buffer.getvalue())
+    huge[18:26] = struct.pack("<ii", 90_000, 90_000)
+    with pytest.raises(ValueError, match="cannot be read: Image size"):
+        decoding.opened(bytes(huge), None)
+
+    def stumbles(image):
+        raise struct.error("required argument is not an integer")
+
+    monkeypatch.setattr(decoding.ImageOps, "exif_transpose", stumbles)
+    with pytest.raises(ValueError, match="cannot be read: required argument"):
+        decoding.opened(png(0), None)
+
+
+def test_folders_that_link_to_one_another_have_an_end(tmp_path):
+    root = folder(tmp_path / "images")
+    for here, there in ("ab", "ba"):
+        for i in range(20):
+            (root / here / f"link{i}").symlink_to(root / there)
+    with pytest.raises(ValueError, match=r"a/0\.png and a/link0/3\.png lie 1 and 2 folders deep"):
+        data.load(str(root))
+
+
 @pytest.mark.long
 def test_two_processes_may_decode_at_once(tmp_path, own_cache):
     root = str(folder(tmp_path / "images", each=30))
@@ -238,12 +264,14 @@ def test_a_class_without_images_for_training_is_said(tmp_path, capsys):
             put(tmp_path / split / name / "1.png", i)
     (tmp_path / "train" / "c").mkdir()
     (tmp_path / "train" / "c" / "1.heic").write_bytes(b"of a phone")
+    (tmp_path / "train" / "d").mkdir()
     (tmp_path / "train" / "a" / "notes.txt").write_text("beside an image")
     _, images, _ = problem._images(Config(data=str(tmp_path)))
     assert images.classes == ("a", "b", "c")
     said = capsys.readouterr().err
     assert "no training images of class c\n" in said
-    assert "1 folders hold files but no images that are read, as train/c\n" in said
+    assert "2 folders hold no images that are read, as train/c\n" in said
+    assert "1 images are of a kind that is not read (.heic), as train/c/1.heic\n" in said
 
 
 def test_what_is_left_out_is_said_each_time(tmp_path, capsys):

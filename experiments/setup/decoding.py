@@ -231,6 +231,8 @@ def opened(encoded: Path | bytes, side: int | Resizing | None) -> np.ndarray:
             image = image.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError("is no image that can be read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of damaged bytes Pillow's readers raise whatever they stumble over
         raise ValueError(f"cannot be read: {error}") from None
     return np.asarray(image if side is None else resizing.resized(image, side))

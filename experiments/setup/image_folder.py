@@ -22,6 +22,7 @@ from experiments.setup.decoding import Listing, decoded
 from experiments.setup.resizing import Resizing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".jfif", ".ppm", ".pgm")
+OTHERS = (".avif", ".heic", ".heif", ".jp2", ".jpe", ".jxl", ".svg", ".tga")  # images too; a note says so
 SPLITS = {"train": 0, "training": 0, "test": 1, "val": 1, "valid": 1, "validation": 1}
 LIST = re.compile(r"(?P<domain>.+)_(?P<split>train|test)\.txt")
 
@@ -74,11 +75,13 @@ def _placed(root: Path) -> Found:
     Raises:
       ValueError: there are no images, or they lie at different depths.
     """
-    shown = [path for path in _files(root) if _is_shown(path.relative_to(root))]
-    paths = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
+    shown = {folder: names for folder, names in _walked(root) if _is_shown(folder.relative_to(root))}
+    files = [folder / name for folder, names in shown.items() for name in names if _is_shown(Path(name))]
+    paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"{root} holds no images ({', '.join(SUFFIXES)}): expected FOLDER/CLASS/IMAGE")
-    _note_folders_without({path.parent for path in shown} - {root}, {path.parent for path in paths}, root)
+    _note_folders_without(shown.keys() - {root}, {path.parent for path in paths}, root)
+    _note_others([path for path in files if path.suffix.lower() in OTHERS], root)
     places = [path.relative_to(root).parts[:-1] for path in paths]
     at = next((i for i in (0, 1) if _is_split(places, i)), None)
     splits = None if at is None else [place[at].lower() for place in places]
@@ -101,13 +104,21 @@ def _placed(root: Path) -> Found:
     return Found(paths, [place[-1] for place in named], domains, of_split)
 
 
-def _note_folders_without(held: set[Path], used: set[Path], root: Path) -> None:
-    """Say which folders hold files, and no image in or below them: it may have been meant as a class."""
+def _note_folders_without(there: set[Path], used: set[Path], root: Path) -> None:
+    """Say which folders have no image in or below them: one may have been meant as a class."""
     above = {folder for path in used for folder in (path, *path.parents)}
-    if without := sorted(held - above):
+    if without := sorted(there - above):
         first = without[0].relative_to(root)
+        print(f"note: {root}: {len(without)} folders hold no images that are read, as {first}", file=sys.stderr)
+
+
+def _note_others(others: list[Path], root: Path) -> None:
+    """Say which images are left out because they are of a kind that is not read."""
+    if others:
+        first = min(others).relative_to(root)
+        kinds = ", ".join(sorted({path.suffix.lower() for path in others}))
         print(
-            f"note: {root}: {len(without)} folders hold files but no images that are read, as {first}", file=sys.stderr
+            f"note: {root}: {len(others)} images are of a kind that is not read ({kinds}), as {first}", file=sys.stderr
         )
 
 
@@ -183,12 +194,17 @@ def _listed(root: Path, lists: list[Path]) -> tuple[Found, list[str]]:
     return Found(paths, [names[number] for number in numbers], domains if several else None, splits), order
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """All files below, also behind links; not those of a link that leads back up, which would have no end."""
-    for folder, folders, names in os.walk(root, followlinks=True):
-        here = Path(folder).resolve()
-        folders[:] = [name for name in folders if not here.is_relative_to(Path(folder, name).resolve())]
-        yield from (Path(folder, name) for name in names)
+def _walked(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """All folders below and the files in each, also behind links; not behind one that leads back to where the way came
+    through or to what is above that, which would have no end."""
+    ways: dict[str, tuple[Path, ...]] = {str(root): ()}
+    unread = lambda error: print(f"note: {root}: cannot look into {error.filename}: {error.strerror}", file=sys.stderr)
+    for folder, folders, names in os.walk(root, onerror=unread, followlinks=True):
+        way = (*ways.pop(folder), Path(folder).resolve())
+        leads_back = lambda to, way=way: any(place.is_relative_to(to) for place in way)
+        folders[:] = [name for name in folders if not leads_back(Path(folder, name).resolve())]
+        ways |= {os.path.join(folder, name): way for name in folders}
+        yield Path(folder), names
 
 
 def _is_shown(path: Path) -> bool:
