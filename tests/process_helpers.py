@@ -7,6 +7,7 @@ How a process of a user's starts is looked at elsewhere (``test_starting``, ``te
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -62,7 +63,8 @@ class Process:
 
     def send(self, number: int) -> None:
         if self.runs() and self._process.pid:
-            os.kill(self._process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it may end at this very moment
+                os.kill(self._process.pid, number)
 
     def end(self, limit: float = 300) -> Ended:
         self._process.join(limit)
