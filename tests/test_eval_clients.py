@@ -13,7 +13,7 @@ from experiments.commands import export
 from experiments.commands.compare import Plan
 from experiments.requests import Export
 from experiments.results import client_map, metrics, summary
-from experiments.setup import problem
+from experiments.setup import memory, problem
 
 OPTIONS = (
     "compare --clients 5 --holdout-clients 4 --clients-per-round 2 --minimum 2 "
@@ -150,13 +150,17 @@ def test_a_run_that_scores_all_there_are_does_not_say_that_it_draws():
 
 
 @pytest.mark.long
-def test_any_model_can_be_exported_whoever_was_scored(rows, tmp_path):
+def test_any_model_can_be_exported_whoever_was_scored(rows, tmp_path, monkeypatch):
+    """Newcomers find their place by images, which are then staged as well."""
     out, _ = rows(*TRIED, *DRAWN, "--images", "staged")
     whole, _ = rows(*TRIED)
     held = []
-    for run in (out, whole):
+    for run, most in ((out, 0), (whole, memory.RESIDENT)):
+        monkeypatch.setattr(memory, "RESIDENT", most)
         folder = tmp_path / run.name.replace(" ", "")
-        export.Plan(Export(str(run), model="all", to="npz", out=str(folder))).execute()
+        plan = export.Plan(Export(str(run), model="all", to="npz", out=str(folder)))
+        assert plan.problem.staged is (most == 0)
+        plan.execute()
         held.append({path.name: dict(np.load(path)) for path in folder.glob("*.npz")})
     assert len(held[0]) == 10
     for name, arrays in held[0].items():

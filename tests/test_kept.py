@@ -23,8 +23,7 @@ OPTIONS = (
 ).split()
 OWN = f"{Path(__file__).parents[1] / 'examples' / 'own_backbones.py'}:plain"
 MODELS = "--methods ditto --seeds 2 --rank 1,2"  # a model of each client's own
-CONTROLS = "--methods fedit+scaffold --seeds 2 --rank 1,2"
-CHOICES = "--methods ifca,fedsa_lora --seeds 1 --eval-clients 3"
+# A number, a client's cluster; some are scored, and newcomers have a trial
 TRIED = "--methods hilora:root=0.5:cluster=0.25 --seeds 2 --seeds-at-once 2 --eval-clients 4"
 IMAGES = f"{MODELS} --images staged"
 
@@ -62,12 +61,9 @@ def resident(folder):
 @pytest.mark.parametrize(
     ("more", "most"),
     [
-        pytest.param(MODELS, 1, id="a round at a time"),
         pytest.param(MODELS, parts.STAGE, id="two rounds at a time"),
-        pytest.param(CONTROLS, parts.STAGE, id="control variates"),
-        pytest.param(CHOICES, 1, id="numbers, and some are scored"),
+        pytest.param(IMAGES, 1, id="a round at a time, of images too"),
         pytest.param(TRIED, 1, id="newcomers"),
-        pytest.param(IMAGES, 1, id="images too"),
     ],
 )
 def test_every_row_is_the_same_to_the_last_bit(more, most, folder, resident, monkeypatch):
@@ -115,7 +111,9 @@ def test_it_is_chosen_by_itself_and_said_before_anything_runs(folder, monkeypatc
     """And what a device is given does not grow with the number of clients."""
     made = plan(folder, "none", "auto", f"{MODELS} --dry-run")
     made.forecast()
-    assert "--kept resident: what ditto has 7 clients keep (" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--images resident: 96 images (0.1 MiB) are all on the device" in said
+    assert "--kept resident: what ditto has 7 clients keep (" in said
     size = memory.bytes_of(made.trials["ditto"].kept)
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available", lambda: 2 * size - 1)
