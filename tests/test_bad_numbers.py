@@ -10,8 +10,11 @@ import pytest
 from helpers import EVERYBODY, SIGNATURE
 
 from experiments.engine import methods
+from experiments.engine.trial import check_moved
 from fedlora_jax.checks import in_words, refuse_outside
+from fedlora_jax.diagnostics import Aggregation
 from fedlora_jax.methods.fedit import fedit
+from fedlora_jax.rounds import Info
 
 NO_NUMBERS = (float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 1e-300, np.float64(1e39), 2**31, -(10**12))
 
@@ -62,3 +65,20 @@ def test_every_number_of_every_method_and_wrapper_is_looked_at(name, key):
         part = f"{name}:{key}={value}".replace("e+", "e")  # a plus begins a wrapper
         with pytest.raises(ValueError, match=re.escape(f"'{part}': {key} must be a finite number")):
             methods.check(f"fedit+{part}" if inner else part)
+
+
+def test_a_run_whose_numbers_are_none_or_stay_as_they_are_ends_before_it_writes_them():
+    """Two seeds, three rounds, four clients; some of the numbers of a row become infinite before the loss does."""
+    one = np.ones((2, 3, 4))
+    good = Info(one * 5, one, Aggregation(*np.ones((4, 2, 3))), {}, one, np.zeros((2, 3)))
+    check_moved("fedit", good, 3, first=True)
+    last = lambda x, value: np.where(np.arange(3)[:, None] == 2, value, x)
+    check_moved("fedit", good._replace(loss=np.where(np.arange(4) == 1, np.nan, one)), 3, first=True)  # one client's
+    for field in Aggregation._fields:
+        wrong = good.aggregation._replace(**{field: last(one, np.inf)[..., 0]})
+        with pytest.raises(FloatingPointError, match="infinite by round 9; try a smaller --lr"):
+            check_moved("fedit", good._replace(aggregation=wrong), 9, first=True)
+    with pytest.raises(FloatingPointError, match="look at what the model makes of an image"):
+        check_moved("fedit", good._replace(loss=one * np.nan), 3, first=True)
+    with pytest.raises(FloatingPointError, match="nothing that is trained moved by round 3"):
+        check_moved("fedit", good._replace(moved=last(one, 0.0)), 3, first=False)

@@ -135,7 +135,7 @@ class Trial:
             begin = time.perf_counter()
             run, info = self.course.block(run)
             took = time.perf_counter() - begin
-            self._check_moved(info, end)
+            check_moved(self.name, info, end, first=end == self.config.eval_every)
             yield end, run, took, jax.device_get(info), self.course.scores(run, end)
 
     def _begun(self, whole: Sequence[int], store: Checkpoints | None) -> tuple[int, Run | None]:
@@ -161,15 +161,21 @@ class Trial:
                 say(f"{self.name}: its checkpoint after round {done} cannot be read ({why})")
         return 0, start
 
-    def _check_moved(self, info: Info, end: int) -> None:
-        some = (np.asarray(info.ids) >= 0).any(-1)
-        failed = some & ~np.isfinite(info.loss).any(-1)  # one client may, if left out
-        failed |= ~np.isfinite(info.aggregation.bias)
-        if failed.any():
-            first = " (or, as it is so from the first round on, look at what the model makes of an image)"
-            raise FloatingPointError(
-                f"{self.name}: the loss became infinite by round {end}; try a smaller --lr"
-                + first * (end == self.config.eval_every and not np.isfinite(np.asarray(info.loss)[:, 0]).any())
-            )
-        if not (np.asarray(info.moved) > 0).any(-1).all():
-            raise FloatingPointError(f"{self.name}: nothing that is trained moved by round {end}; is --lr too small?")
+
+def check_moved(name: str, info: Info, end: int, first: bool) -> None:
+    """Of rounds up to ``end``, whether these are the first or not.
+
+    Raises:
+      FloatingPointError: the loss or what clients sent became infinite, or nothing moved.
+    """
+    some = (np.asarray(info.ids) >= 0).any(-1)
+    failed = some & ~np.isfinite(info.loss).any(-1)  # one client may, if left out
+    failed |= ~np.isfinite(info.aggregation).all(0)
+    if failed.any():
+        hint = " (or, as it is so from the first round on, look at what the model makes of an image)"
+        raise FloatingPointError(
+            f"{name}: the loss became infinite by round {end}; try a smaller --lr"
+            + hint * (first and not np.isfinite(np.asarray(info.loss)[:, 0]).any())
+        )
+    if not (np.asarray(info.moved) > 0).any(-1).all():
+        raise FloatingPointError(f"{name}: nothing that is trained moved by round {end}; is --lr too small?")
