@@ -103,7 +103,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "lora_fair_columns": lambda: lora_fair(solver="column_cosine", steps=30, squared=False, on="both"),
     "hyperlora": lambda: hyperlora(CLIENTS, SIGNATURE, warmup=0),
     "hyperlora_exact": lambda: hyperlora(
-        CLIENTS, SIGNATURE, "exact", "bases", warmup=0, query=BATCH, kappa=0.5, memory=0.5, factors="steady"
+        CLIENTS, SIGNATURE, "exact", "bases", "full", warmup=0, query=BATCH, kappa=0.5, memory=0.5, factors="steady"
     ),
     "fedhl": fedhl,
     "rolora": rolora,
@@ -248,7 +248,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")  # whatever tests run on, programs are lowere
 # What a method is before its server has learned anything: then it may promise more.
 UNLEARNED = METHODS | {
     "hyperlora": lambda: hyperlora(CLIENTS, SIGNATURE, warmup=10**6),
-    "hyperlora_exact": lambda: hyperlora(CLIENTS, SIGNATURE, "exact", "bases", warmup=10**6, query=BATCH),
+    "hyperlora_exact": lambda: hyperlora(CLIENTS, SIGNATURE, "exact", "bases", "full", warmup=10**6, query=BATCH),
 }
 
 # A large epsilon: Adam as smooth as SGD, so that rounding errors stay rounding errors.

@@ -7,7 +7,6 @@ import numpy as np
 from helpers import (
     ADAPTER,
     CLIENTS,
-    METHODS,
     SIGNATURE,
     array,
     cohort,
@@ -25,16 +24,19 @@ from fedlora_jax import lora
 from fedlora_jax.hyper import corrector, generator, synthesizer
 from fedlora_jax.hyper.synthesizer import Uploads
 from fedlora_jax.lora import LoRA
-from fedlora_jax.methods.hyperlora import Theta, aggregated
+from fedlora_jax.methods.hyperlora import Theta, aggregated, hyperlora
 from fedlora_jax.signatures import Signature
 
 KERNELS = ["blocks/kernel", "mix/kernel"]
 FORMS = ["mix", "bases"]
 generate = jit(generator.generate, static_argnames="form")
-synthesize = jit(aggregated, static_argnames="factors")
+everything = functools.partial(hyperlora, CLIENTS, SIGNATURE, form="mix", server="full", factors="balanced")
+learner = functools.partial(everything, warmup=0)
 
 
-learner = METHODS["hyperlora"]
+@functools.partial(jit, static_argnames="factors")
+def synthesize(theta, x, factors="balanced"):
+    return aggregated(theta, x, factors)
 
 
 def doubles(tree):
@@ -48,7 +50,7 @@ def _init(form) -> Theta:
     return Theta(
         generator.init(keys[0], ADAPTER, SIGNATURE, form),
         synthesizer.init(keys[1], ADAPTER, SIGNATURE),
-        corrector.init(keys[2], ADAPTER, SIGNATURE),
+        corrector.init(keys[2], ADAPTER, SIGNATURE, own=False),
     )
 
 

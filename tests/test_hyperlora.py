@@ -1,5 +1,7 @@
 """HyperLoRA's parts are neutral at the start and blind to order and gauge; what does not fit is refused."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,7 @@ from hyperlora_helpers import (
     KERNELS,
     center,
     doubles,
+    everything,
     flat,
     generate,
     learned,
@@ -53,7 +56,7 @@ from numpy.linalg import norm
 from fedlora_jax import lora, rounds
 from fedlora_jax import signatures as sig
 from fedlora_jax.hyper import corrector, generator, synthesizer
-from fedlora_jax.hyper.synthesizer import Uploads
+from fedlora_jax.hyper.synthesizer import Factors, Uploads
 from fedlora_jax.lora import LoRA
 from fedlora_jax.method import average_client
 from fedlora_jax.methods import hyperlora as module
@@ -85,7 +88,7 @@ def test_at_initialisation_the_aggregate_is_the_truncated_mean_product():
 
 @pytest.mark.long
 def test_while_it_warms_up_it_is_flexlora_with_balanced_factors():
-    plain, method = compiled("flexlora_balanced"), hyperlora(CLIENTS, SIGNATURE, warmup=3)
+    plain, method = compiled("flexlora_balanced"), everything(warmup=3)
     warm = jit(rounds.make_round(method, loss_fn, OPTIMIZER))
     one, start = plain.start, begin(method.init, jax.random.key(1))
     other = start
@@ -107,10 +110,10 @@ def test_while_it_warms_up_it_is_flexlora_with_balanced_factors():
 @pytest.mark.long
 def test_the_mean_client_starts_from_the_global_adapter_whatever_was_learned():
     """So the global model is the server's adapter, and what G gives one client does not pile up in the average."""
-    m = compiled("hyperlora")
-    state = m.state._replace(theta=learned(), center=average_client(cohort()).signatures)
-    state = state._replace(center=take(state.center, 0))
-    sent = dispatched(m.method, state, average_client(cohort()))
+    method = built(learner)
+    state = begin(method.init, KEY)._replace(theta=learned(), adapter=nudged(ADAPTER))
+    state = state._replace(center=take(average_client(cohort()).signatures, 0))
+    sent = dispatched(method, state, average_client(cohort()))
     assert_near(take(sent.adapter, 0), state.adapter, 1e-6)
 
 
@@ -203,14 +206,44 @@ def test_a_round_remembers_the_round_before():
     assert hyperlora(CLIENTS, SIGNATURE).init(KEY, ADAPTER).last.push == ()  # without memory there is none to carry
 
 
-def test_steady_factors_are_the_same_product_with_an_a_as_long_as_before(x64):
+def test_other_factors_are_the_same_product_with_an_a_as_long_as_before(x64):
     x = uploads()
-    balanced, new = (synthesize(learned(), x, factors=factors) for factors in ("balanced", "steady"))
-    assert_near(products(new), products(balanced), 1e-10)
+    theta = learned()._replace(corrector=neutral().corrector)  # whose ridge depends on factors
+    balanced, new, even = (synthesize(theta, x, factors=factors) for factors in get_args(Factors))
+    assert_near((products(new), products(even)), (products(balanced), products(balanced)), 1e-10)
     for name in KERNELS:
         length = lambda adapter, name=name: norm(lora.flatten(adapter)[name].a, axis=(-2, -1))
         assert_near(length(new), length(x.previous), 1e-10)
         assert (length(balanced) != length(x.previous)).all()
+        a = np.asarray(lora.flatten(even)[name].a)  # whose columns are orthogonal and equally long
+        assert_near(a.mT @ a, (length(x.previous) ** 2 / RANK)[..., None, None] * np.eye(RANK), 1e-10)
+
+
+def test_steps_alone_are_what_remains_where_networks_say_nothing(x64):
+    """And what G says of the head's bias, what remains without its low-rank part."""
+    x, everything = uploads(), with_s(neutral(), steps=nudged(neutral().synthesizer.steps, size=1.0))
+    alone = Theta(
+        everything.generator._replace(network=(), bases={}, prior=jnp.asarray(0.7)),
+        everything.synthesizer._replace(network=(), gains={}),
+        everything.corrector._replace(gates=(), personal=()),
+    )
+    assert_near(products(synthesize(alone, x)), products(synthesize(everything, x)), 1e-12)
+    full = everything.generator._replace(prior=jnp.asarray(0.7))
+    z, adapter = doubles(cohort().signatures), nudged(doubles(ADAPTER))
+    assert_near(generate(alone.generator, z, center(), adapter, "none"), generate(full, z, center(), adapter, "mix"))
+
+
+def test_what_is_learned_in_rounds_makes_no_step_shorter_than_to_the_mean():
+    """Where uploads ask for shorter ones, as where clients go to and fro, they end where they began."""
+    method = hyperlora(CLIENTS, SIGNATURE, warmup=0, lr_step=0.5)
+    state = begin(method.init, KEY)._replace(adapter=nudged(ADAPTER), last=uploads(), round=jnp.asarray(9))
+    c, learn = normalised(cohort()), jit(method.learn)
+    moved = jax.tree.map(lambda x, y: x.mean(0) - y, uploads().received, uploads().previous)
+    for way, low, high in ((1, 0.0, 0.0), (-1, 0.01, 1.0)):  # a step that was too long, and one too short
+        new = learn(state, c, copies(jax.tree.map(lambda x, way=way: way * x, moved)))
+        steps = flat(new.theta.synthesizer.steps)
+        assert low <= steps.min()
+        assert steps.max() <= high
 
 
 # --- what is a client's own
@@ -224,10 +257,10 @@ def test_the_personal_part_adds_a_clients_last_update_as_far_as_its_gate_is_open
         change = products(x.received)[name] - products(sent)[name]
         assert_near(product(lora.flatten(own)[name]), truncated(change), 1e-8)
     personalise = jit(corrector.personalise)
-    closed = personalise(neutral().corrector, x.signatures, sent, own)
+    neutral = doubles(jit(corrector.init)(KEY, ADAPTER, SIGNATURE))
+    closed = personalise(neutral, x.signatures, sent, own)
     assert_near(products(closed), products(sent), 1e-10)
-    theta = nudged(neutral().corrector, 3, 0.3)
-    opened = products(personalise(theta, x.signatures, sent, own))
+    opened = products(personalise(nudged(neutral, 3, 0.3), x.signatures, sent, own))
     for name in KERNELS:
         added, base = opened[name] - products(sent)[name], products(sent)[name]
         one = [truncated(base + g * product(lora.flatten(own)[name])) for g in (-1.0, 1.0)]
@@ -237,7 +270,7 @@ def test_the_personal_part_adds_a_clients_last_update_as_far_as_its_gate_is_open
 
 @pytest.mark.long
 def test_a_client_keeps_its_update_and_the_unseen_one_has_none():
-    method = hyperlora(CLIENTS, SIGNATURE, warmup=0, personal=1)
+    method = everything(warmup=0, personal=1)
     step = jit(rounds.make_round(method, loss_fn, optax.sgd(0.1)))
     state, row = begin(method.init, KEY), method.init_client(ADAPTER)
     assert not flat(row).any()
@@ -379,13 +412,14 @@ def test_it_refuses_what_does_not_fit():
         {"personal": -1},
         {"memory": 1.0},
         {"factors": "any"},
+        {"server": "none"},
     ):
         with pytest.raises(ValueError, match=r"must be|guess"):
             hyperlora(CLIENTS, SIGNATURE, **wrong).init(KEY, ADAPTER)
     longer = SIGNATURE._replace(shape=np.zeros(9))
     with pytest.raises(ValueError, match="learned for another signature"):
         hyperlora(CLIENTS, longer, theta=module.named(learned())).init(KEY, ADAPTER)
-    method = hyperlora(CLIENTS, SIGNATURE)
+    method = built(learner)
     told = cohort()._replace(signatures=sig.label_free(cohort().signatures))
     with pytest.raises(ValueError, match=r"\[4, 0, 1\] numbers .* made for \[4, 3, 1\]"):
         method.dispatch(BASE, method.init(KEY, ADAPTER), told)

@@ -14,12 +14,12 @@ from helpers import (
     CLIENTS,
     KEY,
     METHODS,
+    OPTIMIZER,
     SIGNATURE,
     assert_near,
     begin,
     built,
     cohort,
-    compiled,
     copies,
     dispatched,
     host,
@@ -30,7 +30,7 @@ from helpers import (
     problem,
     take,
 )
-from hyperlora_helpers import center, doubles, flat, learned, learner, synthesize, uploads
+from hyperlora_helpers import center, doubles, everything, flat, learned, learner, synthesize, uploads
 from numpy.linalg import norm
 
 from fedlora_jax import lora, product, rounds
@@ -55,27 +55,37 @@ def _problem64():
     return problem().base, learned(), uploads(2), normalised(cohort(1, steps=1))
 
 
-def states(method, theta, last):
+def states(method, theta, last, factors):
     state = doubles(begin(method.init, jax.random.key(1)))
-    return state._replace(theta=theta, last=last, adapter=synthesize(theta, last), center=center())
+    return state._replace(theta=theta, last=last, adapter=synthesize(theta, last, factors), center=center())
+
+
+def steps_alone() -> Theta:
+    """What is learned by default, as if trained."""
+    theta = learned()
+    g, s = theta.generator._replace(network=(), bases={}), theta.synthesizer._replace(network=(), gains={})
+    return Theta(g, s, theta.corrector._replace(gates=()))
+
+
+by_default = functools.partial(hyperlora, CLIENTS, SIGNATURE)
 
 
 @functools.cache
-def learning_round(mode: str):
+def learning_round(mode: str, make=everything):
     """One round in a mode; clients' learning rate is given, so that one program serves all."""
-    method = hyperlora(CLIENTS, SIGNATURE, mode, warmup=0, query=3)
+    method = make(mode=mode, warmup=0, query=3)
     return method, jit(lambda lr, *arguments: rounds.make_round(method, loss_fn, optax.sgd(lr))(*arguments))
 
 
-def learn_once(mode: str, lr: float, c, base, theta, last):
+def learn_once(mode: str, lr: float, c, base, theta, last, make=everything, factors="balanced"):
     """The meta-gradient of one round in a mode, through ``make_round``."""
-    method, round_fn = learning_round(mode)
-    state, _, _ = round_fn(lr, base, states(method, theta, last), c, KEY)
+    method, round_fn = learning_round(mode, make)
+    state, _, _ = round_fn(lr, base, states(method, theta, last, factors), c, KEY)
     return meta_gradient(state.meta)
 
 
-def phi(theta, last, signatures):
-    return generator.generate(theta.generator, signatures, center(), aggregated(theta, last), "mix")
+def phi(theta, last, signatures, form="mix", factors="balanced"):
+    return generator.generate(theta.generator, signatures, center(), aggregated(theta, last, factors), form)
 
 
 def cut(rows, ranks):
@@ -89,14 +99,15 @@ def cut(rows, ranks):
     return lora.tree_map(one, rows)
 
 
-@functools.partial(jit, static_argnums=0)
-def start_gradient(lr, base, theta, last, c):
+@functools.partial(jit, static_argnums=(0, 5, 6))
+def start_gradient(lr, base, theta, last, c, form="mix", factors="balanced"):
     def losses(adapters):
         """Each client's loss at its start, on the batch and with the key of its only step."""
         own = jax.vmap(lambda id_: jax.random.fold_in(jax.random.fold_in(KEY, id_), 0))(c.ids)
         return jax.vmap(loss_fn, (None, 0, 0, 0))(base, adapters, jax.tree.map(lambda x: x[:, 0], c.batches), own)
 
-    return jax.grad(lambda theta: lr * c.weights @ losses(cut(phi(theta, last, c.signatures), c.ranks)))(theta)
+    starts = lambda theta: cut(phi(theta, last, c.signatures, form, factors), c.ranks)
+    return jax.grad(lambda theta: lr * c.weights @ losses(starts(theta)))(theta)
 
 
 @pytest.mark.long
@@ -112,6 +123,18 @@ def test_displacement_is_the_exact_gradient_for_one_step_of_sgd(x64, ranks):
         x, y = flat(getattr(got, field)), flat(getattr(exact, field))
         assert norm(y) > 1e-8, field
         assert_near(x, y, 1e-6)
+
+
+@pytest.mark.long
+def test_displacement_is_the_exact_gradient_of_what_is_learned_by_default(x64):
+    """``t`` and the server steps, through orthogonal factors."""
+    lr, (base, _, last, c) = 0.05, _problem64()
+    theta = steps_alone()
+    got = learn_once("displacement", lr, c, base, theta, last, by_default, "orthogonal")
+    exact = start_gradient(lr, base, theta, last, c, "none", "orthogonal")
+    for x, y in ((got.generator, exact.generator), (got.synthesizer, exact.synthesizer)):
+        assert 1e-8 < norm(flat(y)) < 1
+        assert_near(flat(x), flat(y), 1e-6)
 
 
 def unrolled(theta, lr, c, base, last):
@@ -170,12 +193,11 @@ def test_first_order_tends_to_exact_as_local_steps_shrink(x64):
 @pytest.mark.long
 def test_the_generator_has_a_gradient_from_the_first_round_on():
     """Though b and the coefficients of its bases start at zero; with bases of zero, too, it would never use them."""
-    m = compiled("hyperlora")
-    theta = m.start.theta
-    zero = theta.generator._replace(bases=jax.tree.map(jnp.zeros_like, theta.generator.bases))
-    stuck = m.start._replace(theta=theta._replace(generator=zero))
-    for start, learns in ((m.start, True), (stuck, False)):
-        new, _, _ = m.fast(BASE, start, cohort(), KEY)
+    fresh, one_round = begin(built(learner).init, KEY), jit(rounds.make_round(built(learner), loss_fn, OPTIMIZER))
+    zero = fresh.theta.generator._replace(bases=jax.tree.map(jnp.zeros_like, fresh.theta.generator.bases))
+    stuck = fresh._replace(theta=fresh.theta._replace(generator=zero))
+    for start, learns in ((fresh, True), (stuck, False)):
+        new, _, _ = one_round(BASE, start, cohort(), KEY)
         gradient = meta_gradient(new.meta).generator
         last = np.asarray(gradient.network["params"]["mlp"]["Dense_5"]["kernel"])[:, : generator.BASES]
         assert (np.abs(last).max(0) > 1e-7).all() == learns
@@ -188,7 +210,7 @@ def test_only_displacement_needs_no_client_data(mode):
     """Everything that a client did not send is replaced by NaN after its upload: nothing changes."""
     state = begin(built(learner).init, jax.random.key(1))
     state, c = state._replace(theta=learned(), last=uploads(2), round=jnp.asarray(10**6)), normalised(cohort())
-    method = built(METHODS["hyperlora" if mode == "displacement" else "hyperlora_exact"])
+    method = built(learner if mode == "displacement" else METHODS["hyperlora_exact"])
     assert (method.query == 0) == (mode == "displacement")
     if mode == "exact":
         with pytest.raises(ValueError, match="has none"):
@@ -208,7 +230,7 @@ def test_only_displacement_needs_no_client_data(mode):
 @pytest.mark.long
 def test_a_frozen_theta_serves_and_stays():
     theta = learned()
-    method = hyperlora(CLIENTS, SIGNATURE, "frozen", theta=module.named(theta))
+    method = everything(mode="frozen", theta=module.named(theta))
     state = begin(method.init, KEY)
     new, _, _ = jit(rounds.make_round(method, loss_fn, optax.sgd(0.1)))(BASE, state, cohort(), KEY)
     assert_near(new.theta, theta, 0)
@@ -218,11 +240,10 @@ def test_a_frozen_theta_serves_and_stays():
 
 @pytest.mark.long
 def test_the_report_is_zero_for_flexlora_and_says_what_was_learned():
-    fresh, state = compiled("hyperlora").start, compiled("hyperlora").state
-    report = jit(built(learner).report)
+    fresh, report = begin(built(learner).init, KEY), jit(built(learner).report)
     for name, value in report(fresh._replace(last=uploads())).items():
         np.testing.assert_allclose(value, 1.0 if name == "server_step" else 0.0, atol=1e-6, err_msg=name)
-    said = report(state._replace(theta=learned(), last=uploads(), adapter=uploads().previous, center=center()))
+    said = report(fresh._replace(theta=learned(), last=uploads(), adapter=uploads().previous, center=center()))
     assert min(said.values()) > 1e-4
     counts = module.parameters(learned())
     assert counts == {part: flat(getattr(learned(), part)).size for part in Theta._fields}
@@ -235,7 +256,7 @@ def test_while_its_gates_are_closed_the_personal_part_changes_nothing(factors):
     start, c = nudged(begin(built(learner).init, KEY).adapter, 3), normalised(cohort())
     sent = {}
     for personal in (0, 2):
-        method = hyperlora(CLIENTS, SIGNATURE, factors=factors, personal=personal)
+        method = everything(factors=factors, personal=personal)
         state = begin(method.init, KEY)
         theta = learned()._replace(corrector=state.theta.corrector)
         state = state._replace(theta=theta, adapter=start, center=center(), last=uploads())
@@ -247,9 +268,8 @@ def test_while_its_gates_are_closed_the_personal_part_changes_nothing(factors):
 def test_kappa_is_refused_where_nothing_is_learned_and_its_gradient_is_counted():
     with pytest.raises(ValueError, match="mode=frozen it learns nothing; got 1"):
         hyperlora(CLIENTS, SIGNATURE, "frozen", kappa=1.0)
-    up = lambda *options: (
-        flat(hyperlora(CLIENTS, SIGNATURE, *options[:1], kappa=options[1]).traffic(ADAPTER, []).up).size
-    )
+    up = lambda *options: flat(everything(mode=options[0], kappa=options[1]).traffic(ADAPTER, []).up).size
     own, told = flat(ADAPTER).size, 4 + CLASSES + 1
+    assert flat(hyperlora(CLIENTS, SIGNATURE).traffic(ADAPTER, []).up).size == own + CLASSES + 1  # its classes alone
     assert up("displacement", 0.0) == up("frozen", 0.0) == own + told
     assert up("displacement", 0.5) == up("exact", 0.0) == up("first_order", 0.5) == 2 * own + told

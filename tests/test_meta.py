@@ -10,7 +10,6 @@ from helpers import (
     CLIENTS,
     KEY,
     OPTIMIZER,
-    SIGNATURE,
     assert_near,
     cohort,
     examples,
@@ -23,7 +22,7 @@ from helpers import (
     problem,
     take,
 )
-from hyperlora_helpers import doubles
+from hyperlora_helpers import doubles, everything
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +30,6 @@ from fedlora_jax import meta, rounds
 from fedlora_jax.clients import padded, sample_held_out, sample_rounds, sample_views
 from fedlora_jax.methods.fedit import fedit
 from fedlora_jax.methods.flexlora import flexlora
-from fedlora_jax.methods.hyperlora import hyperlora
 from fedlora_jax.methods.lora_fair import lora_fair
 
 ROUNDS = 2
@@ -121,7 +119,7 @@ def test_it_differentiates_in_hyper_parameters(name, x64):
 def test_it_differentiates_in_the_state_generator_synthesizer_and_corrector_included(x64):
     """Two rounds of HyperLoRA: what theta does in the first aggregation is felt in the second round."""
     base, adapter = problem()
-    method = hyperlora(CLIENTS, SIGNATURE, "frozen")
+    method = everything(mode="frozen", personal=1)
     start = doubles(jit(method.init)(KEY, nudged(doubles(adapter))))
     start = start._replace(theta=nudged(start.theta, 3, 0.1))
 

@@ -31,21 +31,29 @@ from fedlora_jax.signatures import Signature
 class Corrector(NamedTuple):
     """The parameters of C."""
 
-    gates: Any  # of the network that gives gamma and lam
-    personal: Any  # of the network that gives rho
+    gates: Any  # of the network that gives gamma and lam; () where nothing is added to the global adapter
+    personal: Any  # of the network that gives rho; () where clients keep nothing
 
 
-def init(key: Array, adapter: Adapter, like: Signature) -> Corrector:
-    """Parameters with which C adds nothing; of the signature only its shapes are read."""
+def init(key: Array, adapter: Adapter, like: Signature, shared: bool = True, own: bool = True) -> Corrector:
+    """Parameters with which C adds nothing; of the signature only its shapes are read.
+
+    Args:
+      shared: whether there is a correction of the global adapter.
+      own: whether there is one of a client's start, by its last update.
+    """
     at, (key_gates, key_personal) = places(adapter)[0], jax.random.split(key)
+    z = jnp.zeros((*at.layers, like.flat().shape[-1]))
     return Corrector(
-        gates=_gates().init(key_gates, jnp.zeros((*at.layers, 2 * FEATURES)), at),
-        personal=_rho().init(key_personal, jnp.zeros((*at.layers, like.flat().shape[-1])), at),
+        gates=_gates().init(key_gates, jnp.zeros((*at.layers, 2 * FEATURES)), at) if shared else (),
+        personal=_rho().init(key_personal, z, at) if own else (),
     )
 
 
 def correct(c: Corrector, x: Uploads, synthesized: dict[str, Synthesis]) -> dict[str, LoRA]:
     """The corrected products by name."""
+    if not c.gates:
+        return {name: t.product for name, t in synthesized.items()}
     received, out = flatten(x.received), {}
     for place in places(x.previous):
         t, w, feat = synthesized[place.name]

@@ -2,14 +2,16 @@
 
     mix      a_c = a (I + m_a)              b_c = (I + m_b) b + sum_j k_j v_j         m = tanh(.) / (2 r)
     bases    a_c = a + sum_j k'_j u_j       b_c = b + sum_j k_j v_j
+    none     a_c = a                        b_c = b
     head     bias_c[y] = bias[y] + tanh(t) log(s_c[y] + EPSILON)                      for each class y, of share s_c[y]
 
-The numbers ``m`` and ``k`` are what one network, shared by all kernels, makes of the signature ``z_c`` and of a code
-for the kernel and the layer. The head's bias needs no network: a classifier moves to other shares of its classes by
-the difference of their logarithms (logit adjustment: Menon et al., ICLR 2021, arXiv 2007.07314), and ``t`` is how much
-of it helps a model whose own evidence is still weak: nothing at ``t = 0``, never more than all of it. Of everything the
-value at the mean signature is subtracted: the mean client starts from the global adapter exactly, and what G adds for
-one client and takes from another does not pile up in their average.
+``head`` comes with each of the other forms. The numbers ``m`` and ``k`` are what one network, shared by all kernels,
+makes of the signature ``z_c`` and of a code for the kernel and the layer. The head's bias needs no network: a
+classifier moves to other shares of its classes by the difference of their logarithms (logit adjustment: Menon et al.,
+ICLR 2021, arXiv 2007.07314), and ``t`` is how much of it helps a model whose own evidence is still weak: nothing at ``t
+= 0``, never more than all of it. Of everything the value at the mean signature is subtracted: the mean client starts
+from the global adapter exactly, and what G adds for one client and takes from another does not pile up in their
+average.
 
 The last layer of the network and ``t`` start at zero, hence at first everybody starts from the global adapter. The
 bases ``u, v`` start small and random: were they zero, too, both factors of ``k v`` would have a zero gradient.
@@ -18,7 +20,7 @@ bases ``u, v`` start small and random: were they zero, too, both factors of ``k 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ from fedlora_jax.lora import Adapter, LoRA, flatten, unflatten
 from fedlora_jax.product import matmul
 from fedlora_jax.signatures import Signature
 
-Form = Literal["mix", "bases"]
+Form = Literal["none", "mix", "bases"]
 BASES = 4
 EPSILON = 0.01  # added to shares: far below it a class counts as absent, and its logarithm stays finite
 
@@ -38,7 +40,7 @@ EPSILON = 0.01  # added to shares: far below it a class counts as absent, and it
 class Generator(NamedTuple):
     """The parameters of G."""
 
-    network: Any  # z -> m and k of every low-rank kernel
+    network: Any  # z -> m and k of every low-rank kernel; () in the form none
     bases: dict[str, dict[str, Array]]  # by kernel: v [..., J, r, out]; u [..., J, in, r] in the form bases
     prior: Any  # t; () where signatures say nothing of labels, or no bias is trained
 
@@ -56,16 +58,18 @@ def init(key: Array, adapter: Adapter, like: Signature, form: Form, scale: float
     Raises:
       ValueError: an unknown form, or kernels of several ranks.
     """
-    if form not in ("mix", "bases"):
-        raise ValueError(f"form must be 'mix' or 'bases', got {form!r}")
+    if form not in get_args(Form):
+        raise ValueError(f"form must be {', '.join(get_args(Form)[:-1])} or {get_args(Form)[-1]}, got {form!r}")
     at, flat = places(adapter), flatten(adapter)
+    prior = jnp.zeros(()) if _biases(flat, like) else ()
+    if form == "none":
+        return Generator((), {}, prior)
     rank = flat[at[0].name].a.shape[-1]
     if any(flat[place.name].a.shape[-1] != rank for place in at):
-        raise ValueError("hyperlora needs one rank for all kernels; give clients smaller ranks by mask instead")
+        raise ValueError(f"form={form} needs one rank for all kernels; give clients smaller ranks by mask instead")
     key_network, key_bases = jax.random.split(key)
     z = jnp.zeros((*at[0].layers, like.flat().shape[-1]))
     bases = {p.name: _bases(jax.random.fold_in(key_bases, p.number), flat[p.name], form, scale) for p in at}
-    prior = jnp.zeros(()) if _biases(flat, like) else ()
     return Generator(_network(form, rank).init(key_network, z, at[0]), bases, prior)
 
 
@@ -82,10 +86,10 @@ def generate(g: Generator, signatures: Signature, center: Signature, adapter: Ad
     flat = flatten(adapter)
     clients = signatures.amount.shape[0]
     rows = {name: jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)), x) for name, x in flat.items()}
-    both = _with(signatures, center)
     for name in _biases(flat, signatures):
         rows[name] = rows[name] + class_shifts(g.prior, signatures, center)
-    for place in places(adapter):
+    both = _with(signatures, center)
+    for place in places(adapter) if form != "none" else ():
         rows[place.name] = _low_rank(g, both.flat(), flat[place.name], place, form)
     return unflatten(rows)
 

@@ -4,11 +4,15 @@
     T   = T_r( a b + eta (sum_c w_c a_c b_c - a b) + q )   a b: the previous product       0 < eta < 4
     b  <- (1 + g_0 + g_1 N + g_2 N^2) b                    N = b b^T / tr(b b^T), eigenvalues S_i / sum S
 
-``T_r`` is the best approximation of rank r, in balanced factors turned towards the previous ones, or in ``steady``
-ones: the same, scaled so that ``a`` stays as long as it was. ``q`` is memory, a part of the last move of the global
-product (``push``). Parameters trained in full move by ``eta (mean - previous) + q``. ``alpha`` is a network, ``eta``
-and ``g`` are numbers of each layer. Every feature is invariant to the clients' order and to the gauge of their factors.
-At first ``alpha = g = 0`` and ``eta = 1``: without memory FlexLoRA with balanced factors.
+``T_r`` is the best approximation of rank r, in factors turned towards the previous ones: ``balanced`` (``U sqrt(S)``,
+``sqrt(S) V^T``), ``steady``, the same but scaled so that ``a`` stays as long as it was, or ``orthogonal``, where the
+columns of ``a`` are ``U``, all of one length, and ``a`` is again as long as it was. A step of ``b`` is then as long in
+each of the r directions as with the first ``a``, whatever has been learned; in balanced factors it grows with the
+product, in steady ones the first direction has nearly all of it. ``q`` is memory, a part of the last move of the global
+product (``push``). Parameters trained in full move by ``eta (mean - previous) + q``. ``eta`` and ``g`` are numbers of
+each layer, ``alpha`` is a network; with ``steps`` alone there are neither ``alpha`` nor ``g``. Every feature is
+invariant to the clients' order and to the gauge of their factors. At first ``alpha = g = 0`` and ``eta = 1``: without
+memory FlexLoRA in such factors.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ from fedlora_jax.method import mean
 from fedlora_jax.product import matmul
 from fedlora_jax.signatures import Signature
 
-Factors = Literal["balanced", "steady"]
+Factors = Literal["balanced", "steady", "orthogonal"]
+Server = Literal["steps", "full"]
 FEATURES = 4
 
 
@@ -43,9 +48,9 @@ class Uploads(NamedTuple):
 class Synthesizer(NamedTuple):
     """The parameters of S. Dicts are keyed by parameter name; ``...`` are its layers."""
 
-    network: Any  # of alpha
+    network: Any  # of alpha; () with steps alone
     steps: dict[str, Array]  # [...] or [] (trained in full): eta = 4 / (1 + 3 exp(-steps))
-    gains: dict[str, Array]  # [..., 3]: g = tanh(gains) / 4
+    gains: dict[str, Array]  # [..., 3]: g = tanh(gains) / 4; none with steps alone
 
 
 class Synthesis(NamedTuple):
@@ -53,37 +58,46 @@ class Synthesis(NamedTuple):
 
     product: LoRA  # of rank r
     weights: Array  # [C, ...]
-    features: Array  # [C, ..., FEATURES]
+    features: Any  # [C, ..., FEATURES]; () with steps alone
 
 
-def init(key: Array, adapter: Adapter, like: Signature) -> Synthesizer:
+def init(key: Array, adapter: Adapter, like: Signature, server: Server = "full") -> Synthesizer:
     """Neutral parameters; of the signature only its shapes are read."""
     at, flat = places(adapter), flatten(adapter)
     layers = {name: x.a.shape[:-2] if is_lora(x) else () for name, x in flat.items()}
-    return Synthesizer(
-        network=_network().init(key, jnp.zeros((*at[0].layers, like.flat().shape[-1] + FEATURES)), at[0]),
-        steps={name: jnp.zeros(shape) for name, shape in layers.items()},
-        gains={place.name: jnp.zeros((*place.layers, 3)) for place in at},
-    )
+    steps = {name: jnp.zeros(shape) for name, shape in layers.items()}
+    if server == "steps":
+        return Synthesizer((), steps, {})
+    network = _network().init(key, jnp.zeros((*at[0].layers, like.flat().shape[-1] + FEATURES)), at[0])
+    return Synthesizer(network, steps, {place.name: jnp.zeros((*place.layers, 3)) for place in at})
 
 
-def synthesize(
-    s: Synthesizer, x: Uploads, factors: Factors = "balanced"
-) -> tuple[dict[str, Synthesis], dict[str, Array]]:
+def synthesize(s: Synthesizer, x: Uploads, factors: Factors) -> tuple[dict[str, Synthesis], dict[str, Array]]:
     """By name: the new products of low-rank kernels, and the new values of what is trained in full."""
-    old, new, z = flatten(x.previous), flatten(x.received), x.signatures.flat()
+    old, new = flatten(x.previous), flatten(x.received)
     q = flatten(x.push) if x.push else {}
     low_rank = {}
     for place in places(x.previous):
         name = place.name
-        feat = features(new[name], x.weights, old[name])  # [C, ..., 4]
-        w = client_weights(s, x.weights, jnp.concatenate([per_layer(z, place.layers), feat], -1), place)
-        t = _truncated(server_step(s.steps[name]), s.gains[name], new[name], w, old[name], q.get(name))
-        t = steady(t, old[name]) if factors == "steady" else t
+        feat, w = _weighed(s, x, new[name], old[name], place)
+        t = _truncated(server_step(s.steps[name]), new[name], w, old[name], q.get(name))
+        t = LoRA(t.a, _gain(0.25 * jnp.tanh(s.gains[name]), t.b), t.scale) if s.gains else t
+        t = factored(t, old[name], factors)
         low_rank[name] = Synthesis(t, w, feat)
     step = lambda name, y: server_step(s.steps[name]) * (mean(y, x.weights) - old[name])
     move = lambda name, y: old[name] + step(name, y) + q.get(name, 0.0)
     return low_rank, {name: move(name, y) for name, y in new.items() if not is_lora(y)}
+
+
+def _weighed(s: Synthesizer, x: Uploads, new: LoRA, old: LoRA, place: Place) -> tuple[Any, Array]:
+    """What clients' updates look like, where that is asked, and ``w``, ``[C, ...]`` for the layers of a kernel."""
+    if not s.network:
+        return (), jnp.broadcast_to(
+            per_layer(x.weights[:, None], place.layers)[..., 0], (len(x.weights), *place.layers)
+        )
+    feat = features(new, x.weights, old)  # [C, ..., 4]
+    told = jnp.concatenate([per_layer(x.signatures.flat(), place.layers), feat], -1)
+    return feat, client_weights(s, x.weights, told, place)
 
 
 def client_weights(s: Synthesizer, weights: Array, features: Array, place: Place) -> Array:
@@ -95,6 +109,23 @@ def client_weights(s: Synthesizer, weights: Array, features: Array, place: Place
 def server_step(steps: Array) -> Array:
     """``eta``, between 0 and 4; 1 at zero."""
     return 4 / (1 + 3 * jnp.exp(-steps))
+
+
+def factored(t: LoRA, like: LoRA, factors: Factors) -> LoRA:
+    """A product of balanced factors in others."""
+    match factors:
+        case "balanced":
+            return t
+        case "steady":
+            return steady(t, like)
+        case "orthogonal":
+            return steady(product.truncate(t, like.a.shape[-1], split="left", like=like), like)
+
+
+def no_shorter(s: Synthesizer) -> Synthesizer:
+    """The same with no ``eta`` below 1. What is learned from the next round alone takes steps that are too short (Wu et
+    al., ICLR 2018, arXiv 1803.02021): where clients' own steps are long it would stop the server."""
+    return s._replace(steps=jax.tree.map(lambda x: jnp.maximum(x, 0.0), s.steps))
 
 
 def steady(x: LoRA, like: LoRA) -> LoRA:
@@ -134,12 +165,11 @@ def _network() -> Conditioned:
     return Conditioned(outputs=1, width=32, blocks=0)
 
 
-def _truncated(eta: Array, gains: Array, x: LoRA, w: Array, before: LoRA, q: LoRA | None) -> LoRA:
+def _truncated(eta: Array, x: LoRA, w: Array, before: LoRA, q: LoRA | None) -> LoRA:
     kept = LoRA((1 - eta)[..., None, None] * before.a, before.b, before.scale)
     mixed = product.plus(product.total(x, eta * w), kept)
     mixed = mixed if q is None else product.plus(mixed, q)
-    t = product.truncate(mixed, before.a.shape[-1], split="balanced", like=before)
-    return LoRA(t.a, _gain(0.25 * jnp.tanh(gains), t.b), t.scale)
+    return product.truncate(mixed, before.a.shape[-1], split="balanced", like=before)
 
 
 def _gain(coefficients: Array, b: Array) -> Array:

@@ -33,7 +33,7 @@ from fedlora_jax.hyper import corrector, generator, synthesizer
 from fedlora_jax.hyper.corrector import Corrector
 from fedlora_jax.hyper.generator import Form, Generator
 from fedlora_jax.hyper.networks import per_layer, places
-from fedlora_jax.hyper.synthesizer import Factors, Synthesizer, Uploads
+from fedlora_jax.hyper.synthesizer import Factors, Server, Synthesizer, Uploads
 from fedlora_jax.lora import Adapter
 from fedlora_jax.method import About, Cohort, Dispatch, Method, Traffic
 from fedlora_jax.signatures import Signature
@@ -79,6 +79,7 @@ class Settings(NamedTuple):
     participants: int
     signature: Signature
     form: Form
+    server: Server
     tx: optax.GradientTransformation
     memory: float
     factors: Factors
@@ -91,13 +92,14 @@ def hyperlora(
     participants: int,
     signature: Signature,
     mode: Mode = "displacement",
-    form: Form = "mix",
+    form: Form = "none",
+    server: Server = "steps",
     lr: float = 1e-4,
     lr_prior: float = 0.1,
     lr_server: float = 3e-4,
     lr_step: float = 0.1,
     memory: float = 0.0,
-    factors: Factors = "balanced",
+    factors: Factors = "orthogonal",
     warmup: int = 3,
     query: int = 16,
     kappa: float = 0.0,
@@ -110,13 +112,14 @@ def hyperlora(
       participants: clients per round; the state keeps one round of uploads.
       signature: one client's, only its shapes are read.
       mode: which meta-gradient theta learns from; ``frozen``: theta stays as it is.
-      form: of G's low-rank part.
-      lr, lr_prior: of G's network and of its ``t`` (AdamW, weight decay 1e-4); 0 switches that part off.
-      lr_server: of all else in S and C (Adam).
-      lr_step: of S's server steps (Adam).
+      form: of G's low-rank part, see ``fedlora_jax/hyper/generator.py``; none: it speaks for the head's bias alone.
+      server: what S and C learn. ``steps``: a server step of each layer; ``full``: client weights, a bend of singular
+        values and a correction as well, by networks.
+      lr, lr_prior: of G's network, where there is one, and of its ``t`` (AdamW, weight decay 1e-4).
+      lr_server, lr_step: of all else in S and C, where there is any, and of S's server steps (Adam).
       memory: part of the last move of the global adapter that S makes again, from 0 to below 1; 0: none is kept.
       factors: of the global adapter's products, see ``fedlora_jax/hyper/synthesizer.py``.
-      warmup: rounds before anything is learned; by default the method is FlexLoRA with balanced, aligned factors there.
+      warmup: rounds before anything is learned; the method is FlexLoRA in such factors there.
       query: examples a client keeps apart in a round, where the mode needs them.
       kappa: weight of the loss at the start itself, before local steps, in what theta learns from; needs examples kept
         apart, and its gradient travels.
@@ -127,16 +130,19 @@ def hyperlora(
       ValueError: an unknown mode or unknown factors, a rank or weight below 0, a memory of 1 or more, a kappa where
         nothing is learned, or (when a round is traced) signatures of another size than theta was learned for.
     """
-    _check(mode, kappa, personal, memory, factors, signature)
+    _check(mode, kappa, personal, memory, factors, server, signature)
     refuse_outside("[0, inf)", lr=lr, lr_prior=lr_prior, lr_server=lr_server, lr_step=lr_step, warmup=warmup)
     refuse_outside("[1, inf)", query=query)
     tx = _optimizer(lr, lr_prior, lr_server, lr_step)
-    s = Settings(participants, signature, form, tx, memory, factors, warmup, personal, theta)
+    s = Settings(participants, signature, form, server, tx, memory, factors, warmup, personal, theta)
     meta_gradient = {**meta.META_GRADIENTS, "frozen": method.no_meta_gradient}[mode]
     asks = bool(kappa) or mode in ("exact", "first_order")  # clients for a gradient on examples kept apart
 
+    by_networks = form != "none" or server == "full" or personal
+    told = signature if by_networks else signature._replace(shape=signature.shape[:0])  # what is read of it
+
     def traffic(own, cohort):
-        return Traffic(up=(own, own if asks else (), signature), down=own)
+        return Traffic(up=(own, own if asks else (), told), down=own)
 
     full = Method(
         partial(_init, s),
@@ -161,8 +167,8 @@ def _init(s: Settings, key, adapter):
     keys = jax.random.split(key, 3)
     fresh = Theta(
         generator.init(keys[0], adapter, s.signature, s.form),
-        synthesizer.init(keys[1], adapter, s.signature),
-        corrector.init(keys[2], adapter, s.signature),
+        synthesizer.init(keys[1], adapter, s.signature, s.server),
+        corrector.init(keys[2], adapter, s.signature, shared=s.server == "full", own=s.personal > 0),
     )
     own = fresh if s.theta is None else _restored(s.theta, fresh)
     stack = lambda x: jnp.broadcast_to(x, (s.participants, *x.shape)) * 1
@@ -186,8 +192,10 @@ def _starts(s: Settings, theta: Theta, state: HyperLoRAState, adapter: Adapter, 
     smaller = cohort.ranks < lora.max_rank(adapter)
 
     def truncated_row(x, m):
-        t = jax.vmap(product.within)(x, cohort.ranks)
-        t = synthesizer.steady(t, jax.tree.map(jnp.multiply, x, m)) if s.factors == "steady" else t
+        t = jax.vmap(partial(product.within, split="left" if s.factors == "orthogonal" else "balanced"))(
+            x, cohort.ranks
+        )
+        t = synthesizer.steady(t, jax.tree.map(jnp.multiply, x, m)) if s.factors != "balanced" else t
         return jax.tree.map(lambda x, y: jnp.where(method.per_client(smaller, x) > 0, y, x), x, t)
 
     mask = lora.rank_mask(adapter, cohort.ranks)
@@ -212,6 +220,7 @@ def _learn(s: Settings, state, cohort, meta_gradients):
     updates, moments = s.tx.update(grads, frozen.meta, frozen.theta)
     keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(state.round >= s.warmup, x, y), new, old)
     theta: Any = optax.apply_updates(state.theta, keep(updates, jax.tree.map(jnp.zeros_like, updates)))
+    theta = theta._replace(synthesizer=synthesizer.no_shorter(theta.synthesizer))
     return state._replace(theta=theta, meta=keep(moments, frozen.meta))
 
 
@@ -224,12 +233,16 @@ def _aggregate(s: Settings, base, state, cohort, sent, received):
 
 
 def _report(s: Settings, state):
-    rows = generator.generate(state.theta.generator, state.last.signatures, state.center, state.adapter, s.form)
-    of_g = {"personal_start": _spread(rows, state.adapter), "prior": generator.part(state.theta.generator.prior)}
-    return of_g | _gates(state.theta, state.last)
+    g, steps = state.theta.generator, state.theta.synthesizer.steps
+    eta = [synthesizer.server_step(steps[place.name]).mean() for place in places(state.adapter)]
+    said = {"prior": generator.part(g.prior), "server_step": jnp.stack(eta).mean()}
+    if s.form != "none":
+        rows = generator.generate(g, state.last.signatures, state.center, state.adapter, s.form)
+        said["personal_start"] = _spread(rows, state.adapter)
+    return said | (_gates(state.theta, state.last) if s.server == "full" else {})
 
 
-def aggregated(theta: Theta, uploads: Uploads, factors: Factors = "balanced") -> Adapter:
+def aggregated(theta: Theta, uploads: Uploads, factors: Factors) -> Adapter:
     """The new global adapter: S, then C."""
     low_rank, full = synthesizer.synthesize(theta.synthesizer, uploads, factors)
     return lora.unflatten({**full, **corrector.correct(theta.corrector, uploads, low_rank)})
@@ -241,7 +254,7 @@ def parameters(theta: Theta) -> dict[str, int]:
 
 
 def _gates(theta: Theta, last: Uploads) -> dict[str, Array]:
-    """How far S and C are from FlexLoRA (steps 1, all else 0), mean over kernels and layers of absolute values."""
+    """How far the networks of S and C are from saying nothing, mean over kernels and layers of absolute values."""
     z, old, new = last.signatures.flat(), lora.flatten(last.previous), lora.flatten(last.received)
     rows = []
     for place in places(last.previous):
@@ -251,10 +264,9 @@ def _gates(theta: Theta, last: Uploads) -> dict[str, Array]:
         p = last.weights.reshape(-1, *(1,) * len(place.layers))
         gamma, _ = corrector.gates(theta.corrector, feat, last.weights, place)
         g = jnp.tanh(theta.synthesizer.gains[place.name]) / 4
-        eta = synthesizer.server_step(theta.synthesizer.steps[place.name])
-        rows.append([eta.mean(), jnp.abs(w - p).sum(0).mean(), jnp.abs(g).sum(-1).mean(), jnp.abs(gamma).mean()])
+        rows.append([jnp.abs(w - p).sum(0).mean(), jnp.abs(g).sum(-1).mean(), jnp.abs(gamma).mean()])
     means = [jnp.stack(column).mean() for column in zip(*rows, strict=True)]
-    return dict(zip(("server_step", "reweighting", "gain", "correction"), means, strict=True))
+    return dict(zip(("reweighting", "gain", "correction"), means, strict=True))
 
 
 def _spread(rows: Adapter, adapter: Adapter) -> Array:
@@ -282,7 +294,9 @@ def _optimizer(lr: float, lr_prior: float, lr_server: float, lr_step: float) -> 
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(rates, labels))
 
 
-def _check(mode: str, kappa: float, personal: int, memory: float, factors: str, signature: Signature) -> None:
+def _check(
+    mode: str, kappa: float, personal: int, memory: float, factors: str, server: str, signature: Signature
+) -> None:
     if mode not in (*meta.META_GRADIENTS, "frozen"):
         raise ValueError(f"mode must be {', '.join(meta.META_GRADIENTS)} or frozen, got {mode!r}")
     refuse_outside("[0, inf)", kappa=kappa, personal=personal)
@@ -291,6 +305,8 @@ def _check(mode: str, kappa: float, personal: int, memory: float, factors: str, 
         raise ValueError(f"kappa weighs what theta learns from, and with mode=frozen it learns nothing; got {kappa}")
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be {' or '.join(get_args(Factors))}, got {factors!r}")
+    if server not in get_args(Server):
+        raise ValueError(f"server must be {' or '.join(get_args(Server))}, got {server!r}")
     if not isinstance(signature, Signature):
         raise ValueError(f"hyperlora needs a Signature, got {type(signature).__name__}; see fedlora_jax.signatures")
 
