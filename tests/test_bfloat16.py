@@ -9,7 +9,7 @@ from input_helpers import SMALL, change, refused
 from experiments.cli import parse
 from experiments.config import Config
 from experiments.setup import problem
-from experiments.setup.backbone import BUILT_IN, kept_as, load
+from experiments.setup.backbone import kept_as, load
 from experiments.setup.digits import SIDE, digits
 from fedlora_jax import lora
 from models.backbone import NO_ADAPTER
@@ -18,7 +18,7 @@ HALF = ["--dtype", "bfloat16", "--base-dtype", "bfloat16"]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", BUILT_IN)
+@pytest.mark.parametrize("family", ["vit", "mixer"])  # a CLIP's image tower is a ViT
 def test_logits_move_by_a_hundredth_of_their_spread(family):
     """An activation or weight is off by at most 2^-9 of itself, one in five hundred; four blocks add these up."""
     images = digits()["x"][:200]

@@ -60,7 +60,6 @@ def test_the_console_script_is_the_command_line_from_any_folder(script, tmp_path
     version = call(script, "--version", cwd=tmp_path)
     assert (version.returncode, version.stdout) == (0, f"fedlora-jax {fedlora_jax.__version__}\n")
     assert "(see fedlora run --help)" in one_line(call(script, "run", cwd=tmp_path))
-    assert "did you mean fedit" in one_line(call(script, "run", "--method", "fediit", cwd=tmp_path))
 
 
 @pytest.mark.long

@@ -1,7 +1,5 @@
 """CLIP with both towers: logits of the definition whatever is adapted; learned vectors are words; it is federated."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -39,12 +37,11 @@ def logits(backbone, adapter=None, images=IMAGES):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("scale", [0.5, 1.5])
-def test_logits_are_those_of_the_definition_with_every_layer_adapted(scale, path, tmp_path):
+def test_logits_are_those_of_the_definition_with_every_layer_adapted(path, tmp_path):
     """The reference computes with the arrays that PEFT would make of the adapter."""
     backbone = both(path)
     layout = backbone.layouts["transformers"]
-    adapter = random_adapter(backbone.params, TARGETS["all"], full=(), scale=scale)
+    adapter = random_adapter(backbone.params, TARGETS["all"], full=(), scale=1.5)
     assert not peft.unheld(layout, backbone.params, adapter)
     (tmp_path / "out").mkdir()
     for name, content in peft.files_of(layout, backbone.params, adapter, {}).items():
@@ -198,8 +195,9 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
 
 
 @pytest.mark.long
-def test_both_towers_are_federated(tmp_path, monkeypatch, capsys):
-    """Low-rank updates in both, vectors and scale beside them; each of them moves."""
+def test_both_towers_are_trained(tmp_path, monkeypatch, capsys):
+    """Low-rank updates in both, vectors and scale beside them; each of them has a gradient. Rounds of a text tower:
+    ``test_base_to_novel``."""
     monkeypatch.chdir(tmp_path)
     change()(tmp_path / "data.npz")
     folder(tmp_path / "tiny", arrays())
@@ -211,9 +209,6 @@ def test_both_towers_are_federated(tmp_path, monkeypatch, capsys):
     names = [f"{tower}blocks/attn/{part}/kernel" for tower in towers for part in ("query", "value")]
     assert plan.problem.record["adapted"] == names
     assert plan.problem.record["trained_in_full"] == ["head/context", "head/logit_scale"]
-    plan.execute()
-    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert all(np.isfinite(row["loss"]) for row in rows)
     gradient = jax.jit(jax.grad(plan.problem.loss_fn, 1))
     adapter, batch = (
         jax.tree.map(lambda x: x[0], plan.problem.adapters),
