@@ -90,14 +90,6 @@ def test_per_fedavg_has_the_gradient_of_the_loss_after_a_step(x64, order):
     np.testing.assert_allclose(along, numeric, rtol=1e-6)
 
 
-@pytest.mark.long
-def test_per_fedavg_without_an_inner_step_is_fedit():
-    state, _, info = run(per_fedavg(0.0), 2)
-    expected, _, report = run(fedit(), 2)
-    assert_near(state, expected)
-    assert_near(info.loss, report.loss)
-
-
 # --- hypernetwork, clusters, pooled data
 
 
@@ -136,15 +128,6 @@ def test_pfedhn_sends_strangers_the_adapter_of_the_mean_embedding():
     for i in range(3):
         assert_near(take(strangers, i), take(mean, 0), 1e-5)
     assert any((x[3] != x[0]).any() for x in jax.tree.leaves(strangers))
-
-
-@pytest.mark.long
-def test_ifca_with_one_model_is_fedit():
-    state, c, info = run(ifca(1), 2)
-    expected, _, report = run(fedit(), 2)
-    assert_near(take(state.models, 0), expected.adapter)
-    assert_near(info.loss, report.loss)
-    assert_near(personal(ifca(1), state, c), copies(expected.adapter))
 
 
 @pytest.mark.long
