@@ -208,13 +208,12 @@ def test_clusters_are_truncated_means_of_their_members_and_idle_ones_stay():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", [ROOT, CLUSTER])
-def test_one_tier_and_one_cluster_is_flexlora(stage):
-    """The root stage alone, or one cluster of everybody on a root of zero."""
+def test_one_cluster_is_flexlora():
+    """Of everybody, on a root of zero."""
     method = make(20, root=0.5, cluster=0.5, k_min=1, k_max=1)
     state = method.init(KEY, ADAPTER)
     assert state.clusters["mix"]["kernel"].a.shape[0] == 1
-    state = at(state, stage, clusters=jax.tree.map(lambda x: x[None], ADAPTER))
+    state = at(state, CLUSTER, clusters=jax.tree.map(lambda x: x[None], ADAPTER))
     inner = flexlora("right")
     expected, memory = inner.init(KEY, ADAPTER), members(method).memory
     fast, slow = (jit(rounds.make_round(m, loss_fn, OPTIMIZER)) for m in (method, inner))
@@ -223,7 +222,7 @@ def test_one_tier_and_one_cluster_is_flexlora(stage):
         state, memory, info = fast(BASE, state, c._replace(memory=memory), KEY)
         expected, _, theirs = slow(BASE, expected, c, KEY)
         assert_near(info.loss, theirs.loss)
-    tier = state.root if stage == ROOT else take(state.clusters, 0)
+    tier = take(state.clusters, 0)
     assert_near(lora.split(tier)[1], lora.split(expected.adapter)[1])
     for x, y in zip(factors(tier), factors(expected.adapter), strict=True):
         assert_near(dense(x), dense(y), 1e-5)

@@ -11,11 +11,11 @@ NAMES = ("$x^", "$x^$", r"\$", r"\$y\$", r"$\frac$", "$$", "_hidden", "a_b^c", r
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("first", range(0, len(NAMES), 4))
+@pytest.mark.parametrize("first", [0, len(NAMES) - 9])
 def test_names_that_look_like_mathematics_are_drawn_as_they_are(first):
-    names = (NAMES + NAMES)[first : first + 4]
-    summary, rows, holdings = make(names=names[:2], domains=names[:3], classes=4, seeds=1, rounds=2, every=1)
-    holdings["classes"] = list(names)
+    names = NAMES[first : first + 9]
+    summary, rows, holdings = make(names=names[:2], domains=names[2:5], classes=4, seeds=1, rounds=2, every=1)
+    holdings["classes"] = list(names[5:])
     drawn = set()
     for figure in figures.draw(summary, rows, holdings).values():
         png(figure)

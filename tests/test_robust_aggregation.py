@@ -28,9 +28,7 @@ from wrapper_helpers import SGD, adapter_of, aggregated, flat, uploads
 from fedlora_jax import lora, rounds
 from fedlora_jax.methods.fedit import FedITState, fedit
 from fedlora_jax.methods.fedsa_lora import fedsa_lora
-from fedlora_jax.methods.flexlora import flexlora
 from fedlora_jax.methods.ifca import ifca
-from fedlora_jax.methods.pfedhn import pfedhn
 from fedlora_jax.methods.rac_lora import rac_lora
 from fedlora_jax.wrappers.feddyn import feddyn
 from fedlora_jax.wrappers.fedopt import fedadam
@@ -252,10 +250,9 @@ def test_on_products_it_does_not_matter_how_they_are_factored():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ranks", [[2, 2, 2, 2, 2], [2, 1, 2, 1, 2]])
-def test_products_are_bounded_by_the_median_of_their_norms(ranks):
+def test_products_are_bounded_by_the_median_of_their_norms():
     """On the straight way of factors, against products that are formed; who is shorter sends what it has trained."""
-    c, state = normalised(cohort(clients=5, ranks=ranks)), FedITState(nudged(ADAPTER, 0))
+    c, state = normalised(cohort(clients=5, ranks=[2, 1, 2, 1, 2])), FedITState(nudged(ADAPTER, 0))
     sent = fedit().dispatch(BASE, state, c)
     d = nudged(jax.tree.map(np.zeros_like, sent.adapter), 1, 0.5)
     w = jax.tree.map(lambda x, m, y: x + m * y, sent.adapter, sent.mask, d)
@@ -325,10 +322,7 @@ def test_a_client_that_fails_changes_nothing_and_is_counted(bad):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "make",
-    [fedit, flexlora, rac_lora, lambda: fedadam(fedit()), lambda: clip(feddyn(fedit(), 8)), lambda: pfedhn(100)],
-)
+@pytest.mark.parametrize("make", [rac_lora, lambda: clip(fedadam(feddyn(fedit(), 8)))])
 def test_if_all_clients_fail_the_servers_state_stays(make):
     """With momenta, keys, counts of rounds and residuals; after a round that went well."""
     method = make()

@@ -98,5 +98,5 @@ def test_every_client_tells_how_far_it_moved_of_what_it_trains():
         change = jax.tree.map(lambda x, y: np.sum((np.float64(x) - np.float64(y)) ** 2), state.adapter, ADAPTER)
         np.testing.assert_allclose(info.moved[0], sum(jax.tree.leaves(change)) ** 0.5, rtol=1e-5)
         np.testing.assert_allclose(whole.moved[i], info.moved[0], rtol=1e-5)
-    still = rounds.make_round(fedit(), loss_fn, optax.sgd(0.0))(BASE, fedit().init(KEY, ADAPTER), c, KEY)[2]
+    still = jit(rounds.make_round(fedit(), loss_fn, optax.sgd(0.0)))(BASE, fedit().init(KEY, ADAPTER), c, KEY)[2]
     assert not still.moved.any()

@@ -7,9 +7,9 @@ from helpers import BASE, KEY, assert_near, compiled, effective
 
 @pytest.mark.long
 def test_jit_changes_nothing():
-    """Of one method, whose server decomposes: every operation by itself takes seconds. Loops over clients and steps
-    are those of all; what is computed in them is looked at method by method."""
-    m = compiled("flexlora")
+    """Of one method: every operation by itself takes a while. Loops over clients and steps are those of all; what is
+    computed in them is looked at method by method."""
+    m = compiled("fedit")
     c = m.cohort(1)
     state, _, info = m.fast(BASE, m.state, c, KEY)
     with jax.disable_jit():
