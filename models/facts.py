@@ -2,9 +2,9 @@
 
 Who publishes weights keeps these in one of several places. They are looked for in what the caller says, in the file
 itself (``meta`` of a ``.npz``, ``__metadata__`` of a ``.safetensors``), in ``config.json`` beside it (timm's or
-transformers'), in ``preprocessor_config.json``, in the name of the architecture and in what the format implies, in
-this order. What stands nowhere is guessed by timm's conventions, with a warning: a wrong normalisation costs accuracy
-and breaks nothing.
+transformers'), in ``processor_config.json`` or ``preprocessor_config.json``, in the name of the architecture and in
+what the format implies, in this order. What stands nowhere is guessed by timm's conventions, with a warning: a wrong
+normalisation costs accuracy and breaks nothing.
 """
 
 from __future__ import annotations
@@ -153,13 +153,13 @@ def _differ(given: Any, said: Any) -> bool:
 
 def _beside(folder: Path) -> dict[str, Mapping[str, Any]]:
     """What files beside the weights say, most trusted first, by where it stands."""
-    config, processor = (json_beside(folder / name) for name in ("config.json", "preprocessor_config.json"))
+    config, (processor, where) = json_beside(folder / "config.json"), processor_beside(folder)
     for part in ("pretrained_cfg", "model_args"):  # timm's
         if isinstance(config.get(part), dict):
             config = config | config[part]
     return {
         "config.json": config,
-        "preprocessor_config.json": _normalisation(processor),
+        where: _normalisation(processor, where),
         f"architecture {config.get('architecture')} in config.json": _implied(config.get("architecture")),
     }
 
@@ -181,14 +181,26 @@ def json_beside(path: Path) -> dict[str, Any]:
     return content
 
 
-def _normalisation(processor: dict[str, Any]) -> dict[str, Any]:
+def processor_beside(folder: Path) -> tuple[dict[str, Any], str]:
+    """What the image processor of transformers says, and where it stands: what version 5 saves of images and text
+    together goes first, as it does there.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    both, alone = "processor_config.json", "preprocessor_config.json"
+    inside = json_beside(folder / both).get("image_processor")
+    return (inside, both) if isinstance(inside, dict) else (json_beside(folder / alone), alone)
+
+
+def _normalisation(processor: dict[str, Any], where: str) -> dict[str, Any]:
     """Of transformers' image processor, whose own scale need not be 1 / 255."""
     if not processor:
         return {}
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
     if not _is_number(factor) or abs(255 * factor - 1) > 1e-3:
         raise ValueError(
-            f"preprocessor_config.json multiplies images by {_short(factor)}, expected 1 / 255: set mean and std "
+            f"{where} multiplies images by {_short(factor)}, expected 1 / 255: set mean and std "
             "(--mean, --std) and move it away"
         )
     if processor.get("do_normalize", True):

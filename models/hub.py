@@ -17,7 +17,7 @@ from .tokenizer import MERGES, VOCABULARY, WHOLE
 PREFIX = "hf:"
 NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 FILES = (SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", "preprocessor_config.json", "open_clip_config.json")
-FILES += (VOCABULARY, MERGES, WHOLE)
+FILES += ("processor_config.json", VOCABULARY, MERGES, WHOLE)
 
 
 def is_name(weights: str | Path) -> bool:

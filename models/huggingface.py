@@ -34,7 +34,8 @@ _MAY = ("head", *(f"attn/{part}/bias" for part in _PARTS))
 UNUSED = r"(\w+\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)"
 # arrays of other networks, and what they do there
 OTHERS = {
-    r"(text_model|vision_model)\.": "these are names of a transformers model that is no plain ViT",
+    r"(text_model|vision_model|beit|data2vec_vision|ijepa|yolos)\.": "these are names of a transformers model "
+    "that is no plain ViT",
     r".*distillation_token": "a DeiT with a token for distillation: use the weights without one, such as "
     "facebook/deit-tiny-patch16-224, not deit-tiny-distilled-patch16-224",
     r".*weights_(in|out)\.": "MLPs are gated",

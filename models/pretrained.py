@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -83,8 +84,8 @@ def load_vit(
       path: a ``.npz`` or ``.safetensors`` file, the ``.safetensors.index.json`` of several, or a folder as it was
         published, with ``model.safetensors`` or ``model.safetensors.index.json``. What arrays do not tell (heads,
         epsilon, activation, pooling, mean, std, the classes' names) is read from its ``meta`` (JSON) or metadata, or
-        from ``config.json`` and ``preprocessor_config.json`` beside it; where nothing says it, it is guessed, with a
-        warning (``models.facts``).
+        from ``config.json`` and ``preprocessor_config.json`` (or ``processor_config.json``) beside it; where nothing
+        says it, it is guessed, with a warning (``models.facts``).
       classes: the names of the classes to come, or how many there are. The file's head is kept where it is for the same
         names (in another order, if need be); else a new one starts at zero. ``None`` keeps it.
       image_size: side of the images to come; position embeddings are interpolated where it differs from the size the
@@ -120,6 +121,10 @@ def _sizes(read: vit_files.Read) -> dict[tuple[str, ...], tuple]:
     model = read.model
     sizes = {("num_hidden_layers",): (model.depth,), ("intermediate_size",): (model.mlp_width,)}
     sizes |= {("patch_size",): (model.patch, [model.patch, model.patch])}
+    side = (
+        math.isqrt(len(read.params["pos"]) - model.class_token) * model.patch
+    )  # 2 x 8 patches have the count of 4 x 4
+    sizes |= {("image_size", "img_size"): (side, [side, side])}
     sizes |= {("reg_tokens", "num_register_tokens"): (model.registers,)}
     return sizes | ({facts.NAMES["heads"]: (model.heads,)} if "heads" in read.implied else {})
 
@@ -161,6 +166,10 @@ def vit_backbone(
     """
     given = {"epsilon": epsilon, "mean": mean, "std": std, "keep_head": keep_head, "dtype": getattr(jnp, dtype)}
     vit = load_vit(weights, classes, image_size, heads, **given)
+    if len(vit.mean) != 3:
+        raise ValueError(
+            f"{weights} is of images of {len(vit.mean)} channel(s), and those here have 3: red, green, blue"
+        )
     if context is not None:
         return backbone(prompted(vit, context), TARGETS)
     if vit.table is not None and vit.model.pool in ("cls", "cls_mean"):

@@ -115,7 +115,7 @@ def tokenizer_of(path: Path, text: Text, what: str) -> Tokenizer:
     if tokenizer is None:
         raise ValueError(
             f"{path} has no vocabulary beside it, which {what} needs: put {vocabularies.VOCABULARY} and "
-            f"{vocabularies.MERGES}, or {vocabularies.WHOLE}, there"
+            f"{vocabularies.MERGES}, or {vocabularies.WHOLE}, there, or use --head linear, which reads no text"
         )
     if max(tokenizer.ids.values()) >= text.vocabulary:
         raise ValueError(

@@ -1,7 +1,8 @@
 """How images were made square for the networks in published weights: what files beside them say, as options have it.
 
 timm's ``config.json`` has ``crop_pct``, ``crop_mode`` and ``interpolation``; transformers' ``preprocessor_config.json``
-has ``size``, ``crop_size`` and ``resample``; OpenCLIP's ``open_clip_config.json`` has ``preprocess_cfg``.
+(or ``processor_config.json``) has ``size``, ``crop_size`` and ``resample``; OpenCLIP's ``open_clip_config.json`` has
+``preprocess_cfg``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .facts import json_beside
+from .facts import json_beside, processor_beside
 
 PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # its numbers of filters, as transformers write them
 KEEPS_ASPECT = ("CLIP", "Bit", "Siglip2")  # image processors to which one number means the shorter side
@@ -25,12 +26,12 @@ def beside(weights: str | Path) -> tuple[dict[str, str], str]:
       ValueError: a file says what none of these options means, or is damaged.
     """
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-    for name, reader in (
-        ("preprocessor_config.json", _transformers),
-        ("open_clip_config.json", _open_clip),
-        ("config.json", _timm),
+    processor, where = processor_beside(folder)
+    for name, content, reader in (
+        (where, processor, _transformers),
+        ("open_clip_config.json", json_beside(folder / "open_clip_config.json"), _open_clip),
+        ("config.json", json_beside(folder / "config.json"), _timm),
     ):
-        content = json_beside(folder / name)
         try:
             found = reader(content)
         except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:

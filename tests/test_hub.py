@@ -18,7 +18,15 @@ from models import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 THERE = (  # in repositories that are published
-    *("model.safetensors", "config.json", "preprocessor_config.json", "README.md", ".gitattributes", "tf_model.h5"),
+    *(
+        "model.safetensors",
+        "config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "README.md",
+        ".gitattributes",
+        "tf_model.h5",
+    ),
     *("pytorch_model.bin", "flax_model.msgpack", "model.onnx", "onnx/model.onnx", "model.fp16.safetensors"),
     *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
     *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
@@ -46,7 +54,7 @@ def served(tmp_path, monkeypatch):
                 )
             return str(folder)
         if revision != "pickles":
-            assert kept == set(THERE[:3]) | {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+            assert kept == set(THERE[:4]) | {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
             facts = {"num_attention_heads": 3, "layer_norm_eps": 1e-3, "image_mean": [0.1] * 3, "image_std": [0.2] * 3}
             write(folder / "model.safetensors", inside=None, config=facts)
         return str(folder)

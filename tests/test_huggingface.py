@@ -238,6 +238,10 @@ FOLDERS = {
         lambda p: folder(p, by_hand(TABLES[0]), {**CONFIG, "hidden_act": "relu"}),
         r"act \(config\.json\) is 'relu', which would be another network",
     ),
+    "an uneven grid of as many patches": (
+        lambda p: folder(p, by_hand(TABLES[0]), {**CONFIG, "image_size": [2, 8]}),
+        r"image_size is \[2, 8\] \(config\.json\), expected 4 or \[4, 4\]",
+    ),
     "a missing shard": (lambda p: next(sharded(p, by_hand(TABLES[0])).glob("*2.safetensors")).unlink(), "fetch it too"),
     "no index": (
         lambda p: (sharded(p, by_hand(TABLES[0])) / "model.safetensors.index.json").write_text("[]"),
@@ -257,6 +261,14 @@ FOLDERS = {
     ),
     "nothing": (lambda p: p.mkdir(), r"no weight file .* a folder with model\.safetensors"),
 }
+
+
+def test_grey_images_are_not_those_here(tmp_path):
+    grey = {"vit.embeddings.patch_embeddings.projection.weight": np.ones((12, 1, 2, 2), np.float32)}
+    path = folder(tmp_path / "a", {**by_hand(TABLES[0]), **grey}, processor={"image_mean": [0.5], "image_std": [0.5]})
+    assert load_vit(path).mean.shape == (1,)
+    with pytest.raises(ValueError, match="images of 1 channel"):
+        vit_backbone(path, NAMES)
 
 
 @pytest.mark.parametrize("case", FOLDERS)

@@ -76,6 +76,13 @@ def test_transformers_files_are_understood(name, tmp_path):
     assert beside(tmp_path) == (told, where)
 
 
+def test_so_is_what_version_5_saves_with_a_tokenizer(tmp_path):
+    content, expected = SAID["CLIP"]
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": content}))
+    told, where = beside(tmp_path)
+    assert (" ".join(told.values()), where) == (expected, "processor_config.json")
+
+
 def test_so_are_those_of_timm_and_open_clip(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"crop_pct": 0.9, "interpolation": "bicubic"}}))
     assert beside(tmp_path) == ({"resize": "crop:0.9", "resample": "bicubic"}, "config.json")

@@ -185,6 +185,17 @@ def test_damaged_files_beside_the_weights_are_refused(tmp_path, name, content):
         load_vit(path)
 
 
+def test_what_is_saved_with_a_tokenizer_goes_before_what_is_saved_alone(tmp_path):
+    """As ``AutoImageProcessor`` of transformers 5 has it, whose ``CLIPProcessor`` saves nothing else."""
+    processor = {"image_mean": [0.1] * 3, "image_std": [0.2] * 3}
+    alone = {"image_mean": [0.3] * 3, "image_std": [0.4] * 3}
+    both = {"processor_config": {"image_processor": processor, "processor_class": "CLIPProcessor"}}
+    path = write(tmp_path / "a.npz", None, {"heads": 3, "ln_eps": 1e-3}, preprocessor_config=alone, **both)
+    assert load_vit(path).facts()["mean"] == "0.1,0.1,0.1 (processor_config.json)"
+    write(path, None, {"heads": 3, "ln_eps": 1e-3}, processor_config={"processor_class": "CLIPProcessor"})
+    assert load_vit(path).facts()["mean"] == "0.3,0.3,0.3 (preprocessor_config.json)"
+
+
 def test_images_on_another_scale_are_refused(tmp_path):
     path = write(tmp_path / "a.npz", None, {"heads": 3}, preprocessor_config={**NORMAL, "rescale_factor": 1 / 127.5})
     with pytest.raises(ValueError, match=r"multiplies images by 0\.00784"):
