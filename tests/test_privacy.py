@@ -1,6 +1,5 @@
 """Client-level privacy: what is clipped, added up and noised, by NumPy; what it costs, by dp-accounting itself."""
 
-import json
 import math
 
 import jax
@@ -25,18 +24,14 @@ from helpers import (
     nudged,
     replaced,
 )
-from input_helpers import PLAIN, change
 from jax.interpreters.partial_eval import dce_jaxpr
 from scipy import optimize, stats
 from test_wrapper_order import built
 from wrapper_helpers import SGD, adapter_of, aggregated, flat, uploads
 
-from experiments.cli import parse
-from experiments.commands import compare
 from experiments.config import Config, check
 from experiments.engine import methods
 from experiments.engine.facts import acceptable
-from experiments.engine.resident import Resident
 from experiments.results import spent
 from experiments.setup import descriptions
 from fedlora_jax import accountant, lora, rounds
@@ -183,45 +178,6 @@ def test_neither_noise_nor_what_it_is_over_tells_who_failed_or_never_answered(fr
         assert_near(changes[0], changes[1], 1e-5)
         assert_near(changes[0] - ends[0.0, who][0], drawn if noise else 0 * drawn, 1e-4, floor=1e-6)
     assert not ends[0.0, (0, 0, 0, 0)][0].any()
-
-
-@pytest.mark.long
-def test_an_account_goes_on_over_resume(tmp_path, monkeypatch):
-    """Epsilon, the bound that follows norms, and noise: the same bytes; to more rounds the account does not stretch."""
-    pytest.importorskip("dp_accounting")
-    change()(tmp_path / "data.npz")
-    monkeypatch.setattr(compare.report, "write", lambda *_: "")
-    name, real, left = "fedit+dp:epsilon=8.0:delta=0.01:quantile=0.5", Resident.block, [1]
-    options = (
-        f"compare --methods {name} --clients 4 --clients-per-round 2 --sampling poisson --dropouts 0.2 --rounds 4 "
-        "--holdout-clients 1 --partition iid --minimum 4 --checkpoint-every 2 --local-steps 1 --batch 4 --rank 2 "
-        f"--seeds 1 --data {tmp_path / 'data.npz'}"
-    ).split()
-    options += [*PLAIN, "--out"]
-
-    def block(self, run):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(self, run)
-
-    def go(out, *more):
-        compare.Plan(*parse([*more, str(out)])).execute()
-        return (out / "metrics.jsonl").read_bytes(), json.loads((out / "summary.json").read_text())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Resident, "block", block)
-        with pytest.raises(KeyboardInterrupt):
-            go(tmp_path / "stopped", *options)
-    rows, summary = go(tmp_path / "stopped", "compare", "--resume", "--out")
-    assert rows == go(tmp_path / "whole", *options)[0]
-    rows = [json.loads(line) for line in rows.splitlines()]
-    account = accountant.epsilons(rows[0]["noise_multiplier"], Sampling(4, 4, 0.5), 4, 0.01)
-    np.testing.assert_allclose([row["epsilon"] for row in rows], account[1:], rtol=1e-5)
-    assert len({row["clipping"] for row in rows}) > 1
-    assert summary["methods"][name]["privacy"]["epsilon"] == rows[-1]["epsilon"] <= 8
-    with pytest.raises(ValueError, match="spends its epsilon over its rounds"):
-        go(tmp_path / "stopped", "compare", "--resume", "--rounds", "6", "--out")
 
 
 @pytest.mark.long
