@@ -5,7 +5,6 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers import (
     ADAPTER,
@@ -87,21 +86,26 @@ def test_at_initialisation_the_aggregate_is_the_truncated_mean_product():
 
 
 @pytest.mark.long
-def test_while_it_warms_up_it_is_flexlora_with_balanced_factors():
-    plain, method = compiled("flexlora_balanced"), everything(warmup=3)
+def test_while_it_warms_up_it_is_flexlora_with_balanced_factors_and_then_it_learns():
+    """Clients keep their updates, which nothing reads before a gate opens; the unseen one has none."""
+    plain, method = compiled("flexlora_balanced"), everything(warmup=3, personal=1)
     warm = jit(rounds.make_round(method, loss_fn, OPTIMIZER))
     one, start = plain.start, begin(method.init, jax.random.key(1))
-    other = start
+    other, memory = start, copies(method.init_client(ADAPTER))
+    assert not flat(memory).any()
     for t in range(3):
-        c, key = cohort(t), jax.random.fold_in(KEY, t)
-        one, _, info = plain.fast(BASE, one, c, key)
-        other, _, same = warm(BASE, other, c, key)
+        c, key = cohort(t)._replace(memory=memory), jax.random.fold_in(KEY, t)
+        one, _, info = plain.fast(BASE, one, cohort(t), key)
+        other, memory, same = warm(BASE, other, c, key)
         assert_near(same.loss, info.loss)
         assert_near(effective(method, BASE, other, c), effective(plain.method, BASE, one, c))
         assert_near(other.adapter, one.adapter, 1e-4)
         assert_near(other.theta, start.theta, 0)
-    after, _, _ = warm(BASE, other, cohort(3), KEY)
-    for part in ("network", "prior"):  # and then it learns
+    assert flat(memory).any()
+    assert lora.flatten(take(memory, 0))["mix/kernel"].a.shape == (4, 1)
+    after, _, _ = warm(BASE, other, cohort(3)._replace(memory=memory), KEY)
+    assert norm(flat(after.theta.corrector.personal["params"]["mlp"]["Dense_1"])) > 0  # its gate started at zero
+    for part in ("network", "prior"):
         assert (flat(getattr(after.theta.generator, part)) != flat(getattr(other.theta.generator, part))).any()
     for part in ("network", "steps", "gains"):
         assert (flat(getattr(after.theta.synthesizer, part)) != flat(getattr(other.theta.synthesizer, part))).any()
@@ -266,22 +270,6 @@ def test_the_personal_part_adds_a_clients_last_update_as_far_as_its_gate_is_open
         one = [truncated(base + g * product(lora.flatten(own)[name])) for g in (-1.0, 1.0)]
         assert norm(added) > 1e-3
         assert norm(opened[name]) <= max(map(norm, one)) * (1 + 1e-9)
-
-
-@pytest.mark.long
-def test_a_client_keeps_its_update_and_the_unseen_one_has_none():
-    method = everything(warmup=0, personal=1)
-    step = jit(rounds.make_round(method, loss_fn, optax.sgd(0.1)))
-    state, row = begin(method.init, KEY), method.init_client(ADAPTER)
-    assert not flat(row).any()
-    c = cohort(1)._replace(memory=copies(row))
-    for t in range(2):
-        state, memory, _ = step(BASE, state, c, jax.random.fold_in(KEY, t))
-        c = c._replace(memory=memory)
-    assert flat(c.memory).any()
-    first = lora.flatten(take(c.memory, 0))["mix/kernel"]
-    assert first.a.shape == (4, 1)
-    assert norm(flat(state.theta.corrector.personal["params"]["mlp"]["Dense_1"])) > 0  # its gate started at zero
 
 
 # --- blind to what must not matter

@@ -111,11 +111,10 @@ def start_gradient(lr, base, theta, last, c, form="mix", factors="balanced"):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ranks", [[2, 2, 2, 2], [1, 2, 2, 1]])
-def test_displacement_is_the_exact_gradient_for_one_step_of_sgd(x64, ranks):
+def test_displacement_is_the_exact_gradient_for_one_step_of_sgd(x64):
     """d/dtheta of sum_c p_c L_c(start of c), in generator, synthesizer and corrector: from uploads alone."""
     lr, (base, theta, last, c) = 0.05, _problem64()
-    c = c._replace(ranks=np.asarray(ranks))
+    c = c._replace(ranks=np.asarray([1, 2, 2, 1]))
     got = learn_once("displacement", lr, c, base, theta, last)
     exact = start_gradient(lr, base, theta, last, c)
     assert norm(flat(exact)) < 1  # else it would have been clipped
@@ -150,44 +149,16 @@ def unrolled(theta, lr, c, base, last):
     return c.weights @ jax.vmap(one)(phi(theta, last, c.signatures), c.batches, c.queries, c.ids)
 
 
-unrolled_both = jit(jax.value_and_grad(unrolled))
-
-
 @pytest.mark.long
 def test_exact_is_the_gradient_of_the_unrolled_objective(x64):
     """In all three parts; of an objective scaled so that clipping shows as a common factor only."""
     lr, (base, theta, last, c) = 0.3, _problem64()
     c = normalised(cohort(1, steps=3))
     got = learn_once("exact", lr, c, base, theta, last)
-    _, exact = unrolled_both(theta, lr, c, base, last)
+    exact = jit(jax.grad(unrolled))(theta, lr, c, base, last)
     clip = min(1.0, 1 / norm(flat(exact)))
     for field in Theta._fields:
         assert_near(flat(getattr(got, field)), clip * flat(getattr(exact, field)), 1e-6)
-
-
-@pytest.mark.long
-def test_the_unrolled_objective_agrees_with_finite_differences(x64):
-    lr, (base, theta, last, _) = 0.3, _problem64()
-    c = normalised(cohort(1, steps=3))
-    objective = lambda *arguments: unrolled_both(*arguments)[0]
-    _, grads = unrolled_both(theta, lr, c, base, last)
-    rng = np.random.default_rng(0)
-    for field in Theta._fields:
-        part = getattr(theta, field)
-        way = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), part)
-        moved = lambda h: theta._replace(**{field: jax.tree.map(lambda x, d: x + h * d, part, way)})  # noqa: B023
-        slope = (objective(moved(1e-6), lr, c, base, last) - objective(moved(-1e-6), lr, c, base, last)) / 2e-6
-        np.testing.assert_allclose(flat(getattr(grads, field)) @ flat(way), slope, rtol=1e-5, atol=1e-9)
-
-
-@pytest.mark.long
-def test_first_order_tends_to_exact_as_local_steps_shrink(x64):
-    base, theta, last, _ = _problem64()
-    c, apart = normalised(cohort(1, steps=3)), []
-    for lr in (0.1, 0.01):
-        exact, first = (flat(learn_once(m, lr, c, base, theta, last)) for m in ("exact", "first_order"))
-        apart.append(norm(first - exact) / norm(exact))
-    assert 0 < apart[1] < 0.2 * apart[0]
 
 
 @pytest.mark.long
@@ -205,17 +176,14 @@ def test_the_generator_has_a_gradient_from_the_first_round_on():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mode", ["displacement", "exact"])
-def test_only_displacement_needs_no_client_data(mode):
+def test_only_displacement_needs_no_client_data():
     """Everything that a client did not send is replaced by NaN after its upload: nothing changes."""
     state = begin(built(learner).init, jax.random.key(1))
     state, c = state._replace(theta=learned(), last=uploads(2), round=jnp.asarray(10**6)), normalised(cohort())
-    method = built(learner if mode == "displacement" else METHODS["hyperlora_exact"])
-    assert (method.query == 0) == (mode == "displacement")
-    if mode == "exact":
-        with pytest.raises(ValueError, match="has none"):
-            rounds.make_round(method, loss_fn, optax.sgd(0.1))(BASE, None, c._replace(queries=()), KEY)
-        return
+    method, exact = built(learner), built(METHODS["hyperlora_exact"])
+    assert method.query == 0 < exact.query
+    with pytest.raises(ValueError, match="has none"):
+        rounds.make_round(exact, loss_fn, optax.sgd(0.1))(BASE, None, c._replace(queries=()), KEY)
     sent = host(dispatched(method, state, c))
     received = uploads(3).received
     slopes = jax.tree.map(lambda x, y: x - y, sent.adapter, received)
@@ -250,13 +218,12 @@ def test_the_report_is_zero_for_flexlora_and_says_what_was_learned():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("factors", ["balanced", "steady"])
-def test_while_its_gates_are_closed_the_personal_part_changes_nothing(factors):
+def test_while_its_gates_are_closed_the_personal_part_changes_nothing():
     """Neither products nor factors, whatever clients keep: rounds with and without it are the same bits."""
     start, c = nudged(begin(built(learner).init, KEY).adapter, 3), normalised(cohort())
     sent = {}
     for personal in (0, 2):
-        method = everything(factors=factors, personal=personal)
+        method = everything(factors="steady", personal=personal)
         state = begin(method.init, KEY)
         theta = learned()._replace(corrector=state.theta.corrector)
         state = state._replace(theta=theta, adapter=start, center=center(), last=uploads())
