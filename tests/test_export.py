@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from input_helpers import change, refused
+from input_helpers import PLAIN, change, refused
 from peft_helpers import applied, random_adapter
 
 from experiments.cli import parse
@@ -29,30 +29,21 @@ from models.pretrained import vit_backbone
 CLIENTS, UNSEEN, ROUNDS, SEED = 4, 1, 3, 1
 OPTIONS = f"--clients {CLIENTS} --holdout-clients {UNSEEN} --minimum 2 --rounds {ROUNDS} --eval-every {ROUNDS}".split()
 OPTIONS += "--seeds 2 --local-steps 2 --batch 4 --data data.npz --out run".split()
-QUICK = ("ditto",)  # a second model that each client keeps
-SLOW = (
-    "fedex_lora",  # a residual in the base
-    "flora",  # a base with everything merged
-    "hilora:root=0.3:cluster=0.3:tau=0",  # three tiers, one a round
-)
+QUICK = "ditto"  # a second model that each client keeps
+TIERS = "hilora:root=0.3:cluster=0.3:tau=0"  # three, one a round, and a trial of newcomers; all: test_every_method
 
 
-def run_of(methods, folder):
+def run_of(method, folder, *more):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         change()(folder / "data.npz")
-        Plan(*parse(["compare", "--methods", ",".join(methods), *OPTIONS])).execute()
+        Plan(*parse(["compare", "--methods", method, *OPTIONS, *more])).execute()
     return folder
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     return run_of(QUICK, tmp_path_factory.mktemp("quick"))
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory):
-    return run_of(SLOW, tmp_path_factory.mktemp("slow"))
 
 
 def export(out, *options):
@@ -80,8 +71,11 @@ def evaluated(plan, name, x):
     return {"global": logits(nobody)[0], **rows}, seed.clients
 
 
-def holds_what_was_evaluated(name, out):
+@pytest.mark.long
+def test_weights_compute_what_was_evaluated(tmp_path, monkeypatch):
     """Logits are the evaluation's, and right answers as many as the run's own rows say."""
+    monkeypatch.chdir(run_of(TIERS, tmp_path))
+    name, out = TIERS, tmp_path / "out"
     plan = export(out, "--method", name, "--model", "all")
     (x, y), classes = plan.problem.test[:2], plan.problem.images.classes
     expected, clients = evaluated(plan, name, x)
@@ -105,12 +99,6 @@ def holds_what_was_evaluated(name, out):
     assert own[CLIENTS] == pytest.approx(last["unseen_accuracy"])
 
 
-@pytest.mark.long
-def test_weights_compute_what_was_evaluated(quick, tmp_path, monkeypatch):
-    monkeypatch.chdir(quick)
-    holds_what_was_evaluated("ditto", tmp_path / "out")
-
-
 @pytest.mark.parametrize(("to", "last"), [("merged", None), ("peft", None), ("npz", 2)])
 def test_a_head_that_no_layout_holds_does_not_leave_unsaid(to, last, quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -121,13 +109,6 @@ def test_a_head_that_no_layout_holds_does_not_leave_unsaid(to, last, quick, tmp_
     with pytest.raises(ValueError, match=f"--to {to}: no published layout has a head of cosines"):
         export(tmp_path / "out", "--method", "ditto", "--to", to)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", SLOW)
-def test_weights_compute_what_was_evaluated_whatever_the_server_holds(name, slow, tmp_path, monkeypatch):
-    monkeypatch.chdir(slow)
-    holds_what_was_evaluated(name, tmp_path / "out")
 
 
 @pytest.mark.long
@@ -148,12 +129,11 @@ def test_an_adapter_is_its_arrays(quick, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("receiver", ["global", "client:2"])
-def test_a_folder_of_peft_computes_what_was_evaluated(receiver, quick, tmp_path, monkeypatch, capsys):
+def test_a_folder_of_peft_computes_what_was_evaluated(quick, tmp_path, monkeypatch, capsys):
     """Put onto the published arrays, in their own layout."""
     monkeypatch.chdir(quick)
-    plan = export(tmp_path / "out", "--method", "ditto", "--model", receiver, "--to", "peft")
-    name = receiver.replace(":", "-")
+    plan = export(tmp_path / "out", "--method", "ditto", "--model", "client:2", "--to", "peft")
+    name = "client-2"
     held, x = tmp_path / "out" / name, plan.problem.test[0]
     assert "for timm.create_model(MODEL, pretrained=True, num_classes=3)" in capsys.readouterr().out
     assert {path.name for path in held.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -188,14 +168,15 @@ def test_another_base_is_an_adapter_where_it_differs_by_a_low_rank(trained):
 
 
 @pytest.mark.long
-def test_what_is_more_than_an_adapter_is_one_of_higher_rank_where_that_is_exact(slow, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(slow)
+def test_what_is_more_than_an_adapter_is_one_of_higher_rank_where_that_is_exact(tmp_path, monkeypatch, capsys):
+    """Of a method that leaves a residual in the base."""
+    monkeypatch.chdir(run_of("fedex_lora", tmp_path, *PLAIN, "--rank", "1"))
     export(tmp_path / "out", "--method", "fedex_lora", "--to", "npz")
     assert "global of fedex_lora is more than its adapter, and exactly one of rank" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["global.npz"]
     with np.load(tmp_path / "out" / "global.npz") as file:
         ranks = json.loads(file["meta"].item())["rank"]
-    trained = json.loads((slow / "run" / "config.json").read_text())["config"]["rank"]
+    trained = json.loads(Path("run/config.json").read_text())["config"]["rank"]
     assert min(ranks.values()) > max(trained)
 
 
