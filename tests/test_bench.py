@@ -1,7 +1,6 @@
 """Benches measure what they say: the same fields everywhere, operations counted right, every bench runs."""
 
 import dataclasses
-import functools
 import json
 import math
 from pathlib import Path
@@ -34,17 +33,15 @@ from fedlora_jax import lora
 from models.vit import SIZES, vit
 
 TOY = works.find("toy")
-SMALL = {  # of each bench: options that make it quick
+SMALL = {  # of each bench: options that make it quick ("round" is "peers" of one, "population" is below)
     "learning": {"methods": ("fedit", "flexlora")},
-    "round": {},
     "peers": {"contenders": ("fedlora_jax", "torch_peft")},
-    "scaling": {"clients": (2,), "ranks": (1,), "local_steps": (1,), "depths": (1,)},
+    "scaling": {"clients": (TOY.clients,), "ranks": (TOY.rank,), "local_steps": (TOY.steps,), "depths": (TOY.depth,)},
     "memory": {"chunks": (2,)},
     "server": {"kernels": "toy", "clients": (2,), "methods": ("fedit", "flexlora")},
     "compile": {"methods": ("fedit",)},
     "prefix": {"last": 1},
     "profile": {},
-    "population": {"clients": (4, 9)},
     "staging": {"images": 60},
     "forecast": {"runs": ("toy",)},
     "gpu": {"works": ("toy", "base"), "contenders": ("fedlora_jax",)},
@@ -52,16 +49,15 @@ SMALL = {  # of each bench: options that make it quick
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize("name", SMALL)
 def test_every_bench_gives_lines_with_the_same_fields(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ours, "jit", jit)
     for variable, value in (QUICK | {"GLIBC_TUNABLES": ""}).items():  # of the processes that a bench starts, once
         monkeypatch.setenv(variable, value)
-    # One whole run is enough: of the bench of staging the second is as the first, and that of forecasts is such a run.
-    once = functools.cache(children.whole_run)
-    monkeypatch.setattr(bench_staging, "whole_run", lambda typed: once(tuple(typed)))
+    # Whole runs are those of ``compare``; what is told of one is looked at below.
     took = {"cpu_seconds": 9.0, "peak_memory_mb": 300.0, "seconds_per_round": 0.1, "compile_seconds": 2.0}
-    monkeypatch.setattr(bench_forecast, "whole_run", lambda typed, *, JAX_COMPILATION_CACHE_DIR: took)
+    for module in (bench_staging, bench_forecast):
+        monkeypatch.setattr(module, "whole_run", lambda typed, **_: cli.parse(["compare", *typed]) and took)
     options = Options(name, work="toy", repeats=1, out=f"{tmp_path / 'new'}")
     lines = bench.execute(dataclasses.replace(options, **SMALL[name]))
     assert lines
@@ -85,8 +81,35 @@ def test_a_round_of_ten_thousand_clients_costs_little_more_than_one_of_a_hundred
     """The bars are 1.1 times and 4 GB (docs/speed.md); even a busy machine notices what grows with the population."""
     monkeypatch.setattr(ours, "jit", jit)
     few, many = bench.execute(Options("population", work="toy", repeats=5, clients=(100, 10_000)))
+    assert all(list(line)[: len(measure.FIELDS)] == list(measure.FIELDS) for line in (few, many))
     assert many["seconds_per_round"] < 3 * few["seconds_per_round"]
     assert many["peak_memory_mb"] < 4096
+
+
+def test_of_a_whole_run_its_process_and_its_summary_tell(tmp_path, monkeypatch):
+    """A command that takes half a second and 200 MB."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "__init__.py").touch()
+    (tmp_path / "experiments" / "__main__.py").write_text(COMMAND)
+    monkeypatch.setattr(children, "ROOT", tmp_path)
+    found = children.whole_run(["--rounds", "3"], ASKED="5")
+    assert 0.5 <= found.pop("cpu_seconds") < 20
+    assert 200 <= found.pop("peak_memory_mb") < 600
+    assert found == {"seconds_per_round": 0.1, "compile_seconds": 5.0}
+
+
+COMMAND = """
+import json, os, pathlib, sys, time
+command, *typed, out, folder = sys.argv[1:]
+assert (command, typed, out) == ("compare", ["--rounds", "3"], "--out")
+held = bytes(200 * 10**6).replace(b"\\0", b"x")
+while time.process_time() < 0.5:
+    pass
+methods = {name: {"seconds_per_round": x, "compile_seconds": x * 10} for name, x in (("fedit", 0.1), ("flora", 0.4))}
+assert os.environ["ASKED"] == "5"
+pathlib.Path(folder).mkdir()
+(pathlib.Path(folder) / "summary.json").write_text(json.dumps({"methods": methods}))
+"""
 
 
 def test_every_option_of_the_command_line_belongs_to_a_bench():
