@@ -91,7 +91,7 @@ def fedhl(weighting: Literal["2", "1", "data"] = "2", eps: float = 1e-6, tail_de
 
 def truncation_errors(state: FedHLState, ranks: Array) -> Array:
     """``rhat_c = sum_l sum_{i > r_c} S_i^2``, ``[C]``: what was cut off each client's start, over all layers."""
-    total = jnp.zeros(ranks.shape[0])
+    total = jnp.zeros(ranks.shape[0], "float32")  # at least: a state of float32 stays one where jax has 64 bits
     for w, x in _pairs(state):
         square = x.scale**2 * jnp.sum(x.a**2, -2) * jnp.sum(x.b**2, -1)  # S_i^2  [.., r]
         held = jnp.arange(square.shape[-1]) < ranks[:, None]

@@ -58,7 +58,7 @@ def fedbc(inner: Method, lr: float = 1e-3, gam: float = 0.0, lam: float = 0.0) -
             jnp.zeros(()),
         )
 
-    raised = lambda lam, far: jnp.maximum(lam + lr * (far - gam), 0.0)
+    raised = lambda lam, far: jnp.maximum(lam + lr * (far - gam), 0.0).astype(lam.dtype)
 
     def receive(own, cohort, sent, received):
         new = raised(cohort.memory, square_norms(updates(sent, received))) * present(cohort)

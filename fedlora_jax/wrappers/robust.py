@@ -149,7 +149,7 @@ def geometric_median(inner: Method, steps: int = 32, floor: float = 1e-6, on: st
         def step(_, weights):
             far = whole * safe_sqrt(total([x.from_mean(weights) for x in found]))
             new = cohort.weights / jnp.maximum(far, floor)
-            return new / new.sum()
+            return (new / new.sum()).astype(weights.dtype)  # a float32 norm is more where jax has 64 bits
 
         return jax.lax.fori_loop(0, steps, step, cohort.weights), received
 
