@@ -11,6 +11,7 @@ from helpers import (
     ADAPTER,
     BASE,
     CLASSICS,
+    CLASSES,
     CLIENTS,
     EXACT,
     RANK,
@@ -384,7 +385,7 @@ def test_counts_of_what_travels_are_the_formulas():
         "flexlora": (p + head, p + head),
         "fedex_lora": (p + head, p + head + residual),
         "lora_fair": (p + head, p + head),
-        "hyperlora": (p + head + signature, p + head),
+        "hyperlora": (p + head + CLASSES + 1, p + head),  # of a signature its classes and how many examples
         "hyperlora_exact": (2 * (p + head) + signature, p + head),
         "fedhl": (p + head, p + head),
         "rolora": ((pa + pb) // 2 + head, (pa + pb) // 2 + head),
