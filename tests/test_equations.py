@@ -10,8 +10,8 @@ import pytest
 from helpers import (
     ADAPTER,
     BASE,
-    CLASSICS,
     CLASSES,
+    CLASSICS,
     CLIENTS,
     EXACT,
     RANK,
