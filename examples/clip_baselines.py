@@ -17,15 +17,16 @@ PROTOCOL = (
     "--model clip --novel half --partition classes:2 --shots 16 --clients 10 --holdout-clients 0 --minimum 4 "
     "--rounds 20 --eval-every 20 --checkpoint-every 20 --local-steps 4 --batch 16 --seeds 5"
 )
+EVERYTHING = "hyperlora:form=mix:server=full:factors=balanced"  # its networks, which say what signatures tell
 IMAGE = "--head zero_shot --full="  # what is trained are low-rank updates in the image tower
 WORDS = "--context=a photo of a"  # vectors that begin as words
 MODELS = [  # title, options with spaces between them (one with spaces of its own stands apart), rate, methods
     ("zero-shot", [IMAGE], 0.1, ["frozen"]),
     ("LoRA in the image tower", [IMAGE], 0.3, ["fedit"]),
-    ("", [IMAGE], 0.1, ["hyperlora", "hilora", "fedvlm", "local_only"]),
-    ("HyperLoRA, shuffled signatures", [IMAGE, "--signature shuffled"], 0.1, ["hyperlora"]),
-    ("HyperLoRA, constant signatures", [IMAGE, "--signature constant"], 0.1, ["hyperlora"]),
-    ("HyperLoRA, random signatures", [IMAGE, "--signature random"], 0.1, ["hyperlora"]),
+    ("", [IMAGE], 0.1, [EVERYTHING, "hilora", "fedvlm", "local_only"]),
+    ("HyperLoRA, shuffled signatures", [IMAGE, "--signature shuffled"], 0.1, [EVERYTHING]),
+    ("HyperLoRA, constant signatures", [IMAGE, "--signature constant"], 0.1, [EVERYTHING]),
+    ("HyperLoRA, random signatures", [IMAGE, "--signature random"], 0.1, [EVERYTHING]),
     ("LoRA in the text tower", ["--head text --targets text_qv --full="], 0.3, ["fedit"]),
     ("LoRA in both", ["--head text --targets qv --full="], 0.3, ["fedit"]),
     ("PromptFL", ["--head text --context 4 --targets= --full ^head/context"], 0.1, ["fedit", "local_only"]),

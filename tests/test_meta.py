@@ -76,12 +76,13 @@ HYPER = {
         {"lr": 0.2, "lam": 0.3},
         lambda h: (lora_fair(h["lam"], solver="ridge"), optax.sgd(h["lr"])),
     ),
-    "server's mixing weights, weight of a penalty and Adam's epsilon": (
-        {"mix": jnp.asarray([0.1, 0.5, 0.3, 0.2]), "mu": 0.4, "eps": 0.05},
-        lambda h: (
-            _proximal(_weighted(flexlora(), h["mix"]), h["mu"]),
-            optax.adam(0.05, eps=h["eps"], eps_root=1e-4),
-        ),
+    "server's mixing weights": (
+        {"mix": jnp.asarray([0.1, 0.5, 0.3, 0.2])},
+        lambda h: (_weighted(flexlora(), h["mix"]), optax.sgd(0.2)),
+    ),
+    "weight of a penalty and Adam's epsilon": (
+        {"mu": 0.4, "eps": 0.05},
+        lambda h: (_proximal(fedit(), h["mu"]), optax.adam(0.05, eps=h["eps"], eps_root=1e-4)),
     ),
 }
 
@@ -121,7 +122,7 @@ def test_it_differentiates_in_hyper_parameters(names, x64):
 def test_it_differentiates_in_the_state_generator_synthesizer_and_corrector_included(x64):
     """Two rounds of HyperLoRA: what theta does in the first aggregation is felt in the second round."""
     base, adapter = problem()
-    method = everything(mode="frozen", personal=1)
+    method = everything(mode="frozen")
     start = doubles(jit(method.init)(KEY, nudged(doubles(adapter))))
     start = start._replace(theta=nudged(start.theta, 3, 0.1))
 

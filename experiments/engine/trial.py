@@ -174,7 +174,7 @@ def check_moved(name: str, info: Info, end: int, first: bool) -> None:
     if failed.any():
         hint = " (or, as it is so from the first round on, look at what the model makes of an image)"
         raise FloatingPointError(
-            f"{name}: the loss became infinite by round {end}; try a smaller --lr"
+            f"{name}: the loss, or what clients sent, became infinite by round {end}; try a smaller --lr"
             + hint * (first and not np.isfinite(np.asarray(info.loss)[:, 0]).any())
         )
     if not (np.asarray(info.moved) > 0).any(-1).all():

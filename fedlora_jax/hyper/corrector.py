@@ -5,9 +5,9 @@
 
 The gates ``gamma`` (with ``lam``, from what the clients' updates look like) and ``rho`` come from networks whose last
 layer starts at zero: then C adds nothing, and a client starts from the very factors it would have without it (where
-``rho`` is open from balanced ones, scaled so that ``a_c`` stays as long as it was). While S is a plain truncated SVD
-the residual is orthogonal to ``a``, and the global correction is zero whatever its gate; it acts against S's step
-and gain.
+``rho`` is open from those of a truncation, scaled so that ``a_c`` stays as long as it was). While S is a plain
+truncated SVD the residual is orthogonal to ``a``, and the global correction is zero whatever its gate; it acts against
+S's step and gain.
 """
 
 from __future__ import annotations
@@ -82,20 +82,22 @@ def own_update(sent: Adapter, received: Adapter, rank: int) -> Adapter:
     return lora.tree_map(change, lora.split(received)[0], lora.split(sent)[0])
 
 
-def personalise(c: Corrector, signatures: Signature, rows: Adapter, own: Adapter) -> Adapter:
+def personalise(
+    c: Corrector, signatures: Signature, rows: Adapter, own: Adapter, split: product.Split = "balanced"
+) -> Adapter:
     """The starts ``[C, ...]`` with every client's own update ``[C, ...]`` added, as far as its gate is open."""
     flat, mine, z = flatten(rows), flatten(own), signatures.flat()
     for place in places(jax.tree.map(lambda x: x[0], rows)):
         x, q = flat[place.name], mine[place.name]
         rho = jnp.tanh(jnp.asarray(_rho().apply(c.personal, per_layer(z, place.layers), place))[..., 0])
-        flat[place.name] = _opened(rho[..., None, None], x, q)
+        flat[place.name] = _opened(rho[..., None, None], x, q, split)
     return unflatten(flat)
 
 
-def _opened(rho: Array, x: LoRA, q: LoRA) -> LoRA:
+def _opened(rho: Array, x: LoRA, q: LoRA, split: product.Split) -> LoRA:
     def added(x: LoRA) -> LoRA:
         both = product.plus(x, LoRA(rho * q.a, q.b, q.scale))
-        return steady(product.truncate(both, x.a.shape[-1], like=x), x)
+        return steady(product.truncate(both, x.a.shape[-1], split=split, like=x), x)
 
     def one(x: Array, still: Array, new: Array) -> Array:
         closed = x + (still - jax.lax.stop_gradient(still))  # x itself, and how it would change if the gate opened

@@ -122,10 +122,18 @@ def factored(t: LoRA, like: LoRA, factors: Factors) -> LoRA:
             return steady(product.truncate(t, like.a.shape[-1], split="left", like=like), like)
 
 
-def no_shorter(s: Synthesizer) -> Synthesizer:
-    """The same with no ``eta`` below 1. What is learned from the next round alone takes steps that are too short (Wu et
-    al., ICLR 2018, arXiv 1803.02021): where clients' own steps are long it would stop the server."""
-    return s._replace(steps=jax.tree.map(lambda x: jnp.maximum(x, 0.0), s.steps))
+def no_shorter(s: Synthesizer, before: Synthesizer) -> Synthesizer:
+    """The same with no ``eta`` that has come below 1, or farther below it.
+
+    What is learned from the next round alone takes steps that are too short (Wu et al., ICLR 2018, arXiv 1803.02021):
+    where clients' own steps are long it would stop the server.
+    """
+
+    def one(x: Array, old: Array) -> Array:
+        floor = jnp.minimum(old, 0.0)
+        return jnp.where(x < floor, floor, x)  # jnp.maximum has half a derivative where they are equal, as at first
+
+    return s._replace(steps=jax.tree.map(one, s.steps, before.steps))
 
 
 def steady(x: LoRA, like: LoRA) -> LoRA:

@@ -127,7 +127,7 @@ def hyperlora(
       theta: parameters learned elsewhere, as ``named`` gives them.
 
     Raises:
-      ValueError: an unknown mode or unknown factors, a rank or weight below 0, a memory of 1 or more, a kappa where
+      ValueError: an unknown mode, server or factors, a rank or weight below 0, a memory of 1 or more, a kappa where
         nothing is learned, or (when a round is traced) signatures of another size than theta was learned for.
     """
     _check(mode, kappa, personal, memory, factors, server, signature)
@@ -188,19 +188,21 @@ def _starts(s: Settings, theta: Theta, state: HyperLoRAState, adapter: Adapter, 
     """G, and the personal part of C; of a smaller rank the best approximation."""
     rows = generator.generate(theta.generator, cohort.signatures, state.center, adapter, s.form)
     if s.personal and jax.tree.leaves(cohort.memory):
-        rows = corrector.personalise(theta.corrector, cohort.signatures, rows, cohort.memory)
+        rows = corrector.personalise(theta.corrector, cohort.signatures, rows, cohort.memory, _split(s.factors))
     smaller = cohort.ranks < lora.max_rank(adapter)
 
     def truncated_row(x, m):
-        t = jax.vmap(partial(product.within, split="left" if s.factors == "orthogonal" else "balanced"))(
-            x, cohort.ranks
-        )
+        t = jax.vmap(partial(product.within, split=_split(s.factors)))(x, cohort.ranks)
         t = synthesizer.steady(t, jax.tree.map(jnp.multiply, x, m)) if s.factors != "balanced" else t
         return jax.tree.map(lambda x, y: jnp.where(method.per_client(smaller, x) > 0, y, x), x, t)
 
     mask = lora.rank_mask(adapter, cohort.ranks)
     truncated = lambda rows: lora.tree_map(truncated_row, rows, mask)
     return jax.lax.cond(smaller.any(), truncated, lambda rows: rows, rows)
+
+
+def _split(factors: Factors) -> product.Split:
+    return "left" if factors == "orthogonal" else "balanced"
 
 
 def _dispatch(s: Settings, base, state, cohort):
@@ -220,7 +222,7 @@ def _learn(s: Settings, state, cohort, meta_gradients):
     updates, moments = s.tx.update(grads, frozen.meta, frozen.theta)
     keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(state.round >= s.warmup, x, y), new, old)
     theta: Any = optax.apply_updates(state.theta, keep(updates, jax.tree.map(jnp.zeros_like, updates)))
-    theta = theta._replace(synthesizer=synthesizer.no_shorter(theta.synthesizer))
+    theta = theta._replace(synthesizer=synthesizer.no_shorter(theta.synthesizer, frozen.theta.synthesizer))
     return state._replace(theta=theta, meta=keep(moments, frozen.meta))
 
 
@@ -327,6 +329,8 @@ def named(theta: Theta) -> dict[str, Array]:
 
 def _restored(arrays: Mapping[str, Array], like: Theta) -> Theta:
     want = {name: x.shape for name, x in named(like).items()}
+    mine = lambda name: name in want or not name.startswith(".corrector.personal")  # older ones have it without use
+    arrays = {name: x for name, x in arrays.items() if mine(name)}
     got = {name: np.shape(x) for name, x in arrays.items()}
     wrong = [f"{k}: got {got.get(k)}, expected {want.get(k)}" for k in want | got if got.get(k) != want.get(k)]
     if wrong:
