@@ -121,9 +121,7 @@ def _sizes(read: vit_files.Read) -> dict[tuple[str, ...], tuple]:
     model = read.model
     sizes = {("num_hidden_layers",): (model.depth,), ("intermediate_size",): (model.mlp_width,)}
     sizes |= {("patch_size",): (model.patch, [model.patch, model.patch])}
-    side = (
-        math.isqrt(len(read.params["pos"]) - model.class_token) * model.patch
-    )  # 2 x 8 patches have the count of 4 x 4
+    side = math.isqrt(len(read.params["pos"]) - model.class_token) * model.patch  # not of 2 x 8 patches
     sizes |= {("image_size", "img_size"): (side, [side, side])}
     sizes |= {("reg_tokens", "num_register_tokens"): (model.registers,)}
     return sizes | ({facts.NAMES["heads"]: (model.heads,)} if "heads" in read.implied else {})

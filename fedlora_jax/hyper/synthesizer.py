@@ -92,9 +92,7 @@ def synthesize(s: Synthesizer, x: Uploads, factors: Factors) -> tuple[dict[str, 
 def _weighed(s: Synthesizer, x: Uploads, new: LoRA, old: LoRA, place: Place) -> tuple[Any, Array]:
     """What clients' updates look like, where that is asked, and ``w``, ``[C, ...]`` for the layers of a kernel."""
     if not s.network:
-        return (), jnp.broadcast_to(
-            per_layer(x.weights[:, None], place.layers)[..., 0], (len(x.weights), *place.layers)
-        )
+        return (), per_layer(x.weights[:, None], place.layers)[..., 0]
     feat = features(new, x.weights, old)  # [C, ..., 4]
     told = jnp.concatenate([per_layer(x.signatures.flat(), place.layers), feat], -1)
     return feat, client_weights(s, x.weights, told, place)
