@@ -18,7 +18,7 @@ class Lines:
     """What a bar of tqdm says, by the same names, in lines: the first after ``EVERY`` seconds, the last at the end."""
 
     def __init__(self, total: int, unit: str, desc: str = ""):
-        self._total, self._unit, self._desc, self._more, self._n = total, unit, desc, "", 0
+        self._total, self._unit, self._desc, self._more, self.n = total, unit, desc, "", 0
         self._begin = self._last = time.monotonic()
 
     def __enter__(self) -> Lines:
@@ -34,13 +34,13 @@ class Lines:
         self._more = more
 
     def update(self, n: int = 1) -> None:
-        self._n, now = self._n + n, time.monotonic()
-        ends = self._n >= self._total and self._last > self._begin  # what was over at once needs no line
+        self.n, now = self.n + n, time.monotonic()
+        ends = self.n >= self._total and self._last > self._begin  # what was over at once needs no line
         if now - self._last < EVERY and not ends:
             return
         self._last, took = now, now - self._begin
-        left = took / self._n * (self._total - self._n)
-        parts = [self._desc, f"{self._n} of {self._total} {self._unit}s", self._more]
+        left = took / self.n * (self._total - self.n)
+        parts = [self._desc, f"{self.n} of {self._total} {self._unit}s", self._more]
         parts += [f"{tqdm.format_interval(took)} so far, some {tqdm.format_interval(left)} left"]
         print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import EVERYBODY, SIGNATURE
 
 from experiments.engine import methods
-from experiments.engine.trial import check_moved
+from experiments.engine.trial import Failed, check_moved
 from fedlora_jax.checks import in_words, refuse_outside
 from fedlora_jax.diagnostics import Aggregation
 from fedlora_jax.methods.fedit import fedit
@@ -71,14 +71,19 @@ def test_a_run_whose_numbers_are_none_or_stay_as_they_are_ends_before_it_writes_
     """Two seeds, three rounds, four clients; some of the numbers of a row become infinite before the loss does."""
     one = np.ones((2, 3, 4))
     good = Info(one * 5, one, Aggregation(*np.ones((4, 2, 3))), {}, one, np.zeros((2, 3)))
-    check_moved("fedit", good, 3, first=True)
+    check_moved("fedit", (0, 7), good, 3, first=True)
     last = lambda x, value: np.where(np.arange(3)[:, None] == 2, value, x)
-    check_moved("fedit", good._replace(loss=np.where(np.arange(4) == 1, np.nan, one)), 3, first=True)  # one client's
+    second = np.stack([one[0], last(one, 0.0)[1]])
+    check_moved(
+        "fedit", (0, 7), good._replace(loss=np.where(np.arange(4) == 1, np.nan, one)), 3, first=True
+    )  # one client's
     for field in Aggregation._fields:
         wrong = good.aggregation._replace(**{field: last(one, np.inf)[..., 0]})
-        with pytest.raises(FloatingPointError, match="what clients sent, became infinite by round 9; try"):
-            check_moved("fedit", good._replace(aggregation=wrong), 9, first=True)
-    with pytest.raises(FloatingPointError, match="look at what the model makes of an image"):
-        check_moved("fedit", good._replace(loss=one * np.nan), 3, first=True)
-    with pytest.raises(FloatingPointError, match="nothing that is trained moved by round 3"):
-        check_moved("fedit", good._replace(moved=last(one, 0.0)), 3, first=False)
+        with pytest.raises(Failed, match="what clients sent, became infinite by round 9; try"):
+            check_moved("fedit", (0, 7), good._replace(aggregation=wrong), 9, first=True)
+    with pytest.raises(Failed, match="look at what the model makes of an image"):
+        check_moved("fedit", (0, 7), good._replace(loss=one * np.nan), 3, first=True)
+    with pytest.raises(Failed, match="nothing that is trained moved by round 3"):
+        check_moved("fedit", (0, 7), good._replace(moved=last(one, 0.0)), 3, first=False)
+    with pytest.raises(Failed, match=re.escape("fedit, one seed of 2 (7): nothing")):
+        check_moved("fedit", (0, 7), good._replace(moved=second), 3, first=False)

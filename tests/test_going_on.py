@@ -15,8 +15,10 @@ from test_bad_input import change
 from experiments.cli import parse
 from experiments.commands import compare
 from experiments.config import Config
+from experiments.engine.trial import Failed
 from experiments.results import tracking
 from experiments.results.checkpoints import Checkpoints
+from experiments.results.finished import load
 from experiments.results.folder import file_name
 from fedlora_jax import accountant
 from fedlora_jax.clients import Sampling
@@ -149,6 +151,27 @@ def flip(path: Path, at: int = 100) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
+
+
+@pytest.mark.long
+def test_a_method_without_a_result_is_named_and_the_others_go_on(small, tmp_path, capsys):
+    """Its step is beyond float32 from the second round on; with ``--resume`` it is tried again. Where there is no other
+    method the run ends with its line."""
+    late = "fedit+fedavgm:lr=1e38"
+    names, out = ("--methods", f"{late},fedit", "--rounds", "4", "--seeds", "2"), tmp_path / "both"
+    for _ in range(2):
+        rows, summary = run(out, *small, *names, *["--resume"] * out.exists())
+        assert list(summary["methods"]) == ["fedit"]
+        assert re.match(re.escape(f"{late}, 2 seeds of 2 (0, 1): ") + ".* by round [12]; try", summary["failed"][late])
+        said = capsys.readouterr()
+        assert f"note: {summary['failed'][late]}; the other methods go on\n" in said.err
+        assert f"\nno result: {summary['failed'][late]}\n" in said.out
+    own = [line for line in rows.splitlines() if json.loads(line)["method"] == "fedit"]
+    alone, _ = run(tmp_path / "alone", *small, "--methods", "fedit", "--rounds", "4", "--seeds", "2")
+    assert own == alone.splitlines()
+    assert {row["method"] for row in load(out).rows} == {"fedit"}
+    with pytest.raises(Failed, match=re.escape(late)):
+        run(tmp_path / "late", *small, "--methods", late, "--rounds", "4", "--seeds", "2")
 
 
 @pytest.mark.long

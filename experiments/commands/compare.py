@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from experiments.config import Config
 from experiments.engine import forecast, hosts, methods, programs
 from experiments.engine.facts import uses
 from experiments.engine.rows import holdings
-from experiments.engine.trial import Trial
+from experiments.engine.trial import Failed, Trial
 from experiments.options import RESULTS
 from experiments.results import checkpoints, record, report, spent, summary, tracking, variance
 from experiments.results.checkpoints import Checkpoints
@@ -28,6 +29,7 @@ from experiments.setup.problem import Problem
 GROWS = ("methods", "seeds", "rounds")  # what a run may have more of when it goes on
 AT_ONCE = 4  # methods that compile at a time, each of which takes memory
 PER_SEED = ("partition_hash", "local_steps", "malicious")  # of its record, what has an entry for each seed
+T = TypeVar("T")
 
 
 class Part(NamedTuple):
@@ -99,21 +101,20 @@ class Plan:
             progress.bar(sum(part.left for part in parts), "round") as bar,
         ):
             metrics = record.Metrics(folder, then)
-            parts = [_run(part, metrics, bar) for part in parts]
+            parts, failed = _each(parts, partial(_run, metrics=metrics, bar=bar))
         found = {(row["method"], row["round"], row["seed"]): row for row in metrics.read()}
         order = [(name, r + 1, seed) for name in config.methods for r in range(config.rounds) for seed in config.seeds]
-        metrics.rewrite([found[key] for key in order])  # seeds that came later stand among the others
+        metrics.rewrite([found[key] for key in order if key in found])  # seeds that came later stand among the others
         halved = {part.trial.name: {"halved_to_chunk": part.halved} for part in parts if part.halved}
-        timings = {name: _timings(parts, name) | halved.get(name, {}) for name in self.trials}
-        return self._finish(folder, metrics.read(), timings)
+        timings = {name: _timings(parts, name) | halved.get(name, {}) for name in self.trials if name not in failed}
+        return self._finish(folder, metrics.read(), timings, failed)
 
     def _follow(self) -> None:
         """Compute what the first process writes."""
         told = hosts.agreed(None)
         parts = [Part(self.trials[name].of_seeds(*span), span, None, whole) for name, span, whole in told]
         self._refuse_what_does_not_fit(part.trial for part in parts if part.left)
-        for part in parts:
-            part.trial.follow()
+        _each(parts, lambda part: part.trial.follow())
 
     def _parts(self, trial: Trial, folder: Path, rows: list[dict[str, Any]]) -> list[Part]:
         """A method by the seeds that began together, and how far they are; a line where something is damaged."""
@@ -179,9 +180,15 @@ class Plan:
             if reason := forecast.too_large(trial.config, trial.problem, trial.name, forecast.need(trial)):
                 raise MemoryError(reason)
 
-    def _finish(self, folder: Path, rows: list[dict], timings: dict[str, dict[str, float | None]]) -> Path:
+    def _finish(
+        self,
+        folder: Path,
+        rows: list[dict[str, Any]],
+        timings: dict[str, dict[str, float | None]],
+        failed: dict[str, str],
+    ) -> Path:
         entries = {}
-        for name in self.trials:
+        for name in timings:
             of_it = [row for row in rows if row["method"] == name]
             entry = summary.summarise(of_it, self.config.target)
             if self.config.best_test_leaky:
@@ -195,17 +202,41 @@ class Plan:
             "methods": entries,
             "paired": variance.with_draws(summary.paired(entries), self.config.dealt_by),
             "variance": variance.of_run(entries, self.config.dealt_by),
+            "failed": failed,
         }
         write_json(folder / "summary.json", result)
-        path = report.write(folder, result, rows, holdings(self.config, self.problem))
+        shown = [row for row in rows if row["method"] in entries]
+        path = report.write(folder, result, shown, holdings(self.config, self.problem))
         print(
             f"\n{summary.table(result)}\n\n{summary.meaning(result['config'])}",
             *variance.lines(result),
             *spent.lines(result),
+            *summary.without_result(result),
             sep="\n",
         )
         print(f"\nreport: {path}")
         return path
+
+
+def _each(parts: Iterable[Part], do: Callable[[Part], T]) -> tuple[list[T], dict[str, str]]:
+    """What is made of parts, and why there is nothing of some methods: the others go on.
+
+    Raises:
+      Failed: there is nothing of any.
+    """
+    parts, made, failed = list(parts), [], {}
+    for part in parts:
+        name = part.trial.name
+        if name in failed:
+            continue
+        try:
+            made.append(do(part))
+        except Failed as error:
+            failed[name] = str(error)
+            if failed.keys() == {part.trial.name for part in parts}:
+                raise
+            say(f"{error}; the other methods go on")
+    return made, failed
 
 
 def _run(part: Part, metrics: record.Metrics, bar: progress.Bar) -> Part:
@@ -213,11 +244,14 @@ def _run(part: Part, metrics: record.Metrics, bar: progress.Bar) -> Part:
 
     Results then agree to rounding, and not to the byte.
     """
-    trial, whole, store, halved = part.trial, part.whole, part.store, None
+    trial, whole, store, halved, end = part.trial, part.whole, part.store, None, bar.n + part.left
     assert store is not None
     while True:
         try:
             return part._replace(timings=trial.run(whole, store, metrics, bar), halved=halved)
+        except Failed:
+            bar.update(end - bar.n)  # its other rounds are passed over
+            raise
         except jax.errors.JaxRuntimeError as error:
             trial = trial.halved(error)
             whole, halved = store.whole()[0], trial.config.chunk

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +29,10 @@ from experiments.setup.problem import Problem
 from fedlora_jax.method import Method
 from fedlora_jax.rounds import Info, Run
 from fedlora_jax.wrappers import innermost
+
+
+class Failed(FloatingPointError):
+    """A method that has no result: numbers of it became infinite, or nothing of it moved."""
 
 
 class Trial:
@@ -135,7 +140,7 @@ class Trial:
             begin = time.perf_counter()
             run, info = self.course.block(run)
             took = time.perf_counter() - begin
-            check_moved(self.name, info, end, first=end == self.config.eval_every)
+            check_moved(self.name, config.seeds, info, end, first=end == config.eval_every)
             yield end, run, took, jax.device_get(info), self.course.scores(run, end)
 
     def _begun(self, whole: Sequence[int], store: Checkpoints | None) -> tuple[int, Run | None]:
@@ -162,20 +167,26 @@ class Trial:
         return 0, start
 
 
-def check_moved(name: str, info: Info, end: int, first: bool) -> None:
+def check_moved(name: str, seeds: Sequence[int], info: Info, end: int, first: bool) -> None:
     """Of rounds up to ``end``, whether these are the first or not.
 
     Raises:
-      FloatingPointError: the loss or what clients sent became infinite, or nothing moved.
+      Failed: the loss or what clients sent became infinite, or nothing moved, on any of the ``seeds``.
     """
     some = (np.asarray(info.ids) >= 0).any(-1)
-    failed = some & ~np.isfinite(info.loss).any(-1)  # one client may, if left out
-    failed |= ~np.isfinite(info.aggregation).all(0)
-    if failed.any():
+    infinite = some & ~np.isfinite(info.loss).any(-1)  # one client may, if left out
+    infinite |= ~np.isfinite(info.aggregation).all(0)
+    still = ~(np.asarray(info.moved) > 0).any(-1)
+
+    def where(failed: Any) -> str:  # [S, rounds]
+        own = [str(seed) for seed, is_so in zip(seeds, failed.any(-1), strict=True) if is_so]
+        return f"{name}, {'one seed' if len(own) == 1 else f'{len(own)} seeds'} of {len(seeds)} ({', '.join(own)})"
+
+    if infinite.any():
         hint = " (or, as it is so from the first round on, look at what the model makes of an image)"
-        raise FloatingPointError(
-            f"{name}: the loss, or what clients sent, became infinite by round {end}; try a smaller --lr"
+        raise Failed(
+            f"{where(infinite)}: the loss, or what clients sent, became infinite by round {end}; try a smaller --lr"
             + hint * (first and not np.isfinite(np.asarray(info.loss)[:, 0]).any())
         )
-    if not (np.asarray(info.moved) > 0).any(-1).all():
-        raise FloatingPointError(f"{name}: nothing that is trained moved by round {end}; is --lr too small?")
+    if still.any():
+        raise Failed(f"{where(still)}: nothing that is trained moved by round {end}; is --lr too small?")

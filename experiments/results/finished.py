@@ -19,7 +19,7 @@ class Finished(NamedTuple):
     config: dict[str, Any]  # the options that decide results
     record: dict[str, Any]  # hashes of data, weights and partitions, adapted kernels, and more
     summary: dict[str, Any]  # see summary.py
-    rows: list[dict[str, Any]]  # of metrics.jsonl: one for each method, seed and round; of metrics.py
+    rows: list[dict[str, Any]]  # of metrics.jsonl: one for each method that has a result, seed and round; of metrics.py
 
     def to_pandas(self) -> Any:
         """A ``pandas.DataFrame``: a row for each number of each method, seed and round, what it is ``of`` (a domain, a
@@ -55,7 +55,7 @@ def load(folder: str | Path) -> Finished:
         raise ValueError(f"{path} is no finished compare or run: expected a folder with the {SUMMARY} of one")
     if any(began.get(part) != summary[part] for part in ("config", "record")):
         raise ValueError(f"{path} has been gone on with and is not finished: let it end with --resume")
-    rows, config = Metrics(path).read(), summary["config"]
+    config, rows = summary["config"], [row for row in Metrics(path).read() if row["method"] in summary["methods"]]
     if len(rows) != (count := len(summary["methods"]) * len(config["seeds"]) * config["rounds"]):
         raise ValueError(f"{path} has {len(rows)} whole rows of {count}: --resume computes what is damaged again")
     return Finished(str(folder), config, summary["record"], summary, rows)

@@ -12,7 +12,7 @@ from experiments import attack
 from experiments.results import client_map, figures, findings, metrics, page, spent, typed, variance
 from experiments.results.folder import write_atomically
 from experiments.results.style import png, svg
-from experiments.results.summary import also, averages, counted, draws_clients, window
+from experiments.results.summary import also, averages, counted, draws_clients, window, without_result
 
 INTERVALS = "Lines and bars are means over seeds, bands and whiskers 95 % t-intervals, cut at 0 and 100 %."
 DRAWN = ("curves", "traffic", "bias")  # in the page as lines that can be hidden; as files all are PNG
@@ -82,7 +82,7 @@ def _page(summary: dict[str, Any], holdings: dict[str, Any], images: dict[str, b
         f'<p class="note">{_statistics(summary)} {_meaning(summary["config"])}</p>',
         *(
             f'<p class="note">{escape(line[0].upper() + line[1:])}.</p>'
-            for line in (*variance.lines(summary), *spent.lines(summary))
+            for line in (*without_result(summary), *variance.lines(summary), *spent.lines(summary))
         ),
         "<h2>Figures</h2>",
         f'<p class="note">{INTERVALS}</p>' if len(config["seeds"]) > 1 else "",

@@ -7,7 +7,8 @@ them. Where clients are drawn to be scored (``--eval-clients``, anew for each se
 narrower than their drawing alone makes them, which is all there is for a single seed. There is no best round: picking
 one on test data would be selection. (``--best-test-leaky`` adds ``best_test_leaky``, a spread of the global model's,
 beside what published code reports so.) ``privacy`` is of methods that keep an account (``spent.py``), after their last
-round. ``variance``, and ``draws_needed`` in ``paired``, are of ``variance.py``.
+round. ``variance``, and ``draws_needed`` in ``paired``, are of ``variance.py``. ``failed`` says why others
+have no result; their rows are in ``metrics.jsonl`` up to there.
 """
 
 from __future__ import annotations
@@ -178,6 +179,11 @@ def table(summary: dict[str, Any]) -> str:
         )
     title, *lines = aligned(rows)
     return "\n".join([title, "  ".join("-" * max(map(len, column)) for column in zip(*rows, strict=True)), *lines])
+
+
+def without_result(summary: dict[str, Any]) -> list[str]:
+    """A line for each method that came to no end."""
+    return [f"no result: {why}" for why in summary.get("failed", {}).values()]
 
 
 def counted(number: int, noun: str) -> str:
