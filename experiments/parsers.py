@@ -202,7 +202,7 @@ def _groups(command: str) -> dict[str, str]:
 
 
 _RECORDED = {"resume", "target", "checkpoint_every", "dry_run", "track"}
-_META = {"unroll", "meta_lr"}
+_META = {"unroll", "episode", "meta_lr"}
 _HOSTS = {"hosts", "coordinator", "process_id"}
 _WORK = {"local_steps", "local_steps_from", "local_epochs", "local_cap"}
 _TUNED = {"budgets", "lrs", "tuning_seeds", "vary"} | _META

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_near
 from input_helpers import PLAIN, change
 
 from experiments.cli import parse
@@ -28,10 +29,16 @@ def plan(command, method, *options):
     return parse([command, "--method", method, *map(str, options)])
 
 
+def start_of(found):
+    """Its meta-step, and what that begins with."""
+    step, start = meta_train.make(found.config, found.problem, found.method)
+    return step, jax.jit(start)(found.problem.everyone())
+
+
 @pytest.mark.long
 def test_a_learned_theta_is_served_by_other_runs(options, tmp_path):
     found = meta_train.Plan(plan("meta", FROZEN, *options, *ONE, "--out", tmp_path / "meta")[1])
-    before = jax.device_get(jax.jit(found.method.init)(found.problem.keys[0], found.seed.adapter).theta)
+    before = jax.device_get(start_of(found)[1].theta)
     path = found.execute()
     learned = np.load(path)
     assert any(np.abs(x - y).max() > 1e-5 for x, y in zip(learned.values(), jax.tree.leaves(before), strict=True))
@@ -46,15 +53,34 @@ def test_a_learned_theta_is_served_by_other_runs(options, tmp_path):
 @pytest.mark.long
 def test_a_step_lowers_the_loss_after_the_same_rounds_and_moves_the_run_on(options, tmp_path):
     found = meta_train.Plan(plan("meta", FROZEN, *options, *ONE, "--out", tmp_path)[1])
-    step, start = meta_train.make(found.config, found.problem, found.method)
-    seed, old = found.seed, jax.jit(start)(found.seed)
+    (step, old), seeds = start_of(found), found.problem.everyone()
     # One step as the command takes it: the program that it has compiled.
-    many = jax.jit(lambda learning, seed: jax.lax.scan(lambda x, _: step(x, seed), learning, length=1))
-    new, (before,) = many(old, seed)
-    theta = new.run.state.theta
-    again, (after,) = many(old._replace(run=old.run._replace(state=old.run.state._replace(theta=theta))), seed)
+    many = jax.jit(lambda learning, seeds: jax.lax.scan(lambda x, _: step(x, seeds), learning, length=1))
+    new, (before,) = many(old, seeds)
+    again, (after,) = many(old._replace(theta=new.theta), seeds)
     assert before - 0.1 < after < before - 1e-5
-    assert new.run.round == again.run.round == old.run.round + 1
+    assert new.runs.round == again.runs.round == old.runs.round + 1
+
+
+@pytest.mark.long
+def test_federations_begin_anew_in_turn_and_a_step_is_their_mean(options, tmp_path):
+    """Of two federations, with episodes of four rounds; the mean of what each alone gives."""
+    more = ("--unroll", 1, "--seeds", "7,8", "--episode", 4, "--meta-lr", 1e-4, "--rounds", 9, "--out", tmp_path)
+    found = meta_train.Plan(plan("meta", FROZEN, *options, *more)[1])
+    (step, learning), seeds = start_of(found), found.problem.everyone()
+    step, rounds = jax.jit(step), []
+    for _ in range(9):
+        learning, loss = step(learning, seeds)
+        rounds.append(learning.runs.round.tolist())
+    assert rounds == [[1, 1], [2, 2], [3, 1], [4, 2], [1, 3], [2, 4], [3, 1], [4, 2], [1, 3]]
+    alone = lambda i: jax.tree.map(lambda x: x[jnp.array([i, i])], (learning.runs, seeds))
+    found = []
+    for runs, own in (alone(0), alone(1), (learning.runs, seeds)):
+        new, loss = step(learning._replace(runs=runs), own)
+        found.append((loss, optax.tree_utils.tree_get(new.moments, "mu")))
+    one, two, both = found
+    assert one[0] != two[0]
+    assert_near(both, jax.tree.map(lambda x, y: (x + y) / 2, one, two), 1e-6)
 
 
 def test_one_steep_meta_gradient_does_not_end_what_theta_learns():
@@ -84,8 +110,9 @@ def test_images_that_judge_a_step_are_in_no_batch_of_its_rounds(options, tmp_pat
     more = ("--unroll", 3, "--clients-per-round", 2, "--batch", 6, "--local-steps", 4, "--out", tmp_path)
     found = meta_train.Plan(plan("meta", FROZEN, *options, *more)[1])
     p, run = found.problem, Run(None, (), jnp.zeros((), int))
+    seed = jax.tree.map(lambda x: x[0], p.everyone())
     p = p._replace(train=(jnp.arange(len(p.train[1])), p.train[1]))  # images by number
-    ahead = jax.jit(lambda key: meta_train.ahead(found.config, p, found.seed, run, key))
+    ahead = jax.jit(lambda key: meta_train.ahead(found.config, p, seed, run, key))
     for key in jax.random.split(jax.random.key(0), 50):
         cohorts, (apart, _) = ahead(key)
         for client, judged in zip(cohorts.ids[-1], np.asarray(apart), strict=True):

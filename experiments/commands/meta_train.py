@@ -1,11 +1,13 @@
 """Meta-training: what a method has learned (its ``theta``) by differentiating a loss through whole federated rounds.
 
-    theta <- theta - Adam( clip( grad_theta L(run after K rounds) ) )        run <- one round with the new theta
+    theta <- theta - Adam( clip( mean_s grad_theta L(run_s after K rounds) ) )     run_s <- one round with the new theta
 
 ``clip`` shortens a gradient to a norm of 1 (``meta_optimizer``). ``L`` is the loss of the models that the server would
 send after ``K`` further rounds, local steps, aggregation and generation included, on images that all of those rounds
-keep apart (``meta.outcome``; memory is that of one round). This needs clients' data in one place, so it is for
-simulation (the first of ``--seeds`` alone); what it finds is served by any run (``--theta``, ``mode=frozen``).
+keep apart (``meta.outcome``; memory is that of one round). ``s`` are the federations of ``--seeds``; with ``--episode
+R`` each begins anew after R rounds, with other draws, and they take turns, so that every meta-step is of early and of
+late rounds alike. This needs clients' data in one place, so it is for simulation; what it finds is served by any run
+(``--theta``, ``mode=frozen``).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
@@ -23,7 +26,7 @@ from experiments import progress
 from experiments.commands import prelude
 from experiments.config import Config
 from experiments.engine import methods, programs
-from experiments.engine.chunking import choose
+from experiments.engine.chunking import choose, map_runs
 from experiments.engine.facts import facts_of
 from experiments.results import record
 from experiments.results.folder import Folder, write_json
@@ -40,10 +43,12 @@ LONGEST = 1.0  # norm of a gradient that Adam sees, as where HyperLoRA learns in
 
 
 class Learning(NamedTuple):
-    """A federation, and what is being learned beside it."""
+    """Federations, and what is being learned beside them."""
 
-    run: Run
+    runs: Run  # [S, ...], of the seeds; the theta of their states is always that below
+    theta: Any
     moments: Any  # Adam's
+    taken: Array  # meta-steps
 
 
 class Plan:
@@ -56,14 +61,12 @@ class Plan:
         (self.name,) = config.methods
         if config.minimum < 2:
             raise ValueError("meta keeps examples of every client apart: --minimum must be at least 2, got 1")
-        config = dataclasses.replace(config, seeds=config.seeds[:1])
         self.config = config
         self.folder = Folder("meta", config.out)
         self.problem = prelude.built(config)
         self.method = methods.build(self.name, **facts_of(config, self.problem.signature, min(self.problem.fewest)))
-        p = self.problem
-        self.seed: Seed = jax.tree.map(lambda x: x[0], p.everyone())
-        state = jax.eval_shape(self.method.init, self.seed.key, self.seed.adapter)
+        first = jax.tree.map(lambda x: x[0], self.problem.everyone())
+        state = jax.eval_shape(self.method.init, first.key, first.adapter)
         if not hasattr(state, "theta"):
             raise ValueError(f"{self.name} has no theta to meta-train: hyperlora:mode=frozen has")
         if self.method.learn is not no_learning:
@@ -74,21 +77,21 @@ class Plan:
             return self._execute(folder)
 
     def _execute(self, folder: Path) -> Path:
-        config, seed = self.config, self.seed
+        config, seeds = self.config, self.problem.everyone()
         step, start = make(config, self.problem, self.method)
-        learning, losses = jax.jit(start)(seed), []
+        learning, losses = jax.jit(start)(seeds), []
         many = jax.jit(
-            lambda learning, seed: jax.lax.scan(lambda x, _: step(x, seed), learning, length=config.eval_every)
+            lambda learning, seeds: jax.lax.scan(lambda x, _: step(x, seeds), learning, length=config.eval_every)
         )
         with progress.bar(config.rounds, "step") as bar:
             for _ in range(config.rounds // config.eval_every):
-                learning, seen = many(learning, seed)
+                learning, seen = many(learning, seeds)
                 if not np.isfinite(seen).all():
                     raise FloatingPointError(f"{self.name}: the loss became infinite; try a smaller --meta-lr or --lr")
                 losses += np.asarray(seen, float).tolist()
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}")
                 bar.update(config.eval_every)
-        path = record.write_theta(folder, self.name, learning.run.state.theta)
+        path = record.write_theta(folder, self.name, learning.theta)
         about = prelude.about("meta", config, self.problem)
         write_json(folder / "meta.json", {"schema": 1, **about, "loss": losses})
         width = max(1, len(losses) // 5)
@@ -111,28 +114,47 @@ def meta_optimizer(lr: float) -> optax.GradientTransformation:
 
 
 def make(config: Config, p: Problem, method: Method):
-    """``step(learning, seed) -> (learning, loss)``, and ``start(seed) -> learning``."""
+    """``step(learning, seeds [S]) -> (learning, mean loss)``, and ``start(seeds) -> learning``."""
     optimizer, tx = make_optimizer(config), meta_optimizer(config.meta_lr)
-    chunk, _ = choose(config, p)
+    chunk, at_once = choose(config, p)
     after_rounds = meta.outcome(method, p.loss_fn, optimizer, chunk=chunk, judge_fn=p.judge_fn)
-    advance = programs.make_block(config, p, method, optimizer, chunk)
+    advance = programs.make_block(dataclasses.replace(config, eval_every=1), p, method, optimizer, chunk)
+    count, episode = p.keys.shape[0], config.episode or config.rounds
+    turns = np.arange(count) * (config.episode or 0) // count  # as if they had begun one after another
 
-    def start(seed: Seed) -> Learning:
-        run = rounds.start(method, seed.key, seed.adapter, config.clients)
-        return Learning(run, tx.init(run.state.theta))
+    def begun(seeds: Seed) -> Run:
+        return jax.vmap(lambda seed: rounds.start(method, seed.key, seed.adapter, config.clients))(seeds)
 
-    def step(learning: Learning, seed: Seed) -> tuple[Learning, Array]:
-        run, key = learning.run, jax.random.fold_in(purpose(seed.key, "meta-training"), learning.run.round)
+    def start(seeds: Seed) -> Learning:
+        runs = begun(seeds)
+        theta = jax.tree.map(lambda x: x[0], runs.state.theta)
+        return Learning(runs, theta, tx.init(theta), jnp.zeros((), jnp.int32))
+
+    def gradient(row: tuple[Seed, Run], theta: Any) -> tuple[Array, Any]:
+        seed, run = row
+        key = jax.random.fold_in(purpose(seed.key, "meta-training"), run.round)
         (cohorts, examples), ahead_key = ahead(config, p, seed, run, key), purpose(key, "rounds ahead")
         loss = lambda theta: after_rounds(
             p.base, run.state._replace(theta=theta), cohorts, examples, ahead_key, run.round
         )[0]
-        value, gradient = jax.value_and_grad(loss)(run.state.theta)
-        updates, moments = tx.update(gradient, learning.moments)
-        theta: Any = optax.apply_updates(run.state.theta, updates)
+        return jax.value_and_grad(loss)(theta)
+
+    def one_round(row: tuple[Seed, Run], theta: Any) -> Run:
+        seed, run = row
         run = run._replace(state=run.state._replace(theta=theta))
-        run, _ = advance(p.base, p.train, seed.clients.training(config.clients), run, seed.key)
-        return Learning(run, moments), value
+        return advance(p.base, p.train, seed.clients.training(config.clients), run, seed.key)[0]
+
+    def step(learning: Learning, seeds: Seed) -> tuple[Learning, Array]:
+        at = learning.taken + turns
+        seeds = seeds._replace(key=jax.vmap(jax.random.fold_in)(seeds.key, at // episode))
+        anew = lambda x, y: jnp.where((at % episode == 0).reshape(-1, *[1] * (x.ndim - 1)), x, y)
+        runs = jax.tree.map(anew, begun(seeds), learning.runs)
+        losses, gradients = map_runs(gradient, (seeds, runs), at_once, config, learning.theta)
+        mean = jax.tree.map(lambda x: x.mean(0), gradients)
+        updates, moments = tx.update(mean, learning.moments)
+        theta: Any = optax.apply_updates(learning.theta, updates)
+        runs = map_runs(one_round, (seeds, runs), at_once, config, theta)
+        return Learning(runs, theta, moments, learning.taken + 1), losses.mean()
 
     return step, start
 

@@ -216,4 +216,9 @@ class Search:
     budgets: tuple[int, ...] = option((1, 2, 5, 10), "local steps per round, of 1, 2, 5 and 10", among=BUDGETS)
     tuning_seeds: tuple[int, ...] = option((100, 101, 102), "seeds of the runs that choose it", INT32)
     unroll: int = option(2, "rounds that a meta-step differentiates through", "[1, 1000]")
+    episode: int | None = option(
+        None,
+        "rounds after which each federation of --seeds begins anew, in turn (default: never)",
+        "[1, 1000000]",
+    )
     meta_lr: float = option(0.003, "learning rate of a meta-step (Adam)", "(0, inf)")
