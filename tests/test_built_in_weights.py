@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from experiments.config import Config
+from experiments.results import record
 from experiments.setup import pretrain, pretrain_clip
-from experiments.setup.backbone import BUILT_IN, load
+from experiments.setup.backbone import BUILT_IN, load, theta_of
 from experiments.setup.digits import SIDE, digits
+from experiments.setup.problem import new_adapter
 from fedlora_jax.lora import flatten
+from fedlora_jax.methods.hyperlora import hyperlora, named
+from fedlora_jax.signatures import Signature
 from models import families, tokenizer
 from models.backbone import NO_ADAPTER
 from models.clip import PROMPT, text_features
@@ -131,3 +135,25 @@ def test_a_family_is_chosen_by_its_name(monkeypatch):
     monkeypatch.setitem(families.FAMILIES, "large", families.FAMILIES["vit"])
     with pytest.raises(ValueError, match="no weights are built in for --model large: give --weights"):
         named("large")
+
+
+def test_the_built_in_theta_is_of_the_main_job_and_of_no_other_adapter():
+    """Learned for the adapter of the default options."""
+    config = Config(theta="nano")
+    like = lambda classes: Signature(np.zeros(0), np.zeros(classes), np.zeros(1))
+    theta = record.read_arrays(theta_of(config))
+
+    def begun(config, classes):
+        model = load(config, pretrain.DIGITS[:classes], SIDE)
+        adapter = new_adapter(config, model, jax.random.key(0))
+        return hyperlora(12, like(classes), "frozen", theta=theta).init(jax.random.key(0), adapter)
+
+    state = jax.jit(lambda: begun(config, 10))()
+    held = named(state.theta)
+    assert held.keys() == theta.keys()
+    for name, x in theta.items():
+        np.testing.assert_array_equal(held[name], x)
+    with pytest.raises(ValueError, match="theta was learned for another signature, adapter or form"):
+        begun(Config(targets=("all",)), 10)
+    assert theta_of(Config()) is None
+    assert theta_of(Config(theta="mine.npz")) == "mine.npz"

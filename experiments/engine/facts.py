@@ -12,6 +12,7 @@ from experiments.config import Config
 from experiments.engine import kept, methods
 from experiments.results import record
 from experiments.results.summary import counted
+from experiments.setup import backbone as backbones
 from experiments.setup import local_training, memory
 from fedlora_jax import rounds
 from fedlora_jax.clients import Sampling
@@ -31,7 +32,7 @@ def facts_of(config: Config, signature: Signature, smallest: int) -> dict[str, A
         "population": config.clients,
         "rounds": config.rounds,
         "uses": uses(config, smallest),
-        "theta": record.read_arrays(config.theta),
+        "theta": record.read_arrays(backbones.theta_of(config)),
         "local_lr": config.lr,
     }
 

@@ -222,7 +222,9 @@ class Adapter:
         "(default: a fresh adapter)",
     )
     theta: str | None = option(
-        None, "a METHOD.theta.npz of an earlier run: what the method learned there, to start from (or mode=frozen)"
+        None,
+        "a METHOD.theta.npz of an earlier run: what the method learned there, to start from (or mode=frozen); nano: "
+        "built in, HyperLoRA's of the digits",
     )
 
 

@@ -33,6 +33,8 @@ NANO = Path(__file__).parents[1] / "data" / "nano_glyphs.npz"
 BUILT_IN_NAME = "nano"
 # by family; made by ``setup.pretrain`` and ``setup.pretrain_clip``
 BUILT_IN = {"vit": NANO, "mixer": NANO.with_name("nano_mixer.npz"), "clip": NANO.with_name("nano_clip")}
+# What HyperLoRA has learned through rounds of that ViT on the digits (docs/hyperlora.md has the command)
+THETA = NANO.with_name("nano_theta.npz")
 TEMPLATES = "templates.txt"  # in a folder of images
 OF_TEXT = ("zero_shot", "text", "transport")  # heads of models that read text
 
@@ -63,6 +65,11 @@ def weights_of(config: Config) -> tuple[str | Path, str]:
     if config.model in FAMILIES and config.model not in BUILT_IN:
         raise ValueError(f"no weights are built in for --model {config.model}: give --weights")
     return BUILT_IN.get(config.model or "vit", NANO), ""
+
+
+def theta_of(config: Config) -> str | None:
+    """The file of ``--theta``, which may be the built-in one; ``None``: a method learns from nothing."""
+    return str(THETA) if config.theta == BUILT_IN_NAME else config.theta
 
 
 def read(config: Config, classes: Sequence[str], side: int | None) -> Backbone:

@@ -180,7 +180,7 @@ def build(
             "data_hash": images.fingerprint(),
             "weights": backbone.name,
             "weights_hash": _hash_tree(backbone.params),
-            **({} if config.theta is None else {"theta": _hash_file(config.theta)}),
+            **({"theta": _hash_file(theta)} if (theta := backbones.theta_of(config)) else {}),
             **start.record,
             "partition_hash": [partition_hash(parts, tests) for parts, tests, _ in made],  # by seed
             **_draws(config, stacked.population),
