@@ -12,11 +12,12 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
-    ADAPTER,
     BASE,
     BATCH,
     KEY,
     LOCAL_LR,
+    RANK,
+    SCALE,
     SIGNATURE,
     STEPS,
     assert_near,
@@ -31,6 +32,7 @@ from helpers import (
 from wrapper_helpers import flat
 
 from experiments.engine.methods import wrappers
+from fedlora_jax import lora
 from fedlora_jax.batches import Padded
 from fedlora_jax.clients import Sampling
 from fedlora_jax.methods.centralized import centralized
@@ -61,6 +63,8 @@ from fedlora_jax.wrappers.signature_bias import signature_bias
 
 CLIENTS, POPULATION, BROKEN = 6, 12, 2
 TAKEN = np.array([1, 2, 2, 1, 2, 1])
+# Of either kind of leaf one: every operation is a program for each.
+ADAPTER = lora.new(KEY, BASE, RANK, targets=["blocks/kernel"], full="head/bias", scale=SCALE)
 MADE = {
     "proximal": lambda m: proximal(m, 0.3),
     "fedlc": lambda m: fedlc(m, 0.1),
