@@ -17,7 +17,6 @@ memory FlexLoRA in such factors.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -81,8 +80,9 @@ def synthesize(s: Synthesizer, x: Uploads, factors: Factors) -> tuple[dict[str, 
     for place in places(x.previous):
         name = place.name
         feat, w = _weighed(s, x, new[name], old[name], place)
-        mixed = _mixed(server_step(s.steps[name]), new[name], w, old[name], q.get(name))
-        t = _approximated(mixed, old[name], factors, s.gains.get(name))
+        t = _truncated(server_step(s.steps[name]), new[name], w, old[name], q.get(name))
+        t = LoRA(t.a, _gain(0.25 * jnp.tanh(s.gains[name]), t.b), t.scale) if s.gains else t
+        t = factored(t, old[name], factors)
         low_rank[name] = Synthesis(t, w, feat)
     step = lambda name, y: server_step(s.steps[name]) * (mean(y, x.weights) - old[name])
     move = lambda name, y: old[name] + step(name, y) + q.get(name, 0.0)
@@ -109,9 +109,15 @@ def server_step(steps: Array) -> Array:
     return 4 / (1 + 3 * jnp.exp(-steps))
 
 
-def split_of(factors: Factors) -> product.Split:
-    """What a truncation is to give, before its ``a`` is as long as it was (``steady``)."""
-    return "left" if factors == "orthogonal" else "balanced"
+def factored(t: LoRA, like: LoRA, factors: Factors) -> LoRA:
+    """A product of balanced factors in others."""
+    match factors:
+        case "balanced":
+            return t
+        case "steady":
+            return steady(t, like)
+        case "orthogonal":
+            return steady(product.truncate(t, like.a.shape[-1], split="left", like=like), like)
 
 
 def no_shorter(s: Synthesizer, before: Synthesizer) -> Synthesizer:
@@ -165,20 +171,11 @@ def _network() -> Conditioned:
     return Conditioned(outputs=1, width=32, blocks=0)
 
 
-def _mixed(eta: Array, x: LoRA, w: Array, before: LoRA, q: LoRA | None) -> LoRA:
+def _truncated(eta: Array, x: LoRA, w: Array, before: LoRA, q: LoRA | None) -> LoRA:
     kept = LoRA((1 - eta)[..., None, None] * before.a, before.b, before.scale)
     mixed = product.plus(product.total(x, eta * w), kept)
-    return mixed if q is None else product.plus(mixed, q)
-
-
-def _approximated(x: LoRA, like: LoRA, factors: Factors, gains: Array | None) -> LoRA:
-    """``T_r`` of a sum, in the factors that are asked for; its singular values are bent in balanced ones."""
-    to_rank = partial(product.truncate, rank=like.a.shape[-1], like=like)
-    t = to_rank(x, split=split_of(factors) if gains is None else "balanced")
-    if gains is not None:
-        t = LoRA(t.a, _gain(0.25 * jnp.tanh(gains), t.b), t.scale)
-        t = to_rank(t, split="left") if factors == "orthogonal" else t
-    return t if factors == "balanced" else steady(t, like)
+    mixed = mixed if q is None else product.plus(mixed, q)
+    return product.truncate(mixed, before.a.shape[-1], split="balanced", like=before)
 
 
 def _gain(coefficients: Array, b: Array) -> Array:

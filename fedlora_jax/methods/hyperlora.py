@@ -188,19 +188,21 @@ def _starts(s: Settings, theta: Theta, state: HyperLoRAState, adapter: Adapter, 
     """G, and the personal part of C; of a smaller rank the best approximation."""
     rows = generator.generate(theta.generator, cohort.signatures, state.center, adapter, s.form)
     if s.personal and jax.tree.leaves(cohort.memory):
-        rows = corrector.personalise(
-            theta.corrector, cohort.signatures, rows, cohort.memory, synthesizer.split_of(s.factors)
-        )
+        rows = corrector.personalise(theta.corrector, cohort.signatures, rows, cohort.memory, _split(s.factors))
     smaller = cohort.ranks < lora.max_rank(adapter)
 
     def truncated_row(x, m):
-        t = jax.vmap(partial(product.within, split=synthesizer.split_of(s.factors)))(x, cohort.ranks)
+        t = jax.vmap(partial(product.within, split=_split(s.factors)))(x, cohort.ranks)
         t = synthesizer.steady(t, jax.tree.map(jnp.multiply, x, m)) if s.factors != "balanced" else t
         return jax.tree.map(lambda x, y: jnp.where(method.per_client(smaller, x) > 0, y, x), x, t)
 
     mask = lora.rank_mask(adapter, cohort.ranks)
     truncated = lambda rows: lora.tree_map(truncated_row, rows, mask)
     return jax.lax.cond(smaller.any(), truncated, lambda rows: rows, rows)
+
+
+def _split(factors: Factors) -> product.Split:
+    return "left" if factors == "orthogonal" else "balanced"
 
 
 def _dispatch(s: Settings, base, state, cohort):
