@@ -74,9 +74,8 @@ def test_a_run_whose_numbers_are_none_or_stay_as_they_are_ends_before_it_writes_
     check_moved("fedit", (0, 7), good, 3, first=True)
     last = lambda x, value: np.where(np.arange(3)[:, None] == 2, value, x)
     second = np.stack([one[0], last(one, 0.0)[1]])
-    check_moved(
-        "fedit", (0, 7), good._replace(loss=np.where(np.arange(4) == 1, np.nan, one)), 3, first=True
-    )  # one client's
+    one_clients = np.where(np.arange(4) == 1, np.nan, one)
+    check_moved("fedit", (0, 7), good._replace(loss=one_clients), 3, first=True)
     for field in Aggregation._fields:
         wrong = good.aggregation._replace(**{field: last(one, np.inf)[..., 0]})
         with pytest.raises(Failed, match="what clients sent, became infinite by round 9; try"):

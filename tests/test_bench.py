@@ -108,7 +108,7 @@ while time.process_time() < 0.5:
 methods = {name: {"seconds_per_round": x, "compile_seconds": x * 10} for name, x in (("fedit", 0.1), ("flora", 0.4))}
 assert os.environ["ASKED"] == "5"
 pathlib.Path(folder).mkdir()
-(pathlib.Path(folder) / "summary.json").write_text(json.dumps({"methods": methods}))
+(pathlib.Path(folder) / "summary.json").write_text(json.dumps({"failed": {}, "methods": methods}))
 """
 
 

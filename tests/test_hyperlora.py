@@ -223,6 +223,22 @@ def test_other_factors_are_the_same_product_with_an_a_as_long_as_before(x64):
         assert_near(a.mT @ a, (length(x.previous) ** 2 / RANK)[..., None, None] * np.eye(RANK), 1e-10)
 
 
+@pytest.mark.parametrize("factors", get_args(Factors))
+def test_directions_in_which_a_mean_is_zero_go_on_with_the_a_of_before(factors, x64):
+    """As after a first round of clients of rank 1: their mean has one direction, the others can still be trained."""
+    x, theta = uploads(), neutral()
+    theta = theta._replace(synthesizer=theta.synthesizer._replace(network=(), gains={}))
+    nothing = lora.tree_map(lambda p: LoRA(p.a, 0 * p.b, p.scale), x.previous)
+    first = lambda p, q: LoRA(jnp.broadcast_to(q.a, p.a.shape), jnp.asarray(p.b).at[..., 1:, :].set(0), p.scale)
+    x = x._replace(previous=nothing, received=lora.tree_map(first, x.received, nothing))
+    new = synthesize(theta._replace(corrector=theta.corrector._replace(gates=(), personal=())), x, factors=factors)
+    for name in KERNELS:
+        old, a = (np.asarray(lora.flatten(tree)[name].a) for tree in (nothing, new))
+        onto = old @ np.linalg.pinv(old)
+        assert_near(onto @ a, a, 1e-9)
+        assert (np.linalg.matrix_rank(a) == RANK).all()
+
+
 def test_steps_alone_are_what_remains_where_networks_say_nothing(x64):
     """And what G says of the head's bias, what remains without its low-rank part."""
     x, everything = uploads(), with_s(neutral(), steps=nudged(neutral().synthesizer.steps, size=1.0))

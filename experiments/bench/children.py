@@ -42,7 +42,10 @@ def whole_run(typed: Sequence[str], **environment: str) -> dict[str, Any]:
         call = [sys.executable, "-c", MEASURED, *command]
         env = os.environ | OWN | environment
         done = subprocess.run(call, cwd=ROOT, env=env, stdout=subprocess.PIPE, check=True)
-        methods = json.loads((Path(folder) / "run" / "summary.json").read_text())["methods"].values()
+        result = json.loads((Path(folder) / "run" / "summary.json").read_text())
+    if result["failed"]:  # another one would be the first
+        raise RuntimeError("; ".join(result["failed"].values()))
+    methods = result["methods"].values()
     found = zip(("cpu_seconds", "peak_memory_mb"), json.loads(done.stdout), strict=True)
     compiling = sum(entry["compile_seconds"] for entry in methods)
     return {**dict(found), "seconds_per_round": next(iter(methods))["seconds_per_round"], "compile_seconds": compiling}

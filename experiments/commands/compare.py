@@ -104,9 +104,8 @@ class Plan:
             parts, failed = _each(parts, partial(_run, metrics=metrics, bar=bar))
         found = {(row["method"], row["round"], row["seed"]): row for row in metrics.read()}
         order = [(name, r + 1, seed) for name in config.methods for r in range(config.rounds) for seed in config.seeds]
-        metrics.rewrite(
-            [found[key] for key in order if key[0] not in failed or key in found]
-        )  # seeds that came later stand among the others
+        there = [found[key] for key in order if key in found or key[0] not in failed]
+        metrics.rewrite(there)  # seeds that came later stand among the others
         halved = {part.trial.name: {"halved_to_chunk": part.halved} for part in parts if part.halved}
         timings = {name: _timings(parts, name) | halved.get(name, {}) for name in self.trials if name not in failed}
         return self._finish(folder, metrics.read(), timings, failed)

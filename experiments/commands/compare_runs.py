@@ -38,7 +38,8 @@ def table(options: CompareRuns) -> str:
         "global vs first: difference to the first run that has the method, over the seeds of both; paired: those",
         "whose clients have the same images in both",
     ]
-    return "\n".join([header, under, *lines, "", *words, "", *differing(runs)])
+    failed = [f"{run.name}: {line}" for run in runs for line in summary.without_result(run.summary)]
+    return "\n".join([header, under, *lines, "", *words, *failed, "", *differing(runs)])
 
 
 def against(first: Finished, run: Finished, name: str) -> tuple[str, str]:

@@ -5,9 +5,9 @@
 ``clip`` shortens a gradient to a norm of 1 (``meta_optimizer``). ``L`` is the loss of the models that the server would
 send after ``K`` further rounds, local steps, aggregation and generation included, on images that all of those rounds
 keep apart (``meta.outcome``; memory is that of one round). ``s`` are the federations of ``--seeds``; with ``--episode
-R`` each begins anew after R rounds, with other draws, and they take turns, so that every meta-step is of early and of
-late rounds alike. This needs clients' data in one place, so it is for simulation; what it finds is served by any run
-(``--theta``, ``mode=frozen``).
+R`` each begins anew after R rounds, with other draws, and they take turns, so that after the first R every meta-step is
+of early and of late rounds alike. This needs clients' data in one place, so it is for simulation; what it finds is
+served by any run (``--theta``, ``mode=frozen``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LONGEST = 1.0  # norm of a gradient that Adam sees, as where HyperLoRA learns in
 class Learning(NamedTuple):
     """Federations, and what is being learned beside them."""
 
-    runs: Run  # [S, ...], of the seeds; the theta of their states is always that below
+    runs: Run  # [S, ...], of the seeds; in place of the theta of their states counts the one below
     theta: Any
     moments: Any  # Adam's
     taken: Array  # meta-steps

@@ -45,7 +45,7 @@ def write(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]], hol
     Args:
       folder: an existing folder.
       summary: as in ``summary.json``.
-      rows: all rows of ``metrics.jsonl``.
+      rows: those of ``metrics.jsonl`` whose methods have a result.
       holdings: ``counts`` integer ``[clients, domains, classes]``, training images of the first seed; ``training``,
         the number of clients that train (the first ones); ``scored``, the numbers of those that are scored; the names
         of ``domains`` and ``classes``; ``seed``.
